@@ -1,0 +1,233 @@
+"""What crosses processes: named, frozen, and understood without Ray, torch or an engine.
+
+    Prompt ──▶ RolloutGroup(completions) ──▶ RolloutGroup(+ verdicts) ──▶ learner
+    (DataActor)  (RolloutActor)               (RewardActor)                (LearnerWorker)
+
+The driver holds references to these and the small `GroupSummary`, never tokens or pixels.
+Letters used for shapes everywhere: B groups, K completions per group, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+MediaKind = Literal["image", "video", "audio"]
+FinishReason = Literal["stop", "length", "abort"]
+VerdictStatus = Literal["scored", "unscorable", "timeout", "error"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PromptRef:
+    """The identity of one unit of work. `(uid, epoch)` is trained exactly once; `attempt` counts retries of it."""
+
+    uid: str
+    """Stable name of the row in its data set (`"<file name>:<row>"`), the same in every epoch and after a resume."""
+    epoch: int = 0
+    attempt: int = 0
+    row: int = -1
+    """Row number over all files in config order, by which the DataActor reads it again."""
+
+    def retry(self) -> PromptRef:
+        return PromptRef(self.uid, self.epoch, self.attempt + 1, self.row)
+
+    def __str__(self) -> str:
+        return f"{self.uid} (epoch {self.epoch}, attempt {self.attempt})"
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One image, video or audio clip in its *encoded* form, or a reference to it.
+
+    `data` is the file's bytes, or an object-store reference that resolves to them: a distinct image is put into
+    the store once, under its digest, and everything else carries the reference.
+    """
+
+    kind: MediaKind
+    digest: str
+    """sha256 of the encoded bytes, hex: the identity used by every cache."""
+    data: Any
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of data, ready for an engine. Text and metadata by value, media by reference."""
+
+    ref: PromptRef
+    text: str
+    """Rendered by the model's chat template, up to where the assistant speaks; one placeholder per media item."""
+    token_ids: np.ndarray
+    """int32 `[T]`: `text` tokenised, placeholders *not* expanded (an engine expands them, exactly once)."""
+    expanded_length: int
+    """Length in tokens after every placeholder is expanded to its image's tokens."""
+    media: tuple[Media, ...] = ()
+    answer: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the row, handed to rewards untouched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one origin inside a completion. A single-turn completion has exactly one, trainable."""
+
+    token_ids: np.ndarray
+    """int32 `[T]`, exactly as sampled; never re-tokenised."""
+    logprobs: np.ndarray | None
+    """float32 `[T]`, log-probability of each token under the distribution it was drawn from (temperature and banned
+    tokens applied); None for tokens that no policy sampled (a tool's result, say)."""
+    policy_versions: np.ndarray
+    """int32 `[T]`, the version of the weights that sampled each token."""
+    media: tuple[Media, ...] = ()
+    trainable: bool = True
+
+    def __post_init__(self) -> None:
+        length = len(self.token_ids)
+        if len(self.policy_versions) != length:
+            raise ValueError(f"{length} tokens but {len(self.policy_versions)} policy versions")
+        if self.logprobs is not None and len(self.logprobs) != length:
+            raise ValueError(f"{length} tokens but {len(self.logprobs)} log-probabilities")
+        if self.trainable and self.logprobs is None:
+            raise ValueError("a trainable segment needs the log-probabilities it was sampled with")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One of the K answers to a prompt."""
+
+    segments: tuple[Segment, ...]
+    text: str
+    finish_reason: FinishReason
+    seed: int
+    """The seed it was drawn with: a function of (run seed, uid, epoch, k), so that a repeated attempt repeats it."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights that sampled any trainable token of it."""
+        versions = [s.policy_versions.min() for s in self.segments if s.trainable and len(s.token_ids)]
+        if not versions:
+            raise ValueError("the completion has no trainable token, hence no policy version")
+        return int(min(versions))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A reward function's judgement of one completion. A failure is a status with a reason, never a zero."""
+
+    status: VerdictStatus
+    score: float | None = None
+    reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Scores by reward name where several were combined."""
+
+    def __post_init__(self) -> None:
+        if (self.status == "scored") != (self.score is not None):
+            raise ValueError(f"a verdict is 'scored' exactly when it has a score: {self.status!r} with {self.score!r}")
+        if self.score is not None and not np.isfinite(self.score):
+            raise ValueError(f"a score must be finite, got {self.score!r}")
+        if self.status != "scored" and not self.reason:
+            raise ValueError(f"a verdict of status {self.status!r} must say why")
+
+    @classmethod
+    def scored(cls, score: float, parts: Mapping[str, float] | None = None, reason: str = "") -> Verdict:
+        return cls("scored", float(score), reason, dict(parts or {}))
+
+    @property
+    def valid(self) -> bool:
+        return self.status == "scored"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The K completions of one prompt; with verdicts once they were scored."""
+
+    prompt: Prompt
+    prompt_token_ids: np.ndarray
+    """int32 `[T]`, the *expanded* ids the engine really attended to; the learner checks its own against them."""
+    completions: tuple[Completion, ...]
+    verdicts: tuple[Verdict, ...] | None = None
+    engine: str = ""
+    """Name of the engine that generated it."""
+    generate_seconds: float = 0.0
+    """Wall time from admission in the engine to the last token."""
+    reward_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.verdicts is not None and len(self.verdicts) != len(self.completions):
+            raise ValueError(f"{len(self.completions)} completions but {len(self.verdicts)} verdicts")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutFailure:
+    """A group that could not be generated: plain data, so that no exception has to be unpickled in the driver."""
+
+    ref: PromptRef
+    reason: str
+    engine: str = ""
+    engine_dead: bool = False
+    """True: the engine behind it is gone, try another. False: this prompt is at fault, trying again is pointless."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSummary:
+    """What the driver needs of a scored group: a few numbers, no tokens."""
+
+    ref: PromptRef
+    rewards: tuple[float, ...]
+    """K scores; 0.0 where `valid` is False (never read there)."""
+    valid: tuple[bool, ...]
+    parts: Mapping[str, tuple[float, ...]]
+    """Scores by reward name, over the valid completions."""
+    lengths: tuple[int, ...]
+    finish_reasons: tuple[FinishReason, ...]
+    prompt_length: int
+    oldest_version: int
+    """Minimum policy version over all trainable tokens; decides staleness. -1 for a failure."""
+    generate_seconds: float = 0.0
+    reward_seconds: float = 0.0
+    engine: str = ""
+    invalid_reasons: tuple[str, ...] = ()
+    failure: RolloutFailure | None = None
+
+    @classmethod
+    def of(cls, group: RolloutGroup) -> GroupSummary:
+        verdicts = group.verdicts
+        if verdicts is None:
+            raise ValueError(f"group {group.prompt.ref} was not scored yet")
+        names = sorted({name for v in verdicts for name in v.parts})
+        return cls(
+            ref=group.prompt.ref,
+            rewards=tuple(v.score if v.score is not None else 0.0 for v in verdicts),
+            valid=tuple(v.valid for v in verdicts),
+            parts={n: tuple(v.parts[n] for v in verdicts if v.valid and n in v.parts) for n in names},
+            lengths=tuple(c.num_tokens for c in group.completions),
+            finish_reasons=tuple(c.finish_reason for c in group.completions),
+            prompt_length=len(group.prompt_token_ids),
+            oldest_version=min(c.oldest_version for c in group.completions),
+            generate_seconds=group.generate_seconds,
+            reward_seconds=group.reward_seconds,
+            engine=group.engine,
+            invalid_reasons=tuple(f"{v.status}: {v.reason}" for v in verdicts if not v.valid),
+        )
+
+    @classmethod
+    def of_failure(cls, failure: RolloutFailure) -> GroupSummary:
+        return cls(failure.ref, (), (), {}, (), (), 0, -1, engine=failure.engine, failure=failure)
+
+
+def draw_seed(run_seed: int, uid: str, epoch: int, k: int = 0) -> int:
+    """The sampling seed of completion `k`: 31 bits derived from what identifies the draw, so an attempt repeats it.
+
+    Engines that sample all K in one request take the seed of k=0 and add k, so the derivation does the same.
+    """
+    digest = hashlib.blake2b(f"{run_seed}/{uid}/{epoch}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") + k) % (2**31 - 1)

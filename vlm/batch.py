@@ -1,0 +1,82 @@
+"""MultimodalBatch: what one forward and backward takes. No field belongs to one model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MultimodalBatch:
+    """A micro-batch of B samples padded on the right to L tokens.
+
+    Token-aligned fields are aligned with `input_ids`: entry `[b, t]` speaks of the token *at* position t, which the
+    model predicts from position t-1. `loss_mask[:, 0]` is therefore always False.
+    """
+
+    input_ids: Tensor
+    """int64 `[B, L]`: expanded prompt, then completion, then padding."""
+    attention_mask: Tensor
+    """int64 `[B, L]`: 1 for tokens, 0 for padding."""
+    loss_mask: Tensor
+    """bool `[B, L]`: sampled tokens of valid completions, the only ones with a gradient."""
+    position_ids: Tensor | None = None
+    """int64 `[B, L]`, or `[3, B, L]` for M-RoPE; None: the model derives them."""
+    behavior_logprobs: Tensor | None = None
+    """float32 `[B, L]`: as sampled by the engine; 0 outside `loss_mask`."""
+    advantages: Tensor | None = None
+    """float32 `[B, L]`: 0 outside `loss_mask`."""
+    rewards: Tensor | None = None
+    """float32 `[B]`: score of each sample's completion."""
+    policy_versions: Tensor | None = None
+    """int32 `[B, L]`: weights that sampled each token; -1 outside `loss_mask`."""
+    pixel_values: Tensor | None = None
+    """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`), in the order of the samples."""
+    extra_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else the model's forward takes: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`, video and
+    audio keys, `mm_token_type_ids`, pre-computed image embeddings."""
+
+    def __post_init__(self) -> None:
+        shape = self.input_ids.shape
+        for name in ("attention_mask", "loss_mask", "behavior_logprobs", "advantages", "policy_versions"):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(shape)}")
+        if bool(self.loss_mask[:, :1].any()):
+            raise ValueError("loss_mask marks position 0, which no token predicts")
+
+    @property
+    def num_samples(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Token positions computed, padding included: B x L."""
+        return self.input_ids.numel()
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the Hugging Face model's forward."""
+        kwargs: dict[str, Any] = dict(self.extra_model_kwargs)
+        kwargs.update(input_ids=self.input_ids, attention_mask=self.attention_mask)
+        if self.position_ids is not None:
+            kwargs["position_ids"] = self.position_ids
+        if self.pixel_values is not None:
+            kwargs["pixel_values"] = self.pixel_values
+        return kwargs
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MultimodalBatch:
+        """Move to `device`; `dtype` applies to the model's floating-point inputs (pixels), not to log-probabilities."""
+
+        def move(value: Any, cast: bool) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            convert = dtype if cast and dtype is not None and value.is_floating_point() else None
+            return value.to(device=device, dtype=convert, non_blocking=True)
+
+        moved = {f.name: move(getattr(self, f.name), f.name == "pixel_values") for f in fields(self)}
+        moved["extra_model_kwargs"] = {k: move(v, True) for k, v in self.extra_model_kwargs.items()}
+        return replace(self, **moved)
