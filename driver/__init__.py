@@ -1,0 +1,14 @@
+"""The driver: configuration, command line, the training loop. `from driver import train, RunConfig`."""
+
+from driver.config import ConfigError, RunConfig, load_config, parse_config
+
+__all__ = ["ConfigError", "RunConfig", "load_config", "parse_config", "train"]
+
+
+def __getattr__(name: str) -> object:
+    """`train` imports Ray; configurations do not, and validate in milliseconds."""
+    if name == "train":
+        from driver.loop import train
+
+        return train
+    raise AttributeError(name)

@@ -7,230 +7,48 @@ Unknown keys are refused with the nearest known name; all violations are reporte
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from driver.knobs import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    EvalConfig,
+    LearnerConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    Section,
+    WeightSyncConfig,
+)
+
+REFUSED_KNOBS = {
+    f"rollout.{name}": "the learner cannot reproduce a filtered distribution, so training samples with temperature only"
+    for name in ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+}
 
 
 class ConfigError(ValueError):
     """All that is wrong with a configuration, one line each."""
 
-    def __init__(self, problems: Sequence[str], source: str = "configuration") -> None:
+    def __init__(self, problems: Sequence[str], source: str = "the configuration") -> None:
         self.problems = tuple(problems)
-        lines = "\n".join(f"  - {p}" for p in self.problems)
-        super().__init__(f"{len(self.problems)} problem(s) in {source}:\n{lines}")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(Section):
-    path: str
-    """Model to train: a directory in Hugging Face format, or a hub name."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of engine and learner. bfloat16 keeps float32 master weights and a float32 loss."""
-    adapter: str | None = None
-    """Adapter of a model family of your own, as package.module:Class; by model_type otherwise."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose code you have read."""
-    lora_rank: int = Field(0, ge=0)
-    """Rank of a LoRA adapter to train instead of the full weights; 0 trains everything. The adapter switched off is
-    the reference policy, so that no second copy of the model is held."""
-    lora_alpha: float = Field(32.0, gt=0)
-    """LoRA scale: updates count alpha / rank."""
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get a LoRA adapter."""
-    freeze_vision: bool = False
-    """Leave the vision tower as it is."""
-
-
-class DataConfig(Section):
-    train: tuple[str, ...]
-    """Parquet or JSONL files (or glob patterns) of training prompts."""
-    eval: tuple[str, ...] = ()
-    """Files of held-out prompts; empty: no evaluation."""
-    prompt_column: str = "prompt"
-    """Column of the prompt: a text, or a list of chat messages."""
-    image_column: str | None = "image"
-    """Column of the image or list of images: bytes, a struct {bytes, path}, or a path. None: text only."""
-    answer_column: str | None = "answer"
-    """Column of the expected answer, for rewards that need one."""
-    extra_columns: tuple[str, ...] = ()
-    """Further columns handed to rewards."""
-    system_prompt: str | None = None
-    """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
-    shuffle: bool = True
-    """Shuffle each epoch with the run's seed."""
-    max_prompt_length: int = Field(4096, ge=1)
-    """Longest prompt in tokens, images expanded; longer ones are refused."""
-    max_image_bytes: int = Field(20 * 2**20, ge=1)
-    """Largest encoded image in bytes."""
-    max_image_pixels: int = Field(50_000_000, ge=1)
-    """Largest image, width x height."""
-    max_refused_share: float = Field(0.01, ge=0, le=1)
-    """Share of rows that may be refused (unreadable image, no answer, too long) before the run stops."""
-
-
-class RolloutConfig(Section):
-    engines: int = Field(1, ge=1)
-    """Number of rollout actors, each with an engine of its own."""
-    tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine."""
-    num_generations: int = Field(8, ge=1)
-    """K, completions per prompt."""
-    max_completion_length: int = Field(512, ge=1)
-    """Maximum new tokens per completion."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; the learner divides its logits by it too."""
-    top_p: float = 1.0
-    """Must stay 1 in training: the learner could not reproduce a filtered distribution."""
-    top_k: int = -1
-    """Must stay -1 in training, like top_p."""
-    max_staleness: int = Field(1, ge=0)
-    """Policy versions that a token may lag behind the weights it trains; 0 is strictly on-policy, 1 overlaps generation
-    of the next batch with training of this one."""
-    max_num_seqs: int = Field(256, ge=1)
-    """Sequences an engine runs at once."""
-    kv_cache_gib: float | None = Field(None, gt=0)
-    """KV cache in GiB; default: by gpu_memory_utilization, on CPU 1 GiB."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that an engine may take."""
-    engine_options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of vLLM's AsyncEngineArgs, as they are."""
-    cpus: float = Field(1.0, ge=0)
-    """Ray CPUs of one engine."""
-    threads: int = Field(1, ge=1)
-    """Compute threads of one engine on CPU."""
-    start_timeout: float = Field(600.0, gt=0)
-    """Seconds an engine may take to start."""
-    group_timeout: float = Field(600.0, gt=0)
-    """Seconds one group may take to generate."""
-    max_attempts: int = Field(3, ge=1)
-    """Attempts at one group before it is given up and entered in the ledger with its reason."""
-
-
-class RewardSpec(Section):
-    name: str
-    """`format`, `accuracy`, another shipped reward, or package.module:function (file.py:function)."""
-    weight: float = 1.0
-    """Its factor in the sum."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the reward."""
-
-
-class RewardConfig(Section):
-    functions: tuple[RewardSpec, ...] = (RewardSpec(name="format", weight=0.5), RewardSpec(name="accuracy"))
-    """Rewards, summed by weight."""
-    actors: int = Field(1, ge=1)
-    """Number of reward actors."""
-    cpus: float = Field(0.5, ge=0)
-    """Ray CPUs of one reward actor."""
-    timeout: float = Field(30.0, gt=0)
-    """Seconds one call on one group may take; then its verdicts are `timeout` and its worker is killed."""
-
-
-class AlgorithmConfig(Section):
-    advantage: Literal["grpo", "rloo"] = "grpo"
-    """Group-relative advantage: grpo (mean and standard deviation), rloo (leave one out)."""
-    clip_eps_low: float = Field(0.2, ge=0, lt=1)
-    """Lower clip of the ratio: 1 - clip_eps_low."""
-    clip_eps_high: float = Field(0.2, ge=0)
-    """Upper clip of the ratio: 1 + clip_eps_high."""
-    beta: float = Field(0.0, ge=0)
-    """Weight of the k3 KL to the frozen initial policy; 0 loads no reference model."""
-    old_policy: Literal["auto", "behavior", "current"] = "auto"
-    """Denominator of the ratio: what the engine sampled with, or the learner's own weights before the step. auto:
-    behavior when max_staleness > 0, current otherwise."""
-
-
-class LearnerConfig(Section):
-    ranks: int = Field(1, ge=1)
-    """Learner processes, one GPU each."""
-    prompts_per_step: int = Field(64, ge=1)
-    """B, prompts (groups) of one optimizer step."""
-    learning_rate: float = Field(1e-6, gt=0, validation_alias=AliasChoices("learning_rate", "lr"))
-    """Peak learning rate (`lr` for short)."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Final learning rate as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradient norm to which gradients are clipped."""
-    micro_batch_tokens: int = Field(8192, ge=1)
-    """Token budget of one micro-batch, padding included; gradients accumulate over micro-batches."""
-    logprob_chunk_rows: int = Field(1024, ge=1)
-    """Rows of the vocabulary projection computed at once: bounds the [rows, V] logits held."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
-    offload_optimizer: bool = False
-    """Keep optimizer state in CPU memory."""
-    offload_parameters: bool = False
-    """Keep parameters in CPU memory (ZeRO-3)."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass."""
-    cpus: float = Field(1.0, ge=0)
-    """Ray CPUs of one rank."""
-    threads: int = Field(1, ge=1)
-    """Compute threads of one rank on CPU."""
-    timeout: float = Field(1800.0, gt=0)
-    """Seconds one learner call may take."""
-
-
-class WeightSyncConfig(Section):
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Transport; auto: nccl on GPUs, gloo on CPU."""
-    bucket_mib: int = Field(8, ge=1)
-    """Bytes gathered and sent at once."""
-    timeout: float = Field(300.0, gt=0)
-    """Deadline of every call of one synchronisation, in seconds."""
-    verify: bool = True
-    """Compare digests of the tensors sent and received, and check that every name was consumed."""
-
-
-class EvalConfig(Section):
-    every: int = Field(0, ge=0)
-    """Steps between evaluations on data.eval; 0: only at start and end if data.eval is given."""
-    temperature: float = Field(0.0, ge=0)
-    """Sampling temperature of evaluation; 0 is greedy."""
-    max_prompts: int | None = Field(None, ge=1)
-    """Held-out prompts used; default all."""
-
-
-class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0: only at the end and on interruption."""
-    keep: int = Field(2, ge=1)
-    """Checkpoints kept."""
-
-
-class ClusterConfig(Section):
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where engines and learners run. auto: cuda if the cluster has GPUs."""
-    rollout_resources: dict[str, float] = Field(default_factory=dict)
-    """Custom Ray resources of one rollout actor: pins engines to labelled nodes."""
-    learner_resources: dict[str, float] = Field(default_factory=dict)
-    """Custom Ray resources of one learner rank."""
-    reward_resources: dict[str, float] = Field(default_factory=dict)
-    """Custom Ray resources of one reward actor."""
-    placement_timeout: float = Field(120.0, gt=0)
-    """Seconds to wait until the cluster can place everything."""
-    metrics_port: int = Field(0, ge=0, le=65535)
-    """Port of the driver's own Prometheus endpoint; 0: none (Ray's node endpoints always have the metrics)."""
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{count} in {source}:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
 class RunConfig(Section):
-    """One run. Build it with `load_config` (YAML and overrides) or `RunConfig.model_validate(dict)`."""
+    """One run. Build it with `load_config` (YAML and overrides) or `parse_config` (a dictionary)."""
 
     output_dir: str
     """Folder of checkpoints, logs and the final model."""
@@ -251,6 +69,7 @@ class RunConfig(Section):
 
     @property
     def old_policy(self) -> Literal["behavior", "current"]:
+        """The ratio's denominator, `auto` resolved."""
         if self.algorithm.old_policy != "auto":
             return self.algorithm.old_policy
         return "behavior" if self.rollout.max_staleness > 0 else "current"
@@ -258,28 +77,25 @@ class RunConfig(Section):
     def problems(self) -> list[str]:
         """Violations that involve several fields; each names them and says what to do."""
         found = []
-        r, a, n = self.rollout, self.algorithm, self.learner
-        if r.num_generations < 2:
+        rollout, algorithm, learner = self.rollout, self.algorithm, self.learner
+        if rollout.num_generations < 2:
             found.append(
-                f"rollout.num_generations: {r.num_generations} completion per prompt gives {a.advantage} no group to "
-                "compare with; use at least 2"
+                f"rollout.num_generations={rollout.num_generations}: {algorithm.advantage} compares the completions of "
+                "one prompt with each other; use at least 2"
             )
-        if r.top_p != 1.0 or r.top_k not in (-1, 0):
+        if algorithm.old_policy == "current" and rollout.max_staleness > 0:
             found.append(
-                f"rollout.top_p={r.top_p}, rollout.top_k={r.top_k}: the learner cannot reproduce a filtered "
-                "distribution, so training samples with temperature only; leave them at 1.0 and -1"
+                f"algorithm.old_policy=current with rollout.max_staleness={rollout.max_staleness}: the ratio would "
+                "ignore that older weights sampled the tokens; use behavior (or auto)"
             )
-        if a.old_policy == "current" and r.max_staleness > 0:
-            found.append(
-                f"algorithm.old_policy=current with rollout.max_staleness={r.max_staleness}: the ratio would ignore "
-                "that older weights sampled the tokens; use behavior (or auto)"
-            )
-        if n.offload_parameters and n.zero_stage != 3:
-            found.append("learner.offload_parameters needs learner.zero_stage=3")
-        if n.offload_optimizer and n.zero_stage == 0:
+        if learner.offload_parameters and learner.zero_stage != 3:
+            found.append(f"learner.offload_parameters needs learner.zero_stage=3, not {learner.zero_stage}")
+        if learner.offload_optimizer and learner.zero_stage == 0:
             found.append("learner.offload_optimizer needs learner.zero_stage of at least 1")
-        if n.lr_schedule != "constant" and n.warmup_steps >= self.steps:
-            found.append(f"learner.warmup_steps={n.warmup_steps} leaves nothing of steps={self.steps} to decay over")
+        if learner.lr_schedule != "constant" and learner.warmup_steps >= self.steps:
+            found.append(
+                f"learner.warmup_steps={learner.warmup_steps} leaves nothing of steps={self.steps} to decay over"
+            )
         if self.cluster.device == "cpu" and self.weight_sync.backend == "nccl":
             found.append("weight_sync.backend=nccl needs GPUs, but cluster.device=cpu; use gloo (or auto)")
         if not self.reward.functions:
@@ -287,10 +103,7 @@ class RunConfig(Section):
         return found
 
 
-RunConfig.__doc__ = RunConfig.__doc__
-
-
-def iter_knobs(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def iter_knobs(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every knob with its dotted name and pydantic field, in order."""
     for name, info in section.model_fields.items():
         kind = info.annotation
@@ -298,3 +111,127 @@ def iter_knobs(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterab
             yield from iter_knobs(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `dotted.name=value` overrides (values are YAML), and validate. Raises ConfigError."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError([f"cannot read {path}: {error.strerror}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"expected a mapping of sections, found {type(tree).__name__}"], str(path))
+    problems = _apply_overrides(tree, overrides)
+    return parse_config(tree, str(path), problems)
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "the configuration", found: Sequence[str] = ()) -> RunConfig:
+    """Validate a nested dictionary; `found` are problems already known, reported with the rest. Raises ConfigError."""
+    problems = list(found)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems += [_explain(detail) for detail in error.errors()]
+        config = _without_faults(tree, error)
+    if config is not None:
+        problems += config.problems()
+    if problems or config is None:
+        raise ConfigError(problems, source)
+    return config
+
+
+def _without_faults(tree: Mapping[str, Any], error: ValidationError) -> RunConfig | None:
+    """The configuration with faulty values at their defaults, so that what several fields violate together is reported
+    in the same breath; None where that is not possible."""
+    mended = copy.deepcopy(dict(tree))
+    needed = {"output_dir": "unset", "steps": sys.maxsize, "model": {"path": "unset"}, "data": {"train": ["unset"]}}
+    for detail in error.errors():
+        node: Any = mended
+        *parents, leaf = detail["loc"]
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(leaf, None)
+    for key, value in needed.items():
+        section = mended.setdefault(key, value)
+        if isinstance(section, dict) and isinstance(value, dict):
+            mended[key] = {**value, **section}
+    try:
+        return RunConfig.model_validate(mended)
+    except ValidationError:
+        return None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Write `a.b=value` into `tree`; returns what could not be applied."""
+    problems = []
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals:
+            problems.append(f"override {override!r} is not of the form section.name=value")
+            continue
+        try:
+            value = _parse_scalar(text)
+        except yaml.YAMLError as error:
+            problems.append(f"override {override!r}: the value is not valid YAML ({error})")
+            continue
+        *parents, leaf = dotted.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            problems.append(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
+            continue
+        for twin in _spellings(dotted):
+            node.pop(twin, None)
+        node[leaf] = value
+    return problems
+
+
+def _parse_scalar(text: str) -> Any:
+    """A YAML value, with `1e-6` read as a number (YAML 1.1 wants `1.0e-6`)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _spellings(dotted: str) -> tuple[str, ...]:
+    """All names under which a knob may stand in its section, so that an override replaces the file's spelling."""
+    section = dotted.rpartition(".")[0]
+    for name, info in iter_knobs():
+        alias = info.validation_alias
+        if isinstance(alias, AliasChoices) and name.rpartition(".")[0] == section:
+            choices = tuple(str(c) for c in alias.choices)
+            if dotted.rpartition(".")[2] in choices:
+                return choices
+    return ()
+
+
+def _explain(detail: Any) -> str:
+    """One pydantic error in the words of the configuration: where, what, and what to do."""
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        if where in REFUSED_KNOBS:
+            return f"{where}: {REFUSED_KNOBS[where]}"
+        names = [name for name, _ in iter_knobs()]
+        sections = list(dict.fromkeys(name.split(".")[0] for name in names))
+        leaf_matches = [name for name in names if name.split(".")[-1] == where.split(".")[-1]]
+        nearest = leaf_matches or difflib.get_close_matches(where, names + sections, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else "`saccade config --knobs` lists all"
+        return f"{where}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{where}: required, but not given"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{where}={detail['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,207 @@
+"""The knobs of a run by section, each with its unit and its default. `driver/config.py` puts them together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Model to train: a directory in Hugging Face format, or a hub name."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of engine and learner. bfloat16 keeps float32 master weights and a float32 loss."""
+    adapter: str | None = None
+    """Adapter of a model family of your own, as package.module:Class; by model_type otherwise."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of a LoRA adapter to train instead of the full weights; 0 trains everything. The adapter switched off is
+    the reference policy, so that no second copy of the model is held."""
+    lora_alpha: float = Field(32.0, gt=0)
+    """LoRA scale: updates count alpha / rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get a LoRA adapter."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is."""
+
+
+class DataConfig(Section):
+    train: tuple[str, ...]
+    """Parquet or JSONL files (or glob patterns) of training prompts."""
+    eval: tuple[str, ...] = ()
+    """Files of held-out prompts; empty: no evaluation."""
+    prompt_column: str = "prompt"
+    """Column of the prompt: a text, or a list of chat messages."""
+    image_column: str | None = "image"
+    """Column of the image or list of images: bytes, a struct {bytes, path}, or a path. None: text only."""
+    answer_column: str | None = "answer"
+    """Column of the expected answer, for rewards that need one."""
+    extra_columns: tuple[str, ...] = ()
+    """Further columns handed to rewards."""
+    system_prompt: str | None = None
+    """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
+    shuffle: bool = True
+    """Shuffle each epoch with the run's seed."""
+    max_prompt_length: int = Field(4096, ge=1)
+    """Longest prompt in tokens, images expanded; longer ones are refused."""
+    max_image_bytes: int = Field(20 * 2**20, ge=1)
+    """Largest encoded image in bytes."""
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    """Largest image, width x height."""
+    max_refused_share: float = Field(0.01, ge=0, le=1)
+    """Share of rows that may be refused (unreadable image, no answer, too long) before the run stops."""
+
+
+class RolloutConfig(Section):
+    engines: int = Field(1, ge=1)
+    """Number of rollout actors, each with an engine of its own."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one engine."""
+    num_generations: int = Field(8, ge=1)
+    """K, completions per prompt."""
+    max_completion_length: int = Field(512, ge=1)
+    """Maximum new tokens per completion."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the learner divides its logits by it too."""
+    max_staleness: int = Field(1, ge=0)
+    """Policy versions that a token may lag behind the weights it trains; 0 is strictly on-policy, 1 overlaps generation
+    of the next batch with training of this one."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences an engine runs at once."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """KV cache in GiB; default: by gpu_memory_utilization, on CPU 1 GiB."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that an engine may take."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of vLLM's AsyncEngineArgs, as they are."""
+    cpus: float = Field(1.0, ge=0)
+    """Ray CPUs of one engine."""
+    threads: int = Field(1, ge=1)
+    """Compute threads of one engine on CPU."""
+    start_timeout: float = Field(600.0, gt=0)
+    """Seconds an engine may take to start."""
+    group_timeout: float = Field(600.0, gt=0)
+    """Seconds one group may take to generate."""
+    max_attempts: int = Field(3, ge=1)
+    """Attempts at one group before it is given up and entered in the ledger with its reason."""
+
+
+class RewardSpec(Section):
+    name: str
+    """`format`, `accuracy`, another shipped reward, or package.module:function (file.py:function)."""
+    weight: float = 1.0
+    """Its factor in the sum."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reward."""
+
+
+class RewardConfig(Section):
+    functions: tuple[RewardSpec, ...] = (RewardSpec(name="format", weight=0.5), RewardSpec(name="accuracy"))
+    """Rewards, summed by weight."""
+    actors: int = Field(1, ge=1)
+    """Number of reward actors."""
+    cpus: float = Field(0.5, ge=0)
+    """Ray CPUs of one reward actor."""
+    timeout: float = Field(30.0, gt=0)
+    """Seconds one call on one group may take; then its verdicts are `timeout` and its worker is killed."""
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo", "rloo"] = "grpo"
+    """Group-relative advantage: grpo (mean and standard deviation), rloo (leave one out)."""
+    clip_eps_low: float = Field(0.2, ge=0, lt=1)
+    """Lower clip of the ratio: 1 - clip_eps_low."""
+    clip_eps_high: float = Field(0.2, ge=0)
+    """Upper clip of the ratio: 1 + clip_eps_high."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the k3 KL to the frozen initial policy; 0 loads no reference model."""
+    old_policy: Literal["auto", "behavior", "current"] = "auto"
+    """Denominator of the ratio: what the engine sampled with, or the learner's own weights before the step. auto:
+    behavior when max_staleness > 0, current otherwise."""
+
+
+class LearnerConfig(Section):
+    ranks: int = Field(1, ge=1)
+    """Learner processes, one GPU each."""
+    prompts_per_step: int = Field(64, ge=1)
+    """B, prompts (groups) of one optimizer step."""
+    learning_rate: float = Field(1e-6, gt=0, validation_alias=AliasChoices("learning_rate", "lr"))
+    """Peak learning rate (`lr` for short)."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm to which gradients are clipped."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Token budget of one micro-batch, padding included; gradients accumulate over micro-batches."""
+    logprob_chunk_rows: int = Field(1024, ge=1)
+    """Rows of the vocabulary projection computed at once: bounds the [rows, V] logits held."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in CPU memory."""
+    offload_parameters: bool = False
+    """Keep parameters in CPU memory (ZeRO-3)."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    cpus: float = Field(1.0, ge=0)
+    """Ray CPUs of one rank."""
+    threads: int = Field(1, ge=1)
+    """Compute threads of one rank on CPU."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds one learner call may take."""
+
+
+class WeightSyncConfig(Section):
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Transport; auto: nccl on GPUs, gloo on CPU."""
+    bucket_mib: int = Field(8, ge=1)
+    """Bytes gathered and sent at once."""
+    timeout: float = Field(300.0, gt=0)
+    """Deadline of every call of one synchronisation, in seconds."""
+    verify: bool = True
+    """Compare digests of the tensors sent and received, and check that every name was consumed."""
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between evaluations on data.eval; 0: only at start and end if data.eval is given."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature of evaluation; 0 is greedy."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Held-out prompts used; default all."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only at the end and on interruption."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept."""
+
+
+class ClusterConfig(Section):
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where engines and learners run. auto: cuda if the cluster has GPUs."""
+    rollout_resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of one rollout actor: pins engines to labelled nodes."""
+    learner_resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of one learner rank."""
+    reward_resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of one reward actor."""
+    placement_timeout: float = Field(120.0, gt=0)
+    """Seconds to wait until the cluster can place everything."""
+    metrics_port: int = Field(0, ge=0, le=65535)
+    """Port of the driver's own Prometheus endpoint; 0: none (Ray's node endpoints always have the metrics)."""

@@ -1,0 +1,102 @@
+"""Configuration: unknown keys, all problems at once, overrides, round trip."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from driver.config import ConfigError, dump_config, iter_knobs, load_config, parse_config
+
+MINIMAL = {"output_dir": "runs/x", "steps": 10, "model": {"path": "m"}, "data": {"train": ["a.parquet"]}}
+
+
+def problems_of(tree: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    return str(caught.value)
+
+
+def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
+    text = problems_of(
+        {
+            "steps": 0,
+            "outputdir": "x",
+            "model": {"path": "m", "dtyp": "float32"},
+            "data": {"train": ["a"]},
+            "rollout": {"top_p": 0.9, "num_generations": 1, "max_staleness": 1},
+            "algorithm": {"old_policy": "current"},
+            "learner": {"learing_rate": 1e-5},
+        }
+    )
+    for expected in (
+        "output_dir: required",
+        "steps=0",
+        "model.dtyp: unknown key; did you mean model.dtype?",
+        "outputdir: unknown key; did you mean output_dir?",
+        "learner.learing_rate: unknown key; did you mean learner.learning_rate?",
+        "rollout.top_p: the learner cannot reproduce",
+        "rollout.num_generations=1",
+        "algorithm.old_policy=current with rollout.max_staleness=1",
+    ):
+        assert expected in text
+    assert text.startswith("8 problems")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"learner": {"offload_parameters": True}}, "needs learner.zero_stage=3"),
+        ({"learner": {"offload_optimizer": True, "zero_stage": 0}}, "at least 1"),
+        ({"learner": {"lr_schedule": "linear", "warmup_steps": 10}}, "leaves nothing of steps=10"),
+        ({"cluster": {"device": "cpu"}, "weight_sync": {"backend": "nccl"}}, "needs GPUs"),
+        ({"reward": {"functions": []}}, "nothing would be learned"),
+        ({"num_generations": 4}, "did you mean rollout.num_generations?"),
+    ],
+)
+def test_each_cross_field_rule(change: dict, expected: str):
+    assert expected in problems_of({**MINIMAL, **change})
+
+
+def test_overrides_replace_the_file_and_read_scientific_notation(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "learner": {"lr": 1.0}}))
+    config = load_config(path, ["learner.learning_rate=1e-6", "rollout.engines=4", "data.train=[b.parquet]"])
+    assert config.learner.learning_rate == 1e-6
+    assert config.rollout.engines == 4
+    assert config.data.train == ("b.parquet",)
+    assert load_config(path, ["learner.lr=2e-6"]).learner.learning_rate == 2e-6
+
+
+def test_bad_overrides_are_listed_with_the_rest(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["steps", "steps.x=1", "rollout.enginez=2"])
+    assert "'steps' is not of the form" in str(caught.value)
+    assert "steps is a value, not a section" in str(caught.value)
+    assert "did you mean rollout.engines?" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [unclosed", None])
+def test_files_that_are_no_configuration(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_resolved_configuration_reads_back_equal():
+    config = parse_config({**MINIMAL, "learner": {"lr": 3e-6}})
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_old_policy_follows_staleness():
+    assert parse_config({**MINIMAL, "rollout": {"max_staleness": 0}}).old_policy == "current"
+    assert parse_config({**MINIMAL, "rollout": {"max_staleness": 1}}).old_policy == "behavior"
+
+
+def test_knobs_are_few_and_documented():
+    knobs = list(iter_knobs())
+    assert len(knobs) <= 80
+    assert [name for name, info in knobs if not info.description] == []
