@@ -1,0 +1,71 @@
+"""Fixtures that many tests share: a tiny model, a local Ray, and an environment that reaches for nothing outside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+# Libraries read these at import, and Ray's processes inherit them; hence before any other import.
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override every engine's own kv_cache_gib
+os.environ.update(HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# No deadline: a busy machine must not fail a property that holds.
+settings.register_profile("saccade", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("saccade")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the clone."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2.5-VL with tokenizer, processor and chat template, in Hugging Face format. Read only."""
+    from vlm.tiny import build_tiny
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    build_tiny(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[ModuleType]:
+    """`ray`, connected to a Ray of this test session's own with 8 logical CPUs; workers can import this repository."""
+    import ray
+
+    # AF_UNIX paths end at 107 characters, so Ray's sockets cannot live under pytest's long temporary folders.
+    folder = tempfile.mkdtemp(prefix="saccade-")
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=256 * 2**20,
+        namespace="saccade-tests",
+        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+        _temp_dir=folder,
+    )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
