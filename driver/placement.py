@@ -1,0 +1,128 @@
+"""Where everything runs: one placement group per rollout actor, one for the learner, one for the rewards.
+
+Rollout, learner and reward resources come from the configuration independently of each other. A placement that cannot
+be met within `cluster.placement_timeout` fails, saying what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from driver.config import RunConfig
+
+Device = Literal["cuda", "cpu"]
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot place an actor; says which, what it asks for, and what there is."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one kind of actor asks for: `count` bundles of `resources`."""
+
+    role: str
+    resources: Mapping[str, float]
+    count: int
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK"]
+
+
+@dataclass
+class Placement:
+    """Placement groups that are met. `options(role, i)` are Ray options of the role's i-th actor."""
+
+    device: Device
+    _slots: dict[str, list[tuple[PlacementGroup, int, Mapping[str, float]]]] = field(default_factory=dict)
+
+    def options(self, role: str, index: int) -> dict[str, Any]:
+        group, bundle, resources = self._slots[role][index]
+        custom = {k: v for k, v in resources.items() if k not in ("CPU", "GPU")}
+        return {
+            "num_cpus": resources.get("CPU", 0),
+            "num_gpus": resources.get("GPU", 0),
+            "resources": custom,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+        }
+
+    def release(self) -> None:
+        for group in {id(g): g for slots in self._slots.values() for g, _, _ in slots}.values():
+            remove_placement_group(group)
+        self._slots.clear()
+
+
+def choose_device(config: RunConfig) -> Device:
+    """`cluster.device`, with auto resolved by whether the cluster has GPUs."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+def demands(config: RunConfig, device: Device) -> list[Demand]:
+    """Everything that must be placed. On GPUs an engine takes tensor_parallel_size of them in one node, a rank one."""
+    gpus = device == "cuda"
+    tp = config.rollout.tensor_parallel_size
+    rollout = {"CPU": config.rollout.cpus, **({"GPU": float(tp)} if gpus else {}), **config.cluster.rollout_resources}
+    learner = {"CPU": config.learner.cpus, **({"GPU": 1.0} if gpus else {}), **config.cluster.learner_resources}
+    reward = {"CPU": config.reward.cpus, **config.cluster.reward_resources}
+    engines = [Demand(f"rollout-{i}", rollout, 1, "STRICT_PACK") for i in range(config.rollout.engines)]
+    return [
+        *engines,
+        Demand("learner", learner, config.learner.ranks, "PACK"),
+        Demand("reward", reward, config.reward.actors, "SPREAD"),
+    ]
+
+
+def logical_cpus(config: RunConfig) -> int:
+    """CPUs that a local Ray must offer for the whole configuration to fit."""
+    wanted = sum(d.resources.get("CPU", 0) * d.count for d in demands(config, "cpu"))
+    return int(wanted) + 1
+
+
+def place(config: RunConfig) -> Placement:
+    """Create all placement groups and wait until they are met. Raises PlacementError."""
+    device = choose_device(config)
+    placement = Placement(device)
+    wanted = demands(config, device)
+    # A bundle of nothing cannot be placed; an actor that asks for nothing still needs one.
+    bundles = {d.role: {k: v for k, v in d.resources.items() if v > 0} or {"CPU": 0.001} for d in wanted}
+    groups = {d.role: placement_group([bundles[d.role]] * d.count, strategy=d.strategy) for d in wanted}
+    for demand in wanted:
+        role = demand.role.split("-")[0]
+        slots = placement._slots.setdefault(role, [])
+        slots += [(groups[demand.role], i, bundles[demand.role]) for i in range(demand.count)]
+    deadline = time.monotonic() + config.cluster.placement_timeout
+    unmet = [d for d in wanted if not groups[d.role].wait(max(0.0, deadline - time.monotonic()))]
+    if unmet:
+        placement.release()
+        raise PlacementError(_explain(unmet, wanted, config.cluster.placement_timeout, device))
+    return placement
+
+
+def _explain(unmet: list[Demand], wanted: list[Demand], timeout: float, device: Device) -> str:
+    """Which demand was not met, and how it compares with what the cluster has in all and free."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    needed: dict[str, float] = {}
+    for demand in wanted:
+        for name, amount in demand.resources.items():
+            needed[name] = needed.get(name, 0.0) + amount * demand.count
+    lines = [f"the cluster could not place everything within {timeout:g} s (cluster.placement_timeout):"]
+    for demand in unmet:
+        asks = ", ".join(f"{v:g} {k}" for k, v in demand.resources.items())
+        lines.append(f"  - {demand.role}: {demand.count} x ({asks}) not placed")
+    for name, amount in needed.items():
+        has, left = total.get(name, 0.0), free.get(name, 0.0)
+        short = f"; {amount - has:g} missing" if amount > has else ""
+        lines.append(f"  {name}: the run needs {amount:g}, the cluster has {has:g} ({left:g} free){short}")
+    if device == "cuda":
+        lines.append("  set rollout.engines, rollout.tensor_parallel_size and learner.ranks to what the cluster has,")
+        lines.append("  or add nodes; an engine's GPUs must be in one node")
+    else:
+        lines.append("  lower rollout.cpus, learner.cpus or reward.cpus, or add nodes")
+    return "\n".join(lines)
