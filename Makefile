@@ -1,0 +1,46 @@
+# make demo        train a tiny model on this machine's CPU and show that it learned to see (about 8 minutes)
+# make demo-seeds  the same for seeds 0, 1 and 2
+# make test        the tests (under 15 minutes on 2 cores); make test-all adds the slow ones
+# make lint        style, format and types
+# Each of them first creates .venv and installs the pinned versions, if that has not been done (see deploy/venv.sh).
+
+VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest
+ARGS :=
+
+# Nothing is downloaded and nothing is reported to anyone.
+export HF_HUB_OFFLINE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: demo demo-seeds test test-all lint venv
+.DELETE_ON_ERROR:
+
+demo: venv
+	$(VENV)/bin/saccade demo $(ARGS)
+
+demo-seeds: venv
+	for seed in 0 1 2; do $(VENV)/bin/saccade demo --seed $$seed --output-dir runs/demo-seed-$$seed $(ARGS) || exit 1; done
+
+# One thread per process: the end-to-end tests run several processes on few cores. The quick tests come first, so that
+# a slip shows within seconds.
+test: export OMP_NUM_THREADS := 1
+test: venv
+	$(PYTEST) -q -m "not e2e and not slow" $(ARGS)
+	$(PYTEST) -q -m "e2e and not slow" --durations=10 $(ARGS)
+
+test-all: export OMP_NUM_THREADS := 1
+test-all: venv
+	$(PYTEST) -q --durations=20 $(ARGS)
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml deploy/constraints-cpu.txt deploy/torchvision_cpu.py deploy/venv.sh
+	deploy/venv.sh $(VENV)
+	touch $@
