@@ -157,6 +157,8 @@ class RolloutGroup:
     verdicts: tuple[Verdict, ...] | None = None
     engine: str = ""
     """Name of the engine that generated it."""
+    generate_started: float = 0.0
+    """Unix time of admission in the engine."""
     generate_seconds: float = 0.0
     """Wall time from admission in the engine to the last token."""
     reward_seconds: float = 0.0
@@ -174,7 +176,9 @@ class RolloutFailure:
     reason: str
     engine: str = ""
     engine_dead: bool = False
-    """True: the engine behind it is gone, try another. False: this prompt is at fault, trying again is pointless."""
+    """The engine behind it is gone and must be started again."""
+    retryable: bool = False
+    """Another attempt may succeed (a timeout, say); False where the prompt itself is at fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,7 @@ class GroupSummary:
     prompt_length: int
     oldest_version: int
     """Minimum policy version over all trainable tokens; decides staleness. -1 for a failure."""
+    generate_started: float = 0.0
     generate_seconds: float = 0.0
     reward_seconds: float = 0.0
     engine: str = ""
@@ -213,6 +218,7 @@ class GroupSummary:
             finish_reasons=tuple(c.finish_reason for c in group.completions),
             prompt_length=len(group.prompt_token_ids),
             oldest_version=min(c.oldest_version for c in group.completions),
+            generate_started=group.generate_started,
             generate_seconds=group.generate_seconds,
             reward_seconds=group.reward_seconds,
             engine=group.engine,

@@ -1,0 +1,11 @@
+"""What can end a run early, in words for the user."""
+
+from __future__ import annotations
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; says what happened, where, and what to do."""
+
+
+class RunStopped(Exception):
+    """The user asked the run to stop (Ctrl-C, SIGTERM); its state is saved on the way out."""

@@ -1,0 +1,163 @@
+"""One record per step, written to `metrics.jsonl`, to Ray's metrics and, if wanted, to a Prometheus endpoint.
+
+    StepRecord ─▶ metrics.jsonl        (everything; what reports are made from)
+               ─▶ ray.util.metrics     (gauges `ray_saccade_*` on every node's metrics port)
+               ─▶ prometheus_client    (gauges `saccade_*` on the driver, if cluster.metrics_port is set)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import Gauge as PrometheusGauge
+from ray.util.metrics import Gauge as RayGauge
+
+from rollout.types import GroupSummary
+
+GAUGES = {
+    "reward": "mean reward of the step's scored completions",
+    "samples_per_second": "completions trained per second of wall time",
+    "tokens_per_second": "completion tokens trained per second of wall time",
+    "rollout_seconds": "seconds the driver waited for the step's groups",
+    "learn_seconds": "seconds of the learner's update",
+    "sync_seconds": "seconds from pause to resume of the weight synchronisation",
+    "driver_seconds": "seconds of the step in which nothing but the driver worked",
+    "staleness": "largest lag in policy versions of a trained token",
+    "kl": "mean k3 KL to the reference policy",
+    "mismatch_mean": "mean |log-probability difference| between engine and learner",
+    "mismatch_max": "largest |log-probability difference| between engine and learner",
+    "invalid_share": "share of completions without a score",
+    "completion_length": "mean completion length in tokens",
+    "grad_norm": "gradient norm before clipping",
+    "entropy": "mean token entropy",
+}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened in one optimizer step. Seconds are wall time in the driver; busy seconds are the actors' own."""
+
+    step: int
+    version: int
+    """Policy version after the step."""
+    reward: float
+    parts: Mapping[str, float]
+    """Mean score by reward name."""
+    groups: int
+    groups_without_signal: int
+    """Groups of no variance or fewer than two valid completions: they contribute nothing."""
+    samples: int
+    tokens: int
+    """Completion tokens."""
+    invalid: Mapping[str, int]
+    """Completions without a score, by reason."""
+    dropped: int
+    """Groups given up in this step."""
+    truncated_share: float
+    """Completions cut off at max_completion_length."""
+    completion_length: float
+    staleness: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    learner: Mapping[str, float]
+    """Means over trained tokens: kl, entropy, clip fraction, mismatch between engine and learner, ..."""
+    seconds: Mapping[str, float]
+    """rollout (waiting for groups), learn, sync, driver (the rest), total."""
+    busy: Mapping[str, float]
+    """Seconds of work per kind of actor: generate (union over groups, per engine), reward (sum over calls)."""
+
+
+def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
+    """Counts and means over the groups of one step; `parts` averages over scored completions only."""
+    rewards = [r for s in summaries for r, ok in zip(s.rewards, s.valid, strict=True) if ok]
+    lengths = [n for s in summaries for n in s.lengths]
+    reasons = [r for s in summaries for r in s.finish_reasons]
+    names = sorted({name for s in summaries for name in s.parts})
+    parts = {name: float(np.mean([v for s in summaries for v in s.parts.get(name, ())])) for name in names}
+    invalid: dict[str, int] = {}
+    for summary in summaries:
+        for reason in summary.invalid_reasons:
+            invalid[reason] = invalid.get(reason, 0) + 1
+    return {
+        "reward": float(np.mean(rewards)) if rewards else float("nan"),
+        "parts": parts,
+        "groups": len(summaries),
+        "samples": len(lengths),
+        "tokens": sum(lengths),
+        "invalid": invalid,
+        "truncated_share": reasons.count("length") / len(reasons) if reasons else 0.0,
+        "completion_length": float(np.mean(lengths)) if lengths else 0.0,
+    }
+
+
+@dataclass
+class MetricsLog:
+    """Writes records; every exporter sees the same numbers."""
+
+    directory: Path
+    port: int = 0
+    _gauges: dict[str, tuple[RayGauge, PrometheusGauge]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        registry = CollectorRegistry()
+        for name, description in GAUGES.items():
+            ray_gauge = RayGauge(f"saccade_{name}", description=description)
+            self._gauges[name] = (ray_gauge, PrometheusGauge(f"saccade_{name}", description, registry=registry))
+        if self.port:
+            start_http_server(self.port, registry=registry)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._file = (self.directory / "metrics.jsonl").open("a", buffering=1)
+
+    def step(self, record: StepRecord) -> None:
+        """Append the record and set every gauge."""
+        self._write({"kind": "step", **asdict(record)})
+        total = record.seconds["total"]
+        values = {
+            "reward": record.reward,
+            "samples_per_second": record.samples / total,
+            "tokens_per_second": record.tokens / total,
+            "rollout_seconds": record.seconds["rollout"],
+            "learn_seconds": record.seconds["learn"],
+            "sync_seconds": record.seconds["sync"],
+            "driver_seconds": record.seconds["driver"],
+            "staleness": record.staleness,
+            "invalid_share": sum(record.invalid.values()) / max(1, record.samples),
+            "completion_length": record.completion_length,
+            "grad_norm": record.grad_norm,
+            **{k: record.learner[k] for k in ("kl", "mismatch_mean", "mismatch_max", "entropy") if k in record.learner},
+        }
+        for name, value in values.items():
+            ray_gauge, prometheus_gauge = self._gauges[name]
+            ray_gauge.set(float(value))
+            prometheus_gauge.set(float(value))
+
+    def evaluation(self, step: int, results: Mapping[str, Any], seconds: float) -> None:
+        """Append one evaluation."""
+        self._write({"kind": "evaluation", "step": step, "seconds": seconds, "results": results})
+
+    def truncate_after(self, step: int) -> None:
+        """Forget records of steps later than `step`: a resumed run writes them again."""
+        path = self.directory / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        self._file.close()
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+
+
+def read_metrics(directory: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """Records of one kind (`step` or `evaluation`) of a run's `metrics.jsonl`."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
