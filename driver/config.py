@@ -98,6 +98,9 @@ class RunConfig(Section):
             )
         if self.cluster.device == "cpu" and self.weight_sync.backend == "nccl":
             found.append("weight_sync.backend=nccl needs GPUs, but cluster.device=cpu; use gloo (or auto)")
+        group_by = self.evaluation.group_by
+        if group_by is not None and group_by not in self.data.extra_columns:
+            found.append(f"evaluation.group_by={group_by!r} is not among data.extra_columns, so it is not read; add it")
         if not self.reward.functions:
             found.append("reward.functions is empty: nothing would be learned")
         return found

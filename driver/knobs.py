@@ -172,17 +172,17 @@ class WeightSyncConfig(Section):
     """Bytes gathered and sent at once."""
     timeout: float = Field(300.0, gt=0)
     """Deadline of every call of one synchronisation, in seconds."""
-    verify: bool = True
-    """Compare digests of the tensors sent and received, and check that every name was consumed."""
 
 
 class EvalConfig(Section):
     every: int = Field(0, ge=0)
-    """Steps between evaluations on data.eval; 0: only at start and end if data.eval is given."""
+    """Steps between evaluations on data.eval; 0: at the start and the end only."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature of evaluation; 0 is greedy."""
+    group_by: str | None = None
+    """Column (one of data.extra_columns) whose values are reported apart."""
     max_prompts: int | None = Field(None, ge=1)
-    """Held-out prompts used; default all."""
+    """Held-out prompts used of each file; default all."""
 
 
 class CheckpointConfig(Section):

@@ -1,0 +1,85 @@
+"""What a run shows while it goes: a live line with a bar on a terminal, one line per step elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from driver.metrics import StepRecord
+
+
+class Display(Protocol):
+    """Told what happens; prints as it likes."""
+
+    def phase(self, text: str) -> None:
+        """A phase outside the steps began (starting engines, evaluating, saving)."""
+
+    def step(self, record: StepRecord, total: int) -> None: ...
+
+    def evaluation(self, step: int, results: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def describe(record: StepRecord) -> str:
+    """The numbers to watch, in one line."""
+    seconds = record.seconds
+    parts = " ".join(f"{name} {value:.2f}" for name, value in record.parts.items())
+    shown = [f"reward {record.reward:.3f}", parts, f"length {record.completion_length:.1f}"]
+    shown += [f"{label} {record.learner[key]:.3f}" for label, key in (("kl", "kl"),) if key in record.learner]
+    shown.append(f"{record.samples / seconds['total']:.0f} samples/s")
+    timing = " ".join(f"{name} {seconds[name]:.2f}" for name in ("rollout", "learn", "sync"))
+    lost = sum(record.invalid.values())
+    shown.append(f"({timing} s)")
+    if lost or record.dropped:
+        shown.append(f"[{lost} completions without a score, {record.dropped} groups dropped]")
+    return "  ".join(shown)
+
+
+@dataclass
+class TerminalDisplay:
+    """Rich progress on a terminal; plain lines into a file."""
+
+    console: Console
+
+    def __post_init__(self) -> None:
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,
+        )
+
+    def phase(self, text: str) -> None:
+        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+
+    def step(self, record: StepRecord, total: int) -> None:
+        line = describe(record)
+        if not self.console.is_terminal:
+            self.console.print(f"step {record.step}/{total}  {line}", highlight=False, soft_wrap=True, markup=False)
+            return
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total, completed=record.step - 1)
+        self._progress.update(self._task, completed=record.step, description=line.replace("[", "\\["))
+
+    def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
+        for file, groups in results.items():
+            cells = "  ".join(
+                f"{group} " + " ".join(f"{k} {v:.3f}" for k, v in means.items() if k not in ("n", "failed", "reward"))
+                for group, means in groups.items()
+            )
+            self.console.print(f"step {step}  evaluation of {file}: {cells}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._progress.stop()
+            self._task = None
