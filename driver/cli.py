@@ -1,0 +1,144 @@
+"""The command line: `saccade demo | train | eval | config | data`, also as `python -m driver`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from driver.config import ConfigError, RunConfig, dump_config, iter_knobs, load_config
+from driver.errors import RunError
+
+app = typer.Typer(
+    name="saccade",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Reinforcement-learning post-training for vision-language models, on one CPU or on a Ray cluster.\n\n"
+    "Start with [bold]saccade demo[/bold]: it makes its own data and model and learns to see in minutes.",
+)
+errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; `saccade config` shows all its knobs.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Knobs to change, e.g. learner.lr=1e-6 rollout.engines=4", metavar="[section.name=value]..."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to join: host:port, ray://..., or 'auto'. Default: the one RAY_ADDRESS names, or the "
+                 "one a submitted job runs in; otherwise a local Ray is started for this run."),
+]  # fmt: skip
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in output_dir from its newest checkpoint.")] = False,
+    address: Address = None,
+) -> None:
+    """Train a model by the configuration file.
+
+    Example:  saccade train examples/shapes.yaml learner.lr=1e-3 rollout.num_generations=4
+
+    Ctrl-C finishes nothing half: the current state is saved as a checkpoint, every process ends, and --resume goes on.
+    """
+    from driver.display import TerminalDisplay
+    from driver.loop import train as run
+
+    result = run(load_config(config, overrides or []), resume=resume, address=address, display=TerminalDisplay(Console()))
+    if result.interrupted:
+        errors.print(f"stopped after step {result.steps}; continue with: saccade train {config} --resume")
+        raise typer.Exit(130)
+    Console().print(f"trained {result.steps} steps; model saved in {result.model_dir}")
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Model to evaluate instead of model.path (a saved one, say).")] = None,
+    address: Address = None,
+) -> None:
+    """Evaluate a model on data.eval: mean of every reward per file, and per value of evaluation.group_by.
+
+    Example:  saccade eval examples/shapes.yaml --model runs/shapes/model
+    """
+    from driver.display import TerminalDisplay
+    from driver.loop import evaluate as run
+
+    changes = list(overrides or []) + ([f"model.path={model}"] if model else [])
+    display = TerminalDisplay(errors)
+    results = run(load_config(config, changes), address=address, display=display)
+    typer.echo(json.dumps(results, indent=2))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="YAML file to resolve.", metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+    knobs: Annotated[bool, typer.Option(help="List every knob with its default and meaning instead.")] = False,
+) -> None:
+    """Print a configuration with every default filled in, or list all knobs.
+
+    Examples:  saccade config examples/shapes.yaml learner.lr=1e-3      saccade config --knobs
+    """
+    if knobs or config is None:
+        for name, info in iter_knobs():
+            default = "required" if info.is_required() else info.get_default(call_default_factory=True)
+            typer.echo(f"{name} = {default}\n    {' '.join((info.description or '').split())}")
+        return
+    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+
+
+@app.command()
+def data(
+    directory: Annotated[Path, typer.Argument(help="Folder to write the Parquet files to.")],
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    train_images: Annotated[int, typer.Option(help="Training images; each gives three questions.")] = 1536,
+    test_images: Annotated[int, typer.Option(help="Held-out images.")] = 96,
+) -> None:
+    """Make the shapes data set: images of coloured shapes with questions on colour, shape and count, as Parquet.
+
+    Example:  saccade data runs/shapes-data --seed 1
+    """
+    from driver.shapes import make_shapes
+
+    for path in make_shapes(directory, seed, train_images=train_images, test_images=test_images).values():
+        typer.echo(str(path))
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of data, model and training.")] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Folder of everything it makes.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the recipe's.")] = None,
+) -> None:
+    """Train a tiny vision-language model to see, end to end, on this machine's CPU, with nothing downloaded.
+
+    Makes the shapes data and a 0.7M-parameter Qwen2.5-VL, teaches it the answer format, then trains it with GRPO through
+    the full system: vLLM rollout, reward actors, a DeepSpeed learner, weight sync. Shows accuracy before and after.
+    """
+    from driver.demo import run_demo
+
+    run_demo(seed=seed, output_dir=output_dir, steps=steps, console=Console())
+
+
+def main() -> None:
+    """Entry point: errors that are for the user are printed as such, without a traceback."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app(standalone_mode=True)
+    except (ConfigError, RunError) as error:
+        errors.print(f"[bold red]saccade:[/bold red] {error}", highlight=False, soft_wrap=True, markup=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+__all__ = ["RunConfig", "main"]

@@ -1,0 +1,27 @@
+"""Wall time of the phases of a step; what is in no phase is the driver's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopwatch:
+    """Phases do not overlap; `seconds()` adds `driver` (all the rest) and `total`."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - begin
+
+    def seconds(self) -> dict[str, float]:
+        total = time.perf_counter() - self._start
+        return {**self._phases, "driver": total - sum(self._phases.values()), "total": total}
