@@ -161,7 +161,7 @@ def _qwen2_5_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
             "max_position_embeddings": sizes.max_positions,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10_000.0,
+                "rope_theta": 1_000_000.0,
                 "mrope_section": mrope_section(sizes.hidden // sizes.heads),
             },
             "bos_token_id": None,
