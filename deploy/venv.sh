@@ -4,8 +4,8 @@
 #     deploy/venv.sh [FOLDER]        FOLDER defaults to .venv
 #
 # PYTHON       interpreter to use; default: the first of python3.11, 3.12, 3.13 and python3 that is 3.11 or newer
-# TORCH_INDEX  extra package index to take the CPU build of torch from; default: PyTorch's own. If pip is configured
-#              with an index or a folder of wheels of your own, those are taken to have it, and the default is none.
+# TORCH_INDEX  package index to take the CPU build of torch from, which the Python Package Index does not have; default:
+#              PyTorch's own. Empty: pip's usual sources, the default where pip is configured with sources of your own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -25,7 +25,7 @@ find_python() {
     return 1
 }
 
-if [ ! -x "$venv/bin/python" ]; then
+if [ ! -x "$venv/bin/pip" ]; then
     python=$(find_python)
     echo "creating $venv with $("$python" --version)"
     "$python" -m venv "$venv"
@@ -33,14 +33,20 @@ fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 if [ -z "${TORCH_INDEX+set}" ]; then
-    if "${pip[@]}" config list | grep -Eq 'index-url|find-links'; then
-        TORCH_INDEX=
-    else
-        TORCH_INDEX=https://download.pytorch.org/whl/cpu
-    fi
+    case $("${pip[@]}" config list) in
+        *index-url* | *find-links*) TORCH_INDEX= ;;
+        *) TORCH_INDEX=https://download.pytorch.org/whl/cpu ;;
+    esac
 fi
 
 echo "installing the pinned versions into $venv (a few minutes and 4 GB the first time)"
-"${pip[@]}" install --quiet --editable '.[cpu,dev]' --constraint deploy/constraints-cpu.txt \
-    ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+if [ -n "$TORCH_INDEX" ]; then
+    "${pip[@]}" install --quiet --no-deps --index-url "$TORCH_INDEX" --constraint deploy/constraints-cpu.txt \
+        torch torchvision torchaudio || {
+        echo "error: no CPU build of torch from $TORCH_INDEX; name another index (make TORCH_INDEX=https://...)," \
+            "or make TORCH_INDEX= if pip's usual sources have it" >&2
+        exit 1
+    }
+fi
+"${pip[@]}" install --quiet --editable '.[cpu,dev]' --constraint deploy/constraints-cpu.txt
 "$venv/bin/python" deploy/torchvision_cpu.py

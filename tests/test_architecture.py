@@ -1,0 +1,289 @@
+"""The rules of docs/architecture.md, checked from the syntax trees: who may import whom, and how big things may get.
+
+The checker itself is tried on small synthetic violations first.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from driver.config import iter_knobs
+from driver.knobs import Section
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("rollout", "learner", "rewards", "weight_sync", "vlm", "driver", "deploy")
+OURS = (*ROOMS, "bench", "tests", "examples")
+
+# What of ours each room may import beyond itself. `bench` and `tests` may import everything.
+MAY_IMPORT = {
+    "rollout": ("rollout.types", "vlm", "weight_sync"),
+    "learner": ("rollout.types", "vlm", "weight_sync"),
+    "rewards": ("rollout.types",),
+    "vlm": ("rollout.types",),
+    "weight_sync": ("rollout.types",),
+    "driver": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
+    "deploy": (),
+    "examples": ("rollout.types", "rewards", "driver"),
+}
+# Where each heavy library may be imported, as glob patterns; elsewhere it would make a pure part slow and untestable.
+HEAVY = {
+    "ray": ("*/*actor.py", "learner/worker.py", "learner/group.py", "driver/*.py"),
+    "vllm": ("rollout/vllm_engine.py", "weight_sync/*.py"),
+    "deepspeed": ("learner/deepspeed_engine.py", "weight_sync/source.py"),
+}
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 70
+MAX_KNOBS = 80
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    typing_only: bool
+    """Under `if TYPE_CHECKING:`, never executed."""
+
+
+def find_imports(path: PurePosixPath, source: str) -> Iterator[Import]:
+    """Every import in a file, wherever it stands: in functions, relative, and by name through importlib."""
+    tree = ast.parse(source, str(path))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        for module in _modules(node, path):
+            yield Import(module, node.lineno, id(node) in typing_only)  # type: ignore[attr-defined]
+
+
+def _modules(node: ast.AST, path: PurePosixPath) -> list[str]:
+    """The modules that one node imports. `from rollout import types` counts as rollout.types."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = list(path.parts[: -node.level]) if node.level else []
+        module = ".".join([*base, *([node.module] if node.module else [])])
+        return [f"{module}.{alias.name}" for alias in node.names] if module in OURS else [module]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        "importlib.import_module",
+        "import_module",
+        "__import__",
+    ):
+        named = node.args[0] if node.args else None
+        return [named.value] if isinstance(named, ast.Constant) and isinstance(named.value, str) else []
+    return []
+
+
+def violations(path: PurePosixPath, source: str) -> list[str]:
+    """What a file of ours imports against the rules, one line each."""
+    room = path.parts[0]
+    if room in ("tests", "bench"):
+        return []
+    found = []
+    for item in find_imports(path, source):
+        top = item.module.split(".")[0]
+        where = f"{path}:{item.line}"
+        if top in OURS and not _allowed(path, room, item.module):
+            found.append(f"{where} imports {item.module}; {_permitted(path, room)}")
+        if top in HEAVY and not item.typing_only and not any(path.match(p) for p in HEAVY[top]):
+            found.append(f"{where} imports {top}, which belongs only in {', '.join(HEAVY[top])}")
+    return found
+
+
+def _allowed(path: PurePosixPath, room: str, module: str) -> bool:
+    if path == PurePosixPath("rollout/types.py"):
+        return False
+    return any(module == name or module.startswith(f"{name}.") for name in (room, *MAY_IMPORT[room]))
+
+
+def _permitted(path: PurePosixPath, room: str) -> str:
+    if path == PurePosixPath("rollout/types.py"):
+        return "rollout/types.py imports nothing of ours"
+    return f"{room} may import only {', '.join((room, *MAY_IMPORT[room]))}"
+
+
+def long_functions(source: str) -> list[tuple[str, int]]:
+    """Functions over the limit, with their length in lines."""
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    lengths = ((f.name, (f.end_lineno or f.lineno) - f.lineno + 1) for f in functions)
+    return [(name, lines) for name, lines in lengths if lines > MAX_FUNCTION_LINES]
+
+
+def source_files() -> list[tuple[PurePosixPath, str]]:
+    paths = sorted(p for folder in OURS for p in (ROOT / folder).rglob("*.py"))
+    return [(PurePosixPath(p.relative_to(ROOT)), p.read_text()) for p in paths]
+
+
+# --- the checker, on violations made for it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("rollout/types.py", "from vlm.batch import MultimodalBatch", "imports nothing of ours"),
+        ("rollout/types.py", "from rollout import engine", "imports nothing of ours"),
+        ("rollout/actor.py", "from learner.group import LearnerGroup", "rollout may import only"),
+        ("rollout/actor.py", "def f():\n    import rewards.base", "rollout/actor.py:2 imports rewards.base"),
+        ("learner/packing.py", "import rollout", "imports rollout;"),
+        ("learner/packing.py", "from rollout import prompts", "imports rollout.prompts"),
+        ("learner/packing.py", "from rollout.typesetting import x", "imports rollout.typesetting"),
+        ("learner/packing.py", "import importlib\nimportlib.import_module('driver.loop')", ":2 imports driver.loop"),
+        ("learner/sub/deep.py", "from ...rewards import base", "imports rewards.base"),
+        ("rewards/format.py", "from vlm import media", "rewards may import only"),
+        ("vlm/qwen_vl.py", "from weight_sync.sync import sync_weights", "vlm may import only"),
+        ("weight_sync/sync.py", "from learner.engine import TrainEngine", "weight_sync may import only"),
+        ("driver/loop.py", "from bench.timing import measure", "driver may import only"),
+        ("driver/loop.py", "from tests.conftest import local_ray", "driver may import only"),
+        ("deploy/torchvision_cpu.py", "import driver", "deploy may import only"),
+        (
+            "vlm/adapter.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from driver.config import RunConfig",
+            "vlm/adapter.py:3 imports driver.config",
+        ),
+        ("rollout/prompts.py", "import ray", "imports ray, which belongs only in"),
+        ("rollout/environment.py", "async def f():\n    from ray.util import metrics", ":2 imports ray"),
+        ("rollout/engine.py", "from vllm import AsyncLLM", "imports vllm, which belongs only in"),
+        ("driver/loop.py", "import vllm", "imports vllm, which belongs only in"),
+        ("driver/loop.py", "__import__('deepspeed')", "imports deepspeed, which belongs only in"),
+        ("learner/torch_engine.py", "import deepspeed", "imports deepspeed, which belongs only in"),
+        ("weight_sync/client.py", "import deepspeed", "imports deepspeed, which belongs only in"),
+        ("examples/my_reward.py", "from learner import losses", "examples may import only"),
+    ],
+)
+def test_the_checker_sees_a_violation(path: str, source: str, expected: str) -> None:
+    found = violations(PurePosixPath(path), source)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("rollout/types.py", "import numpy as np"),
+        (
+            "rollout/actor.py",
+            "import ray\nfrom rollout.types import Prompt\nfrom vlm.batch import x\nimport weight_sync.gloo",
+        ),
+        ("rollout/vllm_engine.py", "from vllm import AsyncLLM\nfrom . import engine"),
+        ("rewards/actor.py", "import ray\nfrom rollout import types\nfrom .base import ScoringRequest"),
+        ("learner/group.py", "import ray\nfrom learner.engine import TrainEngine"),
+        ("learner/deepspeed_engine.py", "def f():\n    import deepspeed"),
+        ("weight_sync/source.py", "import vllm, deepspeed"),
+        ("driver/placement.py", "import ray\nfrom learner.group import LearnerGroup"),
+        (
+            "learner/policy.py",
+            "import rayon\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed",
+        ),
+        ("bench/learner.py", "import ray, vllm, deepspeed, driver.loop"),
+        ("tests/test_x.py", "import ray, vllm, deepspeed, driver.loop"),
+    ],
+)
+def test_the_checker_accepts_what_is_allowed(path: str, source: str) -> None:
+    assert violations(PurePosixPath(path), source) == []
+
+
+def test_the_checker_measures_functions() -> None:
+    body = "\n".join(f"    x{i} = {i}" for i in range(MAX_FUNCTION_LINES - 1))
+    assert long_functions(f"def fits():\n{body}") == []
+    assert long_functions(f"class C:\n  async def long(self):\n{body}\n    y = 0") == [("long", MAX_FUNCTION_LINES + 1)]
+
+
+# --- the project ------------------------------------------------------------------------------------------------------
+
+
+def test_imports_follow_the_rules() -> None:
+    found = [line for path, source in source_files() for line in violations(path, source)]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_files_and_functions_stay_readable() -> None:
+    found = []
+    for path, source in source_files():
+        if path.parts[0] == "tests":
+            continue
+        lines = len(source.splitlines())
+        if lines > MAX_FILE_LINES:
+            found.append(f"{path} has {lines} lines, the limit is {MAX_FILE_LINES}: split it by what it does")
+        found += [
+            f"{path}: {name}() has {n} lines, the limit is {MAX_FUNCTION_LINES}" for name, n in long_functions(source)
+        ]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_what_crosses_processes_needs_only_numpy() -> None:
+    path = PurePosixPath("rollout/types.py")
+    tops = {i.module.split(".")[0] for i in find_imports(path, (ROOT / path).read_text())}
+    assert tops <= {*sys.stdlib_module_names, "numpy"}
+
+
+def test_rooms_are_plain_packages() -> None:
+    """Importing one module of a room must not drag in its neighbours through `__init__.py`."""
+    for room in set(ROOMS) - {"driver"}:
+        init = ROOT / room / "__init__.py"
+        assert init.is_file(), f"{room} is no package"
+        assert not list(find_imports(PurePosixPath(room, "__init__.py"), init.read_text())), f"{init} imports"
+
+
+PROBE = """
+import importlib, json, sys
+heavy, names = json.loads(sys.argv[1])
+found = {}
+for name in names:
+    importlib.import_module(name)
+    fresh = [h for h in heavy if h in sys.modules and h not in sum(found.values(), [])]
+    if fresh:
+        found[name] = fresh
+print(json.dumps(found))
+"""
+
+
+def brought_in(names: list[str], heavy: list[str]) -> dict[str, list[str]]:
+    """Import modules in a process of their own; returns which of them was the first to load a heavy library."""
+    command = [sys.executable, "-c", PROBE, json.dumps([heavy, names])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    found: dict[str, list[str]] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_pure_modules_load_without_ray_vllm_deepspeed() -> None:
+    """Not even through a third library: what is pure is tested in milliseconds and works where those are missing."""
+    pure = [
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        for path, _ in source_files()
+        if path.parts[0] in ROOMS
+        and not any(path.match(p) for patterns in HEAVY.values() for p in patterns)
+        and path.parts[0] != "deploy"  # scripts for the environment, not part of the program
+    ]
+    assert "rollout.types" in pure
+    assert brought_in(pure, list(HEAVY)) == {}
+
+
+def test_configuration_loads_without_torch() -> None:
+    """A wrong configuration is reported at once, not after torch, transformers or Ray have been imported."""
+    names = ["rollout.types", "rewards.base", "driver", "driver.config"]
+    assert brought_in(names, ["torch", "transformers", *HEAVY]) == {}
+
+
+def test_knobs_are_few_and_documented() -> None:
+    names = [name for name, _ in iter_knobs()]
+    assert len(names) <= MAX_KNOBS, f"{len(names)} knobs, the limit is {MAX_KNOBS}"
+    sections, todo = [], [Section]
+    while todo:
+        sections += (children := todo.pop().__subclasses__())
+        todo += children
+    undocumented = [f"{s.__name__}.{n}" for s in sections for n, f in s.model_fields.items() if not f.description]
+    bare = [n for n, f in iter_knobs() if not f.description and not n.count(".")]
+    assert not bare, f"knobs without a docstring: {bare}"
+    assert not [u for u in undocumented if not u.startswith("RunConfig.")], undocumented
