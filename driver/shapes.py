@@ -2,7 +2,7 @@
 
     make_shapes(directory, seed) ──▶ train.parquet  test.parquet  unseen.parquet  blank.parquet
 
-Each image shows one to four equal objects, one per cell of a 2 x 2 grid, on light grey. Questions ask for colour, shape,
+Each image shows one to four equal objects, one per cell of a 2 x 2 grid, on light grey. Questions ask for colour, shape
 or count. `test` holds new drawings of the combinations (colour, shape, count) that training has seen; `unseen` holds
 combinations that training never shows, though it shows each colour, shape and count; `blank` is `test` with the objects
 erased, the control for whatever can be guessed without looking.
