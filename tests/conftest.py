@@ -39,12 +39,10 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen2.5-VL with tokenizer, processor and chat template, in Hugging Face format. Read only."""
+    """A tiny random Qwen2.5-VL with a byte-level tokenizer, processor and chat template, in Hugging Face format."""
     from vlm.tiny import build_tiny
 
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    build_tiny(path)
-    return path
+    return build_tiny("qwen2_5_vl", tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
