@@ -1,0 +1,82 @@
+"""The control plane of one transfer group: vLLM's `VLLMWeightSyncClient` over engine handles, with deadlines.
+
+Differs from vLLM's own Ray client in two ways: independent engines get distinct ranks (its `rank_offset` is the same
+for all), and no call waits without a limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from itertools import accumulate
+from typing import Any, TypeVar
+
+from weight_sync.protocols import EngineHandle
+from weight_sync.verify import WeightReport, WeightSyncError
+
+T = TypeVar("T")
+
+
+def rank_offsets(workers: Sequence[int]) -> list[int]:
+    """First rank of each engine in the transfer group: rank 0 is the learner, engines follow one after another."""
+    return list(accumulate(workers, initial=1))[:-1]
+
+
+def await_all(phase: str, futures: Mapping[str, Future[T]], timeout: float) -> dict[str, T]:
+    """Results by engine name. Raises WeightSyncError at the first failure, or naming who was not done after `timeout`
+    seconds."""
+    done, pending = wait(futures.values(), timeout=timeout, return_when=FIRST_EXCEPTION)
+    failed = {name: future.exception() for name, future in futures.items() if future in done and future.exception()}
+    if failed:
+        reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed.items())
+        raise WeightSyncError(phase, tuple(failed), reasons)
+    if pending:
+        late = tuple(name for name, future in futures.items() if future in pending)
+        raise WeightSyncError(phase, late, f"no answer within {timeout:g} s")
+    return {name: future.result() for name, future in futures.items()}
+
+
+class WeightSyncClient:
+    """Drives all engines of a group side by side. Used by a trainer-side transport, on learner rank 0 only."""
+
+    def __init__(self, engines: Sequence[EngineHandle], timeout: float) -> None:
+        names = [engine.name for engine in engines]
+        if not engines or len(set(names)) != len(names):
+            raise ValueError(f"a transfer group needs engines with distinct names, got {names}")
+        self.engines, self.timeout = tuple(engines), timeout
+        self.offsets = rank_offsets([engine.workers for engine in engines])
+        self.world_size = 1 + sum(engine.workers for engine in engines)
+        self.reports: dict[str, WeightReport] = {}
+        """What each engine said of the last update."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let every worker of every engine join; `rank_offset` of `init_info` is replaced by the engine's own."""
+        offset = {engine.name: first for engine, first in zip(self.engines, self.offsets, strict=True)}
+        self._all(
+            "join the transfer group",
+            lambda engine: engine.init_weight_transfer({**init_info, "rank_offset": offset[engine.name]}),
+        )
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        """Nothing to do: an engine leaves its group when it joins the next."""
+
+    def start_weight_update(self) -> None:
+        """See that every engine is alive before a broadcast begins, which could wait for a dead one. The update itself
+        is started inside `update_weights`, in one call, so that a dying sender leaves no engine half-way open."""
+        self.reports = {}
+        self._all("answer before the transfer", lambda engine: engine.check_health())
+
+    def update_weights(self, update_info: Any) -> None:
+        """Receive in all engines; returns when all have finished, digested and processed the weights."""
+        self.reports = self._all("receive the weights", lambda engine: engine.receive_weights(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Nothing to do: the engines finished in `update_weights`; the version is committed after verification."""
+
+    def _all(self, phase: str, call: Callable[[EngineHandle], Future[T]]) -> dict[str, T]:
+        start = time.monotonic()
+        futures: dict[str, Future[T]] = {}
+        for engine in self.engines:
+            futures[engine.name] = call(engine)
+        return await_all(phase, futures, self.timeout - (time.monotonic() - start))

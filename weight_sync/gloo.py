@@ -1,0 +1,229 @@
+"""Broadcast of weights over gloo, for CPUs: the group, the bucket plan, and the learner's side.
+
+The engine's side is weight_sync/vllm_worker.py; both are registered there with vLLM's factories under "gloo". Nothing
+here imports vLLM, so that a learner process starts fast: `GlooTrainer` has the interface of vLLM's
+`TrainerWeightTransferEngine` without its base class.
+"""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weight_sync.client import WeightSyncClient
+from weight_sync.protocols import ParamMeta, WeightSource
+from weight_sync.verify import WeightSyncError
+
+ALIGNMENT = 16
+"""Bytes to which every tensor inside a bucket is aligned, so that it can be viewed in its dtype."""
+IN_FLIGHT = 2
+"""Buckets being sent while the next is gathered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Consecutive tensors `[start, stop)` of the metadata, packed into one buffer of `nbytes`."""
+
+    start: int
+    stop: int
+    nbytes: int
+    offsets: tuple[int, ...]
+
+
+def plan_buckets(metadata: Sequence[ParamMeta], bucket_bytes: int) -> list[Bucket]:
+    """Cut the metadata into buckets of at most `bucket_bytes`; a tensor larger than that has one of its own.
+
+    Both sides compute it from the same metadata, so that only buffers travel."""
+    buckets: list[Bucket] = []
+    offsets: list[int] = []
+    start, size = 0, 0
+    for index, meta in enumerate(metadata):
+        padded = -(-meta.nbytes // ALIGNMENT) * ALIGNMENT
+        if offsets and size + padded > bucket_bytes:
+            buckets.append(Bucket(start, index, size, tuple(offsets)))
+            start, offsets, size = index, [], 0
+        offsets.append(size)
+        size += padded
+    if offsets:
+        buckets.append(Bucket(start, len(metadata), size, tuple(offsets)))
+    return buckets
+
+
+def view_in(buffer: Tensor, offset: int, meta: ParamMeta) -> Tensor:
+    """The tensor described by `meta` at byte `offset` of a uint8 `buffer`, without a copy."""
+    return buffer[offset : offset + meta.nbytes].view(meta.dtype).view(meta.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- the group
+
+
+@dataclass(frozen=True, slots=True)
+class GlooInitInfo:
+    """What a worker needs to join: where the store is, and its rank's offset."""
+
+    host: str
+    port: int
+    prefix: str
+    rank_offset: int
+    world_size: int
+    bucket_bytes: int
+    timeout: float
+
+
+def open_store(host: str, timeout: float) -> dist.TCPStore:
+    """A key-value store of rank 0 on a port the system chooses (`store.port`)."""
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+
+
+def join_group(info: GlooInitInfo, rank: int, store: dist.TCPStore | None = None) -> dist.ProcessGroupGloo:
+    """Join as `rank`, outside torch's default group; blocks until all have joined or `info.timeout` is over."""
+    limit = timedelta(seconds=info.timeout)
+    if store is None:
+        store = dist.TCPStore(info.host, info.port, is_master=False, wait_for_workers=False, timeout=limit)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = limit
+    # Gloo's default is the interface of the host's name, often a loopback alias: take the one that reaches rank 0.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_address(info.host))]
+    return dist.ProcessGroupGloo(dist.PrefixStore(info.prefix, store), rank, info.world_size, options)
+
+
+def local_address(peer: str) -> str:
+    """This machine's address on the route to `peer`; connecting a UDP socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return probe.getsockname()[0]
+
+
+def broadcast(group: dist.ProcessGroupGloo, buffer: Tensor) -> dist.Work:
+    """Start a broadcast from rank 0. The work's `wait` raises when a peer is gone or the group's timeout is over."""
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    return group.broadcast([buffer], options)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------- learner side
+
+
+@dataclass(frozen=True)
+class GlooTrainerInitInfo:
+    backend: ClassVar[str] = "gloo"
+
+    host: str
+    """Address of rank 0 as the engines reach it."""
+    world_size: int
+    bucket_bytes: int
+    timeout: float
+    """Seconds: of joining, and of every broadcast."""
+    rank: int
+
+    @property
+    def is_sender(self) -> bool:
+        return self.rank == 0
+
+
+class GlooTrainer:
+    """Rank 0 broadcasts bucket by bucket; other learner ranks only take part in the source's gathers."""
+
+    def __init__(self, info: GlooTrainerInitInfo, client: WeightSyncClient, source: WeightSource) -> None:
+        self.info, self.client, self.source = info, client, source
+        self.group: dist.ProcessGroupGloo | None = None
+        self._store: dist.TCPStore | None = None
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: GlooTrainerInitInfo, *, client: WeightSyncClient, source: WeightSource
+    ) -> GlooTrainer:
+        """Form the group. A store and a prefix of its own every time: keys of a failed forming are never met again."""
+        trainer = cls(init_info, client, source)
+        if not init_info.is_sender:
+            return trainer
+        trainer._store = open_store(init_info.host, init_info.timeout)
+        info = GlooInitInfo(
+            host=init_info.host,
+            port=trainer._store.port,
+            prefix=f"weights-{uuid.uuid4().hex}",
+            rank_offset=1,
+            world_size=init_info.world_size,
+            bucket_bytes=init_info.bucket_bytes,
+            timeout=init_info.timeout,
+        )
+        executor = ThreadPoolExecutor(1, "weight-transfer")
+        joining = executor.submit(client.init_weight_transfer_engine, asdict(info))
+        executor.shutdown(wait=False)
+        try:
+            trainer.group = join_group(info, 0, trainer._store)
+        except RuntimeError as error:
+            raise _cause(joining, "join the transfer group", error) from error
+        joining.result()
+        return trainer
+
+    def send_weights(self) -> None:
+        if not self.info.is_sender:
+            for _ in self.source:
+                pass
+            return
+        metadata = self.source.metadata()
+        update_info = {
+            "names": [m.name for m in metadata],
+            "dtype_names": [str(m.dtype).removeprefix("torch.") for m in metadata],
+            "shapes": [list(m.shape) for m in metadata],
+        }
+        self.client.start_weight_update()
+        executor = ThreadPoolExecutor(1, "weight-transfer")
+        receiving = executor.submit(self.client.update_weights, update_info)
+        executor.shutdown(wait=False)
+        try:
+            self._broadcast(metadata, receiving)
+        except RuntimeError as error:
+            raise _cause(receiving, "receive the weights", error) from error
+        receiving.result()
+        self.client.finish_weight_update()
+
+    def _broadcast(self, metadata: list[ParamMeta], receiving: Future[None]) -> None:
+        assert self.group is not None
+        in_flight: deque[tuple[dist.Work, Tensor]] = deque()
+        tensors = iter(self.source)
+        for bucket in plan_buckets(metadata, self.info.bucket_bytes):
+            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+            for meta, offset in zip(metadata[bucket.start : bucket.stop], bucket.offsets, strict=True):
+                name, tensor = next(tensors)
+                if (name, tensor.dtype, tuple(tensor.shape)) != (meta.name, meta.dtype, meta.shape):
+                    raise ValueError(f"the weight source declared {meta} but yielded {name} {tensor.shape}")
+                view_in(buffer, offset, meta).copy_(tensor)
+            if receiving.done():
+                receiving.result()  # an engine gave up: its own error says more than the broadcast's
+            if len(in_flight) == IN_FLIGHT:
+                in_flight.popleft()[0].wait()
+            in_flight.append((broadcast(self.group, buffer), buffer))
+        for _ in tensors:
+            raise ValueError("the weight source yielded more tensors than it declared")
+        while in_flight:
+            in_flight.popleft()[0].wait()
+
+    def shutdown(self) -> None:
+        group, self.group, self._store = self.group, None, None
+        if group is not None:
+            group.abort()
+
+
+def _cause(call: Future[None], phase: str, error: RuntimeError) -> RuntimeError:
+    """The engines' own error if they have one: gloo only says that a connection closed or timed out."""
+    if isinstance(error, WeightSyncError):
+        return error
+    try:
+        call.result(timeout=5.0)
+    except WeightSyncError as from_engines:
+        return from_engines
+    except Exception as other:
+        return WeightSyncError(phase, (), f"{error}; engines: {type(other).__name__} {other}")
+    return WeightSyncError(phase, (), str(error))

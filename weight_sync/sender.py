@@ -1,0 +1,147 @@
+"""WeightSender: the learner's end of weight synchronisation, one object on every rank.
+
+rank 0    gather bucket ─▶ digest ─▶ broadcast ─▶ engines        (drives the engines through WeightSyncClient)
+rank 1..  gather bucket      (the collective only)
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from weight_sync.client import WeightSyncClient
+from weight_sync.protocols import EngineHandle, ParamMeta, TransferReport, WeightSource
+from weight_sync.verify import WeightSyncError, digest_text, hash_words
+
+
+class Transport(Protocol):
+    """vLLM's `TrainerWeightTransferEngine`, as far as it is used here."""
+
+    def send_weights(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+
+class WeightSender:
+    """Construct one per learner rank; then `form_group` and `send`, on every rank in the same order.
+
+    sender = WeightSender(source, backend="gloo", rank=rank, bucket_bytes=8 << 20, timeout=300.0, host=node_ip)
+    sender.form_group(engine_handles)     # again whenever an engine came, went or failed
+    report = sender.send()                # TransferReport on rank 0, None elsewhere
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        backend: str,
+        rank: int,
+        bucket_bytes: int = 8 * 2**20,
+        timeout: float = 300.0,
+        host: str = "127.0.0.1",
+        verify: bool = True,
+    ) -> None:
+        """`host` is this node's address as the engines reach it (used on rank 0). `timeout` in seconds bounds every
+        wait of `form_group` and `send`. Raises ValueError for an unknown `backend`."""
+        if backend not in TRANSPORTS:
+            raise ValueError(f"weight_sync.backend {backend!r} is unknown; known: {', '.join(sorted(TRANSPORTS))}")
+        self.source = DigestingSource(source, enabled=verify and rank == 0)
+        self.backend, self.rank, self.host = backend, rank, host
+        self.bucket_bytes, self.timeout = bucket_bytes, timeout
+        self._client: WeightSyncClient | None = None
+        self._transport: Transport | None = None
+
+    def form_group(self, engines: Sequence[EngineHandle]) -> None:
+        """Connect rank 0 with every worker of `engines`, on a fresh store; a former group is dropped first.
+
+        Raises WeightSyncError naming the engines that did not join within `timeout`."""
+        self.close()
+        self._client = WeightSyncClient(engines, self.timeout)
+        self._transport = TRANSPORTS[self.backend](self, self._client)
+
+    def send(self) -> TransferReport | None:
+        """Send one full set of weights to all engines of the group, which must be paused. Collective.
+
+        After an error the group is unusable: form it again. Raises WeightSyncError with phase and engines."""
+        if self._transport is None or self._client is None:
+            raise WeightSyncError("send", (), "no weight-transfer group was formed yet, or the last one failed")
+        start = time.perf_counter()
+        try:
+            self._transport.send_weights()
+        except BaseException:
+            self.close()
+            raise
+        if self.rank != 0:
+            return None
+        seconds = time.perf_counter() - start
+        nbytes = sum(meta.nbytes for meta in self.source.metadata())
+        return TransferReport(self.source.digests(), dict(self._client.reports), nbytes, seconds)
+
+    def close(self) -> None:
+        """Leave the group; safe to call again."""
+        transport, self._transport, self._client = self._transport, None, None
+        if transport is not None:
+            transport.shutdown()
+
+
+class DigestingSource:
+    """A source that remembers the digest of everything that passed through it in the last complete pass."""
+
+    def __init__(self, inner: WeightSource, enabled: bool) -> None:
+        self._inner, self._enabled = inner, enabled
+        self._hashes: dict[str, Tensor] = {}
+
+    def metadata(self) -> list[ParamMeta]:
+        return self._inner.metadata()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._hashes = {}
+        for name, tensor in self._inner:
+            if self._enabled:
+                self._hashes[name] = hash_words(tensor)  # stays on its device: a GPU is not waited for in between
+            yield name, tensor
+
+    def digests(self) -> dict[str, str]:
+        return {m.name: digest_text(m.dtype, m.shape, self._hashes[m.name]) for m in self.metadata() if self._enabled}
+
+
+def _gloo(sender: WeightSender, client: WeightSyncClient) -> Transport:
+    from weight_sync.gloo import GlooTrainer, GlooTrainerInitInfo
+
+    info = GlooTrainerInitInfo(
+        host=sender.host,
+        world_size=client.world_size,
+        bucket_bytes=sender.bucket_bytes,
+        timeout=sender.timeout,
+        rank=sender.rank,
+    )
+    return GlooTrainer.trainer_init(info, client=client, source=sender.source)
+
+
+def _nccl(sender: WeightSender, client: WeightSyncClient) -> Transport:
+    """vLLM's own NCCL engine. An NCCL broadcast to a dead peer never ends: the caller's deadline must end the rank."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    info = NCCLTrainerInitInfo(
+        master_address=sender.host,
+        master_port=free_port(),
+        world_size=client.world_size,
+        packed_buffer_size_bytes=sender.bucket_bytes,
+        rank=sender.rank,
+    )
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=sender.source)
+
+
+def free_port() -> int:
+    """A TCP port that is free now. vLLM's NCCL rendezvous takes a number, not a bound socket."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+TRANSPORTS: dict[str, Callable[[WeightSender, WeightSyncClient], Transport]] = {"gloo": _gloo, "nccl": _nccl}

@@ -1,0 +1,121 @@
+"""PolicySource: the learner's weights as the engines want them, gathered bucket by bucket.
+
+    parameters ──(peft prefixes stripped, tied head left out)──▶ entries ──buckets──▶ gather ─▶ (engine name, tensor)
+
+Never the whole model on one rank: what is gathered at a time is one bucket (or the largest single tensor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from weight_sync.protocols import ParamMeta
+
+PEFT_PREFIX = "base_model.model."
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of the wire: a parameter, or a base weight with the LoRA layer that changes it."""
+
+    name: str
+    weight: nn.Parameter
+    lora: Any = None
+    """peft's LoRA layer around it, or None."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        if self.lora is None:
+            return [self.weight]
+        return [self.weight, self.lora.lora_A[ADAPTER].weight, self.lora.lora_B[ADAPTER].weight]
+
+    @property
+    def meta(self) -> ParamMeta:
+        # Under ZeRO-3 a parameter outside its gather is an empty tensor; DeepSpeed keeps the full shape beside it.
+        shape = getattr(self.weight, "ds_shape", self.weight.shape)
+        return ParamMeta(self.name, self.weight.dtype, tuple(shape))
+
+    def tensor(self) -> Tensor:
+        """The full tensor; call while `parameters` are gathered. The merge is out of place: the base never changes."""
+        base = self.weight.detach()
+        if self.lora is None:
+            return base
+        a, b = (self.lora.lora_A[ADAPTER].weight.detach(), self.lora.lora_B[ADAPTER].weight.detach())
+        delta = self.lora.scaling[ADAPTER] * (b.float() @ a.float())
+        return (base.float() + (delta.T if self.lora.fan_in_fan_out else delta)).to(base.dtype)
+
+
+class PolicySource:
+    """A `WeightSource` over a (peft-wrapped, ZeRO-partitioned or plain) Hugging Face model."""
+
+    def __init__(
+        self, model: nn.Module, *, rename: Callable[[str], str] = lambda name: name, bucket_bytes: int = 8 * 2**20
+    ) -> None:
+        """`rename` maps a base parameter name to the engine's (`MultimodalAdapter.engine_weight_name`).
+
+        Raises ValueError for an adapter that cannot be merged into a linear layer (DoRA, LoRA on embeddings)."""
+        self._entries = [_Entry(rename(name), weight, lora) for name, weight, lora in _base_parameters(model)]
+        self._bucket_bytes = bucket_bytes
+        names = [entry.name for entry in self._entries]
+        if len(set(names)) != len(names):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            raise ValueError(f"two parameters have the same engine name: {', '.join(twice[:5])}")
+
+    def metadata(self) -> list[ParamMeta]:
+        return [entry.meta for entry in self._entries]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for bucket in self._buckets():
+            with gathered([p for entry in bucket for p in entry.parameters]):
+                for entry in bucket:
+                    yield entry.name, entry.tensor()
+
+    def _buckets(self) -> Iterator[list[_Entry]]:
+        bucket: list[_Entry] = []
+        size = 0
+        for entry in self._entries:
+            if bucket and size + entry.meta.nbytes > self._bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(entry)
+            size += entry.meta.nbytes
+        if bucket:
+            yield bucket
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Full values of ZeRO-3 parameters inside the context (collective); nothing to do for any others."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """`(base name, parameter, LoRA layer or None)` for each parameter of the base model. `named_parameters` gives a
+    tied weight once, under its first name, which is what the engine loads."""
+    adapted: dict[str, Any] = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    for name, module in adapted.items():
+        _check_mergeable(name, module)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, _, leaf = name.rpartition(".base_layer.")
+        lora = adapted.get(owner) if leaf == "weight" else None
+        base = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        yield base, parameter, lora
+
+
+def _check_mergeable(name: str, module: Any) -> None:
+    if not isinstance(module.base_layer, nn.Linear):
+        raise ValueError(f"{name}: only LoRA on linear layers can be sent to an engine, not {type(module).__name__}")
+    if list(module.lora_A) != [ADAPTER] or getattr(module, "use_dora", {}).get(ADAPTER, False):
+        raise ValueError(f"{name}: only a single plain LoRA adapter can be merged, not {list(module.lora_A)} or DoRA")

@@ -1,0 +1,128 @@
+"""Did every engine receive, and use, exactly what the learner sent? Digests of wire tensors, and load coverage.
+
+learner: name ──▶ digest of what went onto the wire ─┐
+engine:  name ──▶ digest of what came off it ────────┴─▶ mismatches; plus names no layer took, layers nothing reached
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK_WORDS = 65536
+CHAIN = 6364136223846793005
+"""Odd multiplier that chains the sums of chunks."""
+ROWS_PER_STEP = 256
+"""Chunks summed at once on an accelerator; on CPU one at a time, which stays in the cache."""
+
+
+class WeightSyncError(RuntimeError):
+    """A synchronisation that did not complete: which phase, which engines (none: the learner), and why."""
+
+    def __init__(self, phase: str, engines: Sequence[str], reason: str) -> None:
+        super().__init__(phase, tuple(engines), reason)
+        self.phase, self.engines, self.reason = phase, tuple(engines), reason
+
+    def __str__(self) -> str:
+        where = f" at {', '.join(self.engines)}" if self.engines else ""
+        return f"weight sync failed while it had to {self.phase}{where}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReport:
+    """What one engine says about one update it received. Plain data, so that it crosses processes as it is."""
+
+    digests: Mapping[str, str]
+    """Wire name -> digest, of every tensor that arrived, equal on all workers of the engine."""
+    unconsumed: tuple[str, ...] = ()
+    """Wire names that arrived and no parameter of the engine's model took."""
+    uncovered: tuple[str, ...] = ()
+    """Modules of the engine's model of which some weight elements were not written."""
+
+
+@lru_cache(maxsize=8)
+def _multipliers(device: torch.device) -> Tensor:
+    """int64 `[CHUNK_WORDS]`, fixed odd pseudo-random numbers, the same on every machine."""
+    raw = np.random.PCG64(20).random_raw(CHUNK_WORDS).view(np.int64) | 1
+    return torch.from_numpy(raw).to(device)
+
+
+def hash_words(tensor: Tensor) -> Tensor:
+    """64-bit multilinear hash of the tensor's bytes, as an int64 scalar on its own device (no synchronisation).
+
+    A sum of 32-bit words times fixed random 64-bit numbers, modulo 2**64, is strongly universal (Lemire and Kaser,
+    "Strongly universal string hashing is fast", 2014); sums of chunks are chained with an odd multiplier. It is integer
+    arithmetic, hence the same on CPU and GPU, and runs near memory speed where sha256 would be the slowest part.
+    """
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = data.numel() // 4 * 4
+    words = data[:whole].clone().view(torch.int32) if data.storage_offset() % 4 else data[:whole].view(torch.int32)
+    tail = torch.zeros(4, dtype=torch.uint8, device=data.device)
+    tail[: data.numel() - whole] = data[whole:]
+    multipliers = _multipliers(data.device)
+    full = words.numel() // CHUNK_WORDS * CHUNK_WORDS
+    rows = words[:full].view(-1, CHUNK_WORDS)
+    step = 1 if data.device.type == "cpu" else ROWS_PER_STEP
+    sums = [(block * multipliers).sum(1) for block in rows.split(step)]
+    rest = torch.cat([words[full:], tail.view(torch.int32)]) if full < words.numel() else tail.view(torch.int32)
+    sums.append((rest * multipliers[: rest.numel()]).sum().view(1) + data.numel())
+    chain = torch.full_like(torch.cat(sums), CHAIN)
+    chain[0] = 1
+    return (torch.cat(sums) * chain.cumprod(0)).sum()
+
+
+def digest_text(dtype: torch.dtype, shape: Sequence[int], words: Tensor) -> str:
+    """The digest as compared: dtype, shape and the hash of the content in hex."""
+    sizes = "x".join(map(str, shape))
+    return f"{str(dtype).removeprefix('torch.')}[{sizes}]:{int(words) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Digest of dtype, shape and content. Equal tensors have equal digests on any device."""
+    return digest_text(tensor.dtype, tensor.shape, hash_words(tensor))
+
+
+def merge_worker_reports(reports: Sequence[WeightReport]) -> WeightReport:
+    """One report for an engine of several workers (tensor parallel ranks): every worker must have received the same.
+
+    Raises WeightSyncError naming the first names on which workers differ."""
+    first = reports[0]
+    for rank, other in enumerate(reports[1:], start=1):
+        problems = mismatches(first.digests, other.digests)
+        if problems:
+            raise WeightSyncError("receive", (), f"worker {rank} and worker 0 received different bytes: {problems}")
+    return WeightReport(
+        first.digests,
+        tuple(sorted({n for r in reports for n in r.unconsumed})),
+        tuple(sorted({n for r in reports for n in r.uncovered})),
+    )
+
+
+def mismatches(sent: Mapping[str, str], received: Mapping[str, str], limit: int = 5) -> str:
+    """What differs between two name -> digest maps, at most `limit` names of each kind; empty if nothing."""
+    missing = [n for n in sent if n not in received]
+    unknown = [n for n in received if n not in sent]
+    changed = [f"{n} (sent {d}, received {received[n]})" for n, d in sent.items() if n in received and received[n] != d]
+    kinds = (("never arrived", missing), ("never sent", unknown), ("differ", changed))
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:limit])}{' ...' if len(names) > limit else ''}"
+        for kind, names in kinds
+        if names
+    )
+
+
+def problems_of(sent: Mapping[str, str], report: WeightReport, limit: int = 5) -> str:
+    """Everything wrong with one engine's report, in words; empty if it holds exactly the weights that were sent."""
+    found = [text for text in [mismatches(sent, report.digests, limit)] if text]
+    for names, meaning in (
+        (report.unconsumed, "sent tensors that no parameter of the engine took (engine_weight_name of the adapter?)"),
+        (report.uncovered, "modules of the engine that kept old weight elements (a parameter that was not sent?)"),
+    ):
+        if names:
+            found.append(f"{len(names)} {meaning}: {', '.join(names[:limit])}{' ...' if len(names) > limit else ''}")
+    return "; ".join(found)
