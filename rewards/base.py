@@ -34,6 +34,6 @@ class ScoringRequest:
 
 
 class RewardFunction(Protocol):
-    """Returns exactly one verdict per completion, in order. It may raise: the actor turns that into K error verdicts."""
+    """Returns exactly one verdict per completion, in order. It may raise: that becomes K `error` verdicts."""
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]: ...

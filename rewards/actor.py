@@ -1,0 +1,94 @@
+"""RewardActor: a thin Ray shell around a RewardWorker.
+
+    group_ref ──▶ score ──▶ (RolloutGroup with verdicts, GroupSummary)
+
+Two return values, so that the learner is handed a reference to the first while the driver reads only the second:
+
+    actor = ray.remote(RewardActor).options(num_cpus=0.5).remote(config.reward.functions, config.reward.timeout)
+    group_ref, summary_ref = actor.score.remote(rollout_ref)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import ray
+
+from rewards.base import ScoringRequest
+from rewards.registry import RewardSpec
+from rewards.worker import RewardWorker
+from rollout.types import GroupSummary, Media, RolloutFailure, RolloutGroup, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInfo:
+    """What a reward actor has done so far."""
+
+    groups: int
+    statuses: Mapping[str, int]
+    """Verdicts by status."""
+    restarts: int
+    """Times the child process was replaced after a time-out or its death."""
+    seconds: float
+    """Time spent scoring."""
+    child_pid: int
+
+
+class RewardActor:
+    """Scores one group at a time (leave `max_concurrency` at 1); more actors score more groups at once."""
+
+    def __init__(self, specs: Sequence[RewardSpec], timeout: float) -> None:
+        """Returns when the rewards are loaded and warm.
+
+        Args:
+            timeout: seconds that one call on one group may take.
+        Raises:
+            RewardSetupError: they cannot be loaded.
+        """
+        self._worker = RewardWorker(specs, timeout)
+        self._timeout = timeout
+        self._statuses: Counter[str] = Counter()
+        self._groups = 0
+        self._seconds = 0.0
+
+    @ray.method(num_returns=2)
+    def score(self, group: RolloutGroup | RolloutFailure) -> tuple[RolloutGroup | RolloutFailure, GroupSummary]:
+        """The group with its K verdicts, and its summary. A failure passes through."""
+        if isinstance(group, RolloutFailure):
+            return group, GroupSummary.of_failure(group)
+        start = time.perf_counter()
+        verdicts = self._verdicts(group)
+        seconds = time.perf_counter() - start
+        self._groups += 1
+        self._seconds += seconds
+        self._statuses.update(verdict.status for verdict in verdicts)
+        scored = replace(group, verdicts=verdicts, reward_seconds=seconds)
+        return scored, GroupSummary.of(scored)
+
+    def info(self) -> RewardInfo:
+        worker = self._worker
+        return RewardInfo(self._groups, dict(self._statuses), worker.restarts, self._seconds, worker.pid)
+
+    def shutdown(self) -> None:
+        """Ends the child process; score nothing afterwards."""
+        self._worker.close()
+
+    def _verdicts(self, group: RolloutGroup) -> tuple[Verdict, ...]:
+        request = ScoringRequest.of(group)
+        if not self._worker.needs_media:
+            return self._worker.score(replace(request, media=(), raw=()))
+        try:
+            media = tuple(self._fetch(item) for item in request.media)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            reason = f"the prompt's media could not be fetched: {type(error).__name__}: {error}"[:500]
+            return (Verdict("error", reason=reason),) * len(request.completions)
+        return self._worker.score(replace(request, media=media))
+
+    def _fetch(self, media: Media) -> Media:
+        """With its bytes in place of a reference to them: the child process is no part of the Ray cluster."""
+        if not isinstance(media.data, ray.ObjectRef):
+            return media
+        return replace(media, data=ray.get(media.data, timeout=self._timeout))

@@ -1,0 +1,92 @@
+"""Names of rewards, and the one place where configured rewards become a function.
+
+problems = check_rewards(config.reward.functions)      in the driver, before anything starts
+score = build_rewards(config.reward.functions)         in the worker: ScoringRequest -> K Verdicts
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from rewards.accuracy import AccuracyReward
+from rewards.base import RewardFunction
+from rewards.compose import Composite, Term, compose
+from rewards.format import FormatReward
+from rewards.user import RewardSetupError, load_user_reward
+
+REWARDS: dict[str, Callable[..., RewardFunction]] = {
+    "format": FormatReward,
+    "accuracy": AccuracyReward,
+}
+"""Shipped rewards: name -> factory, which takes the options as keyword arguments."""
+
+
+class RewardSpec(Protocol):
+    """What one entry of `reward.functions` in the configuration says."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+def load_reward(
+    name: str, options: Mapping[str, Any] | None = None, columns: Collection[str] | None = None
+) -> RewardFunction:
+    """A shipped reward by its name, or a user's by `package.module:function` or `path/file.py:function`.
+
+    Args:
+        columns: further data columns that the run will have (`data.extra_columns`); None: not checked.
+    Raises:
+        RewardSetupError: saying what is wrong with it and what to do.
+    """
+    options = options or {}
+    if ":" in name:
+        return load_user_reward(name, options, columns)
+    factory = REWARDS.get(name)
+    if factory is None:
+        close = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise RewardSetupError(
+            f"unknown reward {name!r}; {hint}Shipped: {', '.join(sorted(REWARDS))}. "
+            "Your own: package.module:function or path/file.py:function"
+        )
+    try:
+        inspect.signature(factory).bind(**options)
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise RewardSetupError(f"options of reward {name!r}: {error}") from error
+
+
+def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None = None) -> list[str]:
+    """All that is wrong with the configured rewards, one line each; imports users' modules."""
+    problems = []
+    names = [spec.name for spec in specs]
+    problems += [f"reward {n!r} is listed {names.count(n)} times" for n in dict.fromkeys(names) if names.count(n) > 1]
+    for spec in specs:
+        if not math.isfinite(spec.weight):
+            problems.append(f"weight of reward {spec.name!r} is {spec.weight}; it must be a finite number")
+        try:
+            load_reward(spec.name, spec.options, columns)
+        except RewardSetupError as error:
+            problems.append(str(error))
+    if not any(spec.weight for spec in specs):
+        problems.append("no reward has a weight other than 0: nothing would be learned")
+    return problems
+
+
+def build_rewards(specs: Sequence[RewardSpec]) -> Composite:
+    """The weighted sum of the configured rewards.
+
+    Raises:
+        RewardSetupError: with all problems.
+    """
+    if problems := check_rewards(specs):
+        raise RewardSetupError("; ".join(problems))
+    return compose([Term(spec.name, spec.weight, load_reward(spec.name, spec.options)) for spec in specs])

@@ -1,0 +1,198 @@
+"""Rewards of your own: found by name, checked before a run starts, called with data columns as keyword arguments.
+
+    def brevity(completions, answer=None, max_words=50, **columns):        # package.module:brevity, or file.py:brevity
+        return [1.0 if len(text.split()) <= max_words else 0.0 for text in completions]
+
+A function with a parameter `request` (or annotated `ScoringRequest`) is called with that instead and returns Verdicts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from rewards.base import RewardFunction, ScoringRequest
+from rollout.types import Verdict
+
+_GIVEN = ("completions", "prompts", "answer")
+"""Keyword arguments that every function may ask for; the rest are data columns."""
+
+
+class RewardSetupError(ValueError):
+    """A reward that cannot be used as configured: what is wrong and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnReward:
+    """Calls `function(completions=[...K], prompts=[...K], answer=[...K], <column>=[...K], **options)`, each argument
+    only if the function takes it. It returns K numbers, None where a completion cannot be scored."""
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
+        count = len(request.completions)
+        rows = {**request.columns, "prompts": request.prompt, "answer": request.answer}
+        arguments = {name: [value] * count for name, value in rows.items()}
+        arguments["completions"] = list(request.completions)
+        parameters = inspect.signature(self.function).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            arguments = {name: value for name, value in arguments.items() if name in parameters}
+        result = _finish(self.function(**{**arguments, **self.options}))
+        if hasattr(result, "tolist"):  # numpy and torch
+            result = result.tolist()
+        if isinstance(result, str | Mapping) or not isinstance(result, Sequence):
+            raise TypeError(f"a reward function returns a list of {count} numbers, not a {type(result).__name__}")
+        return [as_verdict(value) for value in result]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReward:
+    """Calls `function(request, **options)`, which returns K Verdicts and may look at images and token ids."""
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+    needs_media: bool = True
+
+    def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
+        return list(_finish(self.function(request, **self.options)))
+
+
+def _finish(result: Any) -> Any:
+    return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
+
+
+async def _await(result: Any) -> Any:
+    return await result
+
+
+def as_verdict(value: Any) -> Verdict:
+    """A number is a score, None is `unscorable`; anything else, NaN and infinity included, is an `error`."""
+    if value is None:
+        return Verdict("unscorable", reason="the reward function returned None")
+    if not isinstance(value, Real):
+        return Verdict("error", reason=f"returned {value!r:.80} of type {type(value).__name__}, not a number")
+    score = float(value)
+    if not math.isfinite(score):
+        return Verdict("error", reason=f"returned {score}, not a finite number")
+    return Verdict.scored(score)
+
+
+def load_user_reward(
+    name: str, options: Mapping[str, Any], known_columns: Collection[str] | None = None
+) -> RewardFunction:
+    """The reward `package.module:function` or `path/file.py:function`.
+
+    Args:
+        options: constant keyword arguments of every call.
+        known_columns: data columns that will be there; None if not known here.
+    Raises:
+        RewardSetupError: not importable, not a function, or with a signature that cannot be called.
+    """
+    function = _find(name)
+    if inspect.isclass(function) or not callable(function):
+        raise RewardSetupError(f"{name} is {_kind(function)}; name a function")
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise RewardSetupError(f"{name} has no signature that can be read: wrap it in a function ({error})") from error
+    _check_options(name, options, parameters)
+    first = next(iter(parameters.values()), None)
+    if first and (first.name == "request" or first.annotation in (ScoringRequest, "ScoringRequest")):
+        given: set[str] | None = {first.name}
+        reward: RewardFunction = RequestReward(function, dict(options))
+    else:
+        if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise RewardSetupError(
+                f"{name}{inspect.signature(function)} takes neither `completions` nor `request`; write "
+                "def reward(completions, answer, **columns) -> list[float | None]"
+            )
+        given = None if known_columns is None else {*_GIVEN, *known_columns}
+        reward = ColumnReward(function, dict(options))
+    _check_required(name, parameters, options, given)
+    return reward
+
+
+def _kind(thing: Any) -> str:
+    return "a class" if inspect.isclass(thing) else f"a {type(thing).__name__}"
+
+
+def _check_options(name: str, options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    if unknown := sorted(set(options) - set(parameters)):
+        raise RewardSetupError(
+            f"{name} takes no option {', '.join(unknown)}; it takes {', '.join(parameters) or 'none'}"
+        )
+
+
+def _check_required(
+    name: str, parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any], given: set[str] | None
+) -> None:
+    """Every parameter without a default must come from `given` (None: from anywhere) or from the options."""
+    for position, parameter in enumerate(parameters.values()):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        is_request = position == 0 and given == {parameter.name}
+        if parameter.kind is parameter.POSITIONAL_ONLY and not is_request:
+            raise RewardSetupError(f"{name}: parameter `{parameter.name}` is positional-only; arguments come by name")
+        required = parameter.default is parameter.empty and parameter.name not in options
+        if required and given is not None and parameter.name not in given:
+            raise RewardSetupError(
+                f"{name} needs `{parameter.name}`, which is no data column known to the run; add it to "
+                f"data.extra_columns, give it in the reward's options, or give it a default"
+            )
+
+
+def _find(name: str) -> Any:
+    source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        raise RewardSetupError(f"{name!r} must read package.module:function or path/file.py:function")
+    try:
+        module = _import_file(source) if source.endswith(".py") else importlib.import_module(source)
+    except RewardSetupError:
+        raise
+    except (Exception, SystemExit) as error:  # foreign code runs at import
+        raise RewardSetupError(f"{name}: importing {source} failed: {type(error).__name__}: {error}") from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        raise RewardSetupError(
+            f"{name}: {source} has no {attribute!r}; its functions: {', '.join(functions) or 'none'}"
+        ) from None
+
+
+def _import_file(source: str) -> Any:
+    """Imports a file once. A relative path is looked for in the working directory, then along `sys.path`, since a
+    worker on another node finds the project under another directory. Its folder joins the end of `sys.path`."""
+    places = [Path(source)] if Path(source).is_absolute() else [Path(p or ".") / source for p in ("", *sys.path)]
+    path = next((place.resolve() for place in places if place.is_file()), None)
+    if path is None:
+        raise RewardSetupError(f"no file {source} in {Path.cwd()} or on the import path")
+    module_name = f"reward_file_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise RewardSetupError(f"{path} is no Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # before it runs: dataclasses look themselves up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module

@@ -1,0 +1,159 @@
+"""RewardWorker: runs rewards in a process of their own, under a time limit, and survives whatever they do.
+
+score(request) ──▶ child, which is ready in advance
+    answers in time     K verdicts
+    is silent           killed with all its process group: K `timeout` verdicts; the next child starts at once
+    dies                K `error` verdicts with exit status or signal; the next child starts at once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+from rewards.base import ScoringRequest
+from rewards.channel import Channel
+from rewards.child import PlainSpec
+from rewards.registry import RewardSpec
+from rewards.user import RewardSetupError
+from rollout.types import Verdict
+
+START_TIMEOUT = 120.0
+"""Seconds that importing rewards and warming them up may take."""
+_EXIT_TIMEOUT = 10.0
+"""Seconds the kernel may take to end a process, writing its core included."""
+_BOOT = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from rewards.child import serve
+serve(int(sys.argv[2]), int(sys.argv[3]))
+"""
+
+
+class RewardWorker:
+    """Scores one request at a time. Use it from one thread, one that lives as long as the worker: the kernel takes
+    the end of the thread that started the child for the end of its parent."""
+
+    def __init__(self, specs: Iterable[RewardSpec], timeout: float, start_timeout: float = START_TIMEOUT) -> None:
+        """Starts the first child and waits until it is ready.
+
+        Raises:
+            RewardSetupError: the rewards cannot be loaded; says why.
+        """
+        self._specs = [PlainSpec(s.name, s.weight, dict(s.options)) for s in specs]
+        self._timeout = timeout
+        self._start_timeout = start_timeout
+        self.needs_media = False
+        """Whether a reward looks at images or raw completions; otherwise they need not be sent."""
+        self.restarts = 0
+        self._process, self._channel = self._spawn()
+        try:
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Process id of the present child."""
+        return self._process.pid
+
+    def score(self, request: ScoringRequest) -> tuple[Verdict, ...]:
+        """K verdicts, within the time limit of one call (and the start of a new child after a failure)."""
+        count = len(request.completions)
+        try:
+            self._await_ready()
+        except RewardSetupError as error:
+            self._restart()
+            return (Verdict("error", reason=str(error)),) * count
+        deadline = time.monotonic() + self._timeout
+        try:
+            self._channel.send(request, deadline)
+            return tuple(self._channel.receive(deadline))
+        except TimeoutError:
+            self._restart()
+            reason = f"the rewards took longer than {self._timeout:g} s for the group; their process was killed"
+            return (Verdict("timeout", reason=reason),) * count
+        except (EOFError, ConnectionError):
+            reason = f"the reward process {self._end(grace=_EXIT_TIMEOUT)} while it scored the group"
+            self._restart()
+            return (Verdict("error", reason=reason),) * count
+        except BaseException:  # interrupted: the pending answer must not be taken for the next group's
+            self._restart()
+            raise
+
+    def close(self) -> None:
+        """Ends the child."""
+        self._end()
+
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], Channel]:
+        """Starts a child without waiting for it. Not a fork: this process may have threads, which a fork loses while
+        it keeps their locks."""
+        ours, theirs = socket.socketpair()
+        arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, *arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # its own process group, so that what it started can be killed with it
+            )
+        self._ready, self._running = False, True
+        return process, Channel(ours)
+
+    def _await_ready(self) -> None:
+        if self._ready:
+            return
+        deadline = time.monotonic() + self._start_timeout
+        try:
+            self._channel.send(self._specs, deadline)
+            status, detail = self._channel.receive(deadline)
+        except TimeoutError:
+            raise RewardSetupError(
+                f"the reward process was not ready after {self._start_timeout:g} s; what do its modules do at import?"
+            ) from None
+        except (EOFError, ConnectionError):
+            reason = f"the reward process {self._end(grace=_EXIT_TIMEOUT)} while it loaded the rewards"
+            raise RewardSetupError(reason) from None
+        if status != "ready":
+            raise RewardSetupError(f"the reward process could not load the rewards: {detail}")
+        self.needs_media = detail
+        self._ready = True
+
+    def _restart(self) -> None:
+        """Another child in place of this one; it gets ready while the caller goes on."""
+        self._end()
+        self.restarts += 1
+        self._process, self._channel = self._spawn()
+
+    def _end(self, grace: float = 0.0) -> str:
+        """Kills the child and all it started, unless done already; says how it had ended if it did so within `grace`
+        seconds by itself."""
+        if not self._running:
+            return "was ended"
+        self._running = False
+        self._channel.close()
+        if grace:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace)
+        status = _describe_exit(self._process.returncode)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(_EXIT_TIMEOUT)
+        return status
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None:
+        return "closed its connection"
+    if code >= 0:
+        return f"ended with exit status {code}"
+    hint = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"
