@@ -87,6 +87,11 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split()})
 
 
+def completion(kind: str, answer: str) -> str:
+    """A completion of the wanted format, as the word-level tokenizer spells it."""
+    return f"<think> {THOUGHTS[kind]} </think> <answer> {answer} </answer>"
+
+
 def combinations() -> list[Combination]:
     """All 96: colour x shape x count."""
     return [Combination(*values) for values in product(COLORS, SHAPES, COUNTS)]

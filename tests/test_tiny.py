@@ -1,0 +1,130 @@
+"""The tiny models load like any other, count image tokens as the processor does, and really see their pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from driver import shapes
+from vlm.adapter import MultimodalAdapter
+from vlm.registry import ADAPTERS, load_adapter
+from vlm.tiny import ANSWER_TAGS, TINY, TinySizes, build_tiny
+
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color are the shapes ?"}]}]
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(request.param, tmp_path_factory.mktemp("tiny"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def adapter(directory: Path) -> MultimodalAdapter:
+    return load_adapter(str(directory))
+
+
+@pytest.fixture(scope="module")
+def words_adapter(tmp_path_factory: pytest.TempPathFactory) -> MultimodalAdapter:
+    path = build_tiny("qwen2_5_vl", tmp_path_factory.mktemp("words"), words=shapes.vocabulary())
+    return load_adapter(str(path))
+
+
+def test_every_tiny_family_has_an_adapter() -> None:
+    assert set(TINY) <= set(ADAPTERS)
+
+
+def test_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'nosuch'.*qwen2_5_vl"):
+        build_tiny("nosuch", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_small_float32_and_reproducible(directory: Path, tmp_path: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    assert model.dtype == torch.float32
+    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 1e6
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    again = build_tiny(model.config.model_type, tmp_path / "again", seed=1)
+    assert torch.equal(torch.rand(3), expected), "building a model must leave the caller's random state alone"
+    other = build_tiny(model.config.model_type, tmp_path / "other", seed=2)
+    weights = (directory / "model.safetensors").read_bytes()
+    assert weights == (again / "model.safetensors").read_bytes()
+    assert weights != (other / "model.safetensors").read_bytes()
+
+
+def test_end_of_turn_ends_a_completion_everywhere(directory: Path, adapter: MultimodalAdapter) -> None:
+    end = adapter.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    assert adapter.stop_token_ids == (end,)
+    assert model.generation_config.eos_token_id == end
+    assert model.config.get_text_config().eos_token_id == end
+    assert adapter.tokenizer.pad_token_id not in adapter.stop_token_ids
+
+
+def test_the_smallest_image_takes_four_tokens(adapter: MultimodalAdapter) -> None:
+    encoded = adapter.encode(adapter.render(QUESTION), [Image.new("RGB", (56, 56))])
+    assert encoded.input_ids.tolist().count(adapter.image_token_id) == 4
+
+
+@settings(max_examples=25)
+@given(sizes=st.lists(st.tuples(st.integers(20, 500), st.integers(20, 500)), max_size=3))
+def test_length_is_known_from_image_sizes_alone(adapter: MultimodalAdapter, sizes: list[tuple[int, int]]) -> None:
+    content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": "what do you see?"}]
+    text = adapter.render([{"role": "user", "content": content}])
+    encoded = adapter.encode(text, [Image.new("RGB", (width, height)) for height, width in sizes])
+    assert adapter.expanded_length(adapter.tokenize(text), sizes) == len(encoded.input_ids)
+
+
+@torch.no_grad()
+def test_changed_pixels_move_the_next_token(directory: Path, adapter: MultimodalAdapter) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    text = adapter.render(QUESTION)
+
+    def logprobs(color: tuple[int, int, int]) -> torch.Tensor:
+        encoded = adapter.encode(text, [Image.new("RGB", (56, 56), color)])
+        ids = encoded.input_ids[None]
+        inputs = {**encoded.extra_model_kwargs, **adapter.token_inputs(ids)}
+        return model(input_ids=ids, pixel_values=encoded.pixel_values, **inputs).logits[0, -1].log_softmax(-1)
+
+    red, blue = logprobs((220, 30, 30)), logprobs((40, 60, 220))
+    assert torch.equal(red, logprobs((220, 30, 30)))
+    assert (red - blue).abs().max() > 0.1
+
+
+@given(text=st.text(max_size=40))
+def test_bytes_spell_any_text(adapter: MultimodalAdapter, text: str) -> None:
+    assert adapter.tokenizer.decode(adapter.tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_words_spell_every_text_of_the_demo(words_adapter: MultimodalAdapter) -> None:
+    tokenizer = words_adapter.tokenizer
+    for kind, answers in shapes.ANSWERS.items():
+        completions = [shapes.completion(kind, answer) for answer in answers]
+        for text in [*shapes.QUESTIONS[kind], *completions]:
+            ids = words_adapter.tokenize(text)
+            assert tokenizer.unk_token_id not in ids and "<unk>" not in tokenizer.decode(ids)
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            assert len(ids) == len(text.split())
+    rendered = words_adapter.render([{"role": "system", "content": "look"}, *QUESTION])
+    assert "<unk>" not in tokenizer.decode(words_adapter.tokenize(rendered))
+
+
+def test_answer_tags_are_ordinary_tokens(adapter: MultimodalAdapter, words_adapter: MultimodalAdapter) -> None:
+    for tokenizer in (adapter.tokenizer, words_adapter.tokenizer):
+        ids = tokenizer("".join(ANSWER_TAGS), add_special_tokens=False)["input_ids"]
+        assert len(ids) == 4
+        assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_widths_divide_for_tensor_parallelism() -> None:
+    sizes = TinySizes()
+    for heads in (sizes.heads, sizes.kv_heads, sizes.vision_heads):
+        assert heads % 2 == 0
