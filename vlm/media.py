@@ -7,11 +7,22 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What is decoded. Pillow knows more, some of which start other programs (EPS runs Ghostscript): those stay shut."""
+
+# Our own limits stand in front of Pillow's, whose lower one only warns; its upper one (twice as high) still refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class MediaError(ValueError):
     """An image that cannot be used; says why."""
+
+
+class MediaTooLargeError(MediaError):
+    """An image over the limits on bytes or pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +33,13 @@ class ImageLimits:
     max_pixels: int = 50_000_000
     """Width x height of the decoded image."""
 
+    def check_bytes(self, size: int) -> None:
+        """Raises MediaTooLargeError for an encoded image of `size` bytes that is over the limit."""
+        if size > self.max_bytes:
+            raise MediaTooLargeError(
+                f"image has {size:,} bytes, the limit is {self.max_bytes:,} (data.max_image_bytes)"
+            )
+
 
 def digest(data: bytes) -> str:
     """The identity of a media item: sha256 of its encoded bytes."""
@@ -30,17 +48,11 @@ def digest(data: bytes) -> str:
 
 def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     """Decode once under `limits` and return `(width, height)` as `open_image` will show it. Raises MediaError."""
-    if len(data) > limits.max_bytes:
-        raise MediaError(f"image has {len(data):,} bytes, the limit is {limits.max_bytes:,} (data.max_image_bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"not a readable image: {error}") from error
+    limits.check_bytes(len(data))
+    with _open(data) as image:  # the header alone: no pixel is decoded yet
+        width, height = image.size
     if width * height > limits.max_pixels:
-        raise MediaError(
+        raise MediaTooLargeError(
             f"image of {width} x {height} = {width * height:,} pixels, the limit is {limits.max_pixels:,} "
             "(data.max_image_pixels)"
         )
@@ -48,20 +60,42 @@ def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode to RGB: EXIF rotation applied, transparency laid over white, palettes and CMYK converted.
+    """Decode to RGB: EXIF rotation applied, transparency laid over white, 16-bit grey scaled to 8 bits, palettes and
+    CMYK converted, the first frame of an animation.
 
     Engine and learner both go through here, so that both see the same pixels. Raises MediaError.
     """
+    image = _open(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(canvas, rgba)
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except MediaError:
+        raise
+    except Exception as error:  # as in _open
         raise MediaError(f"not a readable image: {error}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header. Raises MediaError."""
+    try:
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise MediaTooLargeError(str(error)) from error
+    except Exception as error:
+        # Bytes that others made: Pillow's parsers answer damage with almost any exception (OSError, SyntaxError,
+        # struct.error, KeyError, ...), and each of them means the same here.
+        raise MediaError(f"not a readable image ({', '.join(IMAGE_FORMATS)}): {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded image of any mode. Raises MediaError for modes whose white point is not defined."""
+    if image.mode in ("I", "F"):
+        raise MediaError(f"32-bit pixels (mode {image.mode}) have no defined range; store the image with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255, which turns nearly every 16-bit image white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    return image.convert("RGB")

@@ -1,0 +1,240 @@
+"""Rows of Parquet and JSONL files -> Prompts: endless, shuffled by seed and epoch, resumable to the row.
+
+    files ──▶ rows.RowStore ──▶ order.EpochOrder ──▶ prompt_builder.PromptBuilder ──▶ Prompt
+                                  ▲ (epoch, position)          └─▶ refused: file, row, reason; counted, capped
+
+Row numbers count from 0 everywhere; in JSONL row n is line n.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rollout.order import EpochOrder
+from rollout.prompt_builder import PromptBuilder
+from rollout.rows import DataError, RowRefusedError, RowStore
+from rollout.types import Prompt, PromptRef
+
+if TYPE_CHECKING:
+    from vlm.adapter import MultimodalAdapter
+
+__all__ = ["SYSTEM_PROMPTS", "DataError", "DataOptions", "DataReport", "PromptSource", "Refusal"]
+
+SYSTEM_PROMPTS: Mapping[str, str] = {
+    "think_answer": (
+        "Look at what is shown and asked. First think it through inside <think> </think>, then give the final answer, "
+        "and nothing else, inside <answer> </answer>."
+    ),
+}
+"""Shipped system prompts, selected by the word."""
+
+MIN_ROWS_FOR_SHARE = 1000
+"""The refused share is judged as if at least this many rows had been seen (or all rows of smaller data)."""
+REFUSALS_KEPT = 10
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which files, which columns, under which limits."""
+
+    files: tuple[str, ...]
+    """Parquet and JSONL files, or glob patterns of them."""
+    prompt_column: str = "prompt"
+    """A text, or a list of chat messages {role, content}; content is a text or a list of text and image parts."""
+    image_column: str | None = "image"
+    """An image or a list of images: bytes, {bytes, path}, or a path relative to the data file. None: text only."""
+    answer_column: str | None = "answer"
+    """The expected answer; a row without one is refused. None: rewards need no answer."""
+    extra_columns: tuple[str, ...] = ()
+    """Further columns, handed to rewards untouched."""
+    system_prompt: str | None = None
+    """Put before every prompt that has no system message; a key of SYSTEM_PROMPTS stands for its text."""
+    shuffle: bool = True
+    seed: int = 0
+    """Seed of the shuffle."""
+    max_prompt_length: int = 4096
+    """In tokens, images expanded."""
+    max_images: int = 8
+    """Images of one prompt."""
+    max_image_bytes: int = 20 * 2**20
+    max_image_pixels: int = 50_000_000
+    max_refused_share: float = 0.01
+    """Share of rows that may be refused before DataError."""
+    window_bytes: int = 256 * 2**20
+    """Memory for rows: what one shuffle window holds and the block cache keeps."""
+
+    @property
+    def system_text(self) -> str | None:
+        return None if self.system_prompt is None else SYSTEM_PROMPTS.get(self.system_prompt, self.system_prompt)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        named = (self.prompt_column, self.image_column, self.answer_column, *self.extra_columns)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One row that was not used, and why."""
+
+    file: str
+    row: int
+    kind: str
+    """A few fixed words, to count by."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file} row {self.row}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a source has seen since it was made. Rows read in several epochs count each time."""
+
+    rows: int
+    """Rows of the data set, over all files."""
+    seen: int
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """Refused rows by kind."""
+    first_refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def refused_total(self) -> int:
+        return sum(self.refused.values())
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.refused.items(), key=lambda item: -item[1]))
+        return f"{self.refused_total} of {self.seen} rows refused" + (f": {kinds}" if kinds else "")
+
+
+class PromptSource:
+    """Prompts of a data set, endlessly: `take(n)` moves a cursor that `state()` saves and `load_state()` restores."""
+
+    def __init__(self, options: DataOptions, adapter: MultimodalAdapter) -> None:
+        """Reads the files' indexes. Raises DataError with all missing files and columns at once."""
+        self.options = options
+        self._store = RowStore(options.files, options.columns, options.window_bytes)
+        self._builder = PromptBuilder(options, adapter)
+        blocks = self._store.blocks
+        self._order = EpochOrder(
+            [b.rows for b in blocks],
+            [b.nbytes for b in blocks],
+            seed=options.seed,
+            shuffle=options.shuffle,
+            window_bytes=options.window_bytes,
+        )
+        self._epoch = self._position = 0
+        self._seen = 0
+        self._refused: Counter[str] = Counter()
+        self._refusals: list[Refusal] = []
+
+    def __len__(self) -> int:
+        """Rows, refused ones included."""
+        return len(self._store)
+
+    # ------------------------------------------------------------------ reading
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next `n` prompts; refused rows are passed over. Raises DataError when too many are refused."""
+        return [self._next() for _ in range(n)]
+
+    def _next(self) -> Prompt:
+        for _ in range(len(self)):
+            self._check_refused()
+            epoch, row = self._epoch, self._order.row(self._epoch, self._position)
+            prompt = self._try(row, epoch)
+            self._position += 1
+            if self._position == len(self):
+                self._epoch, self._position = self._epoch + 1, 0
+            if prompt is not None:
+                return prompt
+        raise DataError(f"no usable row in a whole epoch of {len(self)}. {self._refusals_text()}")
+
+    def one_epoch(self, limit: int | None = None) -> Iterator[Prompt]:
+        """The usable rows of epoch 0, at most `limit` of them, without moving the cursor."""
+        found = 0
+        for position in range(len(self)):
+            if found == limit:
+                return
+            prompt = self._try(self._order.row(0, position), 0)
+            self._check_refused()
+            if prompt is not None:
+                yield prompt
+                found += 1
+        if not found:
+            raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
+
+    def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
+        """The same prompts again, by row, in the order given: after a resume, or when their media were lost.
+
+        Raises DataError when a row is not what it was: these prompts were usable once, so the data have changed."""
+        return [self._build(ref) for ref in refs]
+
+    def _build(self, ref: PromptRef) -> Prompt:
+        if ref.uid != self._store.uid(ref.row):
+            raise DataError(f"row {ref.row} is {self._store.uid(ref.row)}, not {ref.uid}: other files than before?")
+        try:
+            return self._build_row(ref)
+        except RowRefusedError as error:
+            raise DataError(f"{ref} cannot be read again: {error.reason}; have the files changed?") from error
+
+    def _try(self, row: int, epoch: int) -> Prompt | None:
+        self._seen += 1
+        try:
+            return self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))
+        except RowRefusedError as error:
+            self._refused[error.kind] += 1
+            if len(self._refusals) < REFUSALS_KEPT:
+                file, within = self._store.locate(row)
+                self._refusals.append(Refusal(str(self._store.files[file].path), within, error.kind, error.reason))
+            return None
+
+    def _build_row(self, ref: PromptRef) -> Prompt:
+        file, _ = self._store.locate(ref.row)
+        return self._builder.build(self._store.read(ref.row), ref, self._store.files[file].path.parent)
+
+    # ------------------------------------------------------------------ refusals
+
+    def report(self) -> DataReport:
+        return DataReport(len(self), self._seen, dict(self._refused), tuple(self._refusals))
+
+    def _check_refused(self) -> None:
+        share = self.options.max_refused_share
+        counted = max(self._seen, min(len(self), MIN_ROWS_FOR_SHARE))
+        if self._refused.total() > share * counted:
+            raise DataError(
+                f"more than {share:.2%} of the rows refused (data.max_refused_share). {self._refusals_text()}"
+            )
+
+    def _refusals_text(self) -> str:
+        return "\n  - ".join([f"{self.report()}. The first:", *map(str, self._refusals)])
+
+    # ------------------------------------------------------------------ cursor
+
+    def state(self) -> dict[str, Any]:
+        """Where `take` goes on: plain JSON values, with what the order depends on."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Raises DataError when this source has another order of rows."""
+        identity = self._identity()
+        differing = [key for key in identity if state.get(key) != identity[key]]
+        if differing:
+            lines = [f"{key}: {state.get(key)!r} then, {identity[key]!r} now" for key in differing]
+            raise DataError(
+                "\n  - ".join(["the saved position belongs to other data or another order of them:", *lines])
+            )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+    def _identity(self) -> dict[str, Any]:
+        files = [list(pair) for pair in zip(self._store.names, self._store.rows_of_files, strict=True)]
+        options = self.options
+        return {
+            "files": files,
+            "seed": options.seed,
+            "shuffle": options.shuffle,
+            "order": self._order.fingerprint(),
+        }
