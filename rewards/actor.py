@@ -5,6 +5,7 @@
 Two return values, so that the learner is handed a reference to the first while the driver reads only the second:
 
     actor = ray.remote(RewardActor).options(num_cpus=0.5).remote(config.reward.functions, config.reward.timeout)
+    ray.get(actor.start.remote())
     group_ref, summary_ref = actor.score.remote(rollout_ref)
 """
 
@@ -41,18 +42,20 @@ class RewardActor:
     """Scores one group at a time (leave `max_concurrency` at 1); more actors score more groups at once."""
 
     def __init__(self, specs: Sequence[RewardSpec], timeout: float) -> None:
-        """Returns when the rewards are loaded and warm.
-
-        Args:
-            timeout: seconds that one call on one group may take.
-        Raises:
-            RewardSetupError: they cannot be loaded.
-        """
+        """Begins to load the rewards. `timeout`: seconds that one call on one group may take."""
         self._worker = RewardWorker(specs, timeout)
         self._timeout = timeout
         self._statuses: Counter[str] = Counter()
         self._groups = 0
         self._seconds = 0.0
+
+    def start(self) -> None:
+        """Returns when the rewards are loaded and warm.
+
+        Raises:
+            RewardSetupError: they cannot be loaded; says why.
+        """
+        self._worker.start()
 
     @ray.method(num_returns=2)
     def score(self, group: RolloutGroup | RolloutFailure) -> tuple[RolloutGroup | RolloutFailure, GroupSummary]:

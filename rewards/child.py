@@ -12,23 +12,12 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass
-from typing import Any
 
 from rewards.channel import Channel
 from rewards.compose import describe
 from rewards.registry import build_rewards
 
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True)
-class PlainSpec:
-    """A reward's configuration as it goes to the child: without the configuration library."""
-
-    name: str
-    weight: float
-    options: dict[str, Any]
 
 
 def serve(descriptor: int, parent: int) -> None:

@@ -10,7 +10,8 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction
@@ -25,15 +26,13 @@ REWARDS: dict[str, Callable[..., RewardFunction]] = {
 """Shipped rewards: name -> factory, which takes the options as keyword arguments."""
 
 
-class RewardSpec(Protocol):
-    """What one entry of `reward.functions` in the configuration says."""
+@dataclass(frozen=True, slots=True)
+class RewardSpec:
+    """One reward as configured."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def options(self) -> Mapping[str, Any]: ...
+    name: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_reward(

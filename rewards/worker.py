@@ -16,17 +16,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from rewards.base import ScoringRequest
 from rewards.channel import Channel
-from rewards.child import PlainSpec
 from rewards.registry import RewardSpec
 from rewards.user import RewardSetupError
 from rollout.types import Verdict
 
 START_TIMEOUT = 120.0
-"""Seconds that importing rewards and warming them up may take."""
 _EXIT_TIMEOUT = 10.0
 """Seconds the kernel may take to end a process, writing its core included."""
 _BOOT = """
@@ -41,22 +39,30 @@ class RewardWorker:
     """Scores one request at a time. Use it from one thread, one that lives as long as the worker: the kernel takes
     the end of the thread that started the child for the end of its parent."""
 
-    def __init__(self, specs: Iterable[RewardSpec], timeout: float, start_timeout: float = START_TIMEOUT) -> None:
-        """Starts the first child and waits until it is ready.
+    def __init__(self, specs: Sequence[RewardSpec], timeout: float, start_timeout: float = START_TIMEOUT) -> None:
+        """Starts the first child, without waiting for it.
 
-        Raises:
-            RewardSetupError: the rewards cannot be loaded; says why.
+        Args:
+            timeout: seconds that one call on one group may take.
+            start_timeout: seconds that importing the rewards and warming them up may take.
         """
-        self._specs = [PlainSpec(s.name, s.weight, dict(s.options)) for s in specs]
+        self._specs = tuple(specs)
         self._timeout = timeout
         self._start_timeout = start_timeout
         self.needs_media = False
         """Whether a reward looks at images or raw completions; otherwise they need not be sent."""
         self.restarts = 0
         self._process, self._channel = self._spawn()
+
+    def start(self) -> None:
+        """Waits until the child is ready.
+
+        Raises:
+            RewardSetupError: it cannot load the rewards; says why.
+        """
         try:
             self._await_ready()
-        except BaseException:
+        except RewardSetupError:
             self.close()
             raise
 
