@@ -1,4 +1,4 @@
-"""`python -m driver train CONFIG`: the command line without an installed `saccade` script, as in a submitted Ray job."""
+"""`python -m driver ...`: the command line where no `saccade` script is installed, as in a submitted Ray job."""
 
 from driver.cli import main
 

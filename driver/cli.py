@@ -32,9 +32,11 @@ Overrides = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to join: host:port, ray://..., or 'auto'. Default: the one RAY_ADDRESS names, or the "
-                 "one a submitted job runs in; otherwise a local Ray is started for this run."),
-]  # fmt: skip
+    typer.Option(
+        help="Ray cluster to join: host:port or 'auto'. Default: the one that RAY_ADDRESS names, as in a submitted "
+        "job; otherwise a local Ray is started for this run."
+    ),
+]
 
 
 @app.command()
@@ -53,7 +55,9 @@ def train(
     from driver.display import TerminalDisplay
     from driver.loop import train as run
 
-    result = run(load_config(config, overrides or []), resume=resume, address=address, display=TerminalDisplay(Console()))
+    result = run(
+        load_config(config, overrides or []), resume=resume, address=address, display=TerminalDisplay(Console())
+    )
     if result.interrupted:
         errors.print(f"stopped after step {result.steps}; continue with: saccade train {config} --resume")
         raise typer.Exit(130)
@@ -64,7 +68,7 @@ def train(
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option(help="Model to evaluate instead of model.path (a saved one, say).")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to evaluate in place of model.path.")] = None,
     address: Address = None,
 ) -> None:
     """Evaluate a model on data.eval: mean of every reward per file, and per value of evaluation.group_by.
@@ -98,20 +102,39 @@ def show_config(
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
-@app.command()
-def data(
+data = typer.Typer(no_args_is_help=True, help="Check a data set, or make the shapes one.")
+app.add_typer(data, name="data")
+
+
+@data.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int | None, typer.Option(help="Stop after so many rows of each file set; default all.")] = None,
+) -> None:
+    """Read data.train and data.eval as a run would, and list the rows it would refuse, with the reason.
+
+    Example:  saccade data check mine.yaml --rows 1000
+    """
+    from driver.preflight import check_data
+
+    if not check_data(load_config(config, overrides or []), rows, Console()):
+        raise typer.Exit(1)
+
+
+@data.command()
+def shapes(
     directory: Annotated[Path, typer.Argument(help="Folder to write the Parquet files to.")],
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
-    train_images: Annotated[int, typer.Option(help="Training images; each gives three questions.")] = 1536,
-    test_images: Annotated[int, typer.Option(help="Held-out images.")] = 96,
 ) -> None:
     """Make the shapes data set: images of coloured shapes with questions on colour, shape and count, as Parquet.
 
-    Example:  saccade data runs/shapes-data --seed 1
+    Example:  saccade data shapes runs/shapes-data --seed 1
     """
     from driver.shapes import make_shapes
 
-    for path in make_shapes(directory, seed, train_images=train_images, test_images=test_images).values():
+    make_shapes(directory, seed=seed)
+    for path in sorted(directory.glob("*.parquet")):
         typer.echo(str(path))
 
 
@@ -123,8 +146,9 @@ def demo(
 ) -> None:
     """Train a tiny vision-language model to see, end to end, on this machine's CPU, with nothing downloaded.
 
-    Makes the shapes data and a 0.7M-parameter Qwen2.5-VL, teaches it the answer format, then trains it with GRPO through
-    the full system: vLLM rollout, reward actors, a DeepSpeed learner, weight sync. Shows accuracy before and after.
+    Makes the shapes data and a 0.7M-parameter Qwen2.5-VL, teaches it the answer format, then trains it with GRPO
+    through the full system: vLLM rollout, reward actors, a DeepSpeed learner, weight sync. Shows accuracy before and
+    after.
     """
     from driver.demo import run_demo
 

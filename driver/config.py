@@ -134,6 +134,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(tree: Mapping[str, Any], source: str = "the configuration", found: Sequence[str] = ()) -> RunConfig:
     """Validate a nested dictionary; `found` are problems already known, reported with the rest. Raises ConfigError."""
     problems = list(found)
+    config: RunConfig | None = None
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """Evaluation: greedy completions of held-out prompts through the same engines and rewards as training.
 
-    results[file][group][reward name] = mean over scored completions      (group: value of evaluation.group_by, or "all")
+results[file][group][reward name] = mean over scored completions      (group: by evaluation.group_by)
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Evaluator:
         for i, prompt in enumerate(self.prompts):
             seed = draw_seed(run_seed, prompt.ref.uid, prompt.ref.epoch)
             group = self.engines[i % len(self.engines)].generate.remote(prompt, replace(self.sampling, seed=seed))
-            scorer = self.rewards[i % len(self.rewards)].score.options(num_returns=2)
-            pending[scorer.remote(group)[1]] = prompt
+            _, summary = self.rewards[i % len(self.rewards)].score.remote(group)
+            pending[summary] = prompt
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=min(len(pending), 64), timeout=self.timeout)
             if not ready:
@@ -60,7 +60,8 @@ def summarise(scored: Iterable[tuple[Prompt, GroupSummary]], group_by: str | Non
 
 
 def _means(summaries: Sequence[GroupSummary]) -> dict[str, float]:
-    values: dict[str, list[float]] = {"reward": [r for s in summaries for r, ok in zip(s.rewards, s.valid) if ok]}
+    rewards = [r for s in summaries for r, ok in zip(s.rewards, s.valid, strict=True) if ok]
+    values: dict[str, list[float]] = {"reward": rewards}
     for summary in summaries:
         for name, scores in summary.parts.items():
             values.setdefault(name, []).extend(scores)

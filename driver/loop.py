@@ -13,7 +13,6 @@ and training alternate, strictly on-policy.
 
 from __future__ import annotations
 
-
 from driver.config import RunConfig
 from driver.display import Display
 from driver.errors import RunStopped

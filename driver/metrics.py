@@ -1,8 +1,8 @@
 """One record per step, written to `metrics.jsonl`, to Ray's metrics and, if wanted, to a Prometheus endpoint.
 
-    StepRecord ─▶ metrics.jsonl        (everything; what reports are made from)
-               ─▶ ray.util.metrics     (gauges `ray_saccade_*` on every node's metrics port)
-               ─▶ prometheus_client    (gauges `saccade_*` on the driver, if cluster.metrics_port is set)
+StepRecord ─▶ metrics.jsonl        (everything; what reports are made from)
+           ─▶ ray.util.metrics     (gauges `ray_saccade_*` on every node's metrics port)
+           ─▶ prometheus_client    (gauges `saccade_*` on the driver, if cluster.metrics_port is set)
 """
 
 from __future__ import annotations

@@ -64,19 +64,19 @@ def choose_device(config: RunConfig) -> Device:
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
-def demands(config: RunConfig, device: Device) -> list[Demand]:
-    """Everything that must be placed. On GPUs an engine takes tensor_parallel_size of them in one node, a rank one."""
+def demands(config: RunConfig, device: Device, *, training: bool = True) -> list[Demand]:
+    """Everything that must be placed, without the learner if nothing is trained.
+
+    On GPUs an engine takes `tensor_parallel_size` of them in one node, a learner rank takes one."""
     gpus = device == "cuda"
     tp = config.rollout.tensor_parallel_size
     rollout = {"CPU": config.rollout.cpus, **({"GPU": float(tp)} if gpus else {}), **config.cluster.rollout_resources}
     learner = {"CPU": config.learner.cpus, **({"GPU": 1.0} if gpus else {}), **config.cluster.learner_resources}
     reward = {"CPU": config.reward.cpus, **config.cluster.reward_resources}
     engines = [Demand(f"rollout-{i}", rollout, 1, "STRICT_PACK") for i in range(config.rollout.engines)]
-    return [
-        *engines,
-        Demand("learner", learner, config.learner.ranks, "PACK"),
-        Demand("reward", reward, config.reward.actors, "SPREAD"),
-    ]
+    rewards = Demand("reward", reward, config.reward.actors, "SPREAD")
+    learners = [Demand("learner", learner, config.learner.ranks, "PACK")] if training else []
+    return [*engines, *learners, rewards]
 
 
 def logical_cpus(config: RunConfig) -> int:
@@ -85,11 +85,11 @@ def logical_cpus(config: RunConfig) -> int:
     return int(wanted) + 1
 
 
-def place(config: RunConfig) -> Placement:
+def place(config: RunConfig, *, training: bool = True) -> Placement:
     """Create all placement groups and wait until they are met. Raises PlacementError."""
     device = choose_device(config)
     placement = Placement(device)
-    wanted = demands(config, device)
+    wanted = demands(config, device, training=training)
     # A bundle of nothing cannot be placed; an actor that asks for nothing still needs one.
     bundles = {d.role: {k: v for k, v in d.resources.items() if v > 0} or {"CPU": 0.001} for d in wanted}
     groups = {d.role: placement_group([bundles[d.role]] * d.count, strategy=d.strategy) for d in wanted}

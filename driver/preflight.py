@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+
 from driver.config import ConfigError, RunConfig
+from driver.wiring import config_adapter, data_options, reward_specs
+from rewards.registry import check_rewards
+from rollout.prompts import DataError, PromptSource
+from vlm.adapter import AdapterError
 
 
 def preflight(config: RunConfig, *, resume: bool = False) -> None:
@@ -19,14 +25,8 @@ def preflight(config: RunConfig, *, resume: bool = False) -> None:
 
 
 def _model_and_data(config: RunConfig) -> list[str]:
-    from driver.wiring import data_options
-    from rollout.prompts import DataError, PromptSource
-    from vlm.adapter import AdapterError
-    from vlm.registry import load_adapter
-
-    model = config.model
     try:
-        adapter = load_adapter(model.path, model.adapter, trust_remote_code=model.trust_remote_code)
+        adapter = config_adapter(config)
     except AdapterError as error:
         return [f"model.path: {error}"]
     problems = []
@@ -35,7 +35,7 @@ def _model_and_data(config: RunConfig) -> list[str]:
     if longest is not None and needed > longest:
         problems.append(
             f"data.max_prompt_length + rollout.max_completion_length = {needed} tokens, but the model at "
-            f"{model.path} takes at most {longest}; lower one of them"
+            f"{config.model.path} takes at most {longest}; lower one of them"
         )
     for files, key in ((config.data.train, "data.train"), (config.data.eval, "data.eval")):
         if not files:
@@ -54,14 +54,8 @@ def _model_and_data(config: RunConfig) -> list[str]:
 
 
 def _rewards(config: RunConfig) -> list[str]:
-    from driver.wiring import reward_specs
-    from rewards.registry import RewardError, compose
-
-    try:
-        compose(reward_specs(config))
-    except RewardError as error:
-        return [f"reward.functions: {error}"]
-    return []
+    columns = set(config.data.extra_columns)
+    return [f"reward.functions: {problem}" for problem in check_rewards(reward_specs(config), columns)]
 
 
 def _output(config: RunConfig, resume: bool) -> list[str]:
@@ -74,3 +68,27 @@ def _output(config: RunConfig, resume: bool) -> list[str]:
             "(output_dir=...)"
         ]
     return []
+
+
+def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
+    """Read the data files as a run would and print what is refused; True if a run would accept them."""
+    try:
+        adapter = config_adapter(config)
+    except AdapterError as error:
+        raise ConfigError([f"model.path: {error}"]) from error
+    accepted = True
+    for key, files in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if not files:
+            continue
+        source = None
+        try:
+            source = PromptSource(data_options(config, files, train=False), adapter)
+            lengths = [prompt.expanded_length for prompt in source.one_epoch(rows)]
+            longest = f"longest prompt {max(lengths, default=0)} tokens"
+            console.print(f"{key}: {len(source)} rows, {longest}; {source.report()}", highlight=False)
+        except DataError as error:
+            console.print(f"{key}: {error}", highlight=False, markup=False)
+            accepted = False
+        for refusal in source.report().first_refusals if source is not None else ():
+            console.print(f"  {refusal}", highlight=False, markup=False)
+    return accepted

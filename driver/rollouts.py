@@ -132,7 +132,7 @@ class RolloutPipeline:
         engine = self.engines[(slot + prompt.ref.attempt) % len(self.engines)]
         reward = self.rewards[slot % len(self.rewards)]
         group = engine.generate.remote(prompt, replace(self.sampling, seed=seed))
-        scored, summary = reward.score.options(num_returns=2).remote(group)
+        scored, summary = reward.score.remote(group)
         return _Group(prompt, slot, scored, summary)
 
     def _settle(self, batch: int, group: _Group) -> bool:

@@ -1,0 +1,148 @@
+"""All actors of a run: created in their places, started side by side, ended together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+from rollout.actor import RayEngineHandle, RolloutActor
+
+from driver.config import RunConfig
+from driver.errors import RunError
+from driver.placement import Placement
+from driver.wiring import (
+    config_adapter,
+    data_options,
+    engine_options,
+    learner_options,
+    reward_specs,
+    weight_transfer_options,
+)
+from learner.group import LearnerGroup
+from rewards.actor import RewardActor
+from rollout.data_actor import DataActor
+from rollout.types import Prompt, PromptRef
+
+CALL_TIMEOUT = 120.0
+"""Seconds for calls that only move bookkeeping."""
+CONCURRENT_GROUPS = 10_000
+"""Calls one rollout actor may hold at once; the engine's scheduler decides how many of them run."""
+
+
+@dataclass
+class Actors:
+    """Handles of everything that runs. `learner` is None where nothing is trained."""
+
+    data: Any = None
+    engines: list[Any] = field(default_factory=list)
+    handles: list[RayEngineHandle] = field(default_factory=list)
+    rewards: list[Any] = field(default_factory=list)
+    learner: LearnerGroup | None = None
+
+    def eval_prompts(self, limit: int | None) -> list[Prompt]:
+        return wait_for([self.data.eval_prompts.remote(limit)], CALL_TIMEOUT, "the held-out prompts")[0]
+
+    def read_prompts(self, refs: Sequence[PromptRef]) -> list[Prompt]:
+        return wait_for([self.data.read.remote(list(refs))], CALL_TIMEOUT, "prompts that were in flight")[0]
+
+    def data_state(self) -> dict[str, Any]:
+        return wait_for([self.data.state.remote()], CALL_TIMEOUT, "the data cursor")[0]
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        wait_for([self.data.load_state.remote(state)], CALL_TIMEOUT, "the data cursor to be set")
+
+    def shutdown(self) -> None:
+        """End every process; engines and rewards are asked first, since they have children of their own."""
+        polite = [actor.shutdown.remote() for actor in [*self.engines, *self.rewards]]
+        ray.wait(polite, num_returns=len(polite), timeout=20.0) if polite else None
+        if self.learner is not None:
+            self.learner.shutdown()
+        for actor in [*self.engines, *self.rewards, *([self.data] if self.data is not None else [])]:
+            ray.kill(actor)
+
+
+def start_actors(
+    config: RunConfig, placement: Placement, check_stop: Callable[[], None], *, training: bool = True
+) -> Actors:
+    """Create all actors and wait until each is ready. Raises RunError naming the first that is not."""
+    actors = Actors()
+    try:
+        _create(actors, config, placement, training)
+        starting = {actors.data.start.remote(): "the data actor"}
+        starting |= {e.start.remote(): f"engine {h.name}" for e, h in zip(actors.engines, actors.handles, strict=True)}
+        starting |= {r.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
+        with ThreadPoolExecutor(1) as pool:
+            learner = actors.learner
+            learning = pool.submit(learner.start, config.rollout.start_timeout) if learner is not None else None
+            try:
+                _await_start(starting, config.rollout.start_timeout, check_stop)
+            except BaseException:
+                if learner is not None:
+                    learner.shutdown()  # ends the wait of the other thread
+                raise
+            if learning is not None:
+                learning.result()
+    except BaseException:
+        actors.shutdown()
+        raise
+    return actors
+
+
+def _create(actors: Actors, config: RunConfig, placement: Placement, training: bool) -> None:
+    adapter = partial(config_adapter, config)
+    held_out = data_options(config, config.data.eval, train=False) if config.data.eval else None
+    actors.data = (
+        ray.remote(DataActor).options(num_cpus=0).remote(adapter, data_options(config, config.data.train), held_out)
+    )
+    options = engine_options(config, placement.device, weights_change=training)
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(config.rollout.threads)}}
+    for i in range(config.rollout.engines):
+        engine = ray.remote(RolloutActor).options(
+            max_concurrency=CONCURRENT_GROUPS, runtime_env=threads, **placement.options("rollout", i)
+        )
+        name = f"rollout-{i}"
+        actors.engines.append(engine.remote(name, options, adapter, group_timeout=config.rollout.group_timeout))
+        actors.handles.append(RayEngineHandle(name, actors.engines[-1], options.tensor_parallel_size))
+    for i in range(config.reward.actors):
+        reward = ray.remote(RewardActor).options(**placement.options("reward", i))
+        actors.rewards.append(reward.remote(reward_specs(config), timeout=config.reward.timeout))
+    if training:
+        learner = config.learner
+        threads = {"env_vars": {"OMP_NUM_THREADS": str(learner.threads)}}
+        places = [{**placement.options("learner", r), "runtime_env": threads} for r in range(learner.ranks)]
+        actors.learner = LearnerGroup(
+            learner_options(config, placement.device), places, weight_transfer_options(config, placement.device)
+        )
+
+
+def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check_stop: Callable[[], None]) -> None:
+    deadline = time.monotonic() + timeout
+    while starting:
+        check_stop()
+        ready, _ = ray.wait(list(starting), timeout=1.0)
+        for reference in ready:
+            what = starting.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise RunError(f"{what} did not start: {error.cause}") from error
+            except ray.exceptions.RayError as error:
+                raise RunError(f"{what} did not start: {error}") from error
+        if starting and time.monotonic() > deadline:
+            names = ", ".join(starting.values())
+            raise RunError(f"waited {timeout:g} s (rollout.start_timeout) for {names} to start")
+
+
+def wait_for(references: list[ray.ObjectRef], timeout: float, what: str) -> list[Any]:
+    """`ray.get` with a limit that says what it waited for."""
+    try:
+        return ray.get(references, timeout=timeout)
+    except ray.exceptions.GetTimeoutError as error:
+        raise RunError(f"waited {timeout:g} s for {what}") from error
+    except ray.exceptions.RayTaskError as error:
+        raise RunError(f"{what}: {error.cause}") from error

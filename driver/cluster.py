@@ -1,0 +1,49 @@
+"""Joining or starting Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from driver.config import RunConfig
+from driver.display import Display
+from driver.errors import RunError
+from driver.placement import logical_cpus
+
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
+"""Environment of the driver that its actors need too."""
+
+
+@contextmanager
+def connect(config: RunConfig, address: str | None, display: Display) -> Iterator[None]:
+    """Join the cluster at `address` (or RAY_ADDRESS, which a submitted job has); start a local Ray otherwise.
+
+    A Ray that was started here ends here; a joined one only loses this run's actors."""
+    if ray.is_initialized():  # a notebook, a test: the caller's Ray, which stays
+        yield
+        return
+    target = address or os.environ.get("RAY_ADDRESS")
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    try:
+        if target:
+            ray.init(address=target, log_to_driver=False, runtime_env={"env_vars": environment})
+        else:
+            # Logical CPUs only: the configuration says how many threads compute.
+            cpus = max(os.cpu_count() or 1, logical_cpus(config))
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env={"env_vars": environment},
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RunError(f"cannot reach Ray at {target or 'this machine'}: {error}") from error
+    display.phase(f"Ray at {target}" if target else "local Ray started")
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,130 @@
+"""From the run's configuration to the options of each room. Rooms do not know the configuration, nor each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from driver.config import RunConfig
+from driver.placement import Device
+from learner.types import LearnerOptions
+from rewards.registry import RewardSpec
+from rollout.engine import EngineOptions, SamplingParams
+from rollout.prompts import DataOptions
+from vlm.adapter import MultimodalAdapter
+from vlm.registry import load_adapter
+
+
+def config_adapter(config: RunConfig) -> MultimodalAdapter:
+    """The adapter of the configured model. Raises AdapterError."""
+    return load_adapter(config.model.path, config.model.adapter, trust_remote_code=config.model.trust_remote_code)
+
+
+def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:
+    return tuple(RewardSpec(f.name, f.weight, f.options) for f in config.reward.functions)
+
+
+def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True) -> DataOptions:
+    """How rows become prompts. Held-out files are read in order."""
+    data = config.data
+    return DataOptions(
+        files=tuple(files),
+        prompt_column=data.prompt_column,
+        image_column=data.image_column,
+        answer_column=data.answer_column,
+        extra_columns=data.extra_columns,
+        system_prompt=data.system_prompt,
+        shuffle=data.shuffle and train,
+        seed=config.seed,
+        max_prompt_length=data.max_prompt_length,
+        max_image_bytes=data.max_image_bytes,
+        max_image_pixels=data.max_image_pixels,
+        max_refused_share=data.max_refused_share,
+    )
+
+
+def sampling_params(config: RunConfig, adapter: MultimodalAdapter) -> SamplingParams:
+    """How training samples: temperature and banned placeholders only."""
+    return SamplingParams(
+        n=config.rollout.num_generations,
+        max_tokens=config.rollout.max_completion_length,
+        temperature=config.rollout.temperature,
+        stop_token_ids=adapter.stop_token_ids,
+        banned_token_ids=adapter.banned_token_ids,
+    )
+
+
+def evaluation_sampling(config: RunConfig, adapter: MultimodalAdapter) -> SamplingParams:
+    """One completion per prompt, greedy by default."""
+    return SamplingParams(
+        n=1,
+        max_tokens=config.rollout.max_completion_length,
+        temperature=config.evaluation.temperature,
+        stop_token_ids=adapter.stop_token_ids,
+        banned_token_ids=adapter.banned_token_ids,
+    )
+
+
+def transfer_backend(config: RunConfig, device: Device) -> str:
+    if config.weight_sync.backend != "auto":
+        return config.weight_sync.backend
+    return "nccl" if device == "cuda" else "gloo"
+
+
+def engine_options(config: RunConfig, device: Device, *, weights_change: bool = True) -> EngineOptions:
+    """What every engine is started with; `weights_change=False` for evaluation of a model as it lies on disk."""
+    rollout = config.rollout
+    return EngineOptions(
+        model=config.model.path,
+        dtype=config.model.dtype,
+        max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
+        max_num_seqs=rollout.max_num_seqs,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        device=device,
+        threads=rollout.threads,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        weight_transfer_backend=transfer_backend(config, device) if weights_change else None,
+        seed=config.seed,
+        trust_remote_code=config.model.trust_remote_code,
+        extra=rollout.engine_options,
+    )
+
+
+def learner_options(config: RunConfig, device: Device) -> LearnerOptions:
+    model, learner, algorithm = config.model, config.learner, config.algorithm
+    return LearnerOptions(
+        model=model.path,
+        total_steps=config.steps,
+        device=device,
+        dtype=model.dtype,
+        adapter=model.adapter,
+        trust_remote_code=model.trust_remote_code,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_targets=model.lora_targets,
+        freeze_vision=model.freeze_vision,
+        temperature=config.rollout.temperature,
+        advantage=algorithm.advantage,
+        clip_eps_low=algorithm.clip_eps_low,
+        clip_eps_high=algorithm.clip_eps_high,
+        beta=algorithm.beta,
+        old_policy=config.old_policy,
+        max_staleness=config.rollout.max_staleness,
+        learning_rate=learner.learning_rate,
+        lr_schedule=learner.lr_schedule,
+        warmup_steps=learner.warmup_steps,
+        min_lr_ratio=learner.min_lr_ratio,
+        betas=learner.betas,
+        weight_decay=learner.weight_decay,
+        max_grad_norm=learner.max_grad_norm,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        logprob_chunk_rows=learner.logprob_chunk_rows,
+        zero_stage=learner.zero_stage,
+        offload_optimizer=learner.offload_optimizer,
+        offload_parameters=learner.offload_parameters,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        ranks=learner.ranks,
+        threads=learner.threads,
+        timeout=learner.timeout,
+        seed=config.seed,
+    )
