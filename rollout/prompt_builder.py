@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from rollout.prompts import DataOptions
     from vlm.adapter import MultimodalAdapter
 
+CHECKED_KEPT = 100_000
+"""Images whose size is remembered by digest, so that later epochs need not decode them to check them."""
 ROLES = ("system", "user", "assistant")
 
 
 class PromptBuilder:
-    """Builds prompts for one model under one set of options; holds no state between rows."""
+    """Builds prompts for one model under one set of options; remembers nothing but which images were found good."""
 
     def __init__(self, options: DataOptions, adapter: MultimodalAdapter) -> None:
         self.options = options
         self.adapter = adapter
         self.limits = ImageLimits(options.max_image_bytes, options.max_image_pixels)
+        self._checked: dict[str, tuple[int, int]] = {}
 
     def build(self, row: Mapping[str, Any], ref: PromptRef, directory: Path) -> Prompt:
         """`directory` is where relative image paths start. Raises RowRefusedError."""
@@ -96,13 +99,16 @@ class PromptBuilder:
             raise RowRefusedError("missing image", f"{where}{path} cannot be read: {error}") from error
 
     def _media(self, data: bytes, n: int) -> Media:
+        identity = digest(data)
         try:
-            width, height = check_image(data, self.limits)
+            size = self._checked.get(identity) or check_image(data, self.limits)
         except MediaTooLargeError as error:
             raise RowRefusedError("image too large", f"image {n}: {error}") from error
         except MediaError as error:
             raise RowRefusedError("bad image", f"image {n}: {error}") from error
-        return Media("image", digest(data), data, width, height)
+        if len(self._checked) < CHECKED_KEPT:
+            self._checked[identity] = size
+        return Media("image", identity, data, *size)
 
     # ------------------------------------------------------------------ messages
 

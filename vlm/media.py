@@ -49,14 +49,14 @@ def digest(data: bytes) -> str:
 def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     """Decode once under `limits` and return `(width, height)` as `open_image` will show it. Raises MediaError."""
     limits.check_bytes(len(data))
-    with _open(data) as image:  # the header alone: no pixel is decoded yet
-        width, height = image.size
+    image = _open(data)  # the header alone: no pixel is decoded yet
+    width, height = image.size
     if width * height > limits.max_pixels:
         raise MediaTooLargeError(
             f"image of {width} x {height} = {width * height:,} pixels, the limit is {limits.max_pixels:,} "
             "(data.max_image_pixels)"
         )
-    return open_image(data).size
+    return _decode(image).size
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -65,15 +65,7 @@ def open_image(data: bytes) -> Image.Image:
 
     Engine and learner both go through here, so that both see the same pixels. Raises MediaError.
     """
-    image = _open(data)
-    try:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
-    except MediaError:
-        raise
-    except Exception as error:  # as in _open
-        raise MediaError(f"not a readable image: {error}") from error
+    return _decode(_open(data))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -86,6 +78,18 @@ def _open(data: bytes) -> Image.Image:
         # Bytes that others made: Pillow's parsers answer damage with almost any exception (OSError, SyntaxError,
         # struct.error, KeyError, ...), and each of them means the same here.
         raise MediaError(f"not a readable image ({', '.join(IMAGE_FORMATS)}): {error}") from error
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """Decode the pixels of an image of which the header was read. Raises MediaError."""
+    try:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except MediaError:
+        raise
+    except Exception as error:  # as in _open
+        raise MediaError(f"not a readable image: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
