@@ -30,6 +30,11 @@ if [ ! -x "$venv/bin/pip" ]; then
     echo "creating $venv with $("$python" --version)"
     "$python" -m venv "$venv"
 fi
+if ! "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+    echo "error: vLLM's CPU build needs the system library libnuma.so.1 (Debian, Ubuntu: apt install libnuma1;" \
+        "Fedora: dnf install numactl-libs)" >&2
+    exit 1
+fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 if [ -z "${TORCH_INDEX+set}" ]; then
