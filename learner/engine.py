@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from vlm.batch import MultimodalBatch
+from weight_sync.protocols import WeightSource
 
 MicroLoss = Callable[[MultimodalBatch, Tensor, Tensor], tuple[Tensor, Mapping[str, float]]]
 """(micro-batch, logprobs [B, L], entropy [B, L]) -> (summed loss already divided by the *global* denominator, sums of
@@ -50,8 +51,8 @@ class TrainEngine(Protocol):
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]: ...
 
-    def weight_source(self) -> Any:
-        """A vLLM `WeightSource` over the current policy: engine names, LoRA merged, gathered bucket by bucket."""
+    def weight_source(self, bucket_bytes: int) -> WeightSource:
+        """The current policy as the engines load it: their names, LoRA merged, gathered bucket by bucket."""
 
     def full_state(self) -> Mapping[str, Any]:
         """Rank 0: everything a resume needs, independent of the number of ranks (parameters in their own names,

@@ -1,0 +1,185 @@
+"""LearnerGroup: the learner as the driver sees it. One Ray actor per rank; every method blocks, with a limit.
+
+    driver ── update(group refs, summaries, version) ──▶ advantages (here, from summaries) ─▶ shards by tokens
+                                                            └▶ LearnerWorker.update on every rank ─▶ UpdateStats
+
+The driver passes references: the workers fetch tokens and pixels themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from learner.advantages import ADVANTAGES, contributes, has_baseline
+from learner.packing import shard
+from learner.types import (
+    LearnerError,
+    LearnerOptions,
+    LearnerTimeoutError,
+    NothingToLearnError,
+    UpdateStats,
+    WeightTransferOptions,
+)
+from learner.worker import LearnerWorker, ScoredGroup
+from rollout.types import GroupSummary
+from weight_sync.protocols import EngineHandle, TransferReport
+
+
+class LearnerGroup:
+    """All ranks of the learner, in one process group.
+
+    An error in any rank raises LearnerError at once, without waiting for the others, and leaves the group unusable:
+    the ranks may wait for each other in a collective. `shutdown` it and start another from a checkpoint."""
+
+    def __init__(
+        self,
+        options: LearnerOptions,
+        actor_options: Sequence[Mapping[str, Any]],
+        transfer: WeightTransferOptions | None = None,
+    ) -> None:
+        """`actor_options`: Ray options of each rank's actor (num_cpus, num_gpus=1, resources, scheduling_strategy);
+        their number must be `options.ranks`. `transfer`: needed to send weights. Nothing starts before `start`."""
+        if len(actor_options) != options.ranks:
+            raise ValueError(f"{options.ranks} ranks, but actor options for {len(actor_options)}")
+        self.options = options
+        self._transfer = transfer
+        self._actor_options = [dict(o) for o in actor_options]
+        self._workers: list[Any] = []
+
+    def start(self, timeout: float) -> None:
+        """Create the actors, join them in a process group, load the model (and the reference).
+
+        Raises LearnerError or LearnerTimeoutError within `timeout` seconds; the actors are gone then."""
+        deadline = time.monotonic() + timeout
+        try:
+            self._workers = [
+                ray.remote(LearnerWorker).options(**given).remote(self.options, rank, self._transfer)
+                for rank, given in enumerate(self._actor_options)
+            ]
+            where = self._wait("choosing an address", [self._workers[0].open_store.remote()], timeout)[0]
+            self._wait(
+                "loading the model", [w.setup.remote(*where) for w in self._workers], deadline - time.monotonic()
+            )
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def update(
+        self, group_refs: Sequence[ray.ObjectRef], summaries: Sequence[GroupSummary], version: int
+    ) -> UpdateStats:
+        """One optimizer step on a sealed batch: `group_refs[i]` resolves to the scored RolloutGroup of `summaries[i]`.
+
+        `version`: the policy version of the weights before the step. The order of the groups does not matter: they
+        are sorted by uid and epoch, so that a rerun computes the same batches.
+        Raises NothingToLearnError (before anything is computed), LearnerError, LearnerTimeoutError."""
+        if len(group_refs) != len(summaries):
+            raise ValueError(f"{len(group_refs)} groups but {len(summaries)} summaries")
+        order = sorted(range(len(summaries)), key=lambda i: (summaries[i].ref.uid, summaries[i].ref.epoch))
+        rewards, valid = _stack(summaries)
+        used = has_baseline(valid)
+        if not used.any():
+            raise NothingToLearnError(
+                f"none of the {len(summaries)} groups at version {version} has two scored completions: "
+                f"{_why(summaries)}"
+            )
+        advantages = ADVANTAGES[self.options.advantage](rewards, valid)
+        kept = [i for i in order if used[i]]
+        tokens = [_cost(summaries[i]) for i in kept]
+        shards = [
+            [ScoredGroup(group_refs[kept[j]], tuple(advantages[kept[j]])) for j in members]
+            for members in shard(tokens, self.options.ranks)
+        ]
+        calls = [w.update.remote(mine, version) for w, mine in zip(self._workers, shards, strict=True)]
+        stats = self._wait(f"the update at version {version}", calls)[0]
+        return UpdateStats(
+            version=version,
+            groups=len(summaries),
+            groups_dropped=int((~used).sum()),
+            groups_flat=int((used & ~contributes(rewards, valid)).sum()),
+            **stats,
+        )
+
+    def score(self, group_refs: Sequence[ray.ObjectRef]) -> list[list[np.ndarray]]:
+        """Log-probabilities under the current weights, for comparison with the engines': per group and completion,
+        float32 `[T]` over its sampled tokens. The groups need no verdicts."""
+        shards = [
+            [(i, group_refs[i]) for i in range(r, len(group_refs), len(self._workers))]
+            for r in range(len(self._workers))
+        ]
+        calls = [w.score.remote([ref for _, ref in mine]) for w, mine in zip(self._workers, shards, strict=True)]
+        scored: list[list[np.ndarray]] = [[] for _ in group_refs]
+        for mine, result in zip(shards, self._wait("scoring", calls), strict=True):
+            for (index, _), logprobs in zip(mine, result, strict=True):
+                scored[index] = logprobs
+        return scored
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write everything that `load_checkpoint` needs into `directory`, which must not exist yet and appears whole
+        or not at all. Rank 0 writes: with several nodes the path must be on a shared file system."""
+        self._wait("saving a checkpoint", [w.save_checkpoint.remote(str(directory)) for w in self._workers])
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Continue from `directory`, whatever the number of ranks that wrote it."""
+        self._wait("loading a checkpoint", [w.load_checkpoint.remote(str(directory)) for w in self._workers])
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the policy in Hugging Face format, with tokenizer, processor and chat template. With LoRA the merged
+        model, and the peft adapter in `directory/adapter`."""
+        self._wait("saving the model", [w.save_pretrained.remote(str(directory)) for w in self._workers])
+
+    def form_weight_group(self, engines: Sequence[EngineHandle]) -> None:
+        """Connect rank 0 with `engines`, in place of the former group. Raises LearnerError naming who did not join."""
+        self._wait("forming the weight-transfer group", [w.form_weight_group.remote(engines) for w in self._workers])
+
+    def send_weights(self) -> TransferReport:
+        """Send the current weights to the engines of the group, which must be paused."""
+        return self._wait("sending the weights", [w.send_weights.remote() for w in self._workers])[0]
+
+    def shutdown(self) -> None:
+        """End every rank's process. Safe to call twice, and on a group that failed."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers = []
+
+    def _wait(self, what: str, calls: list[ray.ObjectRef], timeout: float | None = None) -> list[Any]:
+        """Results of one call per rank, in order. The first failure raises; so does the deadline."""
+        limit = self.options.timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        rank_of = {call: rank for rank, call in enumerate(calls)}
+        results: list[Any] = [None] * len(calls)
+        pending = list(calls)
+        while pending:
+            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                ranks = ", ".join(str(rank_of[call]) for call in pending)
+                raise LearnerTimeoutError(f"{what} did not finish within {limit:g} s; still running: rank {ranks}")
+            for call in ready:
+                try:
+                    results[rank_of[call]] = ray.get(call)
+                except ray.exceptions.RayError as error:
+                    raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
+        return results
+
+
+def _stack(summaries: Sequence[GroupSummary]) -> tuple[np.ndarray, np.ndarray]:
+    """`(rewards [G, K], valid [G, K])`."""
+    sizes = {len(s.rewards) for s in summaries}
+    if len(sizes) > 1:
+        raise ValueError(f"groups of different sizes in one batch: {sorted(sizes)} completions")
+    return np.array([s.rewards for s in summaries], np.float64), np.array([s.valid for s in summaries], bool)
+
+
+def _cost(summary: GroupSummary) -> int:
+    """Tokens through the model: the prompt once per completion."""
+    return summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
+
+
+def _why(summaries: Sequence[GroupSummary]) -> str:
+    reasons = [r for s in summaries for r in s.invalid_reasons]
+    return "; ".join(sorted(set(reasons))[:3]) or "no reason was given"

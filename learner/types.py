@@ -1,0 +1,136 @@
+"""What goes in and out of the learner: its options, what an update did, how it fails. Plain data, quick to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class LearnerError(RuntimeError):
+    """A learner rank failed; says which, in what, and why. The group is unusable afterwards: shut it down."""
+
+
+class LearnerTimeoutError(LearnerError):
+    """A learner call did not finish in its time; names the call and the ranks that were still running."""
+
+
+class NothingToLearnError(ValueError):
+    """No group of the batch has two scored completions, so no baseline exists. The weights are unchanged."""
+
+
+class EncodingMismatchError(ValueError):
+    """Learner and engine expand a prompt to different tokens; names the family and the first position that differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerOptions:
+    """What a LearnerGroup is started with. The same on every rank."""
+
+    model: str
+    """Directory in Hugging Face format or hub name: the initial policy, and the frozen reference."""
+    total_steps: int
+    """Optimizer steps of the whole run, over which the learning rate decays."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """bfloat16 keeps float32 master weights and optimizer moments; the loss is float32 in either."""
+    adapter: str | None = None
+    """`package.module:Class` of a family of the user's own; by model_type otherwise."""
+    trust_remote_code: bool = False
+    lora_rank: int = 0
+    """0 trains the full weights."""
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    freeze_vision: bool = False
+
+    temperature: float = 1.0
+    """What the completions were sampled with: logits are divided by it, as in the engine."""
+    advantage: str = "grpo"
+    """A key of `learner.advantages.ADVANTAGES`."""
+    loss: str = "clipped_ratio"
+    """A key of `learner.losses.LOSSES`."""
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    beta: float = 0.0
+    """Weight of the k3 KL to the reference; 0 loads no reference."""
+    old_policy: Literal["behavior", "current"] = "current"
+    """Denominator of the ratio: what the engine sampled with, or these weights before the step."""
+    max_staleness: int = 0
+    """Policy versions that a token may lag behind; older ones are refused."""
+
+    learning_rate: float = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    micro_batch_tokens: int = 8192
+    """Token positions of one micro-batch, padding included. No sample may be longer."""
+    logprob_chunk_rows: int = 1024
+    """Rows of the vocabulary projection computed at once."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    gradient_checkpointing: bool = True
+
+    ranks: int = 1
+    threads: int = 1
+    """Compute threads of one rank on CPU."""
+    timeout: float = 1800.0
+    """Seconds that any one call, and any one collective inside it, may take."""
+    seed: int = 0
+    """Initialises LoRA adapters and each rank's generator."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTransferOptions:
+    """How the learner sends its weights to the engines (`weight_sync.sender.WeightSender`)."""
+
+    backend: str
+    """"nccl" or "gloo"."""
+    bucket_bytes: int = 8 * 2**20
+    """Bytes gathered and sent at once."""
+    timeout: float = 300.0
+    """Seconds that forming the group, or one transfer, may take."""
+    verify: bool = True
+    """Digest every tensor sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """One optimizer step, over all ranks."""
+
+    version: int
+    """Version of the weights it started from; those it made are `version + 1`."""
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    groups: int
+    """Groups of the sealed batch."""
+    groups_dropped: int
+    """Groups with fewer than two scored completions: no part in the loss."""
+    groups_flat: int
+    """Groups whose scored completions all have one reward: no policy gradient, but part of KL and denominators."""
+    samples: int
+    """Completions trained on."""
+    tokens: int
+    """Completion tokens trained on: the loss's denominator."""
+    tokens_computed: int
+    """Token positions through the model, prompts and padding included, one pass counted once."""
+    micro_batches: int
+    """Per rank."""
+    staleness_mean: float
+    staleness_max: int
+    """Policy versions that trained tokens lagged behind."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Token means: `policy_loss`, `entropy`, `clip_fraction`, `ratio`, `mismatch_mean` (|log-probability of the
+    learner - of the engine|), with a reference also `kl`; and the maxima `mismatch_max`, `ratio_max`."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of the slowest rank: `fetch` (object store), `encode`, `reference`, `train`, `total`."""

@@ -1,0 +1,136 @@
+"""LearnerWorker: one rank of the learner as a Ray actor. Thin: it fetches what references name, and calls the update.
+
+LearnerGroup ──▶ LearnerWorker.update(groups) ──▶ learner/update.py ──▶ TrainEngine
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from learner.types import LearnerOptions, WeightTransferOptions
+from rollout.types import RolloutGroup
+from weight_sync.protocols import EngineHandle, TransferReport
+
+if TYPE_CHECKING:
+    from learner.engine import TrainEngine
+    from vlm.adapter import MultimodalAdapter
+    from weight_sync.sender import WeightSender
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A reference to a RolloutGroup, and the advantages of its K completions."""
+
+    group: ray.ObjectRef
+    advantages: tuple[float, ...]
+
+
+class LearnerWorker:
+    """Every method but `open_store` is collective: the group calls it on all ranks."""
+
+    def __init__(self, options: LearnerOptions, rank: int, transfer: WeightTransferOptions | None) -> None:
+        # DeepSpeed and transformers read these at import, which therefore happens in `setup`. Each rank sees one
+        # device of its own, so that its local rank is 0 wherever it runs.
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(CROSS_RANK="0", CROSS_SIZE="1", DS_ACCELERATOR=options.device, TOKENIZERS_PARALLELISM="false")
+        self.options, self.rank, self._transfer = options, rank, transfer
+        self._store: Any = None
+        self._engine: TrainEngine
+        self._adapter: MultimodalAdapter
+        self._sender: WeightSender | None = None
+
+    def open_store(self) -> tuple[str, int]:
+        """Rank 0: where the ranks meet. The system chooses the port, so that no two runs can take the same."""
+        from learner.process_group import open_store
+
+        host = ray.util.get_node_ip_address()
+        self._store, port = open_store(host, self.options.timeout)
+        return host, port
+
+    def setup(self, host: str, port: int) -> None:
+        """Join the process group, load adapter, model and optimizer."""
+        import torch
+
+        from learner.deepspeed_engine import DeepSpeedEngine
+        from learner.process_group import join
+        from vlm.registry import load_adapter
+
+        options = self.options
+        if options.device == "cpu":
+            torch.set_num_threads(options.threads)
+        join(options, self.rank, host, port, self._store)
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):
+            seeded(options.seed + self.rank)
+        self._adapter = load_adapter(options.model, options.adapter, trust_remote_code=options.trust_remote_code)
+        self._engine = DeepSpeedEngine(options, self._adapter)
+
+    def update(self, scored: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
+        """One optimizer step; the fields of UpdateStats that are known here, reduced over ranks."""
+        from learner.update import run_update
+
+        start = time.perf_counter()
+        groups, media = self._fetch([s.group for s in scored])
+        fetched = time.perf_counter() - start
+        return run_update(
+            self._engine, self._adapter, self.options, groups, [s.advantages for s in scored], media, version, fetched
+        )
+
+    def score(self, refs: Sequence[ray.ObjectRef]) -> list[list[np.ndarray]]:
+        """Log-probabilities of each group's completions under the current weights."""
+        from learner.update import score_groups
+
+        groups, media = self._fetch(refs)
+        return score_groups(self._engine, self._adapter, self.options, groups, media)
+
+    def save_checkpoint(self, directory: str) -> None:
+        from learner.checkpoint import save_checkpoint
+
+        save_checkpoint(self._engine, Path(directory))
+
+    def load_checkpoint(self, directory: str) -> None:
+        from learner.checkpoint import load_checkpoint
+
+        load_checkpoint(self._engine, Path(directory))
+
+    def save_pretrained(self, directory: str) -> None:
+        self._engine.save_pretrained(Path(directory))
+
+    def form_weight_group(self, engines: Sequence[EngineHandle]) -> None:
+        from weight_sync.sender import WeightSender
+
+        if self._transfer is None:
+            raise RuntimeError("this learner was started without WeightTransferOptions: it cannot send weights")
+        if self._sender is None:
+            transfer = self._transfer
+            self._sender = WeightSender(
+                self._engine.weight_source(transfer.bucket_bytes),
+                backend=transfer.backend,
+                rank=self.rank,
+                bucket_bytes=transfer.bucket_bytes,
+                timeout=transfer.timeout,
+                host=ray.util.get_node_ip_address(),
+                verify=transfer.verify,
+            )
+        self._sender.form_group(engines)
+
+    def send_weights(self) -> TransferReport | None:
+        if self._sender is None:
+            raise RuntimeError("send_weights before form_weight_group")
+        return self._sender.send()
+
+    def _fetch(self, refs: Sequence[ray.ObjectRef]) -> tuple[list[RolloutGroup], dict[str, bytes]]:
+        """Groups, and the encoded bytes of their distinct media by digest."""
+        groups: list[RolloutGroup] = ray.get(list(refs), timeout=self.options.timeout)
+        media = {m.digest: m.data for group in groups for m in group.prompt.media}
+        stored = {digest: data for digest, data in media.items() if isinstance(data, ray.ObjectRef)}
+        fetched = ray.get(list(stored.values()), timeout=self.options.timeout)
+        return groups, {**media, **dict(zip(stored, fetched, strict=True))}
