@@ -26,6 +26,7 @@ from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metric
 from driver.placement import place
 from driver.preflight import preflight
 from driver.rollouts import RolloutPipeline, SealedBatch
+from driver.timing import union_seconds
 from driver.wiring import config_adapter, evaluation_sampling, sampling_params
 from learner.group import LearnerGroup
 from learner.types import UpdateStats
@@ -246,15 +247,6 @@ def _busy(batch: SealedBatch, update: UpdateStats) -> dict[str, float]:
     busy = {f"generate/{engine}": union_seconds(times) for engine, times in sorted(spans.items())}
     busy["reward"] = sum(s.reward_seconds for s in batch.summaries)
     return busy | {f"learn/{name}": value for name, value in update.seconds.items()}
-
-
-def union_seconds(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of time intervals."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
 
 
 class SilentDisplay:

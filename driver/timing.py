@@ -25,3 +25,12 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         total = time.perf_counter() - self._start
         return {**self._phases, "driver": total - sum(self._phases.values()), "total": total}
+
+
+def union_seconds(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of time intervals."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total

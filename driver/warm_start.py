@@ -66,7 +66,7 @@ def warm_start(
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps))
     rng = random.Random(f"warm start/{seed}")
-    rows = rng.sample(_read(train), PROMPTS)
+    rows = rng.sample(read_rows(train), PROMPTS)
     prompts = [encode_row(adapter, row) for row in rows]
     loss = torch.tensor(0.0)
     for _ in range(steps):
@@ -78,7 +78,7 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    format_rate, accuracy = _measure(policy, adapter, rng.sample(_read(test), TEST_PROMPTS))
+    format_rate, accuracy = _measure(policy, adapter, rng.sample(read_rows(test), TEST_PROMPTS))
     policy.save_pretrained(output)
     adapter.processor.save_pretrained(output)
     return WarmStart(Path(output), loss.item(), format_rate, accuracy, time.perf_counter() - begin)
@@ -142,5 +142,6 @@ def encode_row(adapter: MultimodalAdapter, row: dict) -> EncodedPrompt:
     return adapter.encode(adapter.render([{"role": "user", "content": content}]), [open_image(row["image"]["bytes"])])
 
 
-def _read(path: str | Path) -> list[dict]:
+def read_rows(path: str | Path) -> list[dict]:
+    """All rows of a shapes file."""
     return pq.read_table(path).to_pylist()

@@ -1,0 +1,181 @@
+"""The producer over real Ray actors with a scripted engine: order, retries, failures, staleness, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from driver.errors import RunError, RunStopped
+from driver.ledger import Ledger
+from driver.rollouts import RolloutPipeline, SealedBatch, check_staleness
+from rollout.engine import SamplingParams
+from rollout.types import (
+    Completion,
+    GroupSummary,
+    Prompt,
+    PromptRef,
+    RolloutFailure,
+    RolloutGroup,
+    Segment,
+    Verdict,
+    draw_seed,
+)
+
+pytestmark = pytest.mark.e2e
+
+
+class ScriptedData:
+    def load(self) -> None:
+        self.row = 0
+
+    def take(self, n: int) -> list[Prompt]:
+        rows = range(self.row, self.row + n)
+        self.row += n
+        ids = np.zeros(2, np.int32)
+        return [Prompt(PromptRef(f"d:{r}", 0, 0, r), "p", ids, expanded_length=2) for r in rows]
+
+
+class ScriptedEngine:
+    """Fails as told: {row: [failure of attempt 0, of attempt 1, ...]}."""
+
+    def load(self, script: dict[int, list[dict]]) -> None:
+        self.script = script
+        self.seeds: dict[int, list[int]] = {}
+
+    def generate(self, prompt: Prompt, sampling: SamplingParams) -> RolloutGroup | RolloutFailure:
+        self.seeds.setdefault(prompt.ref.row, []).append(sampling.seed or 0)
+        failures = self.script.get(prompt.ref.row, [])
+        if prompt.ref.attempt < len(failures):
+            return RolloutFailure(prompt.ref, engine="rollout-0", **failures[prompt.ref.attempt])
+        segment = Segment(np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32))
+        completions = tuple(Completion((segment,), "x", "stop", seed=k) for k in range(sampling.n))
+        return RolloutGroup(prompt, prompt.token_ids, completions, engine="rollout-0")
+
+    def seen(self) -> dict[int, list[int]]:
+        return self.seeds
+
+
+class ScriptedReward:
+    def score(self, group):
+        if isinstance(group, RolloutFailure):
+            return group, GroupSummary.of_failure(group)
+        verdicts = tuple(Verdict.scored(float(k)) for k in range(len(group.completions)))
+        scored = RolloutGroup(group.prompt, group.prompt_token_ids, group.completions, verdicts, engine=group.engine)
+        return scored, GroupSummary.of(scored)
+
+
+@pytest.fixture(scope="module")
+def actors(local_ray) -> Iterator[tuple]:
+    """One data actor and one engine for the module; `load` starts them anew."""
+    scored = type("Reward", (ScriptedReward,), {"score": local_ray.method(num_returns=2)(ScriptedReward.score)})
+    made = tuple(local_ray.remote(c).options(num_cpus=0).remote() for c in (ScriptedData, ScriptedEngine, scored))
+    yield made
+    for actor in made:
+        local_ray.kill(actor)
+
+
+@pytest.fixture
+def pipeline(actors, local_ray) -> Callable[..., RolloutPipeline]:
+    data, engine, reward = actors
+
+    def build(script: dict[int, list[dict]] | None = None, **changes) -> RolloutPipeline:
+        local_ray.get([data.load.remote(), engine.load.remote(script or {})])
+        options = {
+            "sampling": SamplingParams(n=2),
+            "run_seed": 5,
+            "prompts_per_step": 3,
+            "max_attempts": 2,
+            "group_timeout": 60.0,
+            "reward_timeout": 60.0,
+        }
+        return RolloutPipeline(data, [engine], [reward], Ledger(), **{**options, **changes})
+
+    return build
+
+
+class _TwoResults:
+    """A handle whose `score` gives two references, as RewardActor's does."""
+
+    def __init__(self, actor) -> None:
+        self.score = actor.score.options(num_returns=2)
+
+
+def rows(batch: SealedBatch) -> list[int]:
+    return [s.ref.row for s in batch.summaries]
+
+
+def test_batches_are_admitted_once_and_sealed_in_order_of_admission(pipeline, local_ray):
+    run = pipeline()
+    assert run.admit_through(1) == 6
+    assert run.admit_through(1) == 0
+    first, second = run.collect(0), run.collect(1)
+    assert (rows(first), rows(second)) == ([0, 1, 2], [3, 4, 5])
+    assert [b for b, _ in run.ledger.outstanding()] == [0, 0, 0, 1, 1, 1]
+    assert first.summaries[0].rewards == (0.0, 1.0)
+    assert local_ray.get(first.groups[2]).prompt.ref.row == 2
+    seeds = local_ray.get(run.engines[0].seen.remote())
+    assert seeds[4] == [draw_seed(5, "d:4", 0)]
+
+
+def test_a_retry_repeats_the_seed_and_a_refused_prompt_is_dropped_with_its_reason(pipeline, local_ray):
+    slow = {"reason": "no answer in time", "retryable": True}
+    run = pipeline({0: [slow], 1: [{"reason": "too long"}], 2: [slow, slow]})
+    run.admit_through(0)
+    batch = run.collect(0)
+    assert rows(batch) == [0]
+    assert batch.dropped == 2
+    assert run.ledger.dropped == {"too long": 1, "no answer in time": 1}
+    seeds = local_ray.get(run.engines[0].seen.remote())
+    assert seeds[0][0] == seeds[0][1]
+    assert len(seeds[2]) == 2
+
+
+def test_a_batch_of_nothing_and_a_dead_engine_end_the_run_with_the_reason(pipeline):
+    run = pipeline({r: [{"reason": "broken image"}] for r in range(3)})
+    run.admit_through(0)
+    with pytest.raises(RunError, match="broken image"):
+        run.collect(0)
+    run = pipeline({1: [{"reason": "killed by signal 9", "engine_dead": True}]})
+    run.admit_through(0)
+    with pytest.raises(RunError, match=r"engine rollout-0 died .* killed by signal 9"):
+        run.collect(0)
+
+
+def test_a_lost_reward_actor_is_named_not_awaited_forever(pipeline, local_ray):
+    run = pipeline()
+    reward = local_ray.remote(ScriptedReward).options(num_cpus=0).remote()
+    local_ray.kill(reward)
+    run.rewards = [_TwoResults(reward)]
+    run.admit_through(0)
+    with pytest.raises(RunError, match="lost with its actor"):
+        run.collect(0)
+
+
+def test_stopping_leaves_everything_outstanding(pipeline):
+    def stop() -> None:
+        raise RunStopped
+
+    run = pipeline(check_stop=stop)
+    run.admit_through(0)
+    with pytest.raises(RunStopped):
+        run.collect(0)
+    assert [r.row for _, r in run.ledger.outstanding()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("oldest", "version", "allowed"), [(3, 3, 0), (2, 3, 1), (3, 4, 1)])
+def test_staleness_within_bounds_is_measured(oldest, version, allowed):
+    assert check_staleness(sealed(oldest), version, allowed) == version - oldest
+
+
+@pytest.mark.parametrize(("oldest", "version", "allowed"), [(2, 3, 0), (1, 3, 1), (4, 3, 1)])
+def test_staleness_out_of_bounds_is_an_error(oldest, version, allowed):
+    with pytest.raises(AssertionError, match=f"a lag of {version - oldest}"):
+        check_staleness(sealed(oldest), version, allowed)
+
+
+def sealed(oldest: int) -> SealedBatch:
+    newest = GroupSummary(PromptRef("a"), (1.0,), (True,), {}, (1,), ("stop",), 2, oldest + 1)
+    stale = GroupSummary(PromptRef("b"), (1.0,), (True,), {}, (1,), ("stop",), 2, oldest)
+    return SealedBatch((), (newest, stale) if oldest < 3 else (stale,), 0)

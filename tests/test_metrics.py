@@ -1,0 +1,80 @@
+"""Step statistics by hand, and that every exporter shows the same numbers."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+
+from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
+from driver.timing import union_seconds
+from rollout.types import GroupSummary, PromptRef
+
+
+def summary(rewards, valid, lengths, reasons, **kwargs) -> GroupSummary:
+    parts = {"accuracy": tuple(r for r, ok in zip(rewards, valid, strict=True) if ok)}
+    return GroupSummary(PromptRef("u"), rewards, valid, parts, lengths, reasons, 5, 0, **kwargs)
+
+
+def test_failed_completions_are_counted_and_never_averaged():
+    first = summary((1.0, 0.0), (True, False), (4, 6), ("stop", "length"), invalid_reasons=("timeout: 30 s",))
+    second = summary((0.5, 0.0), (True, True), (2, 2), ("stop", "stop"))
+    statistics = group_statistics([first, second])
+    assert statistics["reward"] == pytest.approx((1.0 + 0.5 + 0.0) / 3)
+    assert statistics["parts"] == {"accuracy": pytest.approx(0.5)}
+    assert statistics["invalid"] == {"timeout: 30 s": 1}
+    assert (statistics["samples"], statistics["tokens"], statistics["completion_length"]) == (4, 14, 3.5)
+    assert statistics["truncated_share"] == 0.25
+
+
+def record(step: int) -> StepRecord:
+    return StepRecord(
+        step=step,
+        version=step,
+        reward=0.5,
+        parts={"accuracy": 0.25},
+        groups=2,
+        groups_without_signal=1,
+        samples=4,
+        tokens=14,
+        invalid={"timeout": 1},
+        dropped=0,
+        truncated_share=0.25,
+        completion_length=3.5,
+        staleness=1,
+        loss=0.1,
+        grad_norm=2.0,
+        learning_rate=1e-3,
+        learner={"kl": 0.01, "entropy": 1.5, "mismatch": 1e-6, "mismatch_max": 1e-5},
+        seconds={"rollout": 0.5, "learn": 1.0, "sync": 0.25, "driver": 0.25, "total": 2.0},
+        busy={},
+    )
+
+
+@pytest.mark.e2e
+def test_the_prometheus_endpoint_and_the_log_agree_and_a_resume_rewrites(local_ray, tmp_path, unused_port):
+    log = MetricsLog(tmp_path, unused_port)
+    for step in (1, 2, 3):
+        log.step(record(step))
+    text = urllib.request.urlopen(f"http://127.0.0.1:{unused_port}/metrics", timeout=10).read().decode()
+    for line in ("saccade_samples_per_second 2.0", "saccade_kl 0.01", "saccade_invalid_share 0.25"):
+        assert line in text
+    log.truncate_after(1)
+    log.step(record(2))
+    log.close()
+    assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2]
+    assert read_metrics(tmp_path)[0]["seconds"]["learn"] == 1.0
+
+
+def test_union_of_spans():
+    assert union_seconds([(0, 2), (1, 3), (5, 6), (5.5, 5.75)]) == 4
+    assert union_seconds([]) == 0
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
