@@ -30,7 +30,7 @@ GAUGES = {
     "driver_seconds": "seconds of the step in which nothing but the driver worked",
     "staleness": "largest lag in policy versions of a trained token",
     "kl": "mean k3 KL to the reference policy",
-    "mismatch": "mean |log-probability difference| between engine and learner",
+    "mismatch_mean": "mean |log-probability difference| between engine and learner",
     "mismatch_max": "largest |log-probability difference| between engine and learner",
     "invalid_share": "share of completions without a score",
     "completion_length": "mean completion length in tokens",
@@ -131,7 +131,7 @@ class MetricsLog:
             "invalid_share": sum(record.invalid.values()) / max(1, record.samples),
             "completion_length": record.completion_length,
             "grad_norm": record.grad_norm,
-            **{k: record.learner[k] for k in ("kl", "mismatch", "mismatch_max", "entropy") if k in record.learner},
+            **{k: record.learner[k] for k in ("kl", "mismatch_mean", "mismatch_max", "entropy") if k in record.learner},
         }
         for name, value in values.items():
             ray_gauge, prometheus_gauge = self._gauges[name]

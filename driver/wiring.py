@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from driver.config import RunConfig
 from driver.placement import Device
-from learner.types import LearnerOptions
+from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.registry import RewardSpec
 from rollout.engine import EngineOptions, SamplingParams
 from rollout.prompts import DataOptions
@@ -68,6 +68,12 @@ def transfer_backend(config: RunConfig, device: Device) -> str:
     if config.weight_sync.backend != "auto":
         return config.weight_sync.backend
     return "nccl" if device == "cuda" else "gloo"
+
+
+def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransferOptions:
+    sync = config.weight_sync
+    backend = transfer_backend(config, device)
+    return WeightTransferOptions(backend=backend, bucket_bytes=sync.bucket_mib * 2**20, timeout=sync.timeout)
 
 
 def engine_options(config: RunConfig, device: Device, *, weights_change: bool = True) -> EngineOptions:

@@ -45,7 +45,7 @@ def record(step: int) -> StepRecord:
         loss=0.1,
         grad_norm=2.0,
         learning_rate=1e-3,
-        learner={"kl": 0.01, "entropy": 1.5, "mismatch": 1e-6, "mismatch_max": 1e-5},
+        learner={"kl": 0.01, "entropy": 1.5, "mismatch_mean": 1e-6, "mismatch_max": 1e-5},
         seconds={"rollout": 0.5, "learn": 1.0, "sync": 0.25, "driver": 0.25, "total": 2.0},
         busy={},
     )
