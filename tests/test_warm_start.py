@@ -1,0 +1,73 @@
+"""The warm start teaches the format and nothing else; its batches mark exactly the completions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from driver.shapes import ANSWERS, ShapesFiles, completion, make_shapes, vocabulary
+from driver.warm_start import encode_row, format_batch, read_rows, warm_start
+from vlm.adapter import MultimodalAdapter
+from vlm.registry import load_adapter
+from vlm.tiny import build_tiny
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ShapesFiles:
+    return make_shapes(tmp_path_factory.mktemp("shapes"), seed=0, train_rounds=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny("qwen2_5_vl", tmp_path_factory.mktemp("model"), words=vocabulary())
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path) -> MultimodalAdapter:
+    return load_adapter(str(model))
+
+
+def test_only_completions_have_a_loss(adapter: MultimodalAdapter, files: ShapesFiles) -> None:
+    rows = read_rows(files.train)[:5]
+    endings = [completion(row["kind"], row["answer"]) for row in rows]
+    prompts = [encode_row(adapter, row) for row in rows]
+    batch = format_batch(adapter, prompts, endings)
+    for i, (prompt, ending) in enumerate(zip(prompts, endings, strict=True)):
+        trained = batch.input_ids[i][batch.loss_mask[i]]
+        assert adapter.tokenizer.decode(trained) == f"{ending} <|im_end|>"
+        untrained = batch.input_ids[i][~batch.loss_mask[i]]
+        assert torch.equal(untrained[: len(prompt.input_ids)], prompt.input_ids)
+        assert set(untrained[len(prompt.input_ids) :].tolist()) <= {adapter.tokenizer.pad_token_id}
+        assert int(batch.attention_mask[i].sum()) == len(prompt.input_ids) + len(trained)
+    images = torch.cat([p.pixel_values for p in prompts if p.pixel_values is not None])
+    assert batch.pixel_values is not None and torch.equal(batch.pixel_values, images)
+
+
+@torch.no_grad()
+def test_padding_changes_no_logit(adapter: MultimodalAdapter, files: ShapesFiles, model: Path) -> None:
+    policy = AutoModelForImageTextToText.from_pretrained(model)
+    rows = read_rows(files.train)[:4]
+    prompts = [encode_row(adapter, row) for row in rows]
+    endings = [completion(row["kind"], row["answer"]) for row in rows]
+    together = format_batch(adapter, prompts, endings)
+    logits = policy(**together.model_kwargs()).logits
+    assert len({int(n) for n in together.attention_mask.sum(1)}) > 1, "rows of one length would prove nothing"
+    for i in range(4):
+        alone = format_batch(adapter, prompts[i : i + 1], endings[i : i + 1])
+        length = alone.input_ids.shape[1]
+        torch.testing.assert_close(policy(**alone.model_kwargs()).logits[0], logits[i, :length], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.e2e
+def test_the_format_is_learned_and_the_answers_are_guesses(model: Path, files: ShapesFiles, tmp_path: Path) -> None:
+    result = warm_start(model, files.train, files.test, tmp_path / "warm", seed=0)
+    assert result.format_rate > 0.95
+    assert 0.05 < result.loss < 0.4  # random answers keep it at about log(4.5) / 10 tokens = 0.15
+    assert set(result.accuracy) == set(ANSWERS)
+    assert all(share < 0.5 for share in result.accuracy.values())
+    reloaded = load_adapter(str(result.model))
+    assert reloaded.tokenizer.get_vocab() == load_adapter(str(model)).tokenizer.get_vocab()
+    assert AutoModelForImageTextToText.from_pretrained(result.model).dtype == torch.float32
