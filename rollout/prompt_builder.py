@@ -115,6 +115,8 @@ class PromptBuilder:
     def _messages(self, value: Any, images: int) -> list[dict[str, Any]]:
         """Chat messages whose contents are lists of parts, with exactly `images` image parts."""
         if isinstance(value, str):
+            if not value.strip():
+                raise RowRefusedError("bad prompt", "the prompt is empty")
             value = [{"role": "user", "content": value}]
         if not isinstance(value, list) or not value:
             found = "nothing" if value is None or value == [] else type(value).__name__
@@ -128,7 +130,7 @@ class PromptBuilder:
         if self.options.system_text is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.options.system_text}]})
         if not any(_text(m).strip() or _count_images(m) for m in messages if m["role"] == "user"):
-            raise RowRefusedError("bad prompt", "the prompt is empty")
+            raise RowRefusedError("bad prompt", "the user's messages are empty")
         for message in messages:
             self._refuse_placeholders(_text(message))
         return messages

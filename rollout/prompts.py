@@ -92,7 +92,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a source has seen since it was made. Rows read in several epochs count each time."""
+    """What a source has seen since it was made. A row that comes up in several epochs counts once."""
 
     rows: int
     """Rows of the data set, over all files."""
@@ -127,8 +127,9 @@ class PromptSource:
             window_bytes=options.window_bytes,
         )
         self._epoch = self._position = 0
-        self._seen = 0
-        self._refused: Counter[str] = Counter()
+        self._tried = 0
+        self._refused: dict[int, str] = {}
+        """Kind by row."""
         self._refusals: list[Refusal] = []
 
     def __len__(self) -> int:
@@ -182,14 +183,14 @@ class PromptSource:
             raise DataError(f"{ref} cannot be read again: {error.reason}; have the files changed?") from error
 
     def _try(self, row: int, epoch: int) -> Prompt | None:
-        self._seen += 1
+        self._tried += 1
         try:
             return self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))
         except RowRefusedError as error:
-            self._refused[error.kind] += 1
-            if len(self._refusals) < REFUSALS_KEPT:
+            if row not in self._refused and len(self._refusals) < REFUSALS_KEPT:
                 file, within = self._store.locate(row)
                 self._refusals.append(Refusal(str(self._store.files[file].path), within, error.kind, error.reason))
+            self._refused[row] = error.kind
             return None
 
     def _build_row(self, ref: PromptRef) -> Prompt:
@@ -199,12 +200,17 @@ class PromptSource:
     # ------------------------------------------------------------------ refusals
 
     def report(self) -> DataReport:
-        return DataReport(len(self), self._seen, dict(self._refused), tuple(self._refusals))
+        return DataReport(len(self), self._seen, dict(Counter(self._refused.values())), tuple(self._refusals))
+
+    @property
+    def _seen(self) -> int:
+        """Distinct rows, but for those that a resumed first epoch leaves to the second."""
+        return min(self._tried, len(self))
 
     def _check_refused(self) -> None:
         share = self.options.max_refused_share
         counted = max(self._seen, min(len(self), MIN_ROWS_FOR_SHARE))
-        if self._refused.total() > share * counted:
+        if len(self._refused) > share * counted:
             raise DataError(
                 f"more than {share:.2%} of the rows refused (data.max_refused_share). {self._refusals_text()}"
             )

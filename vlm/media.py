@@ -8,9 +8,10 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+Image.init()  # registers every plugin: Pillow does so on demand otherwise, and misses formats that are named
+IMAGE_FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN)
 """What is decoded. Pillow knows more, some of which start other programs (EPS runs Ghostscript): those stay shut."""
 
 # Our own limits stand in front of Pillow's, whose lower one only warns; its upper one (twice as high) still refuses.
@@ -74,10 +75,12 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise MediaTooLargeError(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise MediaError(f"not a readable image ({', '.join(IMAGE_FORMATS)})") from error
     except Exception as error:
         # Bytes that others made: Pillow's parsers answer damage with almost any exception (OSError, SyntaxError,
         # struct.error, KeyError, ...), and each of them means the same here.
-        raise MediaError(f"not a readable image ({', '.join(IMAGE_FORMATS)}): {error}") from error
+        raise MediaError(f"not a readable image: {error!r}") from error
 
 
 def _decode(image: Image.Image) -> Image.Image:
@@ -89,7 +92,7 @@ def _decode(image: Image.Image) -> Image.Image:
     except MediaError:
         raise
     except Exception as error:  # as in _open
-        raise MediaError(f"not a readable image: {error}") from error
+        raise MediaError(f"not a readable image: {error!r}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

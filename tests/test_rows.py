@@ -1,0 +1,244 @@
+"""Rows by number from Parquet and JSONL, whatever way the files are cut; and the order an epoch visits them in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rollout import rows
+from rollout.order import EpochOrder
+from rollout.rows import DataError, RowRefusedError, RowStore
+
+COUNTING_POOL = pa.proxy_memory_pool(pa.default_memory_pool())
+"""Lives as long as the process: a buffer freed after its pool crashes."""
+FOLDER_IS_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def store(*files: Path, columns: tuple[str, ...] = ("text",), cache_bytes: int = 2**20) -> RowStore:
+    return RowStore([str(file) for file in files], columns, cache_bytes)
+
+
+def write_jsonl(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@FOLDER_IS_SHARED
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=40), st.integers(1, 200), st.booleans(), st.integers(0, 3))
+def test_jsonl_rows_are_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], block: int, newline: bool, blank: int
+) -> None:
+    monkeypatch.setattr(rows, "BLOCK_BYTES", block)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n" * (newline + newline * blank))
+    reader = store(path, cache_bytes=3 * block)
+    order = [*range(len(texts)), *reversed(range(len(texts)))]
+    usable = [i for i in order if i < len(texts)]
+    assert len(reader) >= len(texts)
+    assert [reader.read(i)["text"] for i in usable] == [texts[i] for i in usable]
+
+
+def test_jsonl_blank_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
+    assert len(store(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, "\n", " \n"]))) == 1
+
+
+def test_jsonl_damaged_lines_are_refused_alone(tmp_path: Path) -> None:
+    lines = [{"text": "x"}, "{'text': 1}\n", "\n", "[1]\n", '{"text": "y"}\r\n', "[" * 100_000 + "\n", '"\\ud800']
+    reader = store(write_jsonl(tmp_path / "a.jsonl", lines))
+    assert len(reader) == 7
+    for row in (1, 2, 3, 5, 6):
+        with pytest.raises(RowRefusedError, match="the row cannot be decoded"):
+            reader.read(row)
+    assert reader.read(4) == {"text": "y"}
+
+
+def test_jsonl_without_line_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(b"x" * 5000)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 100)
+    with pytest.raises(DataError, match="one object a line"):
+        store(tmp_path / "a.jsonl")
+
+
+@FOLDER_IS_SHARED
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=60), st.integers(1, 30), st.integers(1, 4000), st.data())
+def test_parquet_rows_are_the_tables_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[bytes], group: int, block: int, data: st.DataObject
+) -> None:
+    """Small row groups are joined and large ones cut: the rows stay the same, also when read against the order."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", block)
+    path = tmp_path / "a.parquet"
+    structs = [{"bytes": v, "path": None} for v in values]
+    table = pa.table({"n": range(len(values)), "image": structs, "unused": ["u"] * len(values)})
+    pq.write_table(table, path, row_group_size=group, use_dictionary=False)
+    reader = store(path, columns=("n", "image"), cache_bytes=2 * block)
+    assert sum(b.rows for b in reader.blocks) == len(values) == len(reader)
+    for i in data.draw(st.permutations(range(len(values)))):
+        assert reader.read(i) == {"n": i, "image": structs[i]}
+
+
+def test_a_file_larger_than_the_bound_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 MB, as one row group and as many: every row is read once in shuffled order with 3 MB of cache."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 2**19)
+    payload = [os.urandom(32 * 1024) for _ in range(750)]
+    for group in (750, 100):
+        path = tmp_path / f"{group}.parquet"
+        pq.write_table(
+            pa.table({"text": payload}), path, row_group_size=group, data_page_size=2**17, write_batch_size=8
+        )
+    normal = pa.default_memory_pool()
+    try:
+        pa.set_memory_pool(COUNTING_POOL)
+        for group in (750, 100):
+            reader = store(tmp_path / f"{group}.parquet", cache_bytes=3 * 2**20)
+            order = EpochOrder(
+                [b.rows for b in reader.blocks], [b.nbytes for b in reader.blocks],
+                seed=0, shuffle=True, window_bytes=3 * 2**20,
+            )  # fmt: skip
+            for position in range(0, 750, 5):
+                row = order.row(0, position)
+                assert reader.read(row)["text"] == payload[row]
+            assert 20 < reader.blocks_loaded <= len(reader.blocks), "a block is read once an epoch"
+    finally:
+        pa.set_memory_pool(normal)
+    assert 3 * 2**20 < COUNTING_POOL.max_memory() < 13 * 2**20
+
+
+def test_a_file_that_shrank_is_an_error_not_a_wrong_row(tmp_path: Path) -> None:
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}] * 9)
+    parquet = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["abc"] * 9}), parquet)
+    reader = store(jsonl, parquet)
+    write_jsonl(jsonl, [{"text": "abc"}] * 4)
+    parquet.write_bytes(parquet.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"a\.jsonl: 9 lines expected, 4 read"):
+        reader.read(0)
+    with pytest.raises(DataError, match=r"a\.parquet: row groups 0 to 0 unreadable"):
+        reader.read(9)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_all_problems_with_files_are_reported_at_once(tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": "x", "pictures": "y", "n": 1}])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "data.csv").write_text("a,b")
+    patterns = [good, good, tmp_path, tmp_path / "bad.parquet", tmp_path / "no.jsonl", tmp_path / "*.xyz"]
+    with pytest.raises(DataError) as caught:
+        RowStore([*map(str, patterns), str(tmp_path / "data.csv")], ("text", "picture"), 1)
+    message = str(caught.value)
+    for expected in (
+        "7 problem(s)",
+        "named twice",
+        f"{tmp_path}: is a directory",
+        "bad.parquet: unreadable",
+        "no.jsonl: no such file",
+        "*.xyz: no such file (nothing matches)",
+        "cannot read .csv; known: .parquet, .jsonl",
+        "good.jsonl: no column 'picture'; it has pictures, text, n",
+    ):
+        assert expected in message
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_files_without_rows_are_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="no rows in"):
+        store(path)
+
+
+def test_globs_come_in_sorted_order_and_names_tell_files_apart(tmp_path: Path) -> None:
+    for folder in ("b", "a"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "x.jsonl", [{"text": folder}, {"text": folder}])
+    reader = RowStore([str(tmp_path / "*" / "x.jsonl")], ("text",), 10**6)
+    assert [reader.uid(i) for i in range(4)] == ["a/x.jsonl:0", "a/x.jsonl:1", "b/x.jsonl:0", "b/x.jsonl:1"]
+    assert [reader.read(i)["text"] for i in range(4)] == ["a", "a", "b", "b"]
+    with pytest.raises(DataError, match="row 4 asked for, the data have 4 rows"):
+        reader.uid(4)
+
+
+def test_a_key_that_comes_late_is_found(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 500 + [{"text": "x", "image": "p"}])
+    assert len(store(path, columns=("text", "image"))) == 501
+
+
+# ---------------------------------------------------------------------- order
+
+BLOCKS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 50)), min_size=1, max_size=20)
+
+
+def epoch_order(blocks: list[tuple[int, int]], seed: int = 0, window: int = 100, shuffle: bool = True) -> EpochOrder:
+    return EpochOrder(
+        [rows for rows, _ in blocks], [size for _, size in blocks], seed=seed, shuffle=shuffle, window_bytes=window
+    )
+
+
+@given(BLOCKS, st.integers(-5, 5), st.integers(0, 5), st.integers(1, 200), st.randoms())
+def test_every_epoch_is_a_permutation_and_a_pure_function(
+    blocks: list[tuple[int, int]], seed: int, epoch: int, window: int, random: Any
+) -> None:
+    order = epoch_order(blocks, seed, window)
+    visited = [order.row(epoch, position) for position in range(len(order))]
+    assert sorted(visited) == list(range(sum(rows for rows, _ in blocks)))
+    again = epoch_order(blocks, seed, window)
+    where = [(e, p) for e in (epoch, epoch + 1) for p in range(len(order))]
+    random.shuffle(where)
+    found = {(e, p): again.row(e, p) for e, p in where}
+    assert [found[epoch, p] for p in range(len(order))] == visited
+
+
+@given(BLOCKS, st.integers(1, 200))
+def test_a_window_holds_no_more_than_its_bytes(blocks: list[tuple[int, int]], window: int) -> None:
+    """A cache of the window's size therefore loads each block once an epoch."""
+    order = epoch_order(blocks, window=window)
+    block_of = [n for n, (rows, _) in enumerate(blocks) for _ in range(rows)]
+    last_use = {block_of[order.row(0, position)]: position for position in range(len(order))}
+    open_blocks: set[int] = set()
+    for position in range(len(order)):
+        open_blocks.add(block_of[order.row(0, position)])
+        assert len(open_blocks) == 1 or sum(blocks[b][1] for b in open_blocks) <= window
+        open_blocks = {b for b in open_blocks if last_use[b] > position}
+
+
+def test_epochs_and_seeds_differ_and_small_data_are_shuffled_uniformly() -> None:
+    orders = Counter(
+        tuple(epoch_order([(2, 1), (2, 1)], seed).row(epoch, p) for p in range(4))
+        for seed in range(20)
+        for epoch in range(36)
+    )
+    assert len(orders) == 24  # all 4! of them, each about 30 times in 720: chi-squared with 23 degrees of freedom
+    assert sum((n - 30) ** 2 / 30 for n in orders.values()) < 49.7  # 0.999 quantile
+
+
+def test_without_shuffle_rows_come_as_they_stand() -> None:
+    order = epoch_order([(3, 1), (2, 1)], shuffle=False)
+    assert [order.row(7, p) for p in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(IndexError, match="position 5 of an epoch of 5 rows"):
+        order.row(0, 5)
+
+
+def test_the_fingerprint_tells_orders_apart() -> None:
+    same = epoch_order([(3, 1), (2, 1)]).fingerprint()
+    assert same == epoch_order([(3, 1), (2, 1)]).fingerprint()
+    others = [
+        epoch_order([(2, 1), (3, 1)]),
+        epoch_order([(3, 1), (2, 1)], seed=1),
+        epoch_order([(3, 1), (2, 1)], window=1),
+        epoch_order([(3, 1), (2, 1)], shuffle=False),
+    ]
+    assert len({same, *(order.fingerprint() for order in others)}) == 5
