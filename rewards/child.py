@@ -24,6 +24,7 @@ def serve(descriptor: int, parent: int) -> None:
     """Scores what comes in over the socket `descriptor`, until process `parent` closes it or dies."""
     _die_with(parent)
     faulthandler.enable()  # a crash in native code leaves its Python stack in the log
+    os.set_inheritable(descriptor, False)  # a program that a reward starts must not keep the channel open
     channel = Channel(socket.socket(fileno=descriptor))
     try:
         reward = build_rewards(channel.receive())

@@ -27,7 +27,7 @@ MAX_DIGITS = 5000
 MAX_EXPANDED_POWER = 8
 """Largest power of a sum with symbols in it, which comparing expands."""
 
-_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?")
+_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?")
 _TEXT_COMMAND = r"(?:text|mathrm|mbox)"
 _COMMAND = re.compile(rf"\\(?:begin|end)\{{\w+\}}|\\(?!{_TEXT_COMMAND})[a-zA-Z]+")
 _PROSE = re.compile(rf"\\{_TEXT_COMMAND}|[^\W\d_]{{3}}")
@@ -57,6 +57,8 @@ def is_mathematics(gold: str) -> bool:
 def numbers_equal(left: str, right: str) -> bool | None:
     """Exact comparison of two plain numbers (`-1,000.5`, `2e3`, `1/3`). None where it cannot tell: one is no plain
     number, or they differ by what may be rounding."""
+    if max(len(left), len(right)) > MAX_CHARACTERS:
+        return None
     a, b = _number(left), _number(right)
     if a is None or b is None:
         return None
@@ -85,7 +87,7 @@ def _number(text: str) -> Fraction | None:
     numerator, slash, denominator = text.partition("/")
     values = []
     for part in (numerator.strip(), denominator.strip()) if slash else (numerator.strip(),):
-        if not part[-1:].isdecimal() or not _NUMBER.fullmatch(part):
+        if not _NUMBER.fullmatch(part):
             return None
         values.append(Fraction(part.replace(",", "")))
     if not slash:

@@ -158,6 +158,8 @@ def _find(name: str) -> Any:
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise RewardSetupError(f"{name!r} must read package.module:function or path/file.py:function")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # an installed command, unlike `python -m`, does not look where it is started
     try:
         module = _import_file(source) if source.endswith(".py") else importlib.import_module(source)
     except RewardSetupError:

@@ -25,7 +25,7 @@ from rewards.user import RewardSetupError
 from rollout.types import Verdict
 
 START_TIMEOUT = 120.0
-_EXIT_TIMEOUT = 10.0
+_EXIT_TIMEOUT = 30.0
 """Seconds the kernel may take to end a process, writing its core included."""
 _BOOT = """
 import json, sys
@@ -55,11 +55,13 @@ class RewardWorker:
         self._process, self._channel = self._spawn()
 
     def start(self) -> None:
-        """Waits until the child is ready.
+        """Waits until the child is ready; where a former one failed to get ready, starts another.
 
         Raises:
             RewardSetupError: it cannot load the rewards; says why.
         """
+        if not self._running:
+            self._restart()
         try:
             self._await_ready()
         except RewardSetupError:
@@ -75,9 +77,8 @@ class RewardWorker:
         """K verdicts, within the time limit of one call (and the start of a new child after a failure)."""
         count = len(request.completions)
         try:
-            self._await_ready()
+            self.start()
         except RewardSetupError as error:
-            self._restart()
             return (Verdict("error", reason=str(error)),) * count
         deadline = time.monotonic() + self._timeout
         try:
@@ -96,12 +97,12 @@ class RewardWorker:
             raise
 
     def close(self) -> None:
-        """Ends the child."""
+        """Ends the child. Scoring again would start another."""
         self._end()
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], Channel]:
-        """Starts a child without waiting for it. Not a fork: this process may have threads, which a fork loses while
-        it keeps their locks."""
+        """Starts a child, which loads the rewards while nobody waits for it. Not a fork: this process may have threads,
+        which a fork loses while it keeps their locks."""
         ours, theirs = socket.socketpair()
         arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
         with theirs:
@@ -112,14 +113,16 @@ class RewardWorker:
                 start_new_session=True,  # its own process group, so that what it started can be killed with it
             )
         self._ready, self._running = False, True
-        return process, Channel(ours)
+        channel = Channel(ours)
+        with contextlib.suppress(ConnectionError):  # it died already: whoever waits for it will learn why
+            channel.send(self._specs, time.monotonic() + self._start_timeout)
+        return process, channel
 
     def _await_ready(self) -> None:
         if self._ready:
             return
         deadline = time.monotonic() + self._start_timeout
         try:
-            self._channel.send(self._specs, deadline)
             status, detail = self._channel.receive(deadline)
         except TimeoutError:
             raise RewardSetupError(

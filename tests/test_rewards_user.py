@@ -1,0 +1,257 @@
+"""Rewards by name, rewards of users, and weighted sums: all that can be wrong is said before a run starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.base import ScoringRequest
+from rewards.compose import Term, compose
+from rewards.registry import RewardSpec, build_rewards, check_rewards, load_reward
+from rewards.user import ColumnReward, RewardSetupError
+from rollout.types import Verdict
+
+REQUEST = ScoringRequest("what colour?", ("red", "blue!", ""), answer="red", columns={"level": 2, "tags": ["a", "b"]})
+
+SOURCE = """
+from rewards.base import ScoringRequest
+from rollout.types import Verdict
+
+LIMIT = 3
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def level(completions, level, scale=1.0):
+    return [scale * value for value in level]
+
+def judged(request, bonus=0.0):
+    return [Verdict.scored(len(text) + bonus) for text in request.completions]
+
+def annotated(r: "ScoringRequest"):
+    return [Verdict("unscorable", reason="never")] * len(r.completions)
+
+async def later(completions, **columns):
+    return [None for _ in completions]
+
+def blind(prompts):
+    return [0.0 for _ in prompts]
+
+def positional(completions, /):
+    return [0.0 for _ in completions]
+
+class Reward:
+    pass
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+def scores(name: str, options: dict[str, Any] | None = None) -> list[float | None]:
+    return [verdict.score for verdict in load_reward(name, options)(REQUEST)]
+
+
+def test_functions_of_a_file_are_called_with_what_they_take(source: str) -> None:
+    assert scores(f"{source}:length") == [3.0, 5.0, 0.0]
+    assert scores(f"{source}:level", {"scale": 0.5}) == [1.0, 1.0, 1.0]
+    assert scores(f"{source}:judged", {"bonus": 1.0}) == [4.0, 6.0, 1.0]
+    assert scores(f"{source}:annotated") == [None, None, None]
+    assert [v.status for v in load_reward(f"{source}:later")(REQUEST)] == ["unscorable"] * 3
+
+
+def test_functions_of_a_module_and_of_a_relative_path(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(source).parent)
+    assert scores("mine:length") == scores("mine.py:length") == [3.0, 5.0, 0.0]
+
+
+def test_columns_are_repeated_per_completion() -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(completions: list[str], **columns: Any) -> list[float]:
+        seen.update(columns, completions=completions)
+        return [0.0] * 3
+
+    ColumnReward(spy, {"limit": 7})(REQUEST)
+    assert seen == {
+        "completions": ["red", "blue!", ""],
+        "prompts": ["what colour?"] * 3,
+        "answer": ["red"] * 3,
+        "level": [2] * 3,
+        "tags": [["a", "b"]] * 3,
+        "limit": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("returned", "statuses"),
+    [
+        ([1, 0.5, True], ["scored"] * 3),
+        ((1.0, None, 0.0), ["scored", "unscorable", "scored"]),
+        (np.array([1, 2, 3], dtype=np.float32), ["scored"] * 3),
+        ([np.float32(1), np.int64(2), 0], ["scored"] * 3),
+        ([1.0, math.nan, 0.0], ["scored", "error", "scored"]),
+        ([1.0, math.inf, -math.inf], ["scored", "error", "error"]),
+        ([1.0, "0.5", {}], ["scored", "error", "error"]),
+        ([1.0, 0.0], ["error"] * 3),
+        ([1.0] * 4, ["error"] * 3),
+        ([], ["error"] * 3),
+        (1.0, ["error"] * 3),
+        (None, ["error"] * 3),
+        ("abc", ["error"] * 3),
+        ({"a": 1, "b": 2, "c": 3}, ["error"] * 3),
+    ],
+)
+def test_what_a_function_returns_becomes_verdicts_never_zeros(returned: Any, statuses: list[str]) -> None:
+    reward = compose([Term("mine", 1.0, ColumnReward(lambda completions: returned, {}))])
+    verdicts = reward(REQUEST)
+    assert [v.status for v in verdicts] == statuses
+    assert all(v.reason.startswith("mine: ") for v in verdicts if not v.valid)
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(2), KeyError("x"), RecursionError("deep")])
+def test_what_a_function_raises_becomes_k_errors_that_say_where(error: BaseException) -> None:
+    def broken(completions: list[str]) -> list[float]:
+        raise error
+
+    verdicts = compose([Term("mine", 1.0, ColumnReward(broken, {}))])(REQUEST)
+    assert [v.status for v in verdicts] == ["error"] * 3
+    assert type(error).__name__ in verdicts[0].reason and "test_rewards_user.py" in verdicts[0].reason
+
+
+def test_a_request_function_must_return_verdicts() -> None:
+    term = Term("mine", 1.0, lambda request: [Verdict.scored(1.0), 1.0, Verdict("timeout", reason="slow")])  # type: ignore[list-item]
+    verdicts = compose([term])(REQUEST)
+    assert [v.status for v in verdicts] == ["scored", "error", "timeout"]
+    assert "float" in verdicts[1].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("acuracy", {}, "did you mean 'accuracy'"),
+        ("judge", {}, "Shipped: accuracy, format"),
+        ("accuracy", {"tolerance": 1}, "unexpected keyword argument 'tolerance'"),
+        ("accuracy", {"scope": "prompt"}, "'answer' or 'completion'"),
+        ("no_such_module:f", {}, "No module named 'no_such_module'"),
+        ("no/such/file.py:f", {}, "no file no/such/file.py"),
+        ("{source}:lenght", {}, "has no 'lenght'; its functions: length, level"),
+        ("{source}:", {}, "must read"),
+        ("{source}:LIMIT", {}, "is a int"),
+        ("{source}:Reward", {}, "is a class"),
+        ("{source}:blind", {}, "takes neither `completions` nor `request`"),
+        ("{source}:positional", {}, "positional-only"),
+        ("{source}:level", {"scael": 2}, "takes no option scael; it takes completions, level, scale"),
+        ("{source}:level", {}, "needs `level`, which is no data column"),
+        ("{source}:judged", {"bonus": 1, "x": 2}, "takes no option x"),
+    ],
+)
+def test_problems_are_named_before_the_run(source: str, name: str, options: dict[str, Any], message: str) -> None:
+    spec = RewardSpec(name.format(source=source), options=options)
+    (problem,) = check_rewards([spec], columns=("answer_type",))
+    assert message in problem
+
+
+def test_a_module_that_fails_at_import_is_a_problem_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("import no_such_library\ndef f(completions): ...")
+    for _ in range(2):
+        (problem,) = check_rewards([RewardSpec(f"{path}:f")])
+        assert "ModuleNotFoundError: No module named 'no_such_library'" in problem
+
+
+def test_all_problems_at_once() -> None:
+    specs = [
+        RewardSpec("format", 0.0),
+        RewardSpec("format", 0.0),
+        RewardSpec("x", 0.0),
+        RewardSpec("accuracy", math.nan),
+    ]
+    problems = "\n".join(check_rewards(specs))
+    for part in ("'format' is listed 2 times", "unknown reward 'x'", "weight of reward 'accuracy' is nan"):
+        assert part in problems
+    with pytest.raises(RewardSetupError, match="unknown reward 'x'"):
+        build_rewards(specs)
+    assert "nothing would be learned" in check_rewards([RewardSpec("format", 0.0)])[0]
+
+
+def test_columns_that_the_run_has_satisfy_a_function(source: str) -> None:
+    assert check_rewards([RewardSpec(f"{source}:level")], columns=("level",)) == []
+    assert check_rewards([RewardSpec(f"{source}:level", options={"level": [1, 2, 3]})], columns=()) == []
+    assert check_rewards([RewardSpec(f"{source}:level")]) == []  # the worker does not know the columns
+
+
+def test_the_default_rewards_add_up() -> None:
+    reward = build_rewards([RewardSpec("format", 0.5), RewardSpec("accuracy")])
+    good, wrong, bare = (
+        "<think>a</think><answer>red</answer>",
+        "<think>a</think><answer>blue</answer>",
+        "<answer>red</answer>",
+    )
+    verdicts = reward(ScoringRequest("", (good, wrong, bare, "red"), answer="red"))
+    assert [v.score for v in verdicts] == [1.5, 0.5, 1.0, 0.0]
+    assert [dict(v.parts) for v in verdicts] == [
+        {"format": 1.0, "accuracy": 1.0},
+        {"format": 1.0, "accuracy": 0.0},
+        {"format": 0.0, "accuracy": 1.0},
+        {"format": 0.0, "accuracy": 0.0},
+    ]
+    assert "format: <think> occurs 0 times" in verdicts[3].reason and "accuracy: " in verdicts[3].reason
+
+
+def fixed(verdict: Verdict) -> Any:
+    def reward(request: ScoringRequest) -> Sequence[Verdict]:
+        return [verdict] * len(request.completions)
+
+    return reward
+
+
+FAILURES = [Verdict(status, reason="because") for status in ("unscorable", "timeout", "error")]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda v: v.status)
+def test_a_part_that_fails_decides_the_whole(failure: Verdict) -> None:
+    terms = [Term("good", 1.0, fixed(Verdict.scored(1.0))), Term("bad", 0.1, fixed(failure))]
+    for order in (terms, terms[::-1]):
+        verdict = compose(order)(REQUEST)[0]
+        assert (verdict.status, verdict.score, verdict.reason) == (failure.status, None, "bad: because")
+
+
+def test_a_part_of_weight_zero_is_recorded_and_decides_nothing() -> None:
+    good = Term("good", 2.0, fixed(Verdict.scored(1.0)))
+    watched = compose([good, Term("watched", 0.0, fixed(Verdict.scored(5.0)))])(REQUEST)[0]
+    assert watched.score == 2.0 and dict(watched.parts) == {"good": 1.0, "watched": 5.0}
+    failed = compose([good, Term("watched", 0.0, fixed(FAILURES[0]))])(REQUEST)[0]
+    assert failed.score == 2.0 and dict(failed.parts) == {"good": 1.0}
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=1, max_size=5))
+def test_the_sum_is_weighted(pairs: list[tuple[float, float]]) -> None:
+    terms = [Term(str(i), weight, fixed(Verdict.scored(score))) for i, (weight, score) in enumerate(pairs)]
+    verdict = compose(terms)(REQUEST)[0]
+    assert verdict.score == pytest.approx(math.fsum(w * s for w, s in pairs), abs=1e-6)
+    assert list(verdict.parts.values()) == [score for _, score in pairs]
+
+
+def test_a_sum_beyond_all_bounds_is_an_error() -> None:
+    verdict = compose([Term("huge", 1e300, fixed(Verdict.scored(1e300)))])(REQUEST)[0]
+    assert verdict.status == "error" and "inf" in verdict.reason
+
+
+def test_names_in_a_sum_differ() -> None:
+    term = Term("same", 1.0, fixed(Verdict.scored(1.0)))
+    with pytest.raises(ValueError, match="different names"):
+        compose([term, term])
+    with pytest.raises(ValueError, match="at least one"):
+        compose([])
