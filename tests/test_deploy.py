@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -22,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from driver.cli import app
-from driver.config import RunConfig, load_config, parse_config
+from driver.config import RunConfig, iter_knobs, load_config, parse_config
 from examples.my_reward import short_answer
 from rewards.base import ScoringRequest
 
@@ -153,6 +154,17 @@ def test_examples_are_valid_configurations(path: Path) -> None:
     assert config.learner.learning_rate == 1e-6
 
 
+def test_shapes_example_is_what_the_demo_trains() -> None:
+    from driver.demo import demo_config
+    from driver.shapes import ShapesFiles
+
+    example = load_config(ROOT / "examples/shapes.yaml")
+    data = Path("runs/demo/data")
+    files = ShapesFiles(*(data / f"{name}.parquet" for name in ("train", "test", "unseen", "blank")))
+    demo = demo_config(files, Path("runs/demo/start/warm"), Path(example.output_dir), seed=0)
+    assert example.model_dump() == demo.model_dump()
+
+
 def test_kuberay_groups_offer_what_the_example_asks_for() -> None:
     asked = demand(load_config(ROOT / CLUSTER_EXAMPLE))
     groups = {g["groupName"]: g for g in documents("deploy/kuberay/cluster.yaml")[0]["spec"]["workerGroupSpecs"]}
@@ -207,7 +219,8 @@ def check_entrypoint(words: list[str], root: str = ".") -> RunConfig:
 
 
 def commands() -> set[str]:
-    return {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
+    single = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
+    return single | {group.name for group in app.registered_groups if group.name}
 
 
 @pytest.mark.parametrize("name", ["on_prem", "aws"])
@@ -291,6 +304,25 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.name)
+def test_texts_name_files_knobs_and_metrics_that_exist(path: Path) -> None:
+    text = path.read_text()
+    missing = {
+        f for f in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text) if not (ROOT / f).exists() and not f.startswith("runs/")
+    }
+    assert not missing, "no such file"
+
+    knobs = {name for name, _ in iter_knobs()}
+    sections = {name.split(".")[0] for name in knobs if "." in name}
+    named = {k for k in re.findall(r"`(\w+\.\w+)", text) if k.split(".")[0] in sections}
+    assert named <= knobs | {"rollout.types", "cluster.yaml"}, "no such knob"
+
+    source = ast.parse((ROOT / "driver/metrics.py").read_text())
+    gauges = next(n for n in source.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "GAUGES")
+    known = set(ast.literal_eval(gauges.value))
+    assert set(re.findall(r"ray_saccade_(\w+)", text)) <= known, "no such metric"
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------
