@@ -5,7 +5,7 @@
         - {name: accuracy}
         - {name: "examples/my_reward.py:short_answer", weight: 0.2, options: {limit: 300}}
 
-`request` also has the gold `answer`, further `columns` of the row and the images (rewards/base.py). What cannot be judged
+`request` also has the gold `answer`, the further `columns` and the images (rewards/base.py). What cannot be judged
 is `Verdict("unscorable", reason="...")`; an exception makes the group's verdicts `error`. Neither counts as a zero.
 """
 
