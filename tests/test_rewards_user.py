@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,14 @@ def test_names_in_a_sum_differ() -> None:
         compose([term, term])
     with pytest.raises(ValueError, match="at least one"):
         compose([])
+
+
+def test_the_examples_in_the_documentation_work(repository: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (repository / "docs" / "rewards.md").read_text(), re.DOTALL)
+    path = tmp_path / "documented.py"
+    path.write_text("\n".join(blocks))
+    request = ScoringRequest("", ("short", "long " * 200), columns={"kind": "photo"})
+    assert [v.score for v in load_reward(f"{path}:brevity", columns=("kind",))(request)] == [1.0, 0.0]
+    essay = ScoringRequest("", ("short",), columns={"kind": "essay"})
+    assert load_reward(f"{path}:brevity")(essay)[0].status == "unscorable"
+    assert len(load_reward(f"{path}:finished")(ScoringRequest("", ()))) == 0
