@@ -24,8 +24,8 @@ from packaging.utils import canonicalize_name
 
 from driver.cli import app
 from driver.config import RunConfig, iter_knobs, load_config, parse_config
-from examples.my_reward import short_answer
 from rewards.base import ScoringRequest
+from rewards.registry import load_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -281,10 +281,13 @@ def test_readme_reward_is_the_one_shipped() -> None:
     assert len(code.strip().splitlines()) <= 10
 
 
-def test_example_reward_scores() -> None:
+def test_example_reward_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded by the name that README and docstring give, from the clone."""
+    monkeypatch.chdir(ROOT)
     request = ScoringRequest("?", ("x" * 10, "x" * 200, "x" * 300, "x" * 1000))
-    assert [v.score for v in short_answer(request)] == [1.0, 1.0, 0.5, 0.0]
-    assert [v.score for v in short_answer(request, limit=300)][2] == 1.0
+    plain = load_reward("examples/my_reward.py:short_answer")
+    assert [v.score for v in plain(request)] == [1.0, 1.0, 0.5, 0.0]
+    assert load_reward("examples/my_reward.py:short_answer", {"limit": 300})(request)[2].score == 1.0
 
 
 def test_readme_commands_exist() -> None:
