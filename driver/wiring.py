@@ -92,6 +92,8 @@ def engine_options(config: RunConfig, device: Device, *, weights_change: bool = 
         weight_transfer_backend=transfer_backend(config, device) if weights_change else None,
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
+        start_timeout=rollout.start_timeout,
+        control_timeout=config.weight_sync.timeout,
         extra=rollout.engine_options,
     )
 

@@ -1,0 +1,78 @@
+"""What every benchmark shares: a tiny model, images, configurations, and how results are printed and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+COLORS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 220), "yellow": (235, 215, 30)}
+QUESTION = "What color?"
+IMAGE_SIZE = 84
+
+
+def images(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
+    """Noisy one-coloured images with the name of their colour."""
+    rng = np.random.default_rng(seed)
+    names = [str(name) for name in rng.choice(list(COLORS), count)]
+    noise = rng.integers(-30, 30, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
+    pixels = np.clip(np.array([COLORS[n] for n in names])[:, None, None] + noise, 0, 255).astype("uint8")
+    return [(Image.fromarray(p), name) for p, name in zip(pixels, names, strict=True)]
+
+
+def write_parquet(path: Path, rows: Sequence[tuple[Image.Image, str]]) -> Path:
+    """The images as a data set of this project."""
+    import io
+
+    def encode(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    columns = {
+        "prompt": [QUESTION for _ in rows],
+        "image": [encode(image) for image, _ in rows],
+        "answer": [name for _, name in rows],
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions a figure was measured with."""
+    packages = ("torch", "transformers", "deepspeed", "ray")
+    model = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )  # fmt: skip
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def report(name: str, results: Mapping[str, Any], table: Table, path: Path | None) -> None:
+    """Print the table; write results with the environment to `path` if one is given."""
+    Console(width=140).print(table)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"benchmark": name, "environment": environment(), **results}, indent=1) + "\n")
+        Console().print(f"written to {path}")

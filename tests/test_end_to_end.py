@@ -1,0 +1,175 @@
+"""The whole system for real: vLLM, DeepSpeed, Ray, weight transfer over gloo, on a tiny model and shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from driver.config import ConfigError, parse_config
+from driver.loop import evaluate, train
+from driver.metrics import read_metrics
+from driver.shapes import make_shapes
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("shapes")
+    make_shapes(directory, seed=0, train_rounds=1, unseen_rounds=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model, shapes) -> dict:
+    """Four groups of four a step, on random weights: what matters is the plumbing."""
+    return {
+        "steps": 4,
+        "seed": 3,
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {
+            "train": [str(shapes / "train.parquet")],
+            "eval": [str(shapes / "unseen.parquet")],
+            "extra_columns": ["kind"],
+            "max_prompt_length": 256,
+        },
+        "rollout": {
+            "num_generations": 4,
+            "max_completion_length": 12,
+            "max_staleness": 0,
+            "kv_cache_gib": 0.25,
+            "max_num_seqs": 32,
+        },
+        # Random weights never give the expected answer; the length of the text does vary.
+        "reward": {"functions": [{"name": "tests.rewards_for_tests:letters"}]},
+        "algorithm": {"beta": 0.1},
+        "learner": {
+            "prompts_per_step": 4,
+            "learning_rate": 1e-3,
+            "zero_stage": 1,
+            "lr_schedule": "linear",
+            "warmup_steps": 1,
+        },
+        "evaluation": {"max_prompts": 8, "group_by": "kind"},
+        "cluster": {"device": "cpu"},
+    }
+
+
+def weights(directory: Path) -> dict:
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(settings, tmp_path, local_ray):
+    whole = train(
+        parse_config({**settings, "output_dir": str(tmp_path / "whole"), "checkpoint": {"every": 2, "keep": 9}})
+    )
+    steps = read_metrics(tmp_path / "whole")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    for step in steps:
+        assert step["staleness"] == 0
+        assert step["samples"] == 16
+        assert step["learner"]["mismatch_max"] < 1e-4  # engine and learner agree on every sampled token
+        assert step["seconds"]["total"] == pytest.approx(
+            sum(v for k, v in step["seconds"].items() if k != "total"), rel=1e-6
+        )
+    assert set(whole.evaluations) == {0, 4}
+    assert set(whole.evaluations[4]["unseen"]) <= {"color", "shape", "count"}
+    state = json.loads((tmp_path / "whole/checkpoints/step-000002/run.json").read_text())
+    assert state["ledger"]["outstanding"] == []
+    assert state["ledger"]["trained"] == 8
+
+    # A run that lost everything after step 2 but its checkpoint.
+    resumed_dir = tmp_path / "resumed"
+    resumed_dir.mkdir()
+    (resumed_dir / "checkpoints").mkdir()
+    os.rename(tmp_path / "whole/checkpoints/step-000002", resumed_dir / "checkpoints/step-000002")
+    (resumed_dir / "metrics.jsonl").write_text("".join(json.dumps({"kind": "step", **s}) + "\n" for s in steps[:3]))
+    resumed = train(parse_config({**settings, "output_dir": str(resumed_dir)}), resume=True)
+    assert [s["step"] for s in read_metrics(resumed_dir)] == [1, 2, 3, 4]
+    assert whole.model_dir is not None
+    assert resumed.model_dir is not None
+    expected, actual = weights(whole.model_dir), weights(resumed.model_dir)
+    assert expected.keys() == actual.keys()
+    different = [name for name in expected if not expected[name].equal(actual[name])]
+    assert different == []
+
+    # The saved model is what vLLM loads and evaluates to the same figures.
+    again = evaluate(
+        parse_config({**settings, "output_dir": "unused", "model": {"path": str(whole.model_dir), "dtype": "float32"}})
+    )
+    assert again == whole.evaluations[4]
+
+
+def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_path, local_ray):
+    config = parse_config(
+        {
+            **settings,
+            "output_dir": str(tmp_path / "overlap"),
+            "rollout": {**settings["rollout"], "max_staleness": 1, "engines": 2},
+            "learner": {**settings["learner"], "ranks": 2, "zero_stage": 3},
+            "reward": {**settings["reward"], "actors": 2},
+        }
+    )
+    result = train(config)
+    steps = read_metrics(result.output_dir)
+    assert [s["staleness"] for s in steps] == [0, 1, 1, 1]
+    assert {k for s in steps for k in s["busy"] if k.startswith("generate/")} == {
+        "generate/rollout-0",
+        "generate/rollout-1",
+    }
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(settings, tmp_path, repository):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, "steps": 10_000, "output_dir": str(tmp_path / "run")}))
+    marker = f"saccade-test-{os.getpid()}"
+    environment = {**os.environ, "SACCADE_TEST_MARKER": marker}
+    command = [sys.executable, "-m", "driver", "train", str(path)]
+    with subprocess.Popen(
+        command, cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130, "".join(output)
+    text = "".join(output)
+    assert "stopping: the state is saved first" in text
+    assert "--resume" in text
+    saved = list((tmp_path / "run/checkpoints").iterdir())
+    assert len(saved) == 1
+    assert (saved[0] / "run.json").exists()
+    assert not [p for p in psutil.process_iter() if _carries(p, marker)]
+
+
+def test_a_run_that_cannot_start_says_all_that_is_wrong_and_starts_nothing(settings, tmp_path):
+    wrong = {
+        **settings,
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": str(tmp_path / "nowhere")},
+        "reward": {"functions": [{"name": "acuracy"}]},
+    }
+    with pytest.raises(ConfigError) as caught:
+        train(parse_config(wrong))
+    assert "no usable model at" in str(caught.value)
+    assert "did you mean 'accuracy'" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def _carries(process: psutil.Process, marker: str) -> bool:
+    """Whether the process inherited the marker, hence belongs to the run."""
+    try:
+        return process.environ().get("SACCADE_TEST_MARKER") == marker
+    except psutil.Error:
+        return False
