@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from rollout.types import Completion, Media, Prompt
+
+if TYPE_CHECKING:
+    from weight_sync.verify import WeightReport
+
+BAN = -100.0
+"""Added to the logit of a banned token, by the engine and by the learner (learner.logprobs.BAN) alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,10 @@ class EngineOptions:
     """"nccl", "gloo", ...; None for an engine whose weights never change (evaluation from disk)."""
     seed: int = 0
     trust_remote_code: bool = False
+    start_timeout: float = 600.0
+    """Seconds in which the engine must be ready."""
+    control_timeout: float = 300.0
+    """Seconds that any call but `start` and `generate` may take, receiving weights included."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of vLLM's `AsyncEngineArgs`, as they are."""
 
@@ -95,8 +105,8 @@ class RolloutEngine(Protocol):
     async def pause(self) -> None:
         """Freeze running requests (they are kept) and drop every cache computed from the weights."""
 
-    async def receive_weights(self, update_info: Mapping[str, Any]) -> Mapping[str, str]:
-        """Receive one full set of weights while paused. Returns name -> digest of each wire tensor, as received."""
+    async def receive_weights(self, update_info: Mapping[str, Any]) -> WeightReport:
+        """Receive and load one full set of weights while paused; says what arrived and whether all of it was used."""
 
     async def commit(self, version: int) -> None:
         """Name the weights just received; tokens sampled from now on carry `version`."""

@@ -1,0 +1,230 @@
+"""The engine's side of weight synchronisation, inside vLLM's worker processes.
+
+vLLM imports this module in every worker through `worker_extension_cls`; importing it registers the gloo
+transport with vLLM's factories. `PolicyWorker.receive_policy` wraps vLLM's own update, whatever the transport is, and
+reports what arrived and whether it reached every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from weight_sync.gloo import GlooInitInfo, broadcast, join_group, plan_buckets, view_in
+from weight_sync.protocols import ParamMeta
+from weight_sync.verify import digest_text, hash_words
+
+# ---------------------------------------------------------------------------------------------------- transport
+
+
+@dataclass
+class GlooWorkerInitInfo(WeightTransferInitInfo):
+    """The fields of `gloo.GlooInitInfo`, as the type that vLLM parses."""
+
+    host: str
+    port: int
+    prefix: str
+    rank_offset: int
+    world_size: int
+    bucket_bytes: int
+    timeout: float
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """What the next transfer consists of, in order; same fields as vLLM's NCCL backend."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+    def metadata(self) -> list[ParamMeta]:
+        rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
+        return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooWorkerInitInfo, GlooUpdateInfo]):
+    """Receives what `gloo.GlooTrainer` broadcasts, into host memory."""
+
+    init_info_cls = GlooWorkerInitInfo
+    update_info_cls = GlooUpdateInfo
+    group: torch.distributed.ProcessGroupGloo | None = None
+    bucket_bytes = 0
+
+    def init_transfer_engine(self, init_info: GlooWorkerInitInfo) -> None:
+        self.shutdown()
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self.bucket_bytes = init_info.bucket_bytes
+        self.group = join_group(GlooInitInfo(**vars(init_info)), rank)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        group = self.group
+        if group is None:
+            raise RuntimeError("this engine has not joined a weight-transfer group")
+
+        def post(nbytes: int) -> tuple[Tensor, Any]:
+            # A buffer of its own for each bucket: the layerwise reload keeps views of it until a layer is complete.
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            return buffer, broadcast(group, buffer)
+
+        metadata = update_info.metadata()
+        buckets = plan_buckets(metadata, self.bucket_bytes)
+        pending = [post(bucket.nbytes) for bucket in buckets[:1]]
+        for index, bucket in enumerate(buckets):
+            buffer, work = pending.pop()
+            work.wait()
+            if index + 1 < len(buckets):
+                pending.append(post(buckets[index + 1].nbytes))  # arrives while this one is loaded
+            metas = metadata[bucket.start : bucket.stop]
+            tensors = zip(metas, bucket.offsets, strict=True)
+            self.model.load_weights([(meta.name, view_in(buffer, offset, meta)) for meta, offset in tensors])
+
+    def shutdown(self) -> None:
+        group, self.group = self.group, None
+        if group is not None:
+            group.abort()
+
+
+def register() -> None:
+    """Make "gloo" known to vLLM's factories, once per process."""
+    if "gloo" not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+        WeightTransferTrainerFactory.register_engine("gloo", "weight_sync.gloo", "GlooTrainer")
+
+
+register()
+
+
+# ---------------------------------------------------------------------------------------------------- verification
+
+
+class PolicyWorker:
+    """Mixed into vLLM's worker class; called on every worker of an engine through `collective_rpc`."""
+
+    policy_names: tuple[str, ...] = ()
+    """Wire names whose consumption was checked already."""
+
+    def receive_policy(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        """Receive one full set of weights and load it. Returns the fields of a `verify.WeightReport`.
+
+        After an error the model's structure is whole again, its values are not: nothing may be generated before a
+        later call succeeds."""
+        worker: Any = self
+        transfer = worker.weight_transfer_engine
+        model = transfer.model
+        names = tuple(update_info["names"])
+        with recorded_loads(model, one_by_one=names != self.policy_names) as record:
+            worker.start_weight_update()
+            try:
+                worker.update_weights(update_info)
+            except BaseException:
+                # Layers keep what they were given so far: without this a second attempt would count it twice, and
+                # take a layer for complete that mixes both.
+                transfer.finish_weight_update()
+                raise
+            uncovered = uncovered_modules(model)
+            worker.finish_weight_update()
+        refresh_output_heads(model)
+        self.policy_names = names
+        digests = {name: digest_text(dtype, shape, words) for name, (dtype, shape, words) in record.hashes.items()}
+        return {"digests": digests, "unconsumed": record.unconsumed, "uncovered": uncovered}
+
+
+class LoadRecord:
+    def __init__(self) -> None:
+        self.hashes: dict[str, tuple[torch.dtype, torch.Size, Tensor]] = {}
+        self.unconsumed: list[str] = []
+
+
+@contextmanager
+def recorded_loads(model: nn.Module, one_by_one: bool) -> Iterator[LoadRecord]:
+    """Hash everything handed to `model.load_weights`. With `one_by_one`, each tensor is loaded in a call of its own,
+    which tells the names that no parameter took; whether a name is taken does not depend on the values, so the first
+    transfer of a list of names does this for all."""
+    record = LoadRecord()
+    load: Any = model.load_weights
+
+    def load_weights(weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
+        batch = list(weights)
+        record.hashes |= {name: (tensor.dtype, tensor.shape, hash_words(tensor)) for name, tensor in batch}
+        if not one_by_one:
+            return load(batch)
+        taken: set[str] = set()
+        for name, tensor in batch:
+            loaded = load([(name, tensor)])
+            if loaded is None:
+                raise TypeError(f"{type(model).__name__}.load_weights does not say what it loaded")
+            if not loaded:
+                record.unconsumed.append(name)
+            taken |= loaded
+        return taken
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+    try:
+        yield record
+    finally:
+        del model.load_weights
+
+
+def uncovered_modules(model: nn.Module) -> list[str]:
+    """Modules of which some weight elements were not written, while a layerwise reload is open.
+
+    Attention modules have no weights of a checkpoint; a tied output head is covered by what it shares storage with."""
+    infos = {name: (module, get_layerwise_info(module)) for name, module in model.named_modules()}
+    complete = {
+        parameter.data_ptr()
+        for module, info in infos.values()
+        if not info.can_load()
+        for parameter in module.parameters(recurse=False)
+    } - {0}  # the address of the emptied weights of repacked CPU layers
+    uncovered = []
+    for name, (module, info) in infos.items():
+        if not info.can_load() or info.kernel_tensors is None or is_deferred_attention_layer(module):
+            continue
+        parameters = info.kernel_tensors[0].values()
+        expected = sum(_checkpoint_elements(module, key) for key in module._parameters)
+        tied = all(parameter.data_ptr() in complete for parameter in parameters)
+        if info.load_numel < expected and not tied:
+            uncovered.append(f"{name} ({info.load_numel} of {expected} elements)")
+    return uncovered
+
+
+def _checkpoint_elements(module: nn.Module, key: str) -> int:
+    """Elements of a parameter that a checkpoint fills: all, but for the padding rows of vocabulary embeddings."""
+    parameter = module._parameters[key]
+    if parameter is None:
+        return 0
+    if isinstance(module, VocabParallelEmbedding) and parameter.ndim:
+        rows = module.shard_indices.num_org_elements + module.shard_indices.num_added_elements
+        return rows * (parameter.numel() // parameter.shape[0])
+    return getattr(parameter, "weight_loader_numel", parameter.numel())
+
+
+def refresh_output_heads(model: nn.Module) -> None:
+    """On CPU an output head works on a repacked copy of its weight. A tied head is not reloaded itself, so its copy
+    would stay that of the former weights."""
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and module.weight.device.type == "cpu":
+            module.quant_method.process_weights_after_loading(module)
