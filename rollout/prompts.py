@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rollout.order import EpochOrder
 from rollout.prompt_builder import PromptBuilder
-from rollout.rows import DataError, RowRefusedError, RowStore
+from rollout.row_files import DataError
+from rollout.rows import RowRefusedError, RowStore
 from rollout.types import Prompt, PromptRef
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ class Media:
     kind: MediaKind
     digest: str
     """sha256 of the encoded bytes, hex: the identity used by every cache."""
-    data: Any
+    data: Any = field(repr=False)
     width: int = 0
     height: int = 0
 
