@@ -29,12 +29,17 @@ def await_all(phase: str, futures: Mapping[str, Future[T]], timeout: float) -> d
     done, pending = wait(futures.values(), timeout=timeout, return_when=FIRST_EXCEPTION)
     failed = {name: future.exception() for name, future in futures.items() if future in done and future.exception()}
     if failed:
-        reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed.items())
+        reasons = "; ".join(f"{name}: {_describe(error)}" for name, error in failed.items())
         raise WeightSyncError(phase, tuple(failed), reasons)
     if pending:
         late = tuple(name for name, future in futures.items() if future in pending)
         raise WeightSyncError(phase, late, f"no answer within {timeout:g} s")
     return {name: future.result() for name, future in futures.items()}
+
+
+def _describe(error: BaseException | None) -> str:
+    cause = getattr(error, "cause", None) or error  # Ray wraps what was raised in another process
+    return f"{type(cause).__name__}: {cause}"
 
 
 class WeightSyncClient:

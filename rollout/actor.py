@@ -1,0 +1,221 @@
+"""RolloutActor: a thin Ray shell around one engine. Generates groups, and answers failures with plain data.
+
+driver ── generate(prompt, sampling) ─▶ [media fetched] ─▶ engine ─▶ RolloutGroup | RolloutFailure ─▶ reward actor
+learner rank 0 ── RayEngineHandle ────▶ pause, receive, commit, resume
+
+actor = ray.remote(RolloutActor).options(max_concurrency=1000, ...).remote(name, options, load_adapter_callable)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from rollout.engine import (
+    EngineDeadError,
+    EngineOptions,
+    EngineOutput,
+    PromptRefusedError,
+    RolloutEngine,
+    SamplingParams,
+)
+from rollout.environment import SingleTurn
+from rollout.types import Media, Prompt, RolloutFailure, RolloutGroup
+from vlm.adapter import MultimodalAdapter
+from weight_sync.verify import WeightReport
+
+EngineFactory = Callable[[EngineOptions, MultimodalAdapter], RolloutEngine]
+
+
+def vllm_engine(options: EngineOptions, adapter: MultimodalAdapter) -> RolloutEngine:
+    from rollout.vllm_engine import VLLMEngine
+
+    return VLLMEngine(options, adapter)
+
+
+class RolloutActor:
+    """Owns one engine in its own process. Every call may run beside others (`max_concurrency` high)."""
+
+    def __init__(
+        self,
+        name: str,
+        options: EngineOptions,
+        adapter: Callable[[], MultimodalAdapter],
+        *,
+        group_timeout: float = 600.0,
+        engine: EngineFactory = vllm_engine,
+    ) -> None:
+        """`adapter` is called in this process, when the engine starts. `group_timeout` in seconds bounds one group."""
+        self._name = name
+        self._options = options
+        self._load_adapter = adapter
+        self._group_timeout = group_timeout
+        self._make_engine = engine
+        self._adapter: MultimodalAdapter | None = None
+        self._engine: RolloutEngine | None = None
+        self._started = asyncio.Lock()
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Start the engine. Raises RuntimeError with the engine's own log tail when it cannot."""
+        async with self._started:
+            if self._adapter is None:
+                self._adapter = self._load_adapter()
+            engine = self._make_engine(self._options, self._adapter)
+            await engine.start()
+            self._engine = engine
+
+    async def restart(self) -> None:
+        """Replace a dead (or any) engine by a fresh one in this process. It holds the weights on disk as version 0, and
+        has to join a new transfer group and be synchronised before it may be used."""
+        await self.shutdown()
+        await self.start()
+
+    async def shutdown(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.shutdown()
+
+    async def info(self) -> dict[str, Any]:
+        """Where this engine runs, for people and tests."""
+        import os
+
+        context = ray.get_runtime_context()
+        return {"name": self._name, "pid": os.getpid(), "node": context.get_node_id(), "model": self._options.model}
+
+    def _running(self) -> RolloutEngine:
+        if self._engine is None:
+            raise EngineDeadError(f"engine {self._name} is not running: it was not started, or was shut down")
+        return self._engine
+
+    # ------------------------------------------------------------------ generation
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams) -> RolloutGroup | RolloutFailure:
+        """All K completions of one prompt. Never raises for what can go wrong with an engine or a prompt: an exception
+        would have to be unpickled in the driver, which would import the engine for it."""
+
+        def failure(reason: str, *, dead: bool = False, retryable: bool = False) -> RolloutFailure:
+            return RolloutFailure(prompt.ref, reason, self._name, engine_dead=dead, retryable=retryable)
+
+        start = time.perf_counter()
+        try:
+            output = await asyncio.wait_for(self._generate(prompt, sampling), self._group_timeout)
+        except PromptRefusedError as error:
+            return failure(str(error))
+        except EngineDeadError as error:
+            return failure(str(error), dead=True)
+        except TimeoutError:
+            return await self._explain_timeout(failure)
+        except ray.exceptions.RayError as error:
+            return failure(f"media of {prompt.ref} could not be fetched: {error}", retryable=True)
+        except Exception as error:
+            return failure(f"{type(error).__name__}: {error}", retryable=True)
+        seconds = time.perf_counter() - start
+        return RolloutGroup(
+            prompt, output.prompt_token_ids, output.completions, engine=self._name, generate_seconds=seconds
+        )
+
+    async def _generate(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
+        media = await _fetch(prompt.media)
+        generate = self._running().generate
+        output = await SingleTurn(prompt, media).run(generate, sampling)
+        redone: dict[int, Any] = {}
+        for k, completion in enumerate(output.completions):
+            if completion.finish_reason == "abort":  # cut off, by no fault of its own: the same draw once more, alone
+                again = await SingleTurn(prompt, media).run(generate, _alone(sampling, k))
+                redone[k] = again.completions[0]
+        completions = tuple(redone.get(k, c) for k, c in enumerate(output.completions))
+        cut = [k for k, c in enumerate(completions) if c.finish_reason == "abort"]
+        if cut:
+            raise RuntimeError(f"completions {cut} were aborted twice")
+        return replace(output, completions=completions)
+
+    async def _explain_timeout(self, failure: Callable[..., RolloutFailure]) -> RolloutFailure:
+        reason = f"waited {self._group_timeout:g} s (rollout.group_timeout) for its completions"
+        try:
+            await self._running().check_health()
+        except EngineDeadError as error:
+            return failure(f"{reason}; {error}", dead=True)
+        return failure(reason, retryable=True)
+
+    # ------------------------------------------------------------------ weights (see weight_sync.protocols)
+
+    async def check_health(self) -> None:
+        await self._running().check_health()
+
+    async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
+        await self._running().init_weight_transfer(init_info)
+
+    async def pause(self) -> None:
+        await self._running().pause()
+
+    async def receive_weights(self, update_info: Mapping[str, Any]) -> WeightReport:
+        return await self._running().receive_weights(update_info)
+
+    async def commit(self, version: int) -> None:
+        await self._running().commit(version)
+
+    async def resume(self) -> None:
+        await self._running().resume()
+
+    async def version(self) -> int:
+        return await self._running().version()
+
+
+def _alone(sampling: SamplingParams, k: int) -> SamplingParams:
+    """The draw of completion `k` as a request of its own."""
+    each = sampling.max_tokens_each
+    return replace(
+        sampling,
+        n=1,
+        seed=None if sampling.seed is None else sampling.seed + k,
+        max_tokens=each[k] if each else sampling.max_tokens,
+        max_tokens_each=(),
+    )
+
+
+async def _fetch(media: tuple[Media, ...]) -> tuple[Media, ...]:
+    """Media with their bytes, fetched from the object store together."""
+
+    async def resolve(item: Media) -> Media:
+        if isinstance(item.data, ray.ObjectRef):
+            reference: Awaitable[bytes] = item.data
+            return replace(item, data=await reference)
+        return item
+
+    return tuple(await asyncio.gather(*(resolve(item) for item in media)))
+
+
+@dataclass(frozen=True)
+class RayEngineHandle:
+    """`weight_sync.protocols.EngineHandle` of a RolloutActor; travels to learner rank 0 by value."""
+
+    name: str
+    actor: Any
+    """Ray's handle of the RolloutActor."""
+    workers: int = 1
+
+    def check_health(self) -> Future[None]:
+        return self.actor.check_health.remote().future()
+
+    def init_weight_transfer(self, init_info: Mapping[str, Any]) -> Future[None]:
+        return self.actor.init_weight_transfer.remote(init_info).future()
+
+    def pause(self) -> Future[None]:
+        return self.actor.pause.remote().future()
+
+    def receive_weights(self, update_info: Mapping[str, Any]) -> Future[WeightReport]:
+        return self.actor.receive_weights.remote(update_info).future()
+
+    def commit(self, version: int) -> Future[None]:
+        return self.actor.commit.remote(version).future()
+
+    def resume(self) -> Future[None]:
+        return self.actor.resume.remote().future()
