@@ -53,10 +53,8 @@ def write_parquet(path: Path, rows: Sequence[tuple[Image.Image, str]]) -> Path:
 def environment() -> dict[str, Any]:
     """The machine and the versions a figure was measured with."""
     packages = ("torch", "transformers", "deepspeed", "ray")
-    model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )  # fmt: skip
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     return {
         "cpu": model,
         "cores": os.cpu_count(),

@@ -3,13 +3,14 @@
     python -m bench.vs_trl --json runs/bench/vs_trl.json            (needs the extra `bench`)
 
 Every sample has the same length on both sides: the end-of-sequence token is never sampled before a per-sample maximum.
-`equal-32` and `equal-128`: all alike. `tail`: seven completions of a group have 32 tokens, the eighth ten times as many.
+`equal-32` and `equal-128`: all alike. `tail`: seven completions of a group have 32 tokens, the eighth has 320.
 Beside the two systems stand their bounds, measured in the same run: generation alone and learning alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -98,7 +99,7 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
             start = time.perf_counter()
             run.learner.update(fresh.groups, fresh.summaries, version)
             learning.append(time.perf_counter() - start)
-    seconds = [b - a for a, b in zip(begin, begin[1:], strict=False)][warmup:]
+    seconds = [b - a for a, b in itertools.pairwise(begin)][warmup:]
     tokens = {sum(lengths) * PROMPTS}
     assert {r["tokens"] for r in records} == tokens, "lengths were not forced"
     return {
@@ -178,7 +179,7 @@ def trl(model: Path, lengths: tuple[int, ...], steps: int, warmup: int, work: Pa
     trainer.train()
     expected = sum(lengths) * PROMPTS
     assert set(seen) == {expected}, f"lengths were not forced: {set(seen)} tokens a step, expected {expected}"
-    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][warmup - 1 :]
+    seconds = [b - a for a, b in itertools.pairwise(clock.ends)][warmup - 1 :]
     return {"seconds_per_step": median(seconds), "samples_per_second": PROMPTS * K / median(seconds)}
 
 
