@@ -119,7 +119,12 @@ class RolloutActor:
             return failure(f"{type(error).__name__}: {error}", retryable=True)
         seconds = time.perf_counter() - start
         return RolloutGroup(
-            prompt, output.prompt_token_ids, output.completions, engine=self._name, generate_seconds=seconds
+            prompt,
+            output.prompt_token_ids,
+            output.completions,
+            engine=self._name,
+            generate_started=time.time() - seconds,
+            generate_seconds=seconds,
         )
 
     async def _generate(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
