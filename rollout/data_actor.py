@@ -10,7 +10,7 @@ reference; it is lost with this actor or its node, and `read` then puts it again
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,8 @@ class MediaStore:
         self.puts = 0
         self._kept: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
 
-    def put(self, media: Media, *, again: bool = False) -> Media:
-        """`media` with a reference for its bytes; `again` puts them even if a reference is kept, which may be dead."""
-        if again and media.digest in self._kept:
-            self.held -= self._kept.pop(media.digest)[1]
+    def put(self, media: Media) -> Media:
+        """`media` with a reference for its bytes, the one that is kept if there is one."""
         if media.digest not in self._kept:
             self._kept[media.digest] = (ray.put(media.data), len(media.data))
             self.held += len(media.data)
@@ -47,6 +45,11 @@ class MediaStore:
         while self.held > self.capacity:
             self.held -= self._kept.popitem(last=False)[1][1]
         return replace(media, data=reference)
+
+    def forget(self, media: Iterable[Media]) -> None:
+        """Put these anew when they come next: a kept reference may be dead."""
+        for item in media:
+            self.held -= self._kept.pop(item.digest, (None, 0))[1]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class DataActor:
         load_adapter: Callable[[], MultimodalAdapter],
         train: DataOptions,
         evaluation: DataOptions | None = None,
-        media_bytes: int = 2**30,
+        media_bytes: int = 256 * 2**20,
     ) -> None:
         """`media_bytes` bounds the media whose references are kept for re-use."""
         self._load_adapter = load_adapter
@@ -104,7 +107,9 @@ class DataActor:
     def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
         """The prompts of `refs` again, their media put into the store anew: after a resume, or when they were lost."""
         self._wait()
-        return [self._stored(prompt, again=True) for prompt in self._source.read(refs)]
+        prompts = self._source.read(refs)
+        self._media.forget(media for prompt in prompts for media in prompt.media)
+        return [self._stored(prompt) for prompt in prompts]
 
     def eval_prompts(self, limit: int | None = None) -> list[Prompt]:
         """The held-out prompts, at most `limit`: the same ones in the same order at every call."""
@@ -139,5 +144,5 @@ class DataActor:
             (prompt,) = self._source.take(1)
             self._ahead.append((self._stored(prompt), self._source.state()))
 
-    def _stored(self, prompt: Prompt, *, again: bool = False) -> Prompt:
-        return replace(prompt, media=tuple(self._media.put(m, again=again) for m in prompt.media))
+    def _stored(self, prompt: Prompt) -> Prompt:
+        return replace(prompt, media=tuple(map(self._media.put, prompt.media)))

@@ -137,6 +137,8 @@ def test_read_puts_the_media_again(make: Callable[..., Any], local_ray: ModuleTy
     assert again.media[0].data != first.media[0].data
     assert local_ray.get(again.media[0].data) == local_ray.get(first.media[0].data)
     assert identity(actor.take(5)) == identity(PromptSource(options, fake_adapter()).take(6))[1:]
+    whole = actor.read([p.ref for p in PromptSource(options, fake_adapter()).take(19)])
+    assert len({p.media[0].data for p in whole}) == 4, "also what is read again crosses the store once"
 
 
 def test_eval_prompts_are_the_same_at_every_call(make: Callable[..., Any], options: DataOptions) -> None:
