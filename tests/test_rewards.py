@@ -82,6 +82,7 @@ def test_any_text_in_the_right_tags_has_the_format(think: str, answer: str) -> N
         ("<answer>red</answer><answer>red</answer>", None),
         ("<answer>red</answer> or <answer>blue</answer>", None),
         ("<answer><answer>red</answer>", None),
+        ("<answer>red</answer> blue</answer>", None),
     ],
 )
 def test_the_answer_is_what_stands_in_the_only_answer_tags(text: str, answer: str | None) -> None:
