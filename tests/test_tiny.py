@@ -49,6 +49,9 @@ def test_it_is_small_float32_and_reproducible(directory: Path, tmp_path: Path) -
     model = AutoModelForImageTextToText.from_pretrained(directory)
     assert model.dtype == torch.float32
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 1e6
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:  # a part that ignored initializer_range would not learn
+            assert float(parameter.std()) == pytest.approx(TinySizes().initializer_range, rel=0.05), name
     torch.manual_seed(123)
     expected = torch.rand(3)
     torch.manual_seed(123)
@@ -65,6 +68,7 @@ def test_end_of_turn_ends_a_completion_everywhere(directory: Path, adapter: Mult
     model = AutoModelForImageTextToText.from_pretrained(directory)
     assert adapter.stop_token_ids == (end,)
     assert model.generation_config.eos_token_id == end
+    assert model.generation_config.pad_token_id == adapter.tokenizer.pad_token_id
     assert model.config.get_text_config().eos_token_id == end
     assert adapter.tokenizer.pad_token_id not in adapter.stop_token_ids
 

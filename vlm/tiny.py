@@ -191,8 +191,6 @@ def _qwen2_5_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
         initializer_range=sizes.initializer_range,
     )
     model = Qwen2_5_VLForConditionalGeneration(config).float()
-    model.generation_config.eos_token_id = ids["<|im_end|>"]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
     processor = Qwen2_5_VLProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
