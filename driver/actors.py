@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import ray
-from rollout.actor import RayEngineHandle, RolloutActor
 
 from driver.config import RunConfig
 from driver.errors import RunError
@@ -25,6 +24,7 @@ from driver.wiring import (
 )
 from learner.group import LearnerGroup
 from rewards.actor import RewardActor
+from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.data_actor import DataActor
 from rollout.types import Prompt, PromptRef
 
@@ -79,8 +79,14 @@ def start_actors(
         with ThreadPoolExecutor(1) as pool:
             learner = actors.learner
             learning = pool.submit(learner.start, config.rollout.start_timeout) if learner is not None else None
+
+            def check() -> None:
+                check_stop()
+                if learning is not None and learning.done():
+                    learning.result()  # a learner that failed ends the wait for the others
+
             try:
-                _await_start(starting, config.rollout.start_timeout, check_stop)
+                _await_start(starting, config.rollout.start_timeout, check)
             except BaseException:
                 if learner is not None:
                     learner.shutdown()  # ends the wait of the other thread
@@ -120,10 +126,10 @@ def _create(actors: Actors, config: RunConfig, placement: Placement, training: b
         )
 
 
-def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check_stop: Callable[[], None]) -> None:
+def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Callable[[], None]) -> None:
     deadline = time.monotonic() + timeout
     while starting:
-        check_stop()
+        check()
         ready, _ = ray.wait(list(starting), timeout=1.0)
         for reference in ready:
             what = starting.pop(reference)

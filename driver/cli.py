@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from driver.config import ConfigError, RunConfig, dump_config, iter_knobs, load_config
-from driver.errors import RunError
 
 app = typer.Typer(
     name="saccade",
@@ -24,6 +23,15 @@ app = typer.Typer(
     "Start with [bold]saccade demo[/bold]: it makes its own data and model and learns to see in minutes.",
 )
 errors = Console(stderr=True)
+USER_ERRORS = {
+    "DataError",
+    "LearnerError",
+    "LearnerTimeoutError",
+    "NothingToLearnError",
+    "PlacementError",
+    "RunError",
+    "WeightSyncError",
+}
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; `saccade config` shows all its knobs.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -160,9 +168,20 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         app(standalone_mode=True)
-    except (ConfigError, RunError) as error:
-        errors.print(f"[bold red]saccade:[/bold red] {error}", highlight=False, soft_wrap=True, markup=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except ConfigError as error:
+        _complain(error)
+        sys.exit(2)
+    except Exception as error:
+        # What the rooms raise for the user, by name: importing the classes would cost every call of --help seconds.
+        if type(error).__name__ not in USER_ERRORS:
+            raise
+        _complain(error)
+        sys.exit(1)
+
+
+def _complain(error: Exception) -> None:
+    errors.print("saccade:", style="bold red", end=" ")
+    errors.print(str(error), highlight=False, soft_wrap=True, markup=False)
 
 
 __all__ = ["RunConfig", "main"]
