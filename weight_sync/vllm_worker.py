@@ -192,23 +192,18 @@ def uncovered_modules(model: nn.Module) -> list[str]:
     """Modules of which some weight elements were not written, while a layerwise reload is open.
 
     Attention modules have no weights of a checkpoint; a tied output head is covered by what it shares storage with."""
-    infos = {name: (module, get_layerwise_info(module)) for name, module in model.named_modules()}
-    complete = {
-        parameter.data_ptr()
-        for module, info in infos.values()
-        if not info.can_load()
-        for parameter in module.parameters(recurse=False)
-    } - {0}  # the address of the emptied weights of repacked CPU layers
-    uncovered = []
-    for name, (module, info) in infos.items():
-        if not info.can_load() or info.kernel_tensors is None or is_deferred_attention_layer(module):
-            continue
-        parameters = info.kernel_tensors[0].values()
+    missing: dict[str, tuple[list[int], str]] = {}
+    covered: set[int] = set()
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        tensors = info.kernel_tensors[0] if info.kernel_tensors is not None else module._parameters
+        addresses = [tensor.data_ptr() for tensor in tensors.values() if tensor is not None and tensor.numel()]
         expected = sum(_checkpoint_elements(module, key) for key in module._parameters)
-        tied = all(parameter.data_ptr() in complete for parameter in parameters)
-        if info.load_numel < expected and not tied:
-            uncovered.append(f"{name} ({info.load_numel} of {expected} elements)")
-    return uncovered
+        if not info.can_load() or info.load_numel >= expected:  # a layer that has everything is closed at once
+            covered.update(addresses)
+        elif not is_deferred_attention_layer(module):
+            missing[name] = addresses, f"{name} ({info.load_numel} of {expected} elements)"
+    return [text for addresses, text in missing.values() if not addresses or not covered.issuperset(addresses)]
 
 
 def _checkpoint_elements(module: nn.Module, key: str) -> int:
