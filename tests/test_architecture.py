@@ -37,7 +37,7 @@ MAY_IMPORT = {
 HEAVY = {
     "ray": ("*/*actor.py", "learner/worker.py", "learner/group.py", "driver/*.py"),
     "vllm": ("rollout/vllm_engine.py", "weight_sync/*.py"),
-    "deepspeed": ("learner/deepspeed_engine.py", "weight_sync/source.py"),
+    "deepspeed": ("learner/deepspeed_*.py", "weight_sync/source.py"),
 }
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
