@@ -42,8 +42,7 @@ ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "rloo": rloo}
 
 def has_baseline(valid_GK: Bools) -> Bools:
     """`[G]`: groups with at least two scored siblings. The others are dropped, and counted by whoever drops them."""
-    count: NDArray[np.int64] = np.asarray(valid_GK, bool).sum(axis=1)
-    return count >= 2
+    return np.asarray(np.sum(np.asarray(valid_GK, bool), axis=1) >= 2, bool)
 
 
 def contributes(rewards_GK: Floats, valid_GK: Bools) -> Bools:

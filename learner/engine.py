@@ -1,65 +1,99 @@
 """What a training engine must do. `DeepSpeedEngine` is the real one; `TorchEngine` is the readable reference.
 
-LearnerWorker ──▶ TrainEngine.logprobs / train_step ──▶ PolicyModule.forward (inside the engine's wrapper)
+LearnerWorker ──▶ learner/update.py ──▶ TrainEngine.logprobs / train_step ──▶ PolicyModule.forward
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from learner.losses import LossTerms
 from vlm.batch import MultimodalBatch
 from weight_sync.protocols import WeightSource
 
-MicroLoss = Callable[[MultimodalBatch, Tensor, Tensor], tuple[Tensor, Mapping[str, float]]]
-"""(micro-batch, logprobs [B, L], entropy [B, L]) -> (summed loss already divided by the *global* denominator, sums of
-metrics). Entries outside `loss_mask` of both tensors are 0 and carry no gradient."""
+MicroLoss = Callable[[MultimodalBatch, Tensor, Tensor], LossTerms]
+"""(micro-batch, logprobs [B, L], entropy [B, L]) -> its part of the loss, already divided by the *global* denominator,
+and sums and maxima to report. Entries outside `loss_mask` of both tensors are 0 and carry no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step, reduced over all ranks."""
+    """One optimizer step, reduced over all micro-batches and ranks."""
 
     loss: float
     grad_norm: float
     """Before clipping."""
     learning_rate: float
-    metrics: Mapping[str, float]
-    """Sums over all micro-batches and ranks of what the MicroLoss reported."""
+    sums: Mapping[str, float]
+    maxima: Mapping[str, float]
 
 
 @runtime_checkable
 class TrainEngine(Protocol):
-    """Owns the model, the optimizer and the process group of one learner rank. Collective: every rank calls the same
-    method with the same number of micro-batches."""
+    """Owns the model and the optimizer of one learner rank. Collective: every rank calls the same methods in the same
+    order, with the same number of micro-batches."""
 
     rank: int
     world_size: int
+    steps: int
+    """Optimizer steps taken, resumed ones included. Decides the learning rate."""
 
     def logprobs(self, batch: MultimodalBatch, *, reference: bool = False) -> Tensor:
-        """float32 `[B, L]`, no gradient; under the frozen reference policy if `reference`."""
+        """float32 `[B, L]` on the CPU, no gradient; under the frozen reference policy if `reference`.
+
+        Raises RuntimeError if a reference is asked for that the options did not load."""
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches
         and ranks: the MicroLoss divides by global denominators."""
 
-    def all_reduce_sum(self, values: Sequence[float]) -> list[float]: ...
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Element by element over ranks, in float64."""
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]: ...
 
     def weight_source(self, bucket_bytes: int) -> WeightSource:
         """The current policy as the engines load it: their names, LoRA merged, gathered bucket by bucket."""
 
-    def full_state(self) -> Mapping[str, Any]:
-        """Rank 0: everything a resume needs, independent of the number of ranks (parameters in their own names,
-        optimizer moments and step, scheduler, RNG). Other ranks: their RNG only. Collective."""
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Trained parameters (float32, `param/NAME`) and, once a step was taken, their optimizer moments
+        (`exp_avg/NAME`, `exp_avg_sq/NAME`), whole and one by one, in an order that does not depend on the number of
+        ranks. Collective: every rank iterates to the end; what a rank other than 0 is given may be anything."""
 
-    def load_full_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `full_state` gave, on any number of ranks. Collective."""
+    def load_state_tensors(self, read: Callable[[str], Tensor], steps: int) -> None:
+        """Restore what `state_tensors` gave after `steps` optimizer steps. Collective; every rank reads."""
 
     def save_pretrained(self, directory: Path) -> None:
         """Write Hugging Face format (and a peft adapter beside it, if one is trained). Collective."""
+
+
+class StepTotals:
+    """Sums and maxima over the micro-batches of a step, kept on their device: reading each would wait for a GPU."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def add(self, terms: LossTerms) -> None:
+        for name, value in {"loss": terms.loss.detach(), **terms.sums}.items():
+            value = value.to(torch.float64)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name, value in terms.maxima.items():
+            value = value.to(torch.float64)
+            self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
+
+    def reduce(self, engine: TrainEngine) -> tuple[float, dict[str, float], dict[str, float]]:
+        """`(loss, sums, maxima)` over all ranks."""
+        sums = dict(zip(self._sums, engine.all_reduce_sum(_read(self._sums)), strict=True))
+        maxima = dict(zip(self._maxima, engine.all_reduce_max(_read(self._maxima)), strict=True))
+        return sums.pop("loss"), sums, maxima
+
+
+def _read(values: Mapping[str, Tensor]) -> list[float]:
+    return torch.stack(list(values.values())).tolist() if values else []

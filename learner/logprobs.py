@@ -34,7 +34,7 @@ def scaled_logits(
 
 
 class _ChunkedLogprobs(Function):
-    """With z the scaled logits, p = softmax(z), H = entropy: d log p_y / dz = onehot_y - p, dH / dz = -p (log p + H)."""
+    """z scaled logits, p = softmax(z), H entropy: d log p_y / dz = onehot_y - p, dH / dz = -p (log p + H)."""
 
     @staticmethod
     def forward(

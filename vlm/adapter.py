@@ -38,6 +38,7 @@ class EncodedPrompt:
     extra_model_kwargs: Mapping[str, Tensor] = field(default_factory=dict)
     """Per-image or per-patch tensors, concatenated over samples along dimension 0. Token-aligned inputs are not here:
     `token_inputs` derives them from the padded ids."""
+    num_images: int = 0
 
 
 class MultimodalAdapter(ABC):
@@ -47,6 +48,13 @@ class MultimodalAdapter(ABC):
     """Tokens that stand for media, or open and close it. Never sampled, never trained on."""
     image_token: ClassVar[str] = ""
     """The one placeholder that the processor expands to an image's tokens."""
+    image_kwargs: ClassVar[tuple[str, ...]] = ()
+    """Those of the model's inputs, besides pixels, that have one entry per image and that its `get_image_features`
+    takes too."""
+    shares_prompts: ClassVar[bool] = False
+    """Whether the model takes a 4-D boolean attention mask and given positions, so that several completions can be
+    laid behind one copy of their prompt. False where layers differ in what they attend to (sliding windows, image
+    tokens that see each other)."""
     engine_name_prefixes: ClassVar[Mapping[str, str]] = {}
     """Parameter-name prefixes that the engine spells differently: trainer's -> engine's."""
 
@@ -78,6 +86,11 @@ class MultimodalAdapter(ABC):
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a completion; they are sampled and trained on."""
         return (self.tokenizer.eos_token_id,) if self.tokenizer.eos_token_id is not None else ()
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows up; it is masked wherever it stands, so any id will do where a tokenizer has none."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     @property
     def has_vision(self) -> bool:
@@ -138,7 +151,12 @@ class MultimodalAdapter(ABC):
         ids = out.pop("input_ids")[0]
         for aligned in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             out.pop(aligned, None)
-        return EncodedPrompt(ids, out.pop("pixel_values"), out)
+        return EncodedPrompt(ids, out.pop("pixel_values"), out, len(images))
+
+    def encode_batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[EncodedPrompt]:
+        """`encode` of many prompts. A family whose processor is faster on batches, and whose outputs it can cut apart
+        again, overrides this."""
+        return [self.encode(text, own) for text, own in zip(texts, images, strict=True)]
 
     def join(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Concatenate the media inputs of several prompts, in order: `(pixel_values, extra_model_kwargs)`."""
@@ -152,6 +170,14 @@ class MultimodalAdapter(ABC):
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Token-aligned model inputs that follow from the padded ids `[B, L]` alone (type ids, say)."""
         return {}
+
+    def position_ids(
+        self, backbone: Any, input_ids: Tensor, attention_mask: Tensor, extra: Mapping[str, Any]
+    ) -> Tensor:
+        """Positions the model would derive for rows padded on the right: `[B, L]`, or `[3, B, L]` for M-RoPE.
+
+        `backbone`: the model without its head; `extra`: its further inputs, one entry per place for an image."""
+        return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     def dummy_prompt(self) -> EncodedPrompt | None:
         """The smallest prompt with an image, for ranks whose micro-batch has none: under ZeRO-3 every rank must run the

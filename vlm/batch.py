@@ -9,21 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TOKEN_ALIGNED = (
+    "attention_mask",
+    "loss_mask",
+    "segments",
+    "behavior_logprobs",
+    "advantages",
+    "rewards",
+    "reference_logprobs",
+    "policy_versions",
+)
+
 
 @dataclass(frozen=True)
 class MultimodalBatch:
-    """A micro-batch of B samples padded on the right to L tokens.
+    """A micro-batch of B rows padded on the right to L tokens. A row is a prompt with one completion, or with several
+    that share it (`segments`).
 
     Token-aligned fields are aligned with `input_ids`: entry `[b, t]` speaks of the token *at* position t, which the
-    model predicts from position t-1. `loss_mask[:, 0]` is therefore always False.
+    model predicts from the position before it in its completion. `loss_mask[:, 0]` is therefore always False.
     """
 
     input_ids: Tensor
-    """int64 `[B, L]`: expanded prompt, then completion, then padding."""
+    """int64 `[B, L]`: expanded prompt, then its completion(s), then padding."""
     attention_mask: Tensor
     """int64 `[B, L]`: 1 for tokens, 0 for padding."""
     loss_mask: Tensor
     """bool `[B, L]`: sampled tokens of valid completions, the only ones with a gradient."""
+    segments: Tensor | None = None
+    """int64 `[B, L]`: 0 at the prompt, k at the row's k-th completion, which sees the prompt and itself alone, -1 at
+    padding. None: one completion a row."""
     position_ids: Tensor | None = None
     """int64 `[B, L]`, or `[3, B, L]` for M-RoPE; None: the model derives them."""
     behavior_logprobs: Tensor | None = None
@@ -31,18 +46,23 @@ class MultimodalBatch:
     advantages: Tensor | None = None
     """float32 `[B, L]`: 0 outside `loss_mask`."""
     rewards: Tensor | None = None
-    """float32 `[B]`: score of each sample's completion."""
+    """float32 `[B, L]`: score of the completion that the token belongs to; 0 outside `loss_mask`."""
+    reference_logprobs: Tensor | None = None
+    """float32 `[B, L]`: under the frozen reference policy; 0 outside `loss_mask`."""
     policy_versions: Tensor | None = None
     """int32 `[B, L]`: weights that sampled each token; -1 outside `loss_mask`."""
     pixel_values: Tensor | None = None
-    """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`), in the order of the samples."""
+    """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`): each *distinct* image once."""
+    image_index: Tensor | None = None
+    """int64 `[N]`: which distinct image stands at the n-th place for one, in the order of the rows. None: there is
+    one place for each, in their order."""
     extra_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the model's forward takes: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`, video and
     audio keys, `mm_token_type_ids`, pre-computed image embeddings."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
-        for name in ("attention_mask", "loss_mask", "behavior_logprobs", "advantages", "policy_versions"):
+        for name in _TOKEN_ALIGNED:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(shape)}")
@@ -50,7 +70,7 @@ class MultimodalBatch:
             raise ValueError("loss_mask marks position 0, which no token predicts")
 
     @property
-    def num_samples(self) -> int:
+    def num_rows(self) -> int:
         return self.input_ids.shape[0]
 
     @property

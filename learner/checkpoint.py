@@ -1,0 +1,142 @@
+"""A learner checkpoint: one directory that appears whole or not at all, and knows nothing of the number of ranks.
+
+    learner/  tensors-00000.safetensors ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME: whole tensors, float32
+              rng.safetensors                 one generator state per rank that wrote it
+              state.json                      format, steps, and which file holds which tensor
+
+Frozen parameters are not in it: they are those of the model the run started from. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from learner.engine import TrainEngine
+
+FORMAT = 1
+FILE_BYTES = 2 * 2**30
+"""Tensors are held until a file of about this size is full: it bounds what writing takes in memory."""
+
+
+class CheckpointError(ValueError):
+    """A directory that is no checkpoint of this learner, or does not fit its model."""
+
+
+def save_checkpoint(engine: TrainEngine, directory: Path) -> None:
+    """Write `engine`'s state into `directory`, replacing what was there. Collective; rank 0 writes."""
+    generators = gather_generators(engine)
+    if engine.rank != 0:
+        for _ in engine.state_tensors():
+            pass
+        return
+    with atomic_directory(directory) as partial:
+        where = _write_tensors(engine.state_tensors(), partial)
+        save_file({str(rank): state for rank, state in enumerate(generators)}, partial / "rng.safetensors")
+        state = {"format": FORMAT, "steps": engine.steps, "ranks": engine.world_size, "tensors": where}
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
+    """Continue from `directory`, written by any number of ranks. Collective; every rank reads.
+
+    A rank that did not exist when it was written keeps the generator it started with.
+    Raises CheckpointError naming the first parameter that is missing or has another shape."""
+    state = _read_state(directory)
+    where: dict[str, str] = state["tensors"]
+
+    def read(name: str) -> Tensor:
+        if name not in where:
+            raise CheckpointError(f"{directory} has no {name}: was it written with another model or LoRA rank?")
+        with safe_open(directory / where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    engine.load_state_tensors(read, int(state["steps"]))
+    generators = load_file(directory / "rng.safetensors")
+    if str(engine.rank) in generators:
+        torch.set_rng_state(generators[str(engine.rank)])
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    path = directory / "state.json"
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} is no learner checkpoint: {error}") from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def _write_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> dict[str, str]:
+    """Write tensors as they come into files of about FILE_BYTES. Returns tensor name -> file name."""
+    where: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        name = f"tensors-{len(set(where.values())):05d}.safetensors"
+        save_file(held, directory / name)
+        where.update(dict.fromkeys(held, name))
+        held, size = {}, 0
+
+    for name, tensor in tensors:
+        held[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        size += held[name].nbytes
+        if size >= FILE_BYTES:
+            flush()
+    if held:
+        flush()
+    return where
+
+
+def gather_generators(engine: TrainEngine) -> list[Tensor]:
+    """Every rank's state of torch's CPU generator, uint8, on every rank."""
+    mine = torch.get_rng_state()
+    table = torch.zeros(engine.world_size, len(mine), dtype=torch.float64)
+    table[engine.rank] = mine.to(torch.float64)
+    gathered = torch.tensor(engine.all_reduce_sum(table.flatten().tolist()), dtype=torch.float64)
+    return list(gathered.view_as(table).to(torch.uint8))
+
+
+@contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """A new directory beside `directory` to write into; takes its place, durably, when the block ends without error.
+
+    A crash leaves either the former content or the new one, and at most a hidden directory to delete."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    partial, former = (directory.parent / f".{directory.name}.{kind}-{mark}" for kind in ("partial", "former"))
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*(p for p in partial.rglob("*")), partial]:
+            _sync(path)
+        if directory.exists():
+            directory.rename(former)
+        partial.rename(directory)
+        _sync(directory.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's or directory's content survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""DeepSpeedEngine: ZeRO stages 0 to 3, on GPUs with NCCL and on CPUs with gloo.
+
+How gradients come out as plain sums: DeepSpeed averages over ranks and would divide by its count of micro-batches.
+The loss carries the number of ranks as a factor against the former, `scale_wrt_gas=False` switches the latter off, and
+with `managed_gradient_accumulation: false` each `step()` ends the accumulation, whatever the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from learner.deepspeed_state import read_full, set_step_count, write_full
+from learner.engine import MicroLoss, StepResult, StepTotals
+from learner.export import save_policy
+from learner.model import load_policy, load_reference
+from learner.policy import PolicyModule
+from learner.process_group import all_reduce
+from learner.schedule import learning_rate
+from learner.torch_engine import MOMENTS
+from learner.types import LearnerOptions
+from vlm.adapter import MultimodalAdapter
+from vlm.batch import MultimodalBatch
+from weight_sync.protocols import WeightSource
+from weight_sync.source import PolicySource
+
+
+class DeepSpeedEngine:
+    """Implements TrainEngine. The default process group must exist (`learner.process_group.join`)."""
+
+    def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
+        # DeepSpeed would compile a shared-memory collective, for minutes, that only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed()  # adopts the existing process group
+        self.rank, self.world_size, self.steps = dist.get_rank(), dist.get_world_size(), 0
+        self.options, self.adapter = options, adapter
+        self._device = deepspeed.get_accelerator().current_device_name()
+        config = engine_config(options)
+        self.policy = _load_partitioned(load_policy, options, adapter, config)
+        self._trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        self._optimizer = _make_optimizer(list(self._trained.values()), options)
+        self._grad_norm = 0.0
+        if options.zero_stage == 0:
+            self._optimizer.register_step_pre_hook(self._clip)
+        self._engine = deepspeed.initialize(model=self.policy, optimizer=self._optimizer, config=config)[0]
+        self._reference = None
+        if options.needs_reference and not options.lora_rank:
+            self._reference = _make_reference(options, adapter, config, self._device)
+
+    @torch.no_grad()
+    def logprobs(self, batch: MultimodalBatch, *, reference: bool = False) -> Tensor:
+        batch = self._place(batch)
+        if reference and self.options.lora_rank:
+            return self._engine(batch, reference=True)[0].cpu()
+        module = self._reference if reference else self._engine
+        if module is None:
+            raise RuntimeError("no reference policy was loaded: beta is 0")
+        return module(batch)[0].cpu()
+
+    def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
+        totals = StepTotals()
+        for batch in batches:
+            batch = self._place(batch)
+            terms = micro_loss(batch, *self._engine(batch))
+            self._engine.backward(terms.loss * self.world_size, scale_wrt_gas=False)
+            totals.add(terms)
+        rate = learning_rate(self.steps, self.options)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        self.steps += 1
+        norm = self._grad_norm if self.options.zero_stage == 0 else float(self._engine.get_global_grad_norm())
+        loss, sums, maxima = totals.reduce(self)
+        return StepResult(loss, norm, rate, sums, maxima)
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        return all_reduce(values, dist.ReduceOp.SUM, self._device)
+
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
+        return all_reduce(values, dist.ReduceOp.MAX, self._device)
+
+    def weight_source(self, bucket_bytes: int) -> WeightSource:
+        return PolicySource(self.policy.model, rename=self.adapter.engine_weight_name, bucket_bytes=bucket_bytes)
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._trained.items():
+            yield f"param/{name}", read_full(parameter, None, self._optimizer)
+            for moment in MOMENTS if self.steps else ():
+                yield f"{moment}/{name}", read_full(parameter, moment, self._optimizer)
+
+    def load_state_tensors(self, read: Callable[[str], Tensor], steps: int) -> None:
+        self.steps = steps
+        set_step_count(self._engine.optimizer, self._optimizer, steps)
+        for name, parameter in self._trained.items():
+            write_full(parameter, None, read(f"param/{name}"), self._optimizer)
+            for moment in MOMENTS if steps else ():
+                write_full(parameter, moment, read(f"{moment}/{name}"), self._optimizer)
+
+    def save_pretrained(self, directory: Path) -> None:
+        save_policy(self.policy, self.adapter, directory, rank=self.rank)
+
+    def _place(self, batch: MultimodalBatch) -> MultimodalBatch:
+        return batch.to(self._device, getattr(torch, self.options.dtype))
+
+    def _clip(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Stage 0 has no ZeRO optimizer around it that would clip and remember the norm."""
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), self.options.max_grad_norm)
+        self._grad_norm = float(norm)
+
+
+def engine_config(options: LearnerOptions) -> dict[str, Any]:
+    """DeepSpeed's configuration. Batch sizes are formal: micro-batches are ours."""
+    stage = options.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if options.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": options.device == "cuda"}
+    if options.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": options.device == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if stage == 0 else options.max_grad_norm,
+        "bf16": {"enabled": options.dtype == "bfloat16"},
+        # In bfloat16 the sum over micro-batches would lose what the later ones add.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _load_partitioned(
+    load: Callable[[LearnerOptions, MultimodalAdapter], PolicyModule],
+    options: LearnerOptions,
+    adapter: MultimodalAdapter,
+    config: dict[str, Any],
+) -> PolicyModule:
+    """Load with `load`; under ZeRO-3 each parameter is partitioned as it is read, so that no rank holds the model."""
+    if options.zero_stage != 3:
+        return load(options, adapter)
+    keep = HfDeepSpeedConfig(config)  # in force, by a weak reference, as long as this object lives
+    try:
+        return load(options, adapter)
+    finally:
+        unset_hf_deepspeed_config()
+        del keep
+
+
+def _make_reference(
+    options: LearnerOptions, adapter: MultimodalAdapter, config: dict[str, Any], device: str
+) -> nn.Module:
+    """The frozen initial policy: partitioned under ZeRO-3, else whole on every rank."""
+    module = _load_partitioned(load_reference, options, adapter, config)
+    if options.zero_stage != 3:
+        return module.to(device)
+    zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    return deepspeed.initialize(model=module, config={**config, "zero_optimization": zero})[0]
+
+
+def _make_optimizer(parameters: list[nn.Parameter], options: LearnerOptions) -> torch.optim.Optimizer:
+    """AdamW of torch; for states offloaded from a GPU DeepSpeed's, which is several times as fast on a CPU (and
+    compiles itself at first use)."""
+    given = {"lr": options.learning_rate, "betas": options.betas, "weight_decay": options.weight_decay}
+    if options.offload_optimizer and options.device == "cuda":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **given)
+    return torch.optim.AdamW(parameters, **given)

@@ -1,0 +1,69 @@
+"""Whole parameters and optimizer moments in and out of DeepSpeed's flat partitions, one parameter at a time.
+
+Every function is collective. What DeepSpeed offers for it (`safe_get_full_*`, `safe_set_full_*`) is used; the flat
+partitions themselves are touched in `set_step_count` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+
+def read_full(parameter: nn.Parameter, moment: str | None, optimizer: torch.optim.Optimizer) -> Tensor:
+    """The float32 master weight (`moment` None), or a moment by AdamW's name of it."""
+    if moment is None:
+        master = safe_get_full_fp32_param(parameter)
+        return parameter.detach() if master is None else master
+    value = safe_get_full_optimizer_state(parameter, moment)
+    return optimizer.state[parameter][moment] if value is None else value
+
+
+@torch.no_grad()
+def write_full(parameter: nn.Parameter, moment: str | None, value: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Set what `read_full` reads. With the master weight the weight that computes is set too."""
+    if moment is not None:
+        if parameter in optimizer.state:
+            optimizer.state[parameter][moment].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value.float(), moment)
+        return
+    safe_set_full_fp32_param(parameter, value.float())
+    with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+        parameter.data.copy_(value)
+
+
+def set_step_count(zero: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Give the optimizer zero moments and `steps` steps taken, as if it had made them: AdamW itself creates moments
+    only in its first step, and `safe_set_full_optimizer_state` needs them to be there."""
+    partitions = flat_partitions(zero, optimizer)
+    optimizer.state.clear()
+    if not steps:
+        return
+    for flat in partitions:
+        count = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW) else steps
+        optimizer.state[flat] = {
+            "step": count,
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def flat_partitions(zero: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """This rank's float32 tensors that the optimizer steps on: ZeRO-3, ZeRO-1 and -2, ZeRO-1 in bfloat16, none."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(zero, name):
+            return list(getattr(zero, name))
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

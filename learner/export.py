@@ -1,0 +1,35 @@
+"""The trained policy in Hugging Face format: what `transformers` and `vllm` load."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from learner.checkpoint import atomic_directory
+from learner.policy import PolicyModule
+from vlm.adapter import MultimodalAdapter
+from weight_sync.source import PolicySource, gathered
+
+
+def save_policy(policy: PolicyModule, adapter: MultimodalAdapter, directory: Path, *, rank: int) -> None:
+    """Write model (LoRA merged), configuration, tokenizer, processor and chat template into `directory`, replacing
+    what was there; with LoRA the peft adapter into `directory/adapter`. Collective: under ZeRO-3 every rank takes part
+    in gathering, parameter by parameter; rank 0 holds the whole model in CPU memory and writes."""
+    with torch.no_grad():
+        weights = {
+            name: tensor.cpu().clone() if rank == 0 else torch.empty(0) for name, tensor in PolicySource(policy.model)
+        }
+        lora = {}
+        for name, parameter in policy.model.named_parameters():
+            if ".lora_" in name:
+                with gathered([parameter]):
+                    lora[name] = parameter.detach().cpu().clone()
+    with atomic_directory(directory) if rank == 0 else nullcontext() as partial:
+        if partial is None:
+            return
+        policy.base.save_pretrained(partial, state_dict=weights)
+        adapter.processor.save_pretrained(partial)
+        if lora:
+            policy.model.save_pretrained(partial / "adapter", state_dict=lora)

@@ -1,0 +1,84 @@
+"""Loading the model to train: precision, what is frozen, LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from learner.policy import PolicyModule
+from learner.types import LearnerOptions
+from vlm.adapter import MultimodalAdapter
+
+
+def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
+    """The policy to train, on the CPU (or partitioned, if DeepSpeed's ZeRO-3 configuration is in force).
+
+    Raises ValueError naming what LoRA or freezing did not find in the model."""
+    model = _load(options, adapter)
+    vision = _vision_prefixes(model) if adapter.has_vision else ()
+    if options.lora_rank:
+        model = _with_lora(model, options, vision if options.freeze_vision else ())
+    elif options.freeze_vision:
+        if not vision:
+            raise ValueError(f"freeze_vision: {type(model).__name__} has no vision tower under a known name")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(vision))
+    _disable_dropout(model)
+    if options.gradient_checkpointing:
+        # Non-reentrant: the head and the tower may then run on inputs without a gradient, and ZeRO sees each
+        # gradient once.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return _wrap(model, options, adapter).train()
+
+
+def load_reference(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
+    """The frozen initial policy."""
+    return _wrap(_load(options, adapter).requires_grad_(False), options, adapter).eval()
+
+
+def _load(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
+    kind = AutoModelForImageTextToText if adapter.has_vision else AutoModelForCausalLM
+    return kind.from_pretrained(
+        options.model,
+        dtype=getattr(torch, options.dtype),
+        attn_implementation="sdpa",
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
+    return PolicyModule(model, adapter, temperature=options.temperature, chunk_rows=options.logprob_chunk_rows)
+
+
+def _vision_prefixes(model: Any) -> tuple[str, ...]:
+    """Parameter-name prefixes of the vision tower, as transformers knows it."""
+    tower = model.get_encoder(modality="image")
+    return tuple(f"{name}." for name, module in model.named_modules() if module is tower and name)
+
+
+def _with_lora(model: Any, options: LearnerOptions, excluded: tuple[str, ...]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [n for n in linear if n.rpartition(".")[2] in options.lora_targets and not n.startswith(excluded)]
+    if not chosen:
+        have = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(f"no layer is called {' or '.join(options.lora_targets)} (lora_targets); there are {have}")
+    if any(model.get_submodule(name) is model.get_output_embeddings() for name in chosen):
+        raise ValueError("lora_targets names the output head, which log-probabilities are computed from directly")
+    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=chosen, lora_dropout=0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)  # the same A on every rank
+        return get_peft_model(model, config)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """The engine samples without dropout; with it, the learner's log-probabilities would be another policy's."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010

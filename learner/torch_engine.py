@@ -1,0 +1,97 @@
+"""TorchEngine: one process, plain PyTorch, float32. The reference that DeepSpeedEngine is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from learner.engine import MicroLoss, StepResult, StepTotals
+from learner.export import save_policy
+from learner.model import load_policy, load_reference
+from learner.schedule import learning_rate
+from learner.types import LearnerOptions
+from vlm.adapter import MultimodalAdapter
+from vlm.batch import MultimodalBatch
+from weight_sync.protocols import WeightSource
+from weight_sync.source import PolicySource
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TorchEngine:
+    """Implements TrainEngine. ZeRO and offload options have no meaning here and are ignored."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
+        if options.dtype != "float32" or options.ranks != 1:
+            raise ValueError(f"TorchEngine is one rank in float32, not {options.ranks} in {options.dtype}")
+        self.steps = 0
+        self.options, self.adapter = options, adapter
+        self.policy = load_policy(options, adapter).to(options.device)
+        self._reference = None
+        if options.needs_reference and not options.lora_rank:
+            self._reference = load_reference(options, adapter).to(options.device)
+        self._trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+        )
+
+    @torch.no_grad()
+    def logprobs(self, batch: MultimodalBatch, *, reference: bool = False) -> Tensor:
+        batch = batch.to(self.options.device)
+        if reference and self.options.lora_rank:
+            return self.policy(batch, reference=True)[0].cpu()
+        module = self._reference if reference else self.policy
+        if module is None:
+            raise RuntimeError("no reference policy was loaded: beta is 0")
+        return module(batch)[0].cpu()
+
+    def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
+        totals = StepTotals()
+        for batch in batches:
+            batch = batch.to(self.options.device)
+            terms = micro_loss(batch, *self.policy(batch))
+            terms.loss.backward()
+            totals.add(terms)
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), self.options.max_grad_norm)
+        rate = learning_rate(self.steps, self.options)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.steps += 1
+        loss, sums, maxima = totals.reduce(self)
+        return StepResult(loss, float(norm), rate, sums, maxima)
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def weight_source(self, bucket_bytes: int) -> WeightSource:
+        return PolicySource(self.policy.model, rename=self.adapter.engine_weight_name, bucket_bytes=bucket_bytes)
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._trained.items():
+            yield f"param/{name}", parameter.detach()
+            for moment in MOMENTS if self.steps else ():
+                yield f"{moment}/{name}", self._optimizer.state[parameter][moment]
+
+    def load_state_tensors(self, read: Callable[[str], Tensor], steps: int) -> None:
+        self.steps = steps
+        self._optimizer.state.clear()
+        for name, parameter in self._trained.items():
+            with torch.no_grad():
+                parameter.copy_(read(f"param/{name}"))
+            if steps:
+                moments = {m: read(f"{m}/{name}").to(parameter.device) for m in MOMENTS}
+                self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+
+    def save_pretrained(self, directory: Path) -> None:
+        save_policy(self.policy, self.adapter, directory, rank=self.rank)
