@@ -24,6 +24,10 @@ from typing import Any
 from rich.table import Table
 
 from bench.common import images, median, report, write_parquet
+from driver.config import RunConfig, parse_config
+from driver.loop import step
+from driver.metrics import read_metrics
+from driver.run import open_run
 
 PROMPTS, K = 8, 8
 SCENARIOS: dict[str, tuple[int, ...]] = {
@@ -40,21 +44,15 @@ def reward_color(completions: list[str], answer: list[str], **columns: object) -
     return [float(name in text) + 0.001 * (len(text) % 7) for text, name in zip(completions, answer, strict=True)]
 
 
-def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warmup: int, work: Path) -> dict[str, Any]:
-    """Seconds per step of the full system, and of generation and learning alone, on the same actors."""
-    from driver.config import parse_config
-    from driver.loop import step
-    from driver.metrics import read_metrics
-    from driver.run import open_run
-
+def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, work: Path) -> RunConfig:
+    """The same work as TRL's: one update per batch, k3 KL with beta 0.04, no checkpointing, one micro-batch."""
     data = write_parquet(work / "images.parquet", images(IMAGES))
-    total = warmup + steps
-    # Phases that alternate may both use the two cores; phases that overlap get one each.
-    threads = (os.cpu_count() or 1) if staleness == 0 else 1
-    config = parse_config(
+    # Phases that alternate may each use all cores; phases that overlap share them.
+    threads = (os.cpu_count() or 1) if staleness == 0 else max(1, (os.cpu_count() or 1) // 2)
+    return parse_config(
         {
             "output_dir": str(work / "run"),
-            "steps": total + warmup + steps,
+            "steps": steps,
             "model": {"path": str(model), "dtype": "float32"},
             "data": {"train": [str(data)], "max_prompt_length": 256},
             "rollout": {
@@ -62,7 +60,7 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
                 "max_completion_length": max(lengths),
                 "max_staleness": staleness,
                 "kv_cache_gib": 0.25,
-                "max_num_seqs": 64,
+                "max_num_seqs": PROMPTS * K * (1 + staleness),
                 "threads": threads,
             },
             "reward": {"functions": [{"name": "bench.vs_trl:reward_color"}]},
@@ -78,38 +76,40 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
             "cluster": {"device": "cpu"},
         }
     )
+
+
+def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warmup: int, work: Path) -> dict[str, Any]:
+    """Seconds per step of the full system; then, on the same actors, of generation and of learning alone."""
+    total, alone = warmup + steps, 1 + min(steps, 5)
+    config = our_config(model, lengths, staleness, total + alone, work)
     with open_run(config, resume=False, address=None, display=None) as run:
         run.rollouts.sampling = replace(run.rollouts.sampling, ignore_eos=True, max_tokens_each=lengths)
-        begin = []
+        ends = [time.perf_counter()]
         for _ in range(total):
-            begin.append(time.perf_counter())
             step(run, config)
-        begin.append(time.perf_counter())
+            ends.append(time.perf_counter())
         records = read_metrics(run.directory)[warmup:]
-        version = run.version
         generation, learning = [], []
-        batches = []
-        for extra in range(1 + min(steps, 4)):
-            run.rollouts.admit_through(version + extra)
+        for batch in range(total, total + alone):
             start = time.perf_counter()
-            batches.append(run.rollouts.collect(version + extra))
+            run.rollouts.admit_through(batch)
+            sealed = run.rollouts.collect(batch)
             generation.append(time.perf_counter() - start)
-        fresh = batches[-1]
-        for _ in range(1 + min(steps, 4)):
+        for _ in range(alone):
             start = time.perf_counter()
-            run.learner.update(fresh.groups, fresh.summaries, version)
+            run.learner.update(sealed.groups, sealed.summaries, run.version)
             learning.append(time.perf_counter() - start)
-    seconds = [b - a for a, b in itertools.pairwise(begin)][warmup:]
-    tokens = {sum(lengths) * PROMPTS}
-    assert {r["tokens"] for r in records} == tokens, "lengths were not forced"
+    assert {r["tokens"] for r in records} == {sum(lengths) * PROMPTS}, "lengths were not forced"
+    seconds = median([b - a for a, b in itertools.pairwise(ends)][warmup:])
     return {
-        "seconds_per_step": median(seconds),
-        "samples_per_second": PROMPTS * K / median(seconds),
+        "seconds_per_step": seconds,
+        "samples_per_second": PROMPTS * K / seconds,
+        # The first of each finds work already done, or caches still cold.
         "generation_alone": median(generation[1:]),
         "learning_alone": median(learning[1:]),
         "phases": {k: median([r["seconds"][k] for r in records]) for k in records[0]["seconds"]},
         "busy": {k: median([r["busy"][k] for r in records]) for k in records[0]["busy"]},
-        "threads": threads,
+        "threads": config.rollout.threads,
     }
 
 

@@ -182,7 +182,7 @@ class EvalConfig(Section):
     group_by: str | None = None
     """Column (one of data.extra_columns) whose values are reported apart."""
     max_prompts: int | None = Field(None, ge=1)
-    """Held-out prompts used of each file; default all."""
+    """Held-out prompts used, drawn from all files with the run's seed; default all."""
 
 
 class CheckpointConfig(Section):

@@ -24,7 +24,7 @@ def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:
 
 
 def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True) -> DataOptions:
-    """How rows become prompts. Held-out files are read in order."""
+    """How rows become prompts. Held-out rows are shuffled too: evaluation.max_prompts then draws a fair sample."""
     data = config.data
     return DataOptions(
         files=tuple(files),
@@ -33,7 +33,7 @@ def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True)
         answer_column=data.answer_column,
         extra_columns=data.extra_columns,
         system_prompt=data.system_prompt,
-        shuffle=data.shuffle and train,
+        shuffle=data.shuffle or not train,
         seed=config.seed,
         max_prompt_length=data.max_prompt_length,
         max_image_bytes=data.max_image_bytes,
