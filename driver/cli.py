@@ -23,6 +23,13 @@ app = typer.Typer(
     "Start with [bold]saccade demo[/bold]: it makes its own data and model and learns to see in minutes.",
 )
 errors = Console(stderr=True)
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Read by libraries at import: their chatter would tear the progress display."""
 USER_ERRORS = {
     "DataError",
     "LearnerError",
@@ -158,6 +165,7 @@ def demo(
     through the full system: vLLM rollout, reward actors, a DeepSpeed learner, weight sync. Shows accuracy before and
     after.
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing else
     from driver.demo import run_demo
 
     run_demo(seed=seed, output_dir=output_dir, steps=steps, console=Console())
@@ -165,7 +173,8 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that are for the user are printed as such, without a traceback."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         app(standalone_mode=True)
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,13 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
         yield
         return
     target = address or os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     try:
         if target:
-            ray.init(address=target, log_to_driver=False, runtime_env={"env_vars": environment})
+            ray.init(
+                address=target, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment}
+            )
         else:
             # Logical CPUs only: the configuration says how many threads compute.
             cpus = max(os.cpu_count() or 1, logical_cpus(config))
@@ -38,6 +42,7 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": environment},
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
