@@ -20,7 +20,7 @@ import torch
 from rollout.engine import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
 from rollout.types import Completion, Media, Prompt, Segment
 from vlm.adapter import MultimodalAdapter
-from weight_sync.gloo import GlooInitInfo, broadcast, join_group, plan_buckets, view_in
+from weight_sync.gloo import GlooInitInfo, broadcast, finish, join_group, plan_buckets, view_in
 from weight_sync.protocols import ParamMeta
 from weight_sync.verify import WeightReport, tensor_digest
 
@@ -258,7 +258,7 @@ def _receive(group: torch.distributed.ProcessGroupGloo, bucket_bytes: int, info:
     digests = {}
     for bucket in plan_buckets(metadata, bucket_bytes):
         buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
-        broadcast(group, buffer).wait()
+        finish(broadcast(group, buffer))
         for meta, offset in zip(metadata[bucket.start : bucket.stop], bucket.offsets, strict=True):
             digests[meta.name] = tensor_digest(view_in(buffer, offset, meta))
     return WeightReport(digests)

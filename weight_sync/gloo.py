@@ -105,10 +105,22 @@ def local_address(peer: str) -> str:
 
 
 def broadcast(group: dist.ProcessGroupGloo, buffer: Tensor) -> dist.Work:
-    """Start a broadcast from rank 0. The work's `wait` raises when a peer is gone or the group's timeout is over."""
+    """Start a broadcast from rank 0; `finish` it."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([buffer], options)  # type: ignore[attr-defined]
+
+
+class BroadcastError(RuntimeError):
+    """A peer is gone, or the group's timeout is over."""
+
+
+def finish(work: dist.Work) -> None:
+    """Wait for a broadcast. Raises BroadcastError."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise BroadcastError(str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------- learner side
@@ -184,7 +196,7 @@ class GlooTrainer:
         executor.shutdown(wait=False)
         try:
             self._broadcast(metadata, receiving)
-        except RuntimeError as error:
+        except BroadcastError as error:
             raise _cause(receiving, "receive the weights", error) from error
         receiving.result()
         self.client.finish_weight_update()
@@ -203,12 +215,12 @@ class GlooTrainer:
             if receiving.done():
                 receiving.result()  # an engine gave up: its own error says more than the broadcast's
             if len(in_flight) == IN_FLIGHT:
-                in_flight.popleft()[0].wait()
+                finish(in_flight.popleft()[0])
             in_flight.append((broadcast(self.group, buffer), buffer))
         for _ in tensors:
             raise ValueError("the weight source yielded more tensors than it declared")
         while in_flight:
-            in_flight.popleft()[0].wait()
+            finish(in_flight.popleft()[0])
 
     def shutdown(self) -> None:
         group, self.group, self._store = self.group, None, None
@@ -216,14 +228,12 @@ class GlooTrainer:
             group.abort()
 
 
-def _cause(call: Future[None], phase: str, error: RuntimeError) -> RuntimeError:
+def _cause(call: Future[None], phase: str, error: RuntimeError) -> WeightSyncError:
     """The engines' own error if they have one: gloo only says that a connection closed or timed out."""
-    if isinstance(error, WeightSyncError):
-        return error
     try:
         call.result(timeout=5.0)
     except WeightSyncError as from_engines:
         return from_engines
-    except Exception as other:
-        return WeightSyncError(phase, (), f"{error}; engines: {type(other).__name__} {other}")
+    except TimeoutError:
+        pass
     return WeightSyncError(phase, (), str(error))

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from weight_sync.gloo import GlooInitInfo, broadcast, join_group, plan_buckets, view_in
+from weight_sync.gloo import GlooInitInfo, broadcast, finish, join_group, plan_buckets, view_in
 from weight_sync.protocols import ParamMeta
 from weight_sync.verify import digest_text, hash_words
 
@@ -94,7 +94,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooWorkerInitInfo, GlooUpda
         pending = [post(bucket.nbytes) for bucket in buckets[:1]]
         for index, bucket in enumerate(buckets):
             buffer, work = pending.pop()
-            work.wait()
+            finish(work)
             if index + 1 < len(buckets):
                 pending.append(post(buckets[index + 1].nbytes))  # arrives while this one is loaded
             metas = metadata[bucket.start : bucket.stop]
