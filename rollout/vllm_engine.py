@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,9 +74,13 @@ class VLLMEngine:
         await self.commit(0)
 
     def _explain_start(self, error: Exception) -> str:
-        tail = "\n".join(f"  | {line}" for line in self._log.text().splitlines())
+        lines = self._log.text().splitlines()
+        tail = "\n".join(f"  | {line}" for line in lines)
+        # The exception here often only says that a child process failed; the child's own is the last one in the log.
+        causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+        cause = causes[-1] if causes else f"{type(error).__name__}: {error}"
         return (
-            f"the vLLM engine for {self._options.model!r} did not start: {type(error).__name__}: {error}\n"
+            f"the vLLM engine for {self._options.model!r} did not start: {cause}\n"
             f"Check the path, the memory it may take (rollout.kv_cache_gib, rollout.gpu_memory_utilization) and "
             f"rollout.engine_options. The end of its own log:\n{tail or '  | (nothing)'}"
         )
@@ -278,7 +283,8 @@ def _set_environment(options: EngineOptions) -> None:
     """What vLLM and its child processes read from the environment."""
     os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Its warnings repeat at every start and synchronisation; what they warn of is checked here.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if options.device == "cpu":
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size asked for here
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines and learners share the cores
