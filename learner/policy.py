@@ -35,6 +35,8 @@ class PolicyModule(nn.Module):
         _check_head(self.base, head)
         self.head = LogprobHead(head, banned=adapter.banned_token_ids, temperature=temperature, chunk_rows=chunk_rows)
         self._dummy = adapter.dummy_prompt()
+        # Kept here because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.
+        self._dtype = head.weight.dtype
 
     @property
     def base(self) -> Any:
@@ -87,19 +89,20 @@ class PolicyModule(nn.Module):
             segments=None if batch.segments is None else extend(batch.segments, -1, 0 * ones),
             pixel_values=pixels,
             extra_model_kwargs={**media, **self.adapter.token_inputs(input_ids)},
-        ).to(device, self.head.weight.dtype)
+        ).to(device, self._dtype)
 
     def _model_kwargs(self, backbone: Any, batch: MultimodalBatch) -> dict[str, Any]:
-        """What the model's forward takes, with images encoded once each and with shared prompts laid out."""
+        """What the model's forward takes, with images encoded once each and with shared prompts laid out.
+
+        The vision tower always runs first and apart: the order of modules must not differ between ranks either."""
         kwargs = batch.model_kwargs()
-        if batch.image_index is not None:
-            keys = self.adapter.image_kwargs
-            distinct = {key: kwargs[key] for key in keys}
+        if batch.pixel_values is not None:
+            distinct = {key: kwargs[key] for key in self.adapter.image_kwargs}
             encoded = backbone.get_image_features(kwargs.pop("pixel_values"), **distinct, return_dict=True)
-            places = batch.image_index.tolist()
-            encoded.pooler_output = [encoded.pooler_output[place] for place in places]
             kwargs["mm_encoder_outputs"] = {"image": encoded}
-            kwargs.update({key: value[batch.image_index] for key, value in distinct.items()})
+            if batch.image_index is not None:
+                encoded.pooler_output = [encoded.pooler_output[place] for place in batch.image_index.tolist()]
+                kwargs.update({key: value[batch.image_index] for key, value in distinct.items()})
         if batch.segments is not None:
             positions = self.adapter.position_ids(backbone, batch.input_ids, batch.attention_mask, kwargs)
             kwargs["position_ids"] = positions - position_shift(batch.segments)
