@@ -69,8 +69,8 @@ def accuracy_table(summary: Mapping[str, Any]) -> Table:
     columns = {
         "before": "before",
         "after": "after",
-        "blank": "after, image blanked",
-        "unseen": "after, combinations never seen",
+        "blank": "image blanked",
+        "unseen": "unseen combinations",
     }
     for header in ("question", "chance", *columns.values()):
         table.add_column(header, justify="left" if header == "question" else "right")
@@ -84,13 +84,13 @@ def speed_table(summary: Mapping[str, Any]) -> Table:
     """Where the time went."""
     labels = {
         "warm_start": "warm start",
-        "rollout": "rollout (engine at work)",
-        "reward": "reward (scoring calls)",
+        "rollout": "rollout, beside the rest",
+        "reward": "reward, beside the rest",
         "learn": "learning",
         "sync": "weight sync",
         "total": "whole demo",
     }
-    table = Table(title="Time (rollout and reward overlap learning)", title_justify="left")
+    table = Table(title="Where the time went", title_justify="left")
     table.add_column("phase")
     table.add_column("seconds", justify="right")
     for key, label in labels.items():

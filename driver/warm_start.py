@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,19 @@ class WarmStart:
     seconds: float
 
 
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute on one thread: operations this small gain nothing from more, and where other programs want the cores too,
+    threads that wait for each other are many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@single_thread()
 def warm_start(
     model: str | Path,
     train: str | Path,
