@@ -1,0 +1,177 @@
+"""Scored groups for learner tests, and what they must give: computed one completion at a time, in float64, from the
+Hugging Face model's own logits."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from learner.advantages import ADVANTAGES
+from learner.types import LearnerOptions
+from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
+from vlm.adapter import MultimodalAdapter
+from vlm.media import digest, open_image
+from vlm.registry import load_adapter
+
+QUESTIONS = ("what is it?", "which colour does it have?", "count.", "describe the picture in a few words, please.")
+
+
+@functools.cache
+def adapter_of(model: Path) -> MultimodalAdapter:
+    return load_adapter(str(model))
+
+
+def options(model: Path, **changes: object) -> LearnerOptions:
+    """Small, on the CPU, without clipping of gradients unless asked for."""
+    defaults = {
+        "model": str(model),
+        "total_steps": 10,
+        "device": "cpu",
+        "dtype": "float32",
+        "learning_rate": 1e-2,
+        "max_grad_norm": 1e9,
+        "micro_batch_tokens": 4096,
+        "logprob_chunk_rows": 7,
+        "gradient_checkpointing": False,
+        "beta": 0.1,
+        "timeout": 120.0,
+    }
+    return LearnerOptions(**{**defaults, **changes})  # type: ignore[arg-type]
+
+
+def picture(random: np.random.Generator, size: int = 56) -> Media:
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return Media("image", digest(buffer.getvalue()), buffer.getvalue(), size, size)
+
+
+def make_group(
+    adapter: MultimodalAdapter,
+    seed: int,
+    *,
+    images: int = 1,
+    completions: int = 3,
+    version: int = 0,
+    scores: Sequence[float | None] | None = None,
+) -> RolloutGroup:
+    """A group with random tokens and behaviour log-probabilities. `scores[k]` None: completion k was not scored."""
+    random = np.random.default_rng(seed)
+    media = tuple(picture(random, 56 + 28 * i) for i in range(images))
+    content = [*({"type": "image"} for _ in media), {"type": "text", "text": QUESTIONS[seed % len(QUESTIONS)]}]
+    text = adapter.render([{"role": "user", "content": content}])
+    encoded = adapter.encode(text, [open_image(m.data) for m in media])
+    unexpanded = np.asarray(adapter.tokenize(text), np.int32)
+    prompt = Prompt(PromptRef(f"test:{seed}"), text, unexpanded, len(encoded.input_ids), media)
+    scores = scores if scores is not None else [float(x) for x in random.integers(0, 3, completions)]
+    made = []
+    for k in range(len(scores)):
+        length = int(random.integers(1, 9))
+        tokens = random.integers(0, 250, length).astype(np.int32)
+        logprobs = -random.random(length).astype(np.float32) * 6
+        segment = Segment(tokens, logprobs, np.full(length, version, np.int32))
+        made.append(Completion((segment,), "", "stop", k))
+    verdicts = tuple(Verdict.scored(s) if s is not None else Verdict("timeout", reason="slow") for s in scores)
+    return RolloutGroup(prompt, encoded.input_ids.numpy().astype(np.int32), tuple(made), verdicts, engine="rollout-0")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sealed batch, ready for `run_update`."""
+
+    groups: list[RolloutGroup]
+    advantages: list[list[float]]
+    media: dict[str, bytes]
+
+    def part(self, members: Sequence[int]) -> Case:
+        return Case([self.groups[i] for i in members], [self.advantages[i] for i in members], self.media)
+
+
+def mixed_case(adapter: MultimodalAdapter) -> Case:
+    """One image, none, two; different lengths; an unscored sibling; a group whose scores are equal."""
+    groups = [
+        make_group(adapter, 0, images=1, scores=[0.0, 1.0, 2.0, None]),
+        make_group(adapter, 1, images=0, scores=[1.0, 0.0, 0.0, 1.0]),
+        make_group(adapter, 2, images=2, scores=[1.0, 1.0, 1.0, 1.0]),
+        make_group(adapter, 3, images=1, scores=[0.0, 0.5, 0.25, 3.0]),
+    ]
+    return make_case(groups)
+
+
+def make_case(groups: list[RolloutGroup]) -> Case:
+    advantages = []
+    for group in groups:
+        assert group.verdicts is not None
+        rewards = np.array([[v.score if v.score is not None else 0.0 for v in group.verdicts]])
+        advantages.append(ADVANTAGES["grpo"](rewards, np.array([[v.valid for v in group.verdicts]]))[0].tolist())
+    return Case(groups, advantages, {m.digest: m.data for g in groups for m in g.prompt.media})
+
+
+@dataclass
+class Expected:
+    """Loss, and gradients by parameter name."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    tokens: int = 0
+    logprobs: list[list[Tensor]] = field(default_factory=list)
+    """Per group and completion, float64 `[T]`."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def expected_update(model: Path, case: Case, chosen: LearnerOptions) -> Expected:
+    """The update's loss and gradients, by a forward in float64 over each completion alone, unpadded, with its own copy
+    of the images, and the formulas written out."""
+    adapter = adapter_of(model)
+    policy = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64).train()
+    result, total = Expected(), torch.zeros((), dtype=torch.float64)
+    for group, advantages in zip(case.groups, case.advantages, strict=True):
+        assert group.verdicts is not None
+        result.logprobs.append([])
+        images = [open_image(case.media[m.digest]) for m in group.prompt.media]
+        for completion, advantage, verdict in zip(group.completions, advantages, group.verdicts, strict=True):
+            (segment,) = completion.segments
+            logprobs = _logprobs(policy, adapter, group.prompt.text, images, segment.token_ids, chosen.temperature)
+            result.logprobs[-1].append(logprobs.detach())
+            if not verdict.valid:
+                continue
+            old = torch.from_numpy(segment.logprobs).double()
+            if chosen.old_policy == "current":
+                old = logprobs.detach()
+            for new, former in zip(logprobs, old, strict=True):
+                ratio = (new - former).exp()
+                bounded = ratio.clamp(1 - chosen.clip_eps_low, 1 + chosen.clip_eps_high)
+                # The reference is the very same model: k3 is 0, and so is its gradient.
+                total = total - torch.min(ratio * advantage, bounded * advantage)
+            result.tokens += len(logprobs)
+    loss = total / result.tokens
+    loss.backward()
+    result.loss = loss.item()
+    result.gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    return result
+
+
+def _logprobs(
+    policy: torch.nn.Module,
+    adapter: MultimodalAdapter,
+    text: str,
+    images: list[Image.Image],
+    tokens: np.ndarray,
+    temperature: float,
+) -> Tensor:
+    encoded = adapter.encode(text, images)
+    ids = torch.cat([encoded.input_ids, torch.from_numpy(tokens).long()])[None]
+    media = {} if encoded.pixel_values is None else {"pixel_values": encoded.pixel_values.double()}
+    logits = policy(input_ids=ids, **media, **encoded.extra_model_kwargs, **adapter.token_inputs(ids)).logits[0]
+    logits[:, list(adapter.banned_token_ids)] -= 100.0
+    distributions = (logits / temperature).log_softmax(-1)
+    first = len(encoded.input_ids)
+    return torch.stack([distributions[first + t - 1, token] for t, token in enumerate(tokens.tolist())])
