@@ -83,6 +83,10 @@ class LearnerOptions:
     seed: int = 0
     """Initialises LoRA adapters and each rank's generator."""
 
+    def __post_init__(self) -> None:
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError("zero_stage=0 keeps no float32 master weights: with bfloat16 use zero_stage 1, 2 or 3")
+
     @property
     def needs_reference(self) -> bool:
         return self.beta > 0

@@ -21,7 +21,9 @@ def plain(
     return distribution.log_prob(targets), distribution.entropy()
 
 
-def inputs(rows: int = 13, width: int = 6, vocabulary: int = 11, kind: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def inputs(
+    rows: int = 13, width: int = 6, vocabulary: int = 11, kind: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(rows)
     return {
         "hidden": torch.randn(rows, width, generator=random, dtype=kind),
@@ -135,7 +137,9 @@ def test_the_head_shares_the_models_weight():
     assert "banned" not in head.state_dict()
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"temperature": 0.0}, "temperature"), ({"chunk_rows": 0}, "chunk_rows")])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"temperature": 0.0}, "temperature"), ({"chunk_rows": 0}, "chunk_rows")]
+)
 def test_refuses(wrong: dict[str, float], message: str):
     given = inputs()
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,151 @@
+"""PolicyModule: the log-probabilities of every layout of a batch are those of the Hugging Face model's own logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.model import load_policy
+from learner.policy import PolicyModule
+from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
+from tests.learner_cases import adapter_of, expected_update, make_group, mixed_case, options
+from vlm.adapter import MultimodalAdapter
+from vlm.batch import MultimodalBatch
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path) -> MultimodalAdapter:
+    return adapter_of(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path, adapter: MultimodalAdapter) -> PolicyModule:
+    return load_policy(options(tiny_model, temperature=0.8), adapter)
+
+
+def all_rows(adapter: MultimodalAdapter, break_even: int | None) -> list[Row]:
+    case = mixed_case(adapter)
+    prompts = encode_prompts(adapter, case.groups, case.media)
+    rows = []
+    for group, prompt in zip(case.groups, prompts, strict=True):
+        rows += make_rows(prompt, [to_sample(c) for c in group.completions], break_even, 4096)
+    return rows
+
+
+def flat(batch: MultimodalBatch, values: Tensor) -> Tensor:
+    return values[batch.loss_mask]
+
+
+@pytest.mark.parametrize("break_even", [None, 40, 10**9], ids=["one a row", "some share", "all share"])
+def test_every_layout_gives_the_models_own_logprobs(
+    tiny_model: Path, adapter: MultimodalAdapter, policy: PolicyModule, break_even: int | None
+):
+    case, chosen = mixed_case(adapter), options(tiny_model, temperature=0.8)
+    expected = expected_update(tiny_model, case, chosen).logprobs
+    rows = all_rows(adapter, break_even)
+    batch = collate(rows, adapter)
+    assert (batch.segments is None) == (break_even is None)
+    with torch.no_grad():
+        logprobs, entropy = policy(batch)
+    assert (logprobs[~batch.loss_mask] == 0).all() and (entropy[~batch.loss_mask] == 0).all()
+    assert (entropy[batch.loss_mask] > 0).all()
+    everything = torch.cat([values for group in expected for values in group])
+    torch.testing.assert_close(flat(batch, logprobs).double(), everything, rtol=0, atol=3e-5)
+
+
+def test_the_image_matters(adapter: MultimodalAdapter, policy: PolicyModule):
+    batch = collate(all_rows(adapter, 10**9), adapter)
+    assert batch.pixel_values is not None
+    with torch.no_grad():
+        seen, _ = policy(batch)
+        blind, _ = policy(replace(batch, pixel_values=torch.zeros_like(batch.pixel_values)))
+    assert (seen - blind).abs().max() > 0.05  # or equality above would prove nothing about images
+
+
+def test_siblings_do_not_see_each_other(adapter: MultimodalAdapter, policy: PolicyModule):
+    group = make_group(adapter, 0)
+    (prompt,) = encode_prompts(adapter, [group], {m.digest: m.data for m in group.prompt.media})
+    samples = [to_sample(c) for c in group.completions]
+    other = replace(samples[0], token_ids=(samples[0].token_ids + 7) % 250)
+    with torch.no_grad():
+        first, second = (policy(collate([Row(prompt, (s, *samples[1:]))], adapter))[0] for s in (samples[0], other))
+    changed = slice(len(prompt.input_ids), len(prompt.input_ids) + len(samples[0]))
+    assert (first[:, changed] != second[:, changed]).any()
+    assert torch.equal(first[:, changed.stop :], second[:, changed.stop :])
+
+
+@pytest.mark.parametrize("kind", ["text only", "nothing trained", "no rows"])
+def test_every_parameter_is_in_the_graph_of_every_batch(adapter: MultimodalAdapter, policy: PolicyModule, kind: str):
+    if kind == "no rows":
+        batch = collate([], adapter)
+    else:
+        group = make_group(adapter, 1, images=0)
+        (prompt,) = encode_prompts(adapter, [group], {})
+        batch = collate(make_rows(prompt, [to_sample(c) for c in group.completions], 10**9, 4096), adapter)
+    if kind == "nothing trained":
+        batch = replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    policy.zero_grad()
+    logprobs, _ = policy(batch)
+    assert logprobs.shape == batch.input_ids.shape
+    logprobs.sum().backward()
+    gradients = {name: p.grad for name, p in policy.model.named_parameters()}
+    assert all(g is not None for g in gradients.values()), [n for n, g in gradients.items() if g is None]
+    # The dummy image counts for nothing: the vision tower's gradient is exactly zero.
+    assert all((g == 0).all() for name, g in gradients.items() if ".visual." in name and g is not None)
+    learned = any((g != 0).any() for g in gradients.values() if g is not None)
+    assert learned == (kind == "text only")
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model: Path, adapter: MultimodalAdapter):
+    batch = collate(all_rows(adapter, 10**9), adapter)
+    gradients = []
+    for on in (False, True):
+        module = load_policy(options(tiny_model, gradient_checkpointing=on), adapter)
+        module(batch)[0].sum().backward()
+        gradients.append({name: p.grad for name, p in module.model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_freezing_the_vision_tower(tiny_model: Path, adapter: MultimodalAdapter):
+    module = load_policy(options(tiny_model, freeze_vision=True), adapter)
+    frozen = {name for name, p in module.model.named_parameters() if not p.requires_grad}
+    assert frozen and all(".visual." in name for name in frozen)
+    assert frozen == {name for name, _ in module.model.named_parameters() if ".visual." in name}
+
+
+def test_lora_starts_as_the_base_and_its_reference_stays_so(tiny_model: Path, adapter: MultimodalAdapter):
+    chosen = options(tiny_model, lora_rank=2, freeze_vision=True)
+    module, base = load_policy(chosen, adapter), load_policy(options(tiny_model), adapter)
+    trained = [name for name, p in module.model.named_parameters() if p.requires_grad]
+    assert trained and all(".lora_" in name and ".visual." not in name for name in trained)
+    batch = collate(all_rows(adapter, 10**9), adapter)
+    with torch.no_grad():
+        expected = base(batch)[0]
+        torch.testing.assert_close(module(batch)[0], expected)
+        for name, parameter in module.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        assert not torch.allclose(module(batch)[0], expected, atol=1e-3)
+        torch.testing.assert_close(module(batch, reference=True)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"), [(("none",), "no layer is called none"), (("lm_head",), "output head")]
+)
+def test_lora_targets_that_cannot_be(
+    tiny_model: Path, adapter: MultimodalAdapter, targets: tuple[str, ...], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        load_policy(options(tiny_model, lora_rank=2, lora_targets=targets), adapter)
+
+
+def test_a_model_that_bends_its_logits_is_refused(tiny_model: Path, adapter: MultimodalAdapter):
+    module = load_policy(options(tiny_model), adapter)
+    module.base.config.get_text_config().final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
+        PolicyModule(module.base, adapter, temperature=1.0, chunk_rows=8)

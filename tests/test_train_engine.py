@@ -1,0 +1,43 @@
+"""TorchEngine, the reference, against the contract of TrainEngine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from learner.engine import TrainEngine
+from learner.schedule import learning_rate
+from learner.torch_engine import TorchEngine
+from tests.learner_cases import adapter_of, options
+from tests.train_engine_contract import Make, TrainEngineContract
+
+
+class TestTorchEngine(TrainEngineContract):
+    @pytest.fixture
+    def make(self, tiny_model: Path) -> Make:
+        return lambda chosen: TorchEngine(chosen, adapter_of(tiny_model))
+
+    def test_is_a_train_engine(self, make: Make, tiny_model: Path):
+        assert isinstance(make(options(tiny_model)), TrainEngine)
+
+    @pytest.mark.parametrize("wrong", [{"dtype": "bfloat16"}, {"ranks": 2}])
+    def test_refuses_what_it_is_not(self, make: Make, tiny_model: Path, wrong: dict[str, object]):
+        with pytest.raises(ValueError, match="one rank in float32"):
+            make(options(tiny_model, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.7, 0.4, 0.1, 0.1]),
+        ("cosine", [0.5, 1.0, 1.0, 0.775, 0.325, 0.1, 0.1]),
+    ],
+)
+def test_schedules_by_hand(schedule: str, expected: list[float]):
+    chosen = options(
+        Path("m"), learning_rate=1.0, lr_schedule=schedule, warmup_steps=2, total_steps=6, min_lr_ratio=0.1
+    )
+    # after two steps of warm-up three intervals remain: done = 0, 1/3, 2/3, 1, and no further
+    assert [learning_rate(step, chosen) for step in range(7)] == pytest.approx(expected)

@@ -1,0 +1,139 @@
+"""DeepSpeedEngine on one rank against the contract of TrainEngine, over ZeRO stages, offload and precision.
+
+Several ranks are in test_learner_ranks.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.engine import TrainEngine
+from learner.process_group import join, open_store
+from learner.types import LearnerOptions
+from tests.learner_cases import adapter_of, expected_update, mixed_case, options
+from tests.train_engine_contract import Make, TrainEngineContract, assert_gradients_close, gradients_of
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def process_group(tiny_model: Path) -> Iterator[None]:
+    """A default group of this process alone."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    store, port = open_store("127.0.0.1", 60.0)
+    join(options(tiny_model), 0, "127.0.0.1", port, store)
+    yield
+    dist.destroy_process_group()
+
+
+class DeepSpeedContract(TrainEngineContract):
+    changes: dict[str, object]
+
+    @pytest.fixture
+    def make(self, tiny_model: Path, process_group: None) -> Make:
+        from learner.deepspeed_engine import DeepSpeedEngine
+
+        def build(chosen: LearnerOptions) -> TrainEngine:
+            return DeepSpeedEngine(replace(chosen, **self.changes), adapter_of(tiny_model))  # type: ignore[arg-type]
+
+        return build
+
+
+class TestZero2(DeepSpeedContract):
+    changes = {"zero_stage": 2}
+
+
+class TestZero3(DeepSpeedContract):
+    changes = {"zero_stage": 3}
+
+
+VARIANTS = {
+    "zero 0": {"zero_stage": 0},
+    "zero 1": {"zero_stage": 1},
+    "zero 2, optimizer offloaded": {"zero_stage": 2, "offload_optimizer": True},
+    "zero 3, all offloaded, checkpointing": {
+        "zero_stage": 3,
+        "offload_optimizer": True,
+        "offload_parameters": True,
+        "gradient_checkpointing": True,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_gradients_and_resume_of_every_variant(
+    tiny_model: Path, process_group: None, tmp_path: Path, changes: dict[str, object]
+):
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+    case = mixed_case(adapter_of(tiny_model))
+    chosen = options(tiny_model, micro_batch_tokens=90, **changes)
+    expected = expected_update(tiny_model, case, chosen)
+    contract = TrainEngineContract()
+    engine = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    first = contract.update(engine, chosen, case)
+    assert first["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert_gradients_close(gradients_of(engine, chosen), expected.gradients)
+    norm = torch.stack([g.norm() for g in expected.gradients.values()]).norm().item()
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    save_checkpoint(engine, tmp_path / "checkpoint")
+    second = contract.update(engine, chosen, case)
+    resumed = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    load_checkpoint(resumed, tmp_path / "checkpoint")
+    again = contract.update(resumed, chosen, case)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_keeps_float32_masters_and_sums(
+    tiny_model: Path, process_group: None, tmp_path: Path, stage: int
+):
+    """Steps far below bfloat16's resolution add up in the master weights, and survive a checkpoint."""
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+    case = mixed_case(adapter_of(tiny_model))
+    chosen = options(tiny_model, dtype="bfloat16", zero_stage=stage, learning_rate=1e-6, micro_batch_tokens=90)
+    engine = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    before = master_weights(engine)
+    for _ in range(3):
+        TrainEngineContract().update(engine, chosen, case)
+    after = master_weights(engine)
+    moved = torch.cat([(after[n] - before[n]).abs().flatten() for n in after])
+    assert all(value.dtype == torch.float32 for value in after.values())
+    assert 1e-6 < moved.median() < 3.1e-6
+    exact = expected_update(tiny_model, case, chosen)
+    engine_one = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    stats = TrainEngineContract().update(engine_one, chosen, case)
+    assert stats["loss"] == pytest.approx(exact.loss, abs=0.02)
+    assert_same_direction(gradients_of(engine_one, chosen), exact.gradients)
+    save_checkpoint(engine, tmp_path / "checkpoint")
+    resumed = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    load_checkpoint(resumed, tmp_path / "checkpoint")
+    for name, value in master_weights(resumed).items():
+        assert torch.equal(value, after[name]), name
+
+
+def master_weights(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    tensors = {name: value.detach().clone() for name, value in engine.state_tensors()}
+    return {name: value for name, value in tensors.items() if name.startswith("param/")}
+
+
+def assert_same_direction(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
+    a, b = (torch.cat([g[name].double().flatten() for name in sorted(exact)]) for g in (ours, exact))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
+    assert a.norm() / b.norm() == pytest.approx(1.0, abs=0.05)
+
+
+def test_bfloat16_without_zero_is_refused(tiny_model: Path):
+    with pytest.raises(ValueError, match="zero_stage"):
+        options(tiny_model, dtype="bfloat16", zero_stage=0)
+
+

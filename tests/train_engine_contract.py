@@ -1,0 +1,222 @@
+"""What every TrainEngine must do, as a class of tests: subclass it and give it a `make` fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from learner.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from learner.engine import TrainEngine
+from learner.losses import LossTerms
+from learner.model import load_policy
+from learner.samples import collate
+from learner.types import LearnerOptions
+from learner.update import build_rows, run_update, score_groups
+from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options
+from vlm.adapter import MultimodalAdapter
+from vlm.batch import MultimodalBatch
+
+Make = Callable[[LearnerOptions], TrainEngine]
+
+
+def gradients_of(engine: TrainEngine, chosen: LearnerOptions) -> dict[str, Tensor]:
+    """Gradients of the first step, read back from AdamW's first moment: (1 - beta1) g where nothing was clipped."""
+    moments = {name: value.detach().clone() for name, value in engine.state_tensors()}
+    return {
+        name.removeprefix("exp_avg/"): moment / (1 - chosen.betas[0])
+        for name, moment in moments.items()
+        if name.startswith("exp_avg/")
+    }
+
+
+def assert_gradients_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(ours) == set(expected)
+    scale = max(g.abs().max().item() for g in expected.values())
+    assert scale > 0.01
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name].double(), gradient.double(), rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+class TrainEngineContract:
+    """Every test takes a `make(options) -> engine` of one rank."""
+
+    make: Make
+
+    @pytest.fixture
+    def adapter(self, tiny_model: Path) -> MultimodalAdapter:
+        return adapter_of(tiny_model)
+
+    @pytest.fixture
+    def case(self, adapter: MultimodalAdapter) -> Case:
+        return mixed_case(adapter)
+
+    def update(self, engine: TrainEngine, chosen: LearnerOptions, case: Case) -> dict:
+        adapter = engine.adapter  # type: ignore[attr-defined]
+        return run_update(engine, adapter, chosen, case.groups, case.advantages, case.media, version=0)
+
+    @pytest.mark.parametrize("budget", [4096, 90], ids=["one micro-batch", "several"])
+    @pytest.mark.parametrize("old_policy", ["behavior", "current"])
+    def test_loss_and_gradients_are_the_written_out_ones(
+        self, make: Make, tiny_model: Path, case: Case, budget: int, old_policy: str
+    ):
+        chosen = options(tiny_model, micro_batch_tokens=budget, old_policy=old_policy, temperature=0.9)
+        expected = expected_update(tiny_model, case, chosen)
+        engine = make(chosen)
+        stats = self.update(engine, chosen, case)
+        assert (stats["micro_batches"] > 1) == (budget == 90)
+        assert stats["loss"] == pytest.approx(expected.loss, abs=1e-5)
+        assert stats["tokens"] == expected.tokens and stats["samples"] == 15
+        assert stats["metrics"]["kl"] == pytest.approx(0.0, abs=1e-9)
+        assert_gradients_close(gradients_of(engine, chosen), expected.gradients)
+        norm = torch.stack([g.norm() for g in expected.gradients.values()]).norm().item()
+        assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+    def test_scores_are_the_models_own_logprobs(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, temperature=0.9, micro_batch_tokens=90)
+        expected = expected_update(tiny_model, case, chosen).logprobs
+        engine = make(chosen)
+        scored = score_groups(engine, engine.adapter, chosen, case.groups, case.media)  # type: ignore[attr-defined]
+        for ours, theirs in zip(scored, expected, strict=True):
+            for values, exact in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(values, exact.numpy(), atol=3e-5)
+
+    def test_clipping_scales_the_gradient_and_reports_the_norm_before(self, make: Make, tiny_model: Path, case: Case):
+        free = options(tiny_model)
+        engine = make(free)
+        norm = self.update(engine, free, case)["grad_norm"]
+        expected = gradients_of(engine, free)
+        tight = replace(free, max_grad_norm=norm / 4)
+        engine = make(tight)
+        assert self.update(engine, tight, case)["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert_gradients_close({n: g * 4 for n, g in gradients_of(engine, tight).items()}, expected)
+
+    def test_the_reference_stays_while_the_policy_moves(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model)
+        engine = make(chosen)
+        batch = self.batch(engine, chosen, case)
+        before = engine.logprobs(batch)
+        torch.testing.assert_close(engine.logprobs(batch, reference=True), before)
+        first = self.update(engine, chosen, case)
+        second = self.update(engine, chosen, case)
+        assert first["metrics"]["kl"] == pytest.approx(0, abs=1e-9) and second["metrics"]["kl"] > 1e-4
+        torch.testing.assert_close(engine.logprobs(batch, reference=True), before)
+        assert (engine.logprobs(batch) - before).abs().max() > 1e-2
+
+    def test_without_beta_there_is_no_reference(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, beta=0.0)
+        engine = make(chosen)
+        assert "kl" not in self.update(engine, chosen, case)["metrics"]
+        with pytest.raises(RuntimeError, match="beta is 0"):
+            engine.logprobs(self.batch(engine, chosen, case), reference=True)
+
+    def test_the_learning_rate_follows_the_schedule(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, warmup_steps=2, lr_schedule="linear", total_steps=4, beta=0.0)
+        engine = make(chosen)
+        rates = [self.update(engine, chosen, case)["learning_rate"] for _ in range(4)]
+        assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0])
+
+    def test_sums_and_maxima_cover_all_micro_batches(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, beta=0.0)
+        engine = make(chosen)
+        batch = self.batch(engine, chosen, case)
+        values = iter([1.0, 5.0, 2.0])
+
+        def micro_loss(given: MultimodalBatch, logprobs: Tensor, entropy: Tensor) -> LossTerms:
+            value = torch.tensor(next(values))
+            return LossTerms(logprobs.sum() * 0 + value, {"a": value * 10}, {"b": value})
+
+        result = engine.train_step([batch] * 3, micro_loss)
+        assert (result.loss, result.sums, result.maxima) == (8.0, {"a": 80.0}, {"b": 5.0})
+        assert result.grad_norm == 0.0 and engine.steps == 1
+
+    def test_a_resumed_run_is_bitwise_the_undisturbed_one(
+        self, make: Make, tiny_model: Path, case: Case, tmp_path: Path
+    ):
+        chosen = options(tiny_model, lr_schedule="cosine", warmup_steps=1, max_grad_norm=0.5)
+        straight = make(chosen)
+        for _ in range(2):
+            self.update(straight, chosen, case)
+        save_checkpoint(straight, tmp_path / "checkpoint")
+        generator = torch.get_rng_state()
+        expected = [self.update(straight, chosen, case) for _ in range(2)]
+        final = {name: value.detach().clone() for name, value in straight.state_tensors()}
+        resumed = make(chosen)
+        torch.manual_seed(123)
+        load_checkpoint(resumed, tmp_path / "checkpoint")
+        assert resumed.steps == 2 and torch.equal(torch.get_rng_state(), generator)
+        for stats in expected:
+            again = self.update(resumed, chosen, case)
+            assert {k: v for k, v in again.items() if k != "seconds"} == {
+                k: v for k, v in stats.items() if k != "seconds"
+            }
+        for name, value in resumed.state_tensors():
+            assert torch.equal(value, final[name]), name
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+    def test_a_checkpoint_before_the_first_step(self, make: Make, tiny_model: Path, case: Case, tmp_path: Path):
+        chosen = options(tiny_model)
+        save_checkpoint(make(chosen), tmp_path / "checkpoint")
+        engine = make(chosen)
+        first = self.update(engine, chosen, case)
+        load_checkpoint(engine, tmp_path / "checkpoint")
+        assert engine.steps == 0
+        assert self.update(engine, chosen, case)["grad_norm"] == first["grad_norm"]
+
+    def test_a_checkpoint_of_another_kind_of_training_is_refused(self, make: Make, tiny_model: Path, tmp_path: Path):
+        save_checkpoint(make(options(tiny_model)), tmp_path / "checkpoint")
+        with pytest.raises(CheckpointError, match=r"has no param/.*lora"):
+            load_checkpoint(make(options(tiny_model, lora_rank=2)), tmp_path / "checkpoint")
+
+    @pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
+    def test_the_saved_model_is_the_trained_policy(
+        self, make: Make, tiny_model: Path, case: Case, tmp_path: Path, lora_rank: int
+    ):
+        chosen = options(tiny_model, lora_rank=lora_rank)
+        engine = make(chosen)
+        for _ in range(2):
+            self.update(engine, chosen, case)
+        trained = engine.logprobs(self.batch(engine, chosen, case))
+        directory = tmp_path / "model"
+        directory.mkdir()
+        (directory / "former").touch()
+        engine.save_pretrained(directory)
+        assert not (directory / "former").exists()
+        loaded = AutoModelForImageTextToText.from_pretrained(directory)
+        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+        processor = AutoProcessor.from_pretrained(directory)
+        assert processor.chat_template == adapter_of(tiny_model).processor.chat_template
+        saved = options(directory)
+        policy = load_policy(saved, adapter_of(tiny_model))
+        with torch.no_grad():
+            logprobs, _ = policy(self.batch(engine, chosen, case))
+        torch.testing.assert_close(logprobs, trained, rtol=0, atol=2e-5)
+        if lora_rank:
+            from peft import PeftModel
+
+            base = AutoModelForImageTextToText.from_pretrained(tiny_model)
+            merged = PeftModel.from_pretrained(base, directory / "adapter").merge_and_unload()
+            for name, parameter in merged.named_parameters():
+                torch.testing.assert_close(parameter, loaded.get_parameter(name), rtol=1e-5, atol=1e-6)
+
+    def test_the_weight_source_yields_the_engines_names(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, lora_rank=2)
+        engine = make(chosen)
+        self.update(engine, chosen, case)
+        source = engine.weight_source(1 << 16)
+        plain = AutoModelForImageTextToText.from_pretrained(tiny_model)
+        yielded = {name: tensor.clone() for name, tensor in source}
+        assert [m.name for m in source.metadata()] == list(yielded)
+        assert {name: p.shape for name, p in plain.named_parameters()} == {n: t.shape for n, t in yielded.items()}
+        changed = {n for n, t in yielded.items() if not torch.equal(t, plain.get_parameter(n))}
+        assert changed and all(name.split(".")[-2] in chosen.lora_targets for name in changed)
+
+    def batch(self, engine: TrainEngine, chosen: LearnerOptions, case: Case) -> MultimodalBatch:
+        adapter = engine.adapter  # type: ignore[attr-defined]
+        return collate(build_rows(adapter, chosen, case.groups, case.advantages, case.media), adapter)
