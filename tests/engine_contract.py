@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rollout.engine import EngineDeadError, PromptRefusedError, RolloutEngine, SamplingParams
+from rollout.engine import BAN, EngineDeadError, PromptRefusedError, RolloutEngine, SamplingParams
 from rollout.types import Completion, Media, Prompt, PromptRef, Segment
 from vlm.adapter import MultimodalAdapter
 from vlm.media import digest
@@ -307,3 +307,25 @@ def assert_dead(harness: Harness, prompt: Prompt, sampling: SamplingParams) -> N
     ):
         with pytest.raises(EngineDeadError):
             harness.run(asyncio.wait_for(call, 5.0))
+
+
+@torch.no_grad()
+def reference_logprobs(
+    policy: nn.Module,
+    adapter: MultimodalAdapter,
+    prompt: Prompt,
+    token_ids: Sequence[int],
+    *,
+    banned: Sequence[int] = (),
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """float32 `[T]` of the completion's tokens: the learner's formula on the Hugging Face model."""
+    encoded = adapter.encode(prompt.text, [Image.open(io.BytesIO(m.data)).convert("RGB") for m in prompt.media])
+    ids = torch.cat([encoded.input_ids, torch.tensor(token_ids, dtype=torch.long)])[None]
+    inputs = {**encoded.extra_model_kwargs, **adapter.token_inputs(ids)}
+    if encoded.pixel_values is not None:
+        inputs["pixel_values"] = encoded.pixel_values
+    logits = policy(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0, :-1].float()
+    logits[:, list(banned)] += BAN
+    chosen = (logits / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return chosen[-len(token_ids) :].numpy()

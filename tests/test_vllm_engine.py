@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from rollout.engine import BAN, EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
+from rollout.engine import EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
 from rollout.types import Prompt
 from rollout.vllm_engine import VLLMEngine
 from tests.engine_contract import (
@@ -27,6 +25,7 @@ from tests.engine_contract import (
     image_media,
     make_prompt,
     move,
+    reference_logprobs,
     segment,
     small_policy,
 )
@@ -61,28 +60,6 @@ def options(model: Path | str, **changes: object) -> EngineOptions:
         control_timeout=60.0,
     )
     return replace(fixed, **changes)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def reference_logprobs(
-    policy: nn.Module,
-    adapter: MultimodalAdapter,
-    prompt: Prompt,
-    token_ids: Sequence[int],
-    *,
-    banned: Sequence[int] = (),
-    temperature: float = 1.0,
-) -> np.ndarray:
-    """float32 `[T]` of the completion's tokens: the learner's formula on the Hugging Face model."""
-    encoded = adapter.encode(prompt.text, [Image.open(io.BytesIO(m.data)).convert("RGB") for m in prompt.media])
-    ids = torch.cat([encoded.input_ids, torch.tensor(token_ids, dtype=torch.long)])[None]
-    inputs = {**encoded.extra_model_kwargs, **adapter.token_inputs(ids)}
-    if encoded.pixel_values is not None:
-        inputs["pixel_values"] = encoded.pixel_values
-    logits = policy(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0, :-1].float()
-    logits[:, list(banned)] += BAN
-    chosen = (logits / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return chosen[-len(token_ids) :].numpy()
 
 
 def difference(harness: Harness, policy: nn.Module, prompt: Prompt, sampling: SamplingParams) -> float:

@@ -1,0 +1,215 @@
+"""RolloutActor in Ray, over simulated engines with every fault: what reaches the driver is always plain data."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from rollout.actor import RayEngineHandle, RolloutActor
+from rollout.engine import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
+from rollout.environment import SingleTurn
+from rollout.simulated_engine import Behavior, SimulatedEngine
+from rollout.types import Completion, Media, Prompt, RolloutFailure, RolloutGroup, Segment
+from tests.engine_contract import LocalLearner, image_media, make_prompt
+from vlm.adapter import MultimodalAdapter
+from vlm.registry import load_adapter
+from weight_sync.sync import form_group, sync_weights
+from weight_sync.verify import WeightSyncError
+
+OPTIONS = EngineOptions("simulated", device="cpu", max_model_len=512, control_timeout=0.5)
+SAMPLING = SamplingParams(n=3, max_tokens=5, seed=1, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path) -> MultimodalAdapter:
+    return load_adapter(str(tiny_model))
+
+
+# ---------------------------------------------------------------------------------------------------- without Ray
+
+
+@dataclass
+class Scripted:
+    """An engine that answers what the test says, and remembers what it was asked."""
+
+    answer: Callable[[SamplingParams], EngineOutput]
+    asked: list[SamplingParams] = field(default_factory=list)
+
+    async def start(self) -> None: ...
+
+    async def shutdown(self) -> None: ...
+
+    async def check_health(self) -> None: ...
+
+    async def generate(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
+        self.asked.append(sampling)
+        return self.answer(sampling)
+
+
+def completion(reason: str, token: int, seed: int = 0) -> Completion:
+    part = Segment(np.asarray([token], np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32))
+    return Completion((part,), "", reason, seed)  # type: ignore[arg-type]
+
+
+def ask(adapter: MultimodalAdapter, engine: Any, sampling: SamplingParams = SAMPLING, timeout: float = 5.0) -> Any:
+    async def play() -> Any:
+        actor = RolloutActor(
+            "e", OPTIONS, lambda: adapter, group_timeout=timeout, engine=lambda options, adapter: engine
+        )
+        await actor.start()
+        try:
+            return await actor.generate(make_prompt(adapter, "?"), sampling)
+        finally:
+            await actor.shutdown()
+
+    return asyncio.run(play())
+
+
+def test_an_aborted_completion_is_drawn_again_alone(adapter: MultimodalAdapter) -> None:
+    def answer(sampling: SamplingParams) -> EngineOutput:
+        if sampling.n == 1:
+            return EngineOutput(np.zeros(2, np.int32), (completion("stop", 9),))
+        return EngineOutput(np.zeros(2, np.int32), tuple(completion(r, i) for i, r in enumerate(("stop", "abort"))))
+
+    engine = Scripted(answer)
+    group = ask(adapter, engine, replace(SAMPLING, n=2, seed=40, max_tokens_each=(3, 4)))
+    assert [c.finish_reason for c in group.completions] == ["stop", "stop"]
+    assert [c.segments[0].token_ids[0] for c in group.completions] == [0, 9]
+    again = engine.asked[1]
+    assert (again.n, again.seed, again.max_tokens, again.max_tokens_each) == (1, 41, 4, ())
+
+
+def test_aborted_twice_is_a_failure_that_may_be_retried(adapter: MultimodalAdapter) -> None:
+    engine = Scripted(lambda sampling: EngineOutput(np.zeros(2, np.int32), (completion("abort", 1),) * sampling.n))
+    failure = ask(adapter, engine)
+    assert isinstance(failure, RolloutFailure) and failure.retryable and not failure.engine_dead
+    assert "completions [0, 1, 2] were aborted twice" in failure.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "dead", "retryable"),
+    [
+        (PromptRefusedError("too long"), False, False),
+        (EngineDeadError("gone"), True, False),
+        (RuntimeError("odd"), False, True),
+    ],
+)
+def test_errors_become_data(adapter: MultimodalAdapter, error: Exception, dead: bool, retryable: bool) -> None:
+    def answer(sampling: SamplingParams) -> EngineOutput:
+        raise error
+
+    failure = ask(adapter, Scripted(answer))
+    assert isinstance(failure, RolloutFailure) and str(error) in failure.reason
+    assert (failure.engine, failure.engine_dead, failure.retryable) == ("e", dead, retryable)
+
+
+def test_a_slow_group_is_given_up_and_a_hanging_engine_is_told_from_it(adapter: MultimodalAdapter) -> None:
+    slow = SimulatedEngine(OPTIONS, adapter, Behavior(decode_seconds=10.0))
+    failure = ask(adapter, slow, timeout=0.2)
+    assert failure.retryable and not failure.engine_dead and "0.2 s (rollout.group_timeout)" in failure.reason
+
+    class Hanging(SimulatedEngine):
+        async def generate(self, *args: Any) -> EngineOutput:
+            self.fail("hang")
+            return await super().generate(*args)
+
+    failure = ask(adapter, Hanging(OPTIONS, adapter, Behavior(decode_seconds=10.0)), timeout=0.2)
+    assert failure.engine_dead and "hangs" in failure.reason
+
+
+def test_an_actor_that_was_not_started_answers_too(adapter: MultimodalAdapter) -> None:
+    actor = RolloutActor("e", OPTIONS, lambda: adapter)
+    failure = asyncio.run(actor.generate(make_prompt(adapter, "?"), SAMPLING))
+    assert isinstance(failure, RolloutFailure) and failure.engine_dead and "not running" in failure.reason
+
+
+def test_single_turn_asks_once(adapter: MultimodalAdapter) -> None:
+    output = EngineOutput(np.zeros(2, np.int32), (completion("stop", 1),))
+    engine = Scripted(lambda sampling: output)
+    prompt = make_prompt(adapter, "?")
+    assert asyncio.run(SingleTurn(prompt, ()).run(engine.generate, SAMPLING)) is output
+    assert engine.asked == [SAMPLING]
+
+
+# ---------------------------------------------------------------------------------------------------- in Ray
+
+
+def simulated(behavior: Behavior, options: EngineOptions, adapter: MultimodalAdapter) -> SimulatedEngine:
+    return SimulatedEngine(options, adapter, behavior)
+
+
+@pytest.fixture(scope="module")
+def handles(local_ray: ModuleType, tiny_model: Path) -> Iterator[tuple[RayEngineHandle, RayEngineHandle]]:
+    """A reliable engine, and one that dies after its first group."""
+    behaviors = {
+        "a": Behavior(decode_seconds=1e-4),
+        "b": Behavior(decode_seconds=1e-4, fault="die", fault_after_groups=1),
+    }
+    load = partial(load_adapter, str(tiny_model))
+    actors = {
+        name: local_ray.remote(RolloutActor)
+        .options(num_cpus=0, max_concurrency=100)
+        .remote(name, OPTIONS, load, group_timeout=20.0, engine=partial(simulated, behavior))
+        for name, behavior in behaviors.items()
+    }
+    local_ray.get([actor.start.remote() for actor in actors.values()], timeout=120)
+    a, b = (RayEngineHandle(name, actor) for name, actor in actors.items())
+    yield a, b
+    for actor in actors.values():
+        local_ray.kill(actor)
+
+
+@pytest.mark.e2e
+def test_a_group_with_media_by_reference(
+    local_ray: ModuleType, adapter: MultimodalAdapter, handles: tuple[RayEngineHandle, RayEngineHandle]
+) -> None:
+    media: list[Media] = [replace(m, data=local_ray.put(m.data)) for m in (image_media(1), image_media(2))]
+    prompt = make_prompt(adapter, "two images", media)
+    group = local_ray.get(handles[0].actor.generate.remote(prompt, SAMPLING), timeout=30)
+    assert isinstance(group, RolloutGroup) and group.engine == "a" and group.generate_seconds > 0
+    assert len(group.prompt_token_ids) == prompt.expanded_length and len(group.completions) == 3
+    assert isinstance(group.prompt.media[0].data, local_ray.ObjectRef), "pixels do not travel with the group"
+
+
+@pytest.mark.e2e
+def test_synchronisation_death_and_restart(
+    local_ray: ModuleType, adapter: MultimodalAdapter, handles: tuple[RayEngineHandle, RayEngineHandle]
+) -> None:
+    """One story: synchronised; an engine dies and is restarted in place; its process dies and the other goes on."""
+    alive, mortal = handles
+    prompt = make_prompt(adapter, "?")
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 3))
+    learner = LocalLearner(model, timeout=10.0)
+
+    form_group(learner, handles)
+    assert sync_weights(learner, handles, 3, timeout=20.0).nbytes == sum(p.nbytes for p in model.parameters())
+    first, second = (local_ray.get(mortal.actor.generate.remote(prompt, SAMPLING), timeout=30) for _ in range(2))
+    assert isinstance(first, RolloutGroup) and {c.oldest_version for c in first.completions} == {3}
+    assert isinstance(second, RolloutFailure) and second.engine_dead
+    with pytest.raises(WeightSyncError, match="pause at b: b: EngineDeadError"):
+        sync_weights(learner, handles, 4, timeout=20.0)
+
+    local_ray.get(mortal.actor.restart.remote(), timeout=30)
+    form_group(learner, handles)
+    sync_weights(learner, handles, 4, timeout=20.0)
+    third = local_ray.get(mortal.actor.generate.remote(prompt, SAMPLING), timeout=30)
+    assert isinstance(third, RolloutGroup) and {c.oldest_version for c in third.completions} == {4}
+
+    local_ray.kill(mortal.actor)
+    begun = time.monotonic()
+    with pytest.raises(WeightSyncError, match="pause at b"):
+        sync_weights(learner, handles, 5, timeout=20.0)
+    assert time.monotonic() - begun < 10.0
+    form_group(learner, [alive])
+    sync_weights(learner, [alive], 5, timeout=20.0)
+    assert local_ray.get(alive.actor.version.remote(), timeout=20) == 5
