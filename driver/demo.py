@@ -77,7 +77,7 @@ def run_demo(
     begin = time.perf_counter()
     console = console or Console()
     directory = Path(output_dir)
-    _clear(directory)
+    prepare_folder(directory)
     console.print("[bold]1[/bold] data: shapes, with combinations held out entirely")
     files = make_shapes(directory / "data", seed)
     console.print("[bold]2[/bold] model: a random Qwen2.5-VL of 0.7M parameters")
@@ -105,8 +105,8 @@ def run_demo(
     return summary
 
 
-def _clear(directory: Path) -> None:
-    """Remove what an earlier demo left in `directory`, and nothing else."""
+def prepare_folder(directory: Path) -> None:
+    """Remove what an earlier demo left in `directory`. Raises ConfigError, and removes nothing, if there is more."""
     made = {"data", "start", "run", "summary.json", "curves.png"}
     present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if foreign := sorted(present - made):
