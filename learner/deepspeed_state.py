@@ -1,6 +1,6 @@
 """Whole parameters and optimizer moments in and out of DeepSpeed's flat partitions, one parameter at a time.
 
-Every function is collective. What DeepSpeed offers for it (`safe_get_full_*`, `safe_set_full_*`) is used; the flat
+Every function is collective. What DeepSpeed offers for it (`safe_get_full_*`, `safe_set_*`) is used; the flat
 partitions themselves are touched in `set_step_count` alone.
 """
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -31,15 +34,30 @@ def read_full(parameter: nn.Parameter, moment: str | None, optimizer: torch.opti
 @torch.no_grad()
 def write_full(parameter: nn.Parameter, moment: str | None, value: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Set what `read_full` reads. With the master weight the weight that computes is set too."""
+    value = value.float()
+    partitioned = hasattr(parameter, "ds_id")
     if moment is not None:
-        if parameter in optimizer.state:
+        if partitioned:
+            safe_set_local_optimizer_state(parameter, _own_partition(parameter, value), moment)
+        elif parameter in optimizer.state:
             optimizer.state[parameter][moment].copy_(value)
         else:
-            safe_set_full_optimizer_state(parameter, value.float(), moment)
+            safe_set_full_optimizer_state(parameter, value, moment)
         return
-    safe_set_full_fp32_param(parameter, value.float())
-    with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+    if partitioned:
+        safe_set_local_fp32_param(parameter, _own_partition(parameter, value))
+    else:
+        safe_set_full_fp32_param(parameter, value)
+    with GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
         parameter.data.copy_(value)
+
+
+def _own_partition(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part under ZeRO-3, the last one padded. `safe_set_full_*` fail where the ranks do not divide the
+    number of elements."""
+    size = parameter.ds_tensor.numel()
+    whole = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    return whole.narrow(0, size * dist.get_rank(), size)
 
 
 def set_step_count(zero: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -70,7 +70,9 @@ def test_a_single_completion_is_an_ordinary_sequence():
     assert torch.equal(shared_prompt_mask(segments)[0, 0, :5, :5], torch.ones(5, 5, dtype=torch.bool).tril())
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=3))
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=3)
+)
 def test_a_token_sees_its_prompt_and_its_own_past_and_nothing_else(rows: list[tuple[int, list[int]]]):
     length = max(p + sum(c) for p, c in rows)
     segments = torch.full((len(rows), length), -1)
@@ -83,7 +85,7 @@ def test_a_token_sees_its_prompt_and_its_own_past_and_nothing_else(rows: list[tu
             mine = segments[b, q].item()
             for k in range(length):
                 theirs = segments[b, k].item()
-                expected = k <= q and mine >= 0 and theirs in (0, mine) or k == 0
+                expected = (k <= q and mine >= 0 and theirs in (0, mine)) or k == 0
                 assert mask[b, q, k].item() == expected, (b, q, k)
     assert mask.any(-1).all()  # a query that sees nothing would be NaN
 

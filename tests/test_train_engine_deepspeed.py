@@ -93,9 +93,7 @@ def test_gradients_and_resume_of_every_variant(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bfloat16_keeps_float32_masters_and_sums(
-    tiny_model: Path, process_group: None, tmp_path: Path, stage: int
-):
+def test_bfloat16_keeps_float32_masters_and_sums(tiny_model: Path, process_group: None, tmp_path: Path, stage: int):
     """Steps far below bfloat16's resolution add up in the master weights, and survive a checkpoint."""
     from learner.deepspeed_engine import DeepSpeedEngine
 
@@ -135,5 +133,3 @@ def assert_same_direction(ours: dict[str, torch.Tensor], exact: dict[str, torch.
 def test_bfloat16_without_zero_is_refused(tiny_model: Path):
     with pytest.raises(ValueError, match="zero_stage"):
         options(tiny_model, dtype="bfloat16", zero_stage=0)
-
-

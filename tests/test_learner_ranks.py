@@ -1,0 +1,157 @@
+"""The same update on one, two and three ranks: loss, gradients, statistics, checkpoints. Gloo, ZeRO-2 and ZeRO-3.
+
+Two processes are started, then three; each runs the scenarios it is given one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.process_group import join, open_store
+from learner.torch_engine import TorchEngine
+from learner.update import run_update, score_groups
+from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options
+from tests.train_engine_contract import assert_gradients_close, gradients_of
+
+pytestmark = pytest.mark.e2e
+
+# Groups 0, 2 and 3 of the mixed case have images, 1 has none: a rank of its own sees text alone, with fewer tokens
+# and fewer micro-batches than the others.
+TWO = ([0, 2, 3], [1])
+THREE = ([0, 3], [1], [2])
+TEN = {"micro_batch_tokens": 90, "lr_schedule": "linear"}
+
+
+def update(engine: Any, chosen: Any, case: Case) -> dict[str, Any]:
+    return run_update(engine, engine.adapter, chosen, case.groups, case.advantages, case.media, version=0)
+
+
+def two_ranks(rank: int, model: Path, out: Path) -> None:
+    """ZeRO-2 and ZeRO-3: a first update, its gradients, a checkpoint, a second update, the model saved."""
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+    case = mixed_case(adapter_of(model)).part(TWO[rank])
+    for stage in (2, 3):
+        chosen = options(model, ranks=2, zero_stage=stage, **TEN)
+        engine = DeepSpeedEngine(chosen, adapter_of(model))
+        first = update(engine, chosen, case)
+        gradients = gradients_of(engine, chosen)
+        save_checkpoint(engine, out / f"checkpoint-{stage}")
+        second = update(engine, chosen, case)
+        engine.save_pretrained(out / f"model-{stage}")
+        scored = score_groups(engine, engine.adapter, chosen, case.groups, case.media)
+        if rank == 0:
+            save_file(gradients, out / f"gradients-{stage}.safetensors")
+            scores = [[values.tolist() for values in group] for group in scored]
+            (out / f"stats-{stage}.json").write_text(json.dumps([first, second, scores]))
+
+
+def three_ranks(rank: int, model: Path, out: Path) -> None:
+    """A checkpoint of two ranks under ZeRO-2 goes on under ZeRO-3 on three; a fresh first update; LoRA."""
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+    case = mixed_case(adapter_of(model)).part(THREE[rank])
+    chosen = options(model, ranks=3, zero_stage=3, **TEN)
+    engine = DeepSpeedEngine(chosen, adapter_of(model))
+    first = update(engine, chosen, case)
+    gradients = gradients_of(engine, chosen)
+    load_checkpoint(engine, out / "checkpoint-2")
+    second = update(engine, chosen, case)
+    lora = options(model, ranks=3, zero_stage=2, lora_rank=2, **TEN)
+    engine = DeepSpeedEngine(lora, adapter_of(model))
+    lora_stats = [update(engine, lora, case) for _ in range(2)]
+    if rank == 0:
+        save_file(gradients, out / "gradients-three.safetensors")
+        (out / "stats-three.json").write_text(json.dumps([first, second, *lora_stats]))
+
+
+def on_rank(rank: int, scenario: Callable[[int, Path, Path], None], ranks: int, port: int, *paths: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_SIZE="1", DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    join(options(paths[0], ranks=ranks), rank, "127.0.0.1", port)
+    scenario(rank, *paths)
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks")
+    for scenario, ranks in ((two_ranks, 2), (three_ranks, 3)):
+        store, port = open_store("127.0.0.1", 120.0)
+        mp.spawn(on_rank, (scenario, ranks, port, tiny_model, out), nprocs=ranks)
+        del store
+    return out
+
+
+def stats_of(results: Path, name: str) -> Sequence[Any]:
+    return json.loads((results / f"stats-{name}.json").read_text())
+
+
+def assert_same_update(ours: Mapping[str, Any], one_rank: Mapping[str, Any]) -> None:
+    for name in ("loss", "grad_norm", "learning_rate", "tokens", "samples", "staleness_mean", "staleness_max"):
+        assert ours[name] == pytest.approx(one_rank[name], rel=2e-4, abs=1e-5), name
+    assert set(ours["metrics"]) == set(one_rank["metrics"])
+    for name, value in one_rank["metrics"].items():
+        assert ours["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_model: Path) -> tuple[TorchEngine, list[dict[str, Any]]]:
+    """Two updates by the reference engine, on all groups."""
+    chosen = options(tiny_model, **TEN)
+    engine = TorchEngine(chosen, adapter_of(tiny_model))
+    case = mixed_case(adapter_of(tiny_model))
+    return engine, [update(engine, chosen, case) for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", ["2", "3", "three"])
+def test_loss_and_gradients_do_not_depend_on_ranks(
+    results: Path, tiny_model: Path, one_rank: tuple[TorchEngine, list[dict[str, Any]]], name: str
+):
+    first, second = stats_of(results, name)[:2]
+    assert_same_update(first, one_rank[1][0])
+    assert_same_update(second, one_rank[1][1])
+    expected = expected_update(tiny_model, mixed_case(adapter_of(tiny_model)), options(tiny_model))
+    assert first["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert_gradients_close(load_file(results / f"gradients-{name}.safetensors"), expected.gradients)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_two_ranks_goes_on_on_one(
+    results: Path, tiny_model: Path, one_rank: tuple[TorchEngine, list[dict[str, Any]]], stage: int
+):
+    chosen = options(tiny_model, **TEN)
+    engine = TorchEngine(chosen, adapter_of(tiny_model))
+    load_checkpoint(engine, results / f"checkpoint-{stage}")
+    assert engine.steps == 1
+    assert_same_update(update(engine, chosen, mixed_case(adapter_of(tiny_model))), one_rank[1][1])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_model_saved_by_two_ranks_is_the_policy(results: Path, tiny_model: Path, stage: int):
+    scores = stats_of(results, str(stage))[2]
+    saved = options(results / f"model-{stage}")
+    engine = TorchEngine(saved, adapter_of(tiny_model))
+    case = mixed_case(adapter_of(tiny_model)).part(TWO[0])
+    again = score_groups(engine, engine.adapter, saved, case.groups, case.media)
+    for ours, theirs in zip(again, scores, strict=True):
+        for values, expected in zip(ours, theirs, strict=True):
+            assert values.tolist() == pytest.approx(expected, abs=3e-5)
+    assert AutoModelForImageTextToText.from_pretrained(results / f"model-{stage}").config.tie_word_embeddings
+
+
+def test_lora_on_three_ranks_is_lora_on_one(results: Path, tiny_model: Path):
+    chosen = options(tiny_model, lora_rank=2, **TEN)
+    engine = TorchEngine(chosen, adapter_of(tiny_model))
+    for ours in stats_of(results, "three")[2:]:
+        assert_same_update(ours, update(engine, chosen, mixed_case(adapter_of(tiny_model))))
