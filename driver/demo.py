@@ -44,7 +44,7 @@ def demo_config(files: ShapesFiles, model: Path, output_dir: Path, *, seed: int,
             },
             "rollout": {
                 "num_generations": 8,
-                "max_completion_length": 12,
+                "max_completion_length": 10,
                 "max_staleness": 1,
                 "max_num_seqs": 512,
                 "kv_cache_gib": 0.25,
@@ -62,7 +62,7 @@ def demo_config(files: ShapesFiles, model: Path, output_dir: Path, *, seed: int,
                 "zero_stage": 1,
                 "gradient_checkpointing": False,
             },
-            "evaluation": {"every": 20, "group_by": "kind"},
+            "evaluation": {"every": 30, "group_by": "kind"},
             "cluster": {"device": "cpu"},
         }
     )

@@ -39,8 +39,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "shape": ("what shape is shown in the image ?", "which shape are the objects ?"),
     "count": ("how many shapes are there ?", "what is the number of objects ?"),
 }
-THOUGHTS = {"color": "look at the color", "shape": "look at the shape", "count": "count the shapes"}
-"""What the warm start writes between the think tags."""
+THOUGHT = "look"
+"""What the warm start writes between the think tags: short, since every token of it is sampled 60,000 times."""
 
 IMAGE_SIZE = 56
 """Pixels each way: four image tokens of 28 x 28 pixels, one per cell of the grid."""
@@ -81,7 +81,7 @@ def vocabulary() -> list[str]:
     """Every word of the questions, thoughts and answers, for a word-level tokenizer."""
     texts = [
         *(q for kind in QUESTIONS.values() for q in kind),
-        *THOUGHTS.values(),
+        THOUGHT,
         *(a for k in ANSWERS.values() for a in k),
     ]
     return sorted({word for text in texts for word in text.split()})
@@ -89,7 +89,7 @@ def vocabulary() -> list[str]:
 
 def completion(kind: str, answer: str) -> str:
     """A completion of the wanted format, as the word-level tokenizer spells it."""
-    return f"<think> {THOUGHTS[kind]} </think> <answer> {answer} </answer>"
+    return f"<think> {THOUGHT} </think> <answer> {answer} </answer>"
 
 
 def combinations() -> list[Combination]:
