@@ -1,0 +1,113 @@
+"""LearnerGroup with two real ranks on Ray: updates by reference, scores, failures that name themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from learner.group import LearnerGroup
+from learner.torch_engine import TorchEngine
+from learner.types import LearnerError, LearnerTimeoutError, NothingToLearnError
+from learner.update import run_update
+from rollout.types import GroupSummary, RolloutGroup
+from tests.learner_cases import adapter_of, expected_update, make_case, make_group, mixed_case, options
+
+pytestmark = pytest.mark.e2e
+
+PLACES = [{"num_cpus": 0}, {"num_cpus": 0}]
+
+
+@pytest.fixture(scope="module")
+def learner(local_ray: ModuleType, tiny_model: Path) -> Iterator[LearnerGroup]:
+    group = LearnerGroup(options(tiny_model, ranks=2, zero_stage=2, micro_batch_tokens=90, max_staleness=1), PLACES)
+    group.start(timeout=300.0)
+    yield group
+    group.shutdown()
+
+
+def store(ray: ModuleType, groups: list[RolloutGroup]) -> tuple[list[Any], list[GroupSummary]]:
+    """As rollouts store them: media apart, carried by reference."""
+    refs = []
+    for group in groups:
+        media = tuple(replace(m, data=ray.put(m.data)) for m in group.prompt.media)
+        refs.append(ray.put(replace(group, prompt=replace(group.prompt, media=media))))
+    return refs, [GroupSummary.of(group) for group in groups]
+
+
+def test_an_update_by_reference_is_the_update_of_the_reference_engine(
+    local_ray: ModuleType, tiny_model: Path, learner: LearnerGroup
+):
+    chosen = options(tiny_model, max_staleness=1)
+    case = mixed_case(adapter_of(tiny_model))
+    engine = TorchEngine(chosen, adapter_of(tiny_model))
+    useless = make_group(adapter_of(tiny_model), 9, scores=[1.0, None, None, None])
+    refs, summaries = store(local_ray, [useless, *case.groups])
+    expected_scores = expected_update(tiny_model, case, chosen).logprobs
+    for ours, theirs in zip(learner.score(refs[1:]), expected_scores, strict=True):
+        for values, exact in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(values, exact.numpy(), atol=3e-5)
+    order = [3, 0, 4, 1, 2]  # as they happened to finish
+    for version in (0, 1):
+        stats = learner.update([refs[i] for i in order], [summaries[i] for i in order], version)
+        expected = run_update(engine, engine.adapter, chosen, case.groups, case.advantages, case.media, version)
+        assert stats.version == version and stats.staleness_max == version
+        assert (stats.groups, stats.groups_dropped, stats.groups_flat) == (5, 1, 1)
+        assert (stats.samples, stats.tokens) == (expected["samples"], expected["tokens"])
+        assert stats.loss == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+        assert stats.grad_norm == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert stats.metrics["kl"] == pytest.approx(expected["metrics"]["kl"], rel=1e-3, abs=1e-6)
+        assert stats.seconds["total"] > 0 and set(stats.seconds) == {"fetch", "encode", "reference", "train", "total"}
+
+
+def test_a_batch_without_a_baseline_is_refused_before_any_work(
+    local_ray: ModuleType, tiny_model: Path, learner: LearnerGroup
+):
+    group = make_group(adapter_of(tiny_model), 0, scores=[1.0, None, None])
+    refs, summaries = store(local_ray, [group])
+    with pytest.raises(NothingToLearnError, match=r"none of the 1 groups at version 2.*timeout: slow"):
+        learner.update(refs, summaries, 2)
+
+
+def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, learner: LearnerGroup, tmp_path: Path):
+    """Last: the failure leaves the group unusable."""
+    case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0]) for seed in range(4)])
+    refs, summaries = store(local_ray, case.groups)
+    learner.save_checkpoint(tmp_path / "checkpoint")
+    first = learner.update(refs, summaries, 0)
+    learner.load_checkpoint(tmp_path / "checkpoint")
+    again = learner.update(refs, summaries, 0)
+    assert (again.loss, again.grad_norm, again.metrics) == (first.loss, first.grad_norm, first.metrics)
+    learner.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    broken = replace(case.groups[1], prompt_token_ids=case.groups[1].prompt_token_ids[:-1])
+    refs, summaries = store(local_ray, [case.groups[0], broken])
+    with pytest.raises(LearnerError, match=r"rank \d failed in the update at version 1(.|\n)*EncodingMismatchError"):
+        learner.update(refs, summaries, 1)
+    learner.shutdown()
+
+
+def test_a_start_that_takes_too_long_or_cannot_be(local_ray: ModuleType, tiny_model: Path, tmp_path: Path):
+    late = LearnerGroup(options(tiny_model), PLACES[:1])
+    with pytest.raises(LearnerTimeoutError, match=r"choosing an address did not finish within 0.01 s.*rank 0"):
+        late.start(timeout=0.01)
+    absent = LearnerGroup(options(tmp_path / "nothing-here"), PLACES[:1])
+    with pytest.raises(LearnerError, match=r"rank 0 failed in loading the model(.|\n)*nothing-here"):
+        absent.start(timeout=120.0)
+
+
+def test_groups_of_different_sizes_and_counts_are_refused(tiny_model: Path):
+    group = LearnerGroup(options(tiny_model), PLACES[:1])
+    two, three = (make_group(adapter_of(tiny_model), 0, scores=[1.0] * k) for k in (2, 3))
+    summaries = [GroupSummary.of(g) for g in (two, three)]
+    with pytest.raises(ValueError, match=r"different sizes in one batch: \[2, 3\]"):
+        group.update([None, None], summaries, 0)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="1 groups but 2 summaries"):
+        group.update([None], summaries, 0)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="1 ranks, but actor options for 2"):
+        LearnerGroup(options(tiny_model), PLACES)
