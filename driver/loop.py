@@ -38,8 +38,8 @@ def train(
         except RunStopped:
             run.checkpoint()
             return run.result(interrupted=True)
-        except Exception:
-            run.checkpoint_after_failure()
+        except Exception as error:
+            run.checkpoint_after(error)
             raise
         run.checkpoint()
         run.save_model()

@@ -29,7 +29,7 @@ from driver.rollouts import RolloutPipeline, SealedBatch
 from driver.timing import union_seconds
 from driver.wiring import config_adapter, evaluation_sampling, sampling_params
 from learner.group import LearnerGroup
-from learner.types import UpdateStats
+from learner.types import LearnerError, UpdateStats
 from rollout.types import PromptRef
 from weight_sync.sync import sync_weights
 
@@ -124,12 +124,17 @@ class Run:
         self.display.phase(f"checkpoint of step {self.version} in {path}")
         self._saved = self.version
 
-    def checkpoint_after_failure(self) -> None:
-        """Save what can be saved before the error goes on; if the learner itself failed, the former one stays."""
+    def checkpoint_after(self, error: Exception) -> None:
+        """Save the state before `error` ends the run, unless the learner itself failed: its ranks may be waiting for
+        each other, and the former checkpoint is what there is."""
+        if isinstance(error, LearnerError):
+            saved = f"that of step {self._saved}" if self._saved >= 0 else "none yet"
+            self.display.phase(f"the learner failed; the newest checkpoint: {saved}")
+            return
         try:
             self.checkpoint()
-        except Exception as error:
-            self.display.phase(f"no checkpoint of step {self.version} could be written: {str(error).splitlines()[0]}")
+        except Exception as second:
+            self.display.phase(f"no checkpoint of step {self.version} could be written: {second}")
 
     def save_model(self) -> None:
         """Write the trained model in Hugging Face format to `output_dir/model`."""

@@ -87,7 +87,7 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split()})
 
 
-def completion(kind: str, answer: str) -> str:
+def completion(answer: str) -> str:
     """A completion of the wanted format, as the word-level tokenizer spells it."""
     return f"<think> {THOUGHT} </think> <answer> {answer} </answer>"
 

@@ -85,7 +85,7 @@ def warm_start(
     loss = torch.tensor(0.0)
     for _ in range(steps):
         drawn = rng.sample(range(PROMPTS), batch_size)
-        endings = [completion(rows[i]["kind"], rng.choice(ANSWERS[rows[i]["kind"]])) for i in drawn]
+        endings = [completion(rng.choice(ANSWERS[rows[i]["kind"]])) for i in drawn]
         loss = _loss(policy, format_batch(adapter, [prompts[i] for i in drawn], endings))
         optimizer.zero_grad()
         loss.backward()

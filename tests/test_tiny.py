@@ -111,7 +111,7 @@ def test_bytes_spell_any_text(adapter: MultimodalAdapter, text: str) -> None:
 def test_words_spell_every_text_of_the_demo(words_adapter: MultimodalAdapter) -> None:
     tokenizer = words_adapter.tokenizer
     for kind, answers in shapes.ANSWERS.items():
-        completions = [shapes.completion(kind, answer) for answer in answers]
+        completions = [shapes.completion(answer) for answer in answers]
         for text in [*shapes.QUESTIONS[kind], *completions]:
             ids = words_adapter.tokenize(text)
             assert tokenizer.unk_token_id not in ids and "<unk>" not in tokenizer.decode(ids)

@@ -32,7 +32,7 @@ def adapter(model: Path) -> MultimodalAdapter:
 
 def test_only_completions_have_a_loss(adapter: MultimodalAdapter, files: ShapesFiles) -> None:
     rows = read_rows(files.train)[:5]
-    endings = [completion(row["kind"], row["answer"]) for row in rows]
+    endings = [completion(row["answer"]) for row in rows]
     prompts = [encode_row(adapter, row) for row in rows]
     batch = format_batch(adapter, prompts, endings)
     for i, (prompt, ending) in enumerate(zip(prompts, endings, strict=True)):
@@ -51,7 +51,7 @@ def test_padding_changes_no_logit(adapter: MultimodalAdapter, files: ShapesFiles
     policy = AutoModelForImageTextToText.from_pretrained(model)
     rows = read_rows(files.train)[:4]
     prompts = [encode_row(adapter, row) for row in rows]
-    endings = [completion(row["kind"], row["answer"]) for row in rows]
+    endings = [completion(row["answer"]) for row in rows]
     together = format_batch(adapter, prompts, endings)
     logits = policy(**together.model_kwargs()).logits
     assert len({int(n) for n in together.attention_mask.sum(1)}) > 1, "rows of one length would prove nothing"
