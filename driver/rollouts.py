@@ -65,6 +65,8 @@ class RolloutPipeline:
     max_attempts: int
     group_timeout: float
     reward_timeout: float
+    hold_while_admitting: bool = False
+    """Queue a batch whole before any of it runs: the same schedule, hence the same bits, in every rerun."""
     check_stop: Callable[[], None] = lambda: None
     """Raises RunStopped when the user asked to stop; called while waiting."""
     _batches: dict[int, list[_Group]] = field(default_factory=dict)
@@ -76,7 +78,10 @@ class RolloutPipeline:
         issued = 0
         while self._admitted < batch:
             prompts = _get(self.data.take.remote(self.prompts_per_step), self.group_timeout, "the next prompts")
-            self.admit(self._admitted + 1, prompts)
+            if self.hold_while_admitting:
+                self._admit_whole(self._admitted + 1, prompts)
+            else:
+                self.admit(self._admitted + 1, prompts)
             issued += len(prompts)
         return issued
 
@@ -88,6 +93,16 @@ class RolloutPipeline:
                 self.ledger.issue(prompt.ref, batch)
             groups.append(self._issue(prompt, len(groups)))
         self._admitted = max(self._admitted, batch)
+
+    def _admit_whole(self, batch: int, prompts: Sequence[Prompt]) -> None:
+        ended = _get([e.hold.remote() for e in self.engines], self.group_timeout, "the engines to pause")
+        self.admit(batch, prompts)
+        shares = [len(range(i, len(prompts), len(self.engines))) for i in range(len(self.engines))]
+        calls = [
+            engine.release.remote(share, self.sampling.n, count)
+            for engine, share, count in zip(self.engines, shares, ended, strict=True)
+        ]
+        _get(calls, self.group_timeout + 60.0, f"batch {batch} to reach the engines' queues")
 
     def skip_to(self, batch: int) -> None:
         """Batches before `batch` were trained in an earlier run."""
@@ -170,11 +185,13 @@ def check_staleness(batch: SealedBatch, version: int, max_staleness: int) -> int
     return lag
 
 
-def _get(reference: ray.ObjectRef, timeout: float, what: str) -> Any:
+def _get(reference: ray.ObjectRef | list[ray.ObjectRef], timeout: float, what: str) -> Any:
     try:
         return ray.get(reference, timeout=timeout)
     except ray.exceptions.GetTimeoutError as error:
         raise RunError(f"waited {timeout:g} s for {what}") from error
+    except ray.exceptions.RayTaskError as error:
+        raise RunError(f"while waiting for {what}: {error.cause}") from error
 
 
 def _first_line(error: BaseException) -> str:

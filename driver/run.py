@@ -186,6 +186,7 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
         max_attempts=config.rollout.max_attempts,
         group_timeout=config.rollout.group_timeout,
         reward_timeout=config.reward.timeout,
+        hold_while_admitting=config.rollout.max_staleness == 0,
         check_stop=check_stop,
     )
     assert actors.learner is not None

@@ -60,6 +60,7 @@ class RolloutActor:
         self._adapter: MultimodalAdapter | None = None
         self._engine: RolloutEngine | None = None
         self._started = asyncio.Lock()
+        self._ended = 0
 
     # ------------------------------------------------------------------ life
 
@@ -117,6 +118,8 @@ class RolloutActor:
             return failure(f"media of {prompt.ref} could not be fetched: {error}", retryable=True)
         except Exception as error:
             return failure(f"{type(error).__name__}: {error}", retryable=True)
+        finally:
+            self._ended += 1
         seconds = time.perf_counter() - start
         return RolloutGroup(
             prompt,
@@ -169,6 +172,25 @@ class RolloutActor:
 
     async def resume(self) -> None:
         await self._running().resume()
+
+    async def hold(self) -> int:
+        """Pause, and return how many groups have ended here so far, for `release`."""
+        await self._running().pause()
+        return self._ended
+
+    async def release(self, groups: int, n: int, ended: int) -> None:
+        """Resume once all of `groups` groups of `n` completions, sent after `hold` said `ended`, wait in the engine's
+        queue (or were refused). Whole batches that start together are scheduled alike in every rerun, so that their
+        log-probabilities have the same bits. Raises TimeoutError."""
+
+        async def all_waiting() -> None:
+            while self._running().queued() < n * (groups - (self._ended - ended)):
+                await asyncio.sleep(0.001)
+
+        try:
+            await asyncio.wait_for(all_waiting(), self._group_timeout)
+        finally:
+            await self._running().resume()
 
     async def version(self) -> int:
         return await self._running().version()

@@ -113,6 +113,10 @@ class RolloutEngine(Protocol):
 
     async def resume(self) -> None: ...
 
+    def queued(self) -> int:
+        """Completions asked for and not finished: waiting, frozen or running."""
+        ...
+
     async def version(self) -> int: ...
 
     async def check_health(self) -> None:

@@ -148,6 +148,9 @@ class SimulatedEngine:
         self._count_group()
         return EngineOutput(self._expanded(prompt, media), completions)
 
+    def queued(self) -> int:
+        return len(self._waiting) + len(self._running)
+
     def _draw(self, seed: int | None, limit: int, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray, bool]:
         """Tokens, log-probabilities and whether it stopped by itself: a function of the seed (uniform over the tokens
         that are not banned)."""

@@ -215,6 +215,9 @@ class VLLMEngine:
     async def resume(self) -> None:
         await self._control("resume", self._alive().resume_generation())
 
+    def queued(self) -> int:
+        return len(self._alive().output_processor.request_states)
+
     async def version(self) -> int:
         return int(await self._control("tell its version", self._alive().get_weight_version()))
 
