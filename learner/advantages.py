@@ -48,7 +48,7 @@ def has_baseline(valid_GK: Bools) -> Bools:
 def contributes(rewards_GK: Floats, valid_GK: Bools) -> Bools:
     """`[G]`: groups with a policy gradient, those with a baseline whose scores are not all equal."""
     rewards, valid, _ = _prepare(rewards_GK, valid_GK)
-    return _learns(rewards, valid).any(axis=1)
+    return np.any(_learns(rewards, valid), axis=1)
 
 
 def _prepare(rewards_GK: Floats, valid_GK: Bools) -> tuple[Floats, Bools, Floats]:

@@ -169,7 +169,7 @@ def _make_reference(
 def _make_optimizer(parameters: list[nn.Parameter], options: LearnerOptions) -> torch.optim.Optimizer:
     """AdamW of torch; for states offloaded from a GPU DeepSpeed's, which is several times as fast on a CPU (and
     compiles itself at first use)."""
-    given = {"lr": options.learning_rate, "betas": options.betas, "weight_decay": options.weight_decay}
+    given: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas, "weight_decay": options.weight_decay}
     if options.offload_optimizer and options.device == "cuda":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **given)
     return torch.optim.AdamW(parameters, **given)

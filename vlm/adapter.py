@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,7 @@ class EncodedPrompt:
     num_images: int = 0
 
 
-class MultimodalAdapter(ABC):
+class MultimodalAdapter(ABC):  # noqa: B024: every method has a default that fits most families
     """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface."""
 
     placeholder_tokens: ClassVar[tuple[str, ...]] = ()
@@ -104,8 +105,7 @@ class MultimodalAdapter(ABC):
         """Unexpanded ids. Raises AdapterError if the text holds a placeholder run, which would be expanded twice."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.image_token_id is not None:
-            pairs = zip(ids, ids[1:], strict=False)
-            if any(a == b == self.image_token_id for a, b in pairs):
+            if any(a == b == self.image_token_id for a, b in pairwise(ids)):
                 raise AdapterError(f"the prompt holds {self.image_token} twice in a row: already expanded?")
         return ids
 
