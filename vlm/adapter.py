@@ -42,7 +42,7 @@ class EncodedPrompt:
     num_images: int = 0
 
 
-class MultimodalAdapter(ABC):  # noqa: B024: every method has a default that fits most families
+class MultimodalAdapter(ABC):  # noqa: B024
     """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface."""
 
     placeholder_tokens: ClassVar[tuple[str, ...]] = ()
@@ -104,9 +104,9 @@ class MultimodalAdapter(ABC):  # noqa: B024: every method has a default that fit
     def tokenize(self, text: str) -> list[int]:
         """Unexpanded ids. Raises AdapterError if the text holds a placeholder run, which would be expanded twice."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.image_token_id is not None:
-            if any(a == b == self.image_token_id for a, b in pairwise(ids)):
-                raise AdapterError(f"the prompt holds {self.image_token} twice in a row: already expanded?")
+        image = self.image_token_id
+        if image is not None and any(a == b == image for a, b in pairwise(ids)):
+            raise AdapterError(f"the prompt holds {self.image_token} twice in a row: already expanded?")
         return ids
 
     def count_images(self, token_ids: Sequence[int]) -> int:
