@@ -19,13 +19,12 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learner.deepspeed_state import read_full, set_step_count, write_full
-from learner.engine import MicroLoss, StepResult, StepTotals
+from learner.engine import MOMENTS, MicroLoss, StepResult, StepTotals
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.policy import PolicyModule
 from learner.process_group import all_reduce
 from learner.schedule import learning_rate
-from learner.torch_engine import MOMENTS
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch

@@ -17,6 +17,9 @@ from learner.losses import LossTerms
 from vlm.batch import MultimodalBatch
 from weight_sync.protocols import WeightSource
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's names of its moments."""
+
 MicroLoss = Callable[[MultimodalBatch, Tensor, Tensor], LossTerms]
 """(micro-batch, logprobs [B, L], entropy [B, L]) -> its part of the loss, already divided by the *global* denominator,
 and sums and maxima to report. Entries outside `loss_mask` of both tensors are 0 and carry no gradient."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from learner.engine import MicroLoss, StepResult, StepTotals
+from learner.engine import MOMENTS, MicroLoss, StepResult, StepTotals
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.schedule import learning_rate
@@ -17,8 +17,6 @@ from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from weight_sync.protocols import WeightSource
 from weight_sync.source import PolicySource
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TorchEngine:

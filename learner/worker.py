@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class LearnerWorker:
         from learner.process_group import join
         from vlm.registry import load_adapter
 
+        # DeepSpeed calls collectives under names that torch has since replaced, and every call would say so.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         options = self.options
         if options.device == "cpu":
             torch.set_num_threads(options.threads)
