@@ -211,15 +211,18 @@ def _parse_scalar(text: str) -> Any:
     return value
 
 
+def _short_forms(name: str) -> tuple[str, ...]:
+    """All spellings of the last part of knob `name`, if it has several."""
+    alias = dict(iter_knobs())[name].validation_alias
+    return tuple(str(choice) for choice in alias.choices) if isinstance(alias, AliasChoices) else ()
+
+
 def _spellings(dotted: str) -> tuple[str, ...]:
     """All names under which a knob may stand in its section, so that an override replaces the file's spelling."""
-    section = dotted.rpartition(".")[0]
-    for name, info in iter_knobs():
-        alias = info.validation_alias
-        if isinstance(alias, AliasChoices) and name.rpartition(".")[0] == section:
-            choices = tuple(str(c) for c in alias.choices)
-            if dotted.rpartition(".")[2] in choices:
-                return choices
+    section, _, leaf = dotted.rpartition(".")
+    for name, _ in iter_knobs():
+        if name.rpartition(".")[0] == section and leaf in _short_forms(name):
+            return _short_forms(name)
     return ()
 
 
@@ -230,9 +233,11 @@ def _explain(detail: Any) -> str:
         if where in REFUSED_KNOBS:
             return f"{where}: {REFUSED_KNOBS[where]}"
         names = [name for name, _ in iter_knobs()]
-        sections = list(dict.fromkeys(name.split(".")[0] for name in names))
         leaf_matches = [name for name in names if name.split(".")[-1] == where.split(".")[-1]]
-        nearest = leaf_matches or difflib.get_close_matches(where, names + sections, n=1, cutoff=0.5)
+        # A dotted name is compared with knobs and their short forms, another with the sections too.
+        known = [f"{name.rpartition('.')[0]}.{short}" for name in names for short in _short_forms(name)] + names
+        known += [] if "." in where else list(dict.fromkeys(name.split(".")[0] for name in names))
+        nearest = leaf_matches or difflib.get_close_matches(where, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "`saccade config --knobs` lists all"
         return f"{where}: unknown key; {hint}"
     if detail["type"] == "missing":

@@ -51,6 +51,8 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         ({"cluster": {"device": "cpu"}, "weight_sync": {"backend": "nccl"}}, "needs GPUs"),
         ({"reward": {"functions": []}}, "nothing would be learned"),
         ({"num_generations": 4}, "did you mean rollout.num_generations?"),
+        ({"learner": {"lrr": 1}}, "did you mean learner.lr?"),
+        ({"learnr": {"lr": 1}}, "did you mean learner?"),
     ],
 )
 def test_each_cross_field_rule(change: dict, expected: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 from transformers import AutoConfig
 
@@ -26,6 +27,8 @@ def load_adapter(path: str, adapter: str | None = None, *, trust_remote_code: bo
         except (ImportError, AttributeError) as error:
             raise AdapterError(f"model.adapter {adapter!r} cannot be imported: {error}") from error
     else:
+        if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+            raise AdapterError(f"no usable model at {path!r}: there is no such folder")
         try:
             model_type = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).model_type
         except (OSError, ValueError) as error:
