@@ -34,30 +34,23 @@ def process_group(tiny_model: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-class DeepSpeedContract(TrainEngineContract):
-    changes: dict[str, object]
+class TestZero3(TrainEngineContract):
+    """The stage that differs most; the others follow below, in what can differ in them."""
 
     @pytest.fixture
     def make(self, tiny_model: Path, process_group: None) -> Make:
         from learner.deepspeed_engine import DeepSpeedEngine
 
         def build(chosen: LearnerOptions) -> TrainEngine:
-            return DeepSpeedEngine(replace(chosen, **self.changes), adapter_of(tiny_model))  # type: ignore[arg-type]
+            return DeepSpeedEngine(replace(chosen, zero_stage=3), adapter_of(tiny_model))
 
         return build
-
-
-class TestZero2(DeepSpeedContract):
-    changes = {"zero_stage": 2}
-
-
-class TestZero3(DeepSpeedContract):
-    changes = {"zero_stage": 3}
 
 
 VARIANTS = {
     "zero 0": {"zero_stage": 0},
     "zero 1": {"zero_stage": 1},
+    "zero 2": {"zero_stage": 2},
     "zero 2, optimizer offloaded": {"zero_stage": 2, "offload_optimizer": True},
     "zero 3, all offloaded, checkpointing": {
         "zero_stage": 3,
@@ -97,21 +90,19 @@ def test_bfloat16_keeps_float32_masters_and_sums(tiny_model: Path, process_group
     """Steps far below bfloat16's resolution add up in the master weights, and survive a checkpoint."""
     from learner.deepspeed_engine import DeepSpeedEngine
 
-    case = mixed_case(adapter_of(tiny_model))
+    case = mixed_case(adapter_of(tiny_model)).part([0, 1])
     chosen = options(tiny_model, dtype="bfloat16", zero_stage=stage, learning_rate=1e-6, micro_batch_tokens=90)
+    exact = expected_update(tiny_model, case, chosen)
     engine = DeepSpeedEngine(chosen, adapter_of(tiny_model))
     before = master_weights(engine)
-    for _ in range(3):
-        TrainEngineContract().update(engine, chosen, case)
+    stats = TrainEngineContract().update(engine, chosen, case)
+    assert stats["loss"] == pytest.approx(exact.loss, abs=0.02)
+    assert_same_direction(gradients_of(engine, chosen), exact.gradients)
+    TrainEngineContract().update(engine, chosen, case)
     after = master_weights(engine)
     moved = torch.cat([(after[n] - before[n]).abs().flatten() for n in after])
     assert all(value.dtype == torch.float32 for value in after.values())
-    assert 1e-6 < moved.median() < 3.1e-6
-    exact = expected_update(tiny_model, case, chosen)
-    engine_one = DeepSpeedEngine(chosen, adapter_of(tiny_model))
-    stats = TrainEngineContract().update(engine_one, chosen, case)
-    assert stats["loss"] == pytest.approx(exact.loss, abs=0.02)
-    assert_same_direction(gradients_of(engine_one, chosen), exact.gradients)
+    assert 1e-6 < moved.median() < 2.1e-6
     save_checkpoint(engine, tmp_path / "checkpoint")
     resumed = DeepSpeedEngine(chosen, adapter_of(tiny_model))
     load_checkpoint(resumed, tmp_path / "checkpoint")
