@@ -9,6 +9,7 @@ actor = ray.remote(RolloutActor).options(max_concurrency=1000, ...).remote(name,
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
@@ -72,6 +73,10 @@ class RolloutActor:
             engine = self._make_engine(self._options, self._adapter)
             await engine.start()
             self._engine = engine
+            # Requests allocate many small objects; looking through vLLM's and torch's modules each time the collector
+            # runs took a quarter of this process's time.
+            gc.collect()
+            gc.freeze()
 
     async def restart(self) -> None:
         """Replace a dead (or any) engine by a fresh one in this process. It holds the weights on disk as version 0, and

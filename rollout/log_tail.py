@@ -20,6 +20,7 @@ class LogTail:
 
     def __init__(self, lines: int = 60) -> None:
         self._lines: deque[str] = deque(maxlen=lines)
+        self._ended = threading.Event()
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -52,7 +53,9 @@ class LogTail:
                 self._lines.extend(line.decode(errors="replace") for line in whole)
             if partial:
                 self._lines.append(partial.decode(errors="replace"))
+        self._ended.set()
 
-    def text(self) -> str:
-        """The lines kept so far."""
+    def text(self, wait: float = 0.0) -> str:
+        """The lines kept so far. `wait`: at most so many seconds until every child has closed its end."""
+        self._ended.wait(wait)
         return "\n".join(self._lines)

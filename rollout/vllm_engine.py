@@ -42,6 +42,10 @@ CPU_BATCH_TOKENS = 16384
 """Tokens of one forward pass on CPU: a whole batch of short prompts at once."""
 HEALTH_TIMEOUT = 30.0
 """Seconds in which a living engine answers a question between two of its steps."""
+LAST_WORDS_SECONDS = 0.5
+"""How long a dead engine's output is waited for, which arrives through a pipe; it ends as soon as its processes do."""
+SHUTDOWN_SECONDS = 2.0
+"""Then the engine core is killed: it has nothing to save, and its process lingers after its own clean-up."""
 
 
 class VLLMEngine:
@@ -64,11 +68,11 @@ class VLLMEngine:
         _set_environment(options)
         with self._log.capture():
             try:
-                from vllm import AsyncEngineArgs
                 from vllm.v1.engine.async_llm import AsyncLLM
 
                 _check_build(options)
-                self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(options, self._adapter)))
+                config = _engine_config(options, self._adapter)
+                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except Exception as error:
                 raise RuntimeError(self._explain_start(error)) from error
         await self.commit(0)
@@ -88,7 +92,9 @@ class VLLMEngine:
     async def shutdown(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
-            await asyncio.to_thread(engine.shutdown)
+            if engine.output_handler is not None:
+                engine.output_handler.cancel()  # it would take the end of the engine core for a failure
+            await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
 
     async def check_health(self) -> None:
         engine = self._alive()
@@ -98,8 +104,11 @@ class VLLMEngine:
         if self._engine is None:
             raise EngineDeadError("the engine is not running: it was not started, or was shut down")
         if self._engine.errored:
-            raise EngineDeadError(f"the vLLM engine died; the end of its log:\n{self._log.text()}")
+            raise EngineDeadError(self._epitaph())
         return self._engine
+
+    def _epitaph(self) -> str:
+        return f"the vLLM engine died; the end of its log:\n{self._log.text(LAST_WORDS_SECONDS)}"
 
     # ------------------------------------------------------------------ generation
 
@@ -173,7 +182,7 @@ class VLLMEngine:
             async for output in engine.generate(engine_prompt, request, name):
                 final = output
         except VLLMEngineDeadError:
-            raise EngineDeadError(f"the vLLM engine died; the end of its log:\n{self._log.text()}") from None
+            raise EngineDeadError(self._epitaph()) from None
         except Exception as error:
             self._alive()
             cause = error.__cause__ or error
@@ -255,8 +264,6 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         "seed": options.seed,
         "trust_remote_code": options.trust_remote_code,
         "logprobs_mode": "processed_logprobs",
-        "disable_log_stats": True,
-        "enable_log_requests": False,
     }
     if adapter.has_vision:
         arguments["limit_mm_per_prompt"] = {"image": options.max_images_per_prompt, "video": 0}
@@ -280,6 +287,18 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
             "skip_mm_profiling": True,
         }
     return {**arguments, **options.extra}
+
+
+def _engine_config(options: EngineOptions, adapter: MultimodalAdapter) -> Any:
+    from vllm import AsyncEngineArgs
+
+    config = AsyncEngineArgs(**engine_arguments(options, adapter)).create_engine_config()
+    if options.weight_transfer_backend is not None and adapter.has_vision and not config.use_v2_model_runner:
+        # vLLM's first model runner (all CPUs, some GPU models) forgets the pixels of a request whose image it found in
+        # the prefix cache. Once an update has emptied the caches under a running request it needs them again, and ends
+        # the engine. The second runner gets them anew.
+        config.cache_config.enable_prefix_caching = False
+    return config
 
 
 def _set_environment(options: EngineOptions) -> None:

@@ -290,7 +290,7 @@ def small_policy(model_path: str) -> nn.Module:
 
 
 @torch.no_grad()
-def move(model: nn.Module, seed: int, scale: float = 0.05) -> None:
+def move(model: nn.Module, seed: int, scale: float = 0.02) -> None:
     """Change every weight of a model."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

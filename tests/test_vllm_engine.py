@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,7 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from rollout.engine import EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
+from rollout.engine import EngineDeadError, EngineOptions, EngineOutput, RolloutEngine, SamplingParams
+from rollout.log_tail import LogTail
 from rollout.types import Prompt
 from rollout.vllm_engine import VLLMEngine
 from tests.engine_contract import (
@@ -31,10 +38,12 @@ from tests.engine_contract import (
 )
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
+from weight_sync.sender import WeightSender
+from weight_sync.source import PolicySource
 
 TOLERANCE = 1e-5
-LONG = "a question that fills several blocks of the prefix cache, " * 4
-"""Over 128 tokens, one block of the CPU's prefix cache, so that a stale cache would be used."""
+LONG = "a question that fills a block of 128 tokens of the prefix cache, " * 3
+"""So that a stale block, where there is a prefix cache, would be used."""
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +129,12 @@ class TestVLLMEngine(EngineContract):
         adapter, engine = harness.adapter, harness.engine
         learner = LocalLearner(policy, rename=adapter.engine_weight_name)
         harness.synchronize(learner, 300)
-        prompt = make_prompt(adapter, "tell me", [image_media(6)])
-        long = replace(sampling, n=1, max_tokens=200)
+        prompt = make_prompt(adapter, LONG, [image_media(6)])
+        long = replace(sampling, n=4, max_tokens=200)  # siblings, which share whatever can be shared of the prompt
 
         async def begin() -> asyncio.Task:
             running = asyncio.create_task(engine.generate(prompt, prompt.media, long))
-            await engine.generate(prompt, prompt.media, replace(long, max_tokens=3))
+            await engine.generate(prompt, prompt.media, replace(long, max_tokens=3, seed=99))
             await engine.pause()  # freezes it here: it must not finish while the learner gets ready
             return running
 
@@ -134,19 +143,23 @@ class TestVLLMEngine(EngineContract):
         move(policy, seed=300)
         harness.synchronize(learner, 301)
 
-        async def finish() -> object:
+        async def finish() -> EngineOutput:
             return await running
 
-        part = segment(harness.run(finish()).completions[0])  # type: ignore[attr-defined]
-        switch = int((part.policy_versions == 300).sum())
-        assert 0 < switch < 200 and set(part.policy_versions.tolist()) == {300, 301}
-        tokens = part.token_ids.tolist()
-        new = reference_logprobs(policy, adapter, prompt, tokens, banned=sampling.banned_token_ids)
+        parts = [segment(c) for c in harness.run(finish()).completions]
+
+        def references() -> list[np.ndarray]:
+            banned = sampling.banned_token_ids
+            return [reference_logprobs(policy, adapter, prompt, p.token_ids.tolist(), banned=banned) for p in parts]
+
+        new = references()
         policy.load_state_dict(old)
-        before = reference_logprobs(policy, adapter, prompt, tokens, banned=sampling.banned_token_ids)
-        assert part.logprobs is not None
-        assert np.abs(part.logprobs[:switch] - before[:switch]).max() < TOLERANCE
-        assert np.abs(part.logprobs[switch:] - new[switch:]).max() < TOLERANCE
+        for part, before, after in zip(parts, references(), new, strict=True):
+            assert part.logprobs is not None
+            switch = int((part.policy_versions == 300).sum())
+            assert 0 < switch < 200 and set(part.policy_versions.tolist()) == {300, 301}
+            assert np.abs(part.logprobs[:switch] - before[:switch]).max() < TOLERANCE
+            assert np.abs(part.logprobs[switch:] - after[switch:]).max() < TOLERANCE
 
     def test_a_weight_that_was_not_sent_is_missed(self, harness: Harness, policy: nn.Module) -> None:
         learner = LocalLearner(policy, rename=harness.adapter.engine_weight_name)
@@ -183,13 +196,53 @@ class TestVLLMEngine(EngineContract):
             core.kill()
             await running
 
-        with pytest.raises(EngineDeadError, match="died"):
+        with pytest.raises(EngineDeadError, match="the vLLM engine died; the end of its log"):
             harness.run(asyncio.wait_for(play(), 10.0))
         assert_dead(harness, prompt, sampling)
 
 
 def test_it_is_a_rollout_engine(adapter: MultimodalAdapter) -> None:
     assert isinstance(VLLMEngine(EngineOptions("x"), adapter), RolloutEngine)
+
+
+def test_log_tail_keeps_what_children_say_and_passes_it_on(capfd: pytest.CaptureFixture[str]) -> None:
+    log = LogTail(lines=3)
+    with log.capture():
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import sys; input(); print('\\n'.join('abcd')); sys.exit('e')"],
+            stdin=subprocess.PIPE,
+        )
+    child.communicate(b"\n", timeout=30)  # it speaks after the capture ended, as an engine that dies later does
+    assert log.text(wait=10.0) == "c\nd\ne"
+    os.write(1, b"after\n")
+    out, err = capfd.readouterr()
+    assert "a\nb\nc\nd\ne\n" in err and out == "after\n"
+
+
+@pytest.mark.e2e
+def test_nccl_gives_every_engine_ranks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handshake of vLLM's own NCCL engine through our client; the communicator itself needs GPUs."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: None))
+    joined: dict[str, dict[str, Any]] = {}
+
+    def engine(name: str, workers: int) -> Any:
+        def init_weight_transfer(info: dict[str, Any]) -> Future[None]:
+            joined[name] = nccl_engine.NCCLWeightTransferInitInfo(**info).__dict__
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+        return SimpleNamespace(name=name, workers=workers, init_weight_transfer=init_weight_transfer)
+
+    sender = WeightSender(PolicySource(nn.Linear(2, 2)), backend="nccl", rank=0, bucket_bytes=123, host="10.0.0.1")
+    sender.form_group([engine("a", 2), engine("b", 4), engine("c", 1)])
+    assert [joined[n]["rank_offset"] for n in "abc"] == [1, 3, 7]
+    for info in joined.values():
+        assert (info["world_size"], info["master_address"], info["packed"]) == (8, "10.0.0.1", True)
+        assert info["packed_buffer_size_bytes"] == 123
+    sender.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -206,4 +259,4 @@ def test_a_failed_start_shows_the_engines_own_log(tiny_model: Path, adapter: Mul
         RuntimeError, match=r"(?s)did not start: ValueError: No available memory.*rollout\.kv_cache_gib"
     ) as caught:
         asyncio.run(engine.start())
-    assert "KV cache" in str(caught.value).split("The end of its own log:")[1]
+    assert "for the cache blocks" in str(caught.value).split("The end of its own log:")[1]
