@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import os
 import re
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,13 +25,14 @@ from rollout.engine import (
     SamplingParams,
 )
 from rollout.log_tail import LogTail
-from rollout.types import Completion, Media, Prompt, Segment
+from rollout.types import Media, Prompt
+from rollout.vllm_outputs import all_or_none, completion_of
 from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.media import MediaError
 from weight_sync.verify import WeightReport, merge_worker_reports
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ class VLLMEngine:
         except (MediaError, AdapterError) as error:
             raise PromptRefusedError(f"prompt {prompt.ref}: {error}") from error
         requests = self._requests(sampling)
-        outputs = await _all_or_none(self._one(engine, prompt, engine_prompt, request) for request in requests)
+        outputs = await all_or_none(self._one(engine, prompt, engine_prompt, request) for request in requests)
         completions = [c for output in outputs for c in output.outputs]
         texts = self._adapter.tokenizer.batch_decode(
             [c.token_ids for c in completions], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -130,7 +131,7 @@ class VLLMEngine:
         return EngineOutput(
             np.asarray(outputs[0].prompt_token_ids, np.int32),
             tuple(
-                _completion(c, text, -1 if seed is None else seed + k, self._version)
+                completion_of(c, text, -1 if seed is None else seed + k, self._version)
                 for k, (c, text) in enumerate(zip(completions, texts, strict=True))
             ),
         )
@@ -331,33 +332,3 @@ def _check_build(options: EngineOptions) -> None:
             f"the rollout engine was asked for device {options.device!r}, but the installed vLLM is built for "
             f"{current_platform.device_type!r}: install the extra '{'cpu' if options.device == 'cpu' else 'gpu'}'"
         )
-
-
-# ---------------------------------------------------------------------------------------------------- outputs
-
-
-def _completion(output: CompletionOutput, text: str, seed: int, version: int) -> Completion:
-    """One completion of vLLM as ours. Every token has exactly one log-probability and one version."""
-    token_ids = np.asarray(output.token_ids, np.int32)
-    flat: Any = output.logprobs
-    if flat.token_ids != list(output.token_ids):
-        raise RuntimeError("vLLM's log-probabilities are not those of the tokens it sampled")
-    versions = np.full(len(token_ids), version, np.int32)
-    for span in output.weight_versions or ():
-        versions[span.start : span.end] = int(span.version)
-    segment = Segment(token_ids, np.asarray(flat.logprobs, np.float32), versions)
-    reason = output.finish_reason
-    if reason not in ("stop", "length", "abort"):
-        raise RuntimeError(f"vLLM ended a completion with {reason!r}")
-    return Completion((segment,), text, reason, seed)
-
-
-async def _all_or_none(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """Await all; when one fails, cancel the others (which aborts their requests) and raise its error."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise
