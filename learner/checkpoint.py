@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,19 @@ def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
     state = _read_state(directory)
     where: dict[str, str] = state["tensors"]
 
-    def read(name: str) -> Tensor:
+    def read(name: str, shape: Sequence[int]) -> Tensor:
         if name not in where:
-            raise CheckpointError(f"{directory} has no {name}: was it written with another model or LoRA rank?")
+            raise CheckpointError(
+                f"{directory} has no {name}: was it written by training another model, or other layers?"
+            )
         with safe_open(directory / where[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{directory} has {name} of shape {tuple(tensor.shape)}, but the model's is {tuple(shape)}: was it "
+                "written with another model or LoRA rank?"
+            )
+        return tensor
 
     engine.load_state_tensors(read, int(state["steps"]))
     generators = load_file(directory / "rng.safetensors")
@@ -115,19 +123,24 @@ def gather_generators(engine: TrainEngine) -> list[Tensor]:
 def atomic_directory(directory: Path) -> Iterator[Path]:
     """A new directory beside `directory` to write into; takes its place, durably, when the block ends without error.
 
-    A crash leaves either the former content or the new one, and at most a hidden directory to delete."""
+    After an error the former content stands where it was. A crash of the machine leaves the former content or the new
+    one; at worst, between two renames, the former under a hidden name beside it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     partial, former = (directory.parent / f".{directory.name}.{kind}-{mark}" for kind in ("partial", "former"))
     partial.mkdir()
     try:
         yield partial
-        for path in [*(p for p in partial.rglob("*")), partial]:
+        for path in [*partial.rglob("*"), partial]:
             _sync(path)
         if directory.exists():
             directory.rename(former)
         partial.rename(directory)
         _sync(directory.parent)
+    except BaseException:
+        if former.exists() and not directory.exists():
+            former.rename(directory)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)

@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learner.deepspeed_state import read_full, set_step_count, write_full
-from learner.engine import MOMENTS, MicroLoss, StepResult, StepTotals
+from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.policy import PolicyModule
@@ -95,13 +95,14 @@ class DeepSpeedEngine:
             for moment in MOMENTS if self.steps else ():
                 yield f"{moment}/{name}", read_full(parameter, moment, self._optimizer)
 
-    def load_state_tensors(self, read: Callable[[str], Tensor], steps: int) -> None:
+    def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.steps = steps
         set_step_count(self._engine.optimizer, self._optimizer, steps)
         for name, parameter in self._trained.items():
-            write_full(parameter, None, read(f"param/{name}"), self._optimizer)
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            write_full(parameter, None, read(f"param/{name}", shape), self._optimizer)
             for moment in MOMENTS if steps else ():
-                write_full(parameter, moment, read(f"{moment}/{name}"), self._optimizer)
+                write_full(parameter, moment, read(f"{moment}/{name}", shape), self._optimizer)
 
     def save_pretrained(self, directory: Path) -> None:
         save_policy(self.policy, self.adapter, directory, rank=self.rank)

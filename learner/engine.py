@@ -24,6 +24,9 @@ MicroLoss = Callable[[MultimodalBatch, Tensor, Tensor], LossTerms]
 """(micro-batch, logprobs [B, L], entropy [B, L]) -> its part of the loss, already divided by the *global* denominator,
 and sums and maxima to report. Entries outside `loss_mask` of both tensors are 0 and carry no gradient."""
 
+ReadTensor = Callable[[str, Sequence[int]], Tensor]
+"""(name, shape it must have) -> the whole tensor."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -69,7 +72,7 @@ class TrainEngine(Protocol):
         (`exp_avg/NAME`, `exp_avg_sq/NAME`), whole and one by one, in an order that does not depend on the number of
         ranks. Collective: every rank iterates to the end; what a rank other than 0 is given may be anything."""
 
-    def load_state_tensors(self, read: Callable[[str], Tensor], steps: int) -> None:
+    def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         """Restore what `state_tensors` gave after `steps` optimizer steps. Collective; every rank reads."""
 
     def save_pretrained(self, directory: Path) -> None:

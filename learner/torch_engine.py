@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from learner.engine import MOMENTS, MicroLoss, StepResult, StepTotals
+from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.schedule import learning_rate
@@ -81,14 +81,14 @@ class TorchEngine:
             for moment in MOMENTS if self.steps else ():
                 yield f"{moment}/{name}", self._optimizer.state[parameter][moment]
 
-    def load_state_tensors(self, read: Callable[[str], Tensor], steps: int) -> None:
+    def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.steps = steps
         self._optimizer.state.clear()
         for name, parameter in self._trained.items():
             with torch.no_grad():
-                parameter.copy_(read(f"param/{name}"))
+                parameter.copy_(read(f"param/{name}", parameter.shape))
             if steps:
-                moments = {m: read(f"{m}/{name}").to(parameter.device) for m in MOMENTS}
+                moments = {m: read(f"{m}/{name}", parameter.shape).to(parameter.device) for m in MOMENTS}
                 self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
     def save_pretrained(self, directory: Path) -> None:

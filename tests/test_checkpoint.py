@@ -1,0 +1,120 @@
+"""The checkpoint directory: whole or not at all, in files of bounded size, refused when it is not what it should be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner import checkpoint
+from learner.checkpoint import CheckpointError, atomic_directory, load_checkpoint, save_checkpoint
+from learner.engine import ReadTensor
+
+
+class HeldState:
+    """The part of a TrainEngine that a checkpoint needs, over tensors in memory."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, tensors: dict[str, Tensor], steps: int = 0) -> None:
+        self.tensors, self.steps = tensors, steps
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.tensors.items()
+
+    def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
+        self.tensors, self.steps = {name: read(name, value.shape) for name, value in self.tensors.items()}, steps
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+
+def some_state() -> dict[str, Tensor]:
+    return {f"param/{i}": torch.randn(3, i + 1) for i in range(5)}
+
+
+@pytest.mark.parametrize("file_bytes", [1, 60, 2**30])
+def test_what_is_saved_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
+    saved = HeldState(some_state(), steps=7)
+    save_checkpoint(saved, tmp_path / "c")  # type: ignore[arg-type]
+    state = torch.get_rng_state()
+    torch.rand(5)
+    loaded = HeldState({name: torch.empty_like(value) for name, value in saved.tensors.items()})
+    load_checkpoint(loaded, tmp_path / "c")  # type: ignore[arg-type]
+    assert loaded.steps == 7 and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(loaded.tensors[name], value) for name, value in saved.tensors.items())
+    files = list((tmp_path / "c").glob("tensors-*"))
+    # 12, 24, 36, 48 and 60 bytes: a file is full once it reaches its size
+    assert len(files) == {1: 5, 60: 2, 2**30: 1}[file_bytes]
+
+
+def test_half_precision_is_kept_in_full(tmp_path: Path):
+    save_checkpoint(HeldState({"param/x": torch.ones(1, dtype=torch.bfloat16)}), tmp_path / "c")  # type: ignore[arg-type]
+    loaded = HeldState({"param/x": torch.empty(1)})
+    load_checkpoint(loaded, tmp_path / "c")  # type: ignore[arg-type]
+    assert loaded.tensors["param/x"].dtype == torch.float32
+
+
+def test_an_error_while_writing_leaves_the_former_checkpoint(tmp_path: Path):
+    save_checkpoint(HeldState({"param/x": torch.ones(1)}, steps=1), tmp_path / "c")  # type: ignore[arg-type]
+
+    class Dying(HeldState):
+        def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+            yield "param/x", torch.zeros(1)
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="disk is full"):
+        save_checkpoint(Dying({}, steps=2), tmp_path / "c")  # type: ignore[arg-type]
+    loaded = HeldState({"param/x": torch.empty(1)})
+    load_checkpoint(loaded, tmp_path / "c")  # type: ignore[arg-type]
+    assert loaded.steps == 1 and loaded.tensors["param/x"].item() == 1.0
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_an_error_while_taking_its_place_puts_the_former_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / "d"
+    target.mkdir()
+    (target / "former").touch()
+    rename = Path.rename
+
+    def fail_for_partial(self: Path, to: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail_for_partial)
+    with pytest.raises(OSError, match="no"), atomic_directory(target) as partial:
+        (partial / "new").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["d"] and (target / "former").exists()
+
+
+def test_a_new_directory_replaces_the_former_whole(tmp_path: Path):
+    for name in ("a", "b"):
+        with atomic_directory(tmp_path / "deep" / "d") as partial:
+            (partial / name).touch()
+            assert not (tmp_path / "deep" / "d" / name).exists()
+    assert [p.name for p in (tmp_path / "deep" / "d").iterdir()] == ["b"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["d"]
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
+    engine = HeldState({"param/x": torch.empty(1)})
+    with pytest.raises(CheckpointError, match="is no learner checkpoint"):
+        load_checkpoint(engine, tmp_path / "nothing")  # type: ignore[arg-type]
+    save_checkpoint(HeldState({"param/y": torch.ones(1)}), tmp_path / "c")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="has no param/x"):
+        load_checkpoint(engine, tmp_path / "c")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"param/y of shape \(1,\), but the model's is \(2,\)"):
+        load_checkpoint(HeldState({"param/y": torch.empty(2)}), tmp_path / "c")  # type: ignore[arg-type]
+    path = tmp_path / "c" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        load_checkpoint(engine, tmp_path / "c")  # type: ignore[arg-type]
+    path.write_text("{ half a file")
+    with pytest.raises(CheckpointError, match="is no learner checkpoint"):
+        load_checkpoint(engine, tmp_path / "c")  # type: ignore[arg-type]
