@@ -108,9 +108,16 @@ class LoopHandle:
 class LocalLearner:
     """`WeightLearner` of one rank in this process."""
 
-    def __init__(self, model: nn.Module, *, timeout: float = 30.0, rename: Callable[[str], str] = str) -> None:
-        source = PolicySource(model, rename=rename, bucket_bytes=2**18)
-        self.sender = WeightSender(source, backend="gloo", rank=0, bucket_bytes=2**18, timeout=timeout)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        timeout: float = 30.0,
+        rename: Callable[[str], str] = str,
+        bucket_bytes: int = 2**18,
+    ) -> None:
+        source = PolicySource(model, rename=rename, bucket_bytes=bucket_bytes)
+        self.sender = WeightSender(source, backend="gloo", rank=0, bucket_bytes=bucket_bytes, timeout=timeout)
 
     def form_weight_group(self, engines: Sequence[EngineHandle]) -> None:
         self.sender.form_group(engines)

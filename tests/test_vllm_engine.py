@@ -25,6 +25,7 @@ from rollout.types import Prompt
 from rollout.vllm_engine import VLLMEngine
 from tests.engine_contract import (
     MAX_MODEL_LEN,
+    BreaksOff,
     EngineContract,
     Harness,
     LocalLearner,
@@ -160,6 +161,22 @@ class TestVLLMEngine(EngineContract):
             assert 0 < switch < 200 and set(part.policy_versions.tolist()) == {300, 301}
             assert np.abs(part.logprobs[:switch] - before[:switch]).max() < TOLERANCE
             assert np.abs(part.logprobs[switch:] - after[switch:]).max() < TOLERANCE
+
+    def test_a_layer_left_half_loaded_does_not_mix_with_the_next_attempt(
+        self, harness: Harness, policy: nn.Module, prompt: Prompt, sampling: SamplingParams
+    ) -> None:
+        learner = LocalLearner(policy, timeout=20.0, rename=harness.adapter.engine_weight_name, bucket_bytes=1)
+        whole = learner.sender.source._inner
+        names = [m.name for m in whole.metadata()]
+        middle = next(i for i, n in enumerate(names) if n.endswith("layers.1.self_attn.k_proj.weight"))
+        assert names[middle - 2].endswith("q_proj.weight"), "of the fused projection only the first part arrived"
+        learner.sender.source._inner = BreaksOff(whole, after=middle)
+        with pytest.raises(RuntimeError, match="the learner stumbles"):
+            harness.synchronize(learner, 350)
+        learner.sender.source._inner = whole
+        move(policy, seed=350)
+        harness.synchronize(learner, 351)
+        assert difference(harness, policy, prompt, sampling) < TOLERANCE
 
     def test_a_weight_that_was_not_sent_is_missed(self, harness: Harness, policy: nn.Module) -> None:
         learner = LocalLearner(policy, rename=harness.adapter.engine_weight_name)

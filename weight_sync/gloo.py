@@ -159,25 +159,33 @@ class GlooTrainer:
         trainer = cls(init_info, client, source)
         if not init_info.is_sender:
             return trainer
-        trainer._store = open_store(init_info.host, init_info.timeout)
+        try:
+            trainer._join()
+        except BaseException:
+            trainer.shutdown()
+            raise
+        return trainer
+
+    def _join(self) -> None:
+        """Open the store and join as rank 0, while the engines are told to join too."""
+        self._store = open_store(self.info.host, self.info.timeout)
         info = GlooInitInfo(
-            host=init_info.host,
-            port=trainer._store.port,
+            host=self.info.host,
+            port=self._store.port,
             prefix=f"weights-{uuid.uuid4().hex}",
             rank_offset=1,
-            world_size=init_info.world_size,
-            bucket_bytes=init_info.bucket_bytes,
-            timeout=init_info.timeout,
+            world_size=self.info.world_size,
+            bucket_bytes=self.info.bucket_bytes,
+            timeout=self.info.timeout,
         )
         executor = ThreadPoolExecutor(1, "weight-transfer")
-        joining = executor.submit(client.init_weight_transfer_engine, asdict(info))
+        joining = executor.submit(self.client.init_weight_transfer_engine, asdict(info))
         executor.shutdown(wait=False)
         try:
-            trainer.group = join_group(info, 0, trainer._store)
+            self.group = join_group(info, 0, self._store)
         except RuntimeError as error:
             raise _cause(joining, "join the transfer group", error) from error
         joining.result()
-        return trainer
 
     def send_weights(self) -> None:
         if not self.info.is_sender:

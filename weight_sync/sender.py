@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -72,7 +73,9 @@ class WeightSender:
         start = time.perf_counter()
         try:
             self._transport.send_weights()
-        except BaseException:
+        except BaseException as error:
+            # The engines wait until the connection closes, and it stays open as long as a frame of the error holds it.
+            traceback.clear_frames(error.__traceback__)
             self.close()
             raise
         if self.rank != 0:
