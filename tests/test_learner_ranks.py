@@ -68,7 +68,7 @@ def three_ranks(rank: int, model: Path, out: Path) -> None:
     gradients = gradients_of(engine, chosen)
     load_checkpoint(engine, out / "checkpoint-2")
     second = update(engine, chosen, case)
-    lora = options(model, ranks=3, zero_stage=2, lora_rank=2, **TEN)
+    lora = options(model, ranks=3, zero_stage=3, lora_rank=2, **TEN)
     engine = DeepSpeedEngine(lora, adapter_of(model))
     lora_stats = [update(engine, lora, case) for _ in range(2)]
     if rank == 0:
