@@ -92,6 +92,14 @@ class RunConfig(Section):
             found.append(f"learner.offload_parameters needs learner.zero_stage=3, not {learner.zero_stage}")
         if learner.offload_optimizer and learner.zero_stage == 0:
             found.append("learner.offload_optimizer needs learner.zero_stage of at least 1")
+        if learner.zero_stage == 0 and self.model.dtype == "bfloat16":
+            found.append("learner.zero_stage=0 keeps no float32 master weights; use stage 1 or more with bfloat16")
+        longest = self.data.max_prompt_length + rollout.max_completion_length
+        if longest > learner.micro_batch_tokens:
+            found.append(
+                f"learner.micro_batch_tokens={learner.micro_batch_tokens} cannot hold one sample of up to "
+                f"data.max_prompt_length + rollout.max_completion_length = {longest} tokens"
+            )
         if learner.lr_schedule != "constant" and learner.warmup_steps >= self.steps:
             found.append(
                 f"learner.warmup_steps={learner.warmup_steps} leaves nothing of steps={self.steps} to decay over"

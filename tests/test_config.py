@@ -46,9 +46,11 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
     ("change", "expected"),
     [
         ({"learner": {"offload_parameters": True}}, "needs learner.zero_stage=3"),
-        ({"learner": {"offload_optimizer": True, "zero_stage": 0}}, "at least 1"),
+        ({"learner": {"offload_optimizer": True, "zero_stage": 0}}, "of at least 1"),
         ({"learner": {"lr_schedule": "linear", "warmup_steps": 10}}, "leaves nothing of steps=10"),
         ({"cluster": {"device": "cpu"}, "weight_sync": {"backend": "nccl"}}, "needs GPUs"),
+        ({"learner": {"zero_stage": 0}}, "keeps no float32 master weights"),
+        ({"learner": {"micro_batch_tokens": 4096}}, "cannot hold one sample of up to"),
         ({"reward": {"functions": []}}, "nothing would be learned"),
         ({"num_generations": 4}, "did you mean rollout.num_generations?"),
         ({"learner": {"lrr": 1}}, "did you mean learner.lr?"),
