@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import re
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
 from rollout.engine import (
     BAN,
@@ -26,6 +24,7 @@ from rollout.engine import (
 )
 from rollout.log_tail import LogTail
 from rollout.types import Media, Prompt
+from rollout.vllm_environment import check_device, set_environment
 from rollout.vllm_outputs import all_or_none, completion_of
 from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.media import MediaError
@@ -57,6 +56,7 @@ class VLLMEngine:
         self._adapter = adapter
         self._engine: AsyncLLM | None = None
         self._log = LogTail()
+        self._last_words: str | None = None
         self._request_numbers = itertools.count()
         self._version = 0
 
@@ -65,8 +65,8 @@ class VLLMEngine:
     async def start(self) -> None:
         """Blocks the event loop while vLLM starts, at most `options.start_timeout` seconds."""
         options = self._options
-        _check_device(options)
-        _set_environment(options)
+        check_device(options)
+        set_environment(options)
         with self._log.capture():
             try:
                 from vllm.v1.engine.async_llm import AsyncLLM
@@ -109,7 +109,9 @@ class VLLMEngine:
         return self._engine
 
     def _epitaph(self) -> str:
-        return f"the vLLM engine died; the end of its log:\n{self._log.text(LAST_WORDS_SECONDS)}"
+        if self._last_words is None:
+            self._last_words = self._log.text(LAST_WORDS_SECONDS)
+        return f"the vLLM engine died; the end of its log:\n{self._last_words}"
 
     # ------------------------------------------------------------------ generation
 
@@ -300,30 +302,6 @@ def _engine_config(options: EngineOptions, adapter: MultimodalAdapter) -> Any:
         # the engine. The second runner gets them anew.
         config.cache_config.enable_prefix_caching = False
     return config
-
-
-def _set_environment(options: EngineOptions) -> None:
-    """What vLLM and its child processes read from the environment."""
-    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
-    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout))
-    # Its warnings repeat at every start and synchronisation; what they warn of is checked here.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if options.device == "cpu":
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size asked for here
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines and learners share the cores
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer: the worker lives in the engine core
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
-        # Threads that spin while they wait take the cores from learners and other engines: seven times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled here but a sampler's helper, for half a minute
-
-
-def _check_device(options: EngineOptions) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            "the rollout engine was asked for device 'cuda', but torch sees no CUDA GPU here. Run it on a node with "
-            "GPUs, or set cluster.device=cpu (and install the extra 'cpu')"
-        )
 
 
 def _check_build(options: EngineOptions) -> None:
