@@ -74,7 +74,8 @@ def train(
         load_config(config, overrides or []), resume=resume, address=address, display=TerminalDisplay(Console())
     )
     if result.interrupted:
-        errors.print(f"stopped after step {result.steps}; continue with: saccade train {config} --resume")
+        again = f"stopped after step {result.steps}; continue with: saccade train {config} --resume"
+        errors.print(again, soft_wrap=True, highlight=False)
         raise typer.Exit(130)
     Console().print(f"trained {result.steps} steps; model saved in {result.model_dir}")
 
