@@ -83,7 +83,8 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
     total, alone = warmup + steps, 1 + min(steps, 5)
     config = our_config(model, lengths, staleness, total + alone, work)
     with open_run(config, resume=False, address=None, display=None) as run:
-        run.rollouts.sampling = replace(run.rollouts.sampling, ignore_eos=True, max_tokens_each=lengths)
+        forced = {"ignore_eos": True, "stop_token_ids": (), "max_tokens_each": lengths}
+        run.rollouts.sampling = replace(run.rollouts.sampling, **forced)
         ends = [time.perf_counter()]
         for _ in range(total):
             step(run, config)
