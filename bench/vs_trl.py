@@ -83,8 +83,8 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
     total, alone = warmup + steps, 1 + min(steps, 5)
     config = our_config(model, lengths, staleness, total + alone, work)
     with open_run(config, resume=False, address=None, display=None) as run:
-        forced = {"ignore_eos": True, "stop_token_ids": (), "max_tokens_each": lengths}
-        run.rollouts.sampling = replace(run.rollouts.sampling, **forced)
+        sampling = run.rollouts.sampling
+        run.rollouts.sampling = replace(sampling, ignore_eos=True, stop_token_ids=(), max_tokens_each=lengths)
         ends = [time.perf_counter()]
         for _ in range(total):
             step(run, config)
