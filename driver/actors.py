@@ -14,6 +14,7 @@ import ray
 from driver.config import RunConfig
 from driver.errors import RunError
 from driver.placement import Placement
+from driver.rollouts import wait_for
 from driver.wiring import (
     config_adapter,
     data_options,
@@ -142,13 +143,3 @@ def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Call
         if starting and time.monotonic() > deadline:
             names = ", ".join(starting.values())
             raise RunError(f"waited {timeout:g} s (rollout.start_timeout) for {names} to start")
-
-
-def wait_for(references: list[ray.ObjectRef], timeout: float, what: str) -> list[Any]:
-    """`ray.get` with a limit that says what it waited for."""
-    try:
-        return ray.get(references, timeout=timeout)
-    except ray.exceptions.GetTimeoutError as error:
-        raise RunError(f"waited {timeout:g} s for {what}") from error
-    except ray.exceptions.RayTaskError as error:
-        raise RunError(f"{what}: {error.cause}") from error

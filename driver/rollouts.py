@@ -77,7 +77,7 @@ class RolloutPipeline:
         """Hand out prompts for every batch up to and including `batch`. Returns how many groups were issued."""
         issued = 0
         while self._admitted < batch:
-            prompts = _get(self.data.take.remote(self.prompts_per_step), self.group_timeout, "the next prompts")
+            prompts = wait_for(self.data.take.remote(self.prompts_per_step), self.group_timeout, "the next prompts")
             if self.hold_while_admitting:
                 self._admit_whole(self._admitted + 1, prompts)
             else:
@@ -95,14 +95,14 @@ class RolloutPipeline:
         self._admitted = max(self._admitted, batch)
 
     def _admit_whole(self, batch: int, prompts: Sequence[Prompt]) -> None:
-        ended = _get([e.hold.remote() for e in self.engines], self.group_timeout, "the engines to pause")
+        ended = wait_for([e.hold.remote() for e in self.engines], self.group_timeout, "the engines to pause")
         self.admit(batch, prompts)
         shares = [len(range(i, len(prompts), len(self.engines))) for i in range(len(self.engines))]
         calls = [
             engine.release.remote(share, self.sampling.n, count)
             for engine, share, count in zip(self.engines, shares, ended, strict=True)
         ]
-        _get(calls, self.group_timeout + 60.0, f"batch {batch} to reach the engines' queues")
+        wait_for(calls, self.group_timeout + 60.0, f"batch {batch} to reach the engines' queues")
 
     def skip_to(self, batch: int) -> None:
         """Batches before `batch` were trained in an earlier run."""
@@ -185,7 +185,8 @@ def check_staleness(batch: SealedBatch, version: int, max_staleness: int) -> int
     return lag
 
 
-def _get(reference: ray.ObjectRef | list[ray.ObjectRef], timeout: float, what: str) -> Any:
+def wait_for(reference: ray.ObjectRef | list[ray.ObjectRef], timeout: float, what: str) -> Any:
+    """`ray.get` with a limit that says what it waited for. Raises RunError."""
     try:
         return ray.get(reference, timeout=timeout)
     except ray.exceptions.GetTimeoutError as error:
