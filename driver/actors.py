@@ -27,7 +27,7 @@ from learner.group import LearnerGroup
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.data_actor import DataActor
-from rollout.types import Prompt, PromptRef
+from rollout.types import Prompt, PromptRef, StoredPrompt
 
 CALL_TIMEOUT = 120.0
 """Seconds for calls that only move bookkeeping."""
@@ -48,7 +48,7 @@ class Actors:
     def eval_prompts(self, limit: int | None) -> list[Prompt]:
         return wait_for([self.data.eval_prompts.remote(limit)], CALL_TIMEOUT, "the held-out prompts")[0]
 
-    def read_prompts(self, refs: Sequence[PromptRef]) -> list[Prompt]:
+    def read_prompts(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
         return wait_for([self.data.read.remote(list(refs))], CALL_TIMEOUT, "prompts that were in flight")[0]
 
     def data_state(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import ray
 from driver.errors import RunError
 from driver.ledger import Ledger
 from rollout.engine import SamplingParams
-from rollout.types import GroupSummary, Prompt, PromptRef, draw_seed
+from rollout.types import GroupSummary, PromptRef, StoredPrompt, draw_seed
 
 POLL_SECONDS = 1.0
 
@@ -44,7 +44,7 @@ class SealedBatch:
 class _Group:
     """One admitted group and where it stands."""
 
-    prompt: Prompt
+    prompt: StoredPrompt
     slot: int
     group: ray.ObjectRef
     summary: ray.ObjectRef
@@ -85,16 +85,17 @@ class RolloutPipeline:
             issued += len(prompts)
         return issued
 
-    def admit(self, batch: int, prompts: Sequence[Prompt], *, already_issued: bool = False) -> None:
+    def admit(self, batch: int, prompts: Sequence[StoredPrompt], *, already_issued: bool = False) -> None:
         """Issue `prompts` as the groups of `batch` (`already_issued`: a resume found them in the ledger)."""
         groups = self._batches.setdefault(batch, [])
+        sampling = ray.put(self.sampling)
         for prompt in prompts:
             if not already_issued:
                 self.ledger.issue(prompt.ref, batch)
-            groups.append(self._issue(prompt, len(groups)))
+            groups.append(self._issue(prompt, len(groups), sampling))
         self._admitted = max(self._admitted, batch)
 
-    def _admit_whole(self, batch: int, prompts: Sequence[Prompt]) -> None:
+    def _admit_whole(self, batch: int, prompts: Sequence[StoredPrompt]) -> None:
         ended = wait_for([e.hold.remote() for e in self.engines], self.group_timeout, "the engines to pause")
         self.admit(batch, prompts)
         shares = [len(range(i, len(prompts), len(self.engines))) for i in range(len(self.engines))]
@@ -118,9 +119,9 @@ class RolloutPipeline:
         while pending:
             self.check_stop()
             ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=POLL_SECONDS, fetch_local=True)
-            for reference in ready:
+            for reference, summary in zip(ready, self._summaries(ready), strict=True):
                 group = pending.pop(reference)
-                if self._settle(batch, group):
+                if self._settle(batch, group, summary):
                     continue
                 pending[group.summary] = group
                 deadline = time.monotonic() + self._patience()
@@ -141,21 +142,25 @@ class RolloutPipeline:
         """Longest silence before the wait itself is an error: the actors' own limits, and a margin for transport."""
         return self.group_timeout + self.reward_timeout + 60.0
 
-    def _issue(self, prompt: Prompt, slot: int) -> _Group:
+    def _issue(self, prompt: StoredPrompt, slot: int, sampling: ray.ObjectRef) -> _Group:
         """One group to the engine of its slot (a fixed map, so that reruns repeat it), its reward chained behind."""
-        seed = draw_seed(self.run_seed, prompt.ref.uid, prompt.ref.epoch)
-        engine = self.engines[(slot + prompt.ref.attempt) % len(self.engines)]
+        ref = prompt.ref
+        seed = draw_seed(self.run_seed, ref.uid, ref.epoch)
+        engine = self.engines[(slot + ref.attempt) % len(self.engines)]
         reward = self.rewards[slot % len(self.rewards)]
-        group = engine.generate.remote(prompt, replace(self.sampling, seed=seed))
+        group = engine.generate.remote(prompt.prompt, sampling, seed, ref.attempt)
         scored, summary = reward.score.remote(group)
         return _Group(prompt, slot, scored, summary)
 
-    def _settle(self, batch: int, group: _Group) -> bool:
-        """Look at a finished group: True when it is scored or given up, False when another attempt is under way."""
+    def _summaries(self, ready: Sequence[ray.ObjectRef]) -> list[GroupSummary]:
+        """Of groups that have finished. Raises RunError when an actor died with one of them."""
         try:
-            summary: GroupSummary = ray.get(group.summary, timeout=self.reward_timeout)
+            return ray.get(ready, timeout=self.reward_timeout)
         except ray.exceptions.RayError as error:
-            raise RunError(f"group {group.prompt.ref} was lost with its actor: {_first_line(error)}") from error
+            raise RunError(f"a group was lost with its actor: {_first_line(error)}") from error
+
+    def _settle(self, batch: int, group: _Group, summary: GroupSummary) -> bool:
+        """Look at a finished group: True when it is scored or given up, False when another attempt is under way."""
         failure = summary.failure
         if failure is None:
             group.result = summary
@@ -165,7 +170,7 @@ class RolloutPipeline:
         ref = group.prompt.ref
         if failure.retryable and ref.attempt + 1 < self.max_attempts:
             prompt = replace(group.prompt, ref=self.ledger.retry(ref))
-            again = self._issue(prompt, group.slot)
+            again = self._issue(prompt, group.slot, ray.put(self.sampling))
             group.prompt, group.group, group.summary = prompt, again.group, again.summary
             return False
         self.ledger.drop(ref, failure.reason)

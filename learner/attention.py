@@ -49,17 +49,3 @@ def _segment_start(segments: Tensor) -> Tensor:
     changed = torch.ones_like(segments, dtype=torch.bool)
     changed[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return torch.where(changed, index, 0).cummax(1).values
-
-
-def completions_per_row(prompt_length: int, completion_length: int, completions: int, break_even: int) -> int:
-    """How many completions of (about) `completion_length` tokens to lay behind one copy of the prompt.
-
-    A row of L tokens costs L (1 + L / break_even): linear layers, and attention over all pairs, which the mask does
-    not spare; `break_even` is the length at which the two are equal. Long prompts are worth sharing, long completions
-    are not."""
-
-    def cost(n: int) -> float:
-        length = prompt_length + n * completion_length
-        return length * (1.0 + length / break_even) / n
-
-    return min(range(1, completions + 1), key=cost)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.attention import completions_per_row
+from learner.packing import share_prompt
 from learner.types import EncodingMismatchError
 from rollout.types import Completion, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
@@ -103,15 +103,11 @@ def _describe_mismatch(adapter: MultimodalAdapter, group: RolloutGroup, ours: np
 def make_rows(prompt: EncodedPrompt, samples: Sequence[Sample], break_even: int | None, budget: int) -> list[Row]:
     """Rows of one group: as many completions to a row as pay, and as fit `budget` tokens.
 
-    `break_even` as in `completions_per_row`; None: one completion a row."""
-    if not samples:
-        return []
-    prompt_length, longest = len(prompt.input_ids), max(len(s) for s in samples)
-    per_row = 1
-    if break_even is not None:
-        fitting = max(1, (budget - prompt_length) // longest)
-        per_row = completions_per_row(prompt_length, longest, min(len(samples), fitting), break_even)
-    return [Row(prompt, tuple(samples[i : i + per_row])) for i in range(0, len(samples), per_row)]
+    `break_even` as in `share_prompt`; None: one completion a row."""
+    if break_even is None:
+        return [Row(prompt, (sample,)) for sample in samples]
+    shared = share_prompt(len(prompt.input_ids), [len(s) for s in samples], break_even, budget)
+    return [Row(prompt, tuple(samples[i] for i in members)) for members in shared]
 
 
 def collate(rows: Sequence[Row], adapter: MultimodalAdapter) -> MultimodalBatch:

@@ -168,19 +168,19 @@ def score_groups(
 ) -> list[list[np.ndarray]]:
     """Log-probabilities under the current weights of each completion's trainable tokens, float32 `[T]`; collective."""
     rows: list[Row] = []
+    samples: list[list[Sample]] = []
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
-        samples = [to_sample(completion) for completion in group.completions]
-        rows += make_rows(prompt, samples, _break_even(adapter), options.micro_batch_tokens)
-    scored: dict[int, list[np.ndarray]] = {}
+        samples.append([to_sample(completion) for completion in group.completions])
+        rows += make_rows(prompt, samples[-1], _break_even(adapter), options.micro_batch_tokens)
+    scored: dict[int, np.ndarray] = {}
     for members in plan_batches(engine, rows, options.micro_batch_tokens):
         batch = collate([rows[i] for i in members], adapter)
         logprobs = engine.logprobs(batch)
         for b, index in enumerate(members):
             lengths = [int(s.trainable.sum()) for s in rows[index].samples]
-            flat = logprobs[b][batch.loss_mask[b]].numpy()
-            scored[index] = np.split(flat, np.cumsum(lengths)[:-1])
-    in_order = iter([values for index in range(len(rows)) for values in scored[index]])
-    return [[next(in_order) for _ in group.completions] for group in groups]
+            parts = np.split(logprobs[b][batch.loss_mask[b]].numpy(), np.cumsum(lengths)[:-1])
+            scored |= {id(sample): part for sample, part in zip(rows[index].samples, parts, strict=True)}
+    return [[scored[id(sample)] for sample in own] for own in samples]
 
 
 def _metrics(result: StepResult, tokens: float) -> dict[str, float]:

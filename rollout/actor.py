@@ -103,9 +103,17 @@ class RolloutActor:
 
     # ------------------------------------------------------------------ generation
 
-    async def generate(self, prompt: Prompt, sampling: SamplingParams) -> RolloutGroup | RolloutFailure:
-        """All K completions of one prompt. Never raises for what can go wrong with an engine or a prompt: an exception
-        would have to be unpickled in the driver, which would import the engine for it."""
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int | None = None, attempt: int | None = None
+    ) -> RolloutGroup | RolloutFailure:
+        """All K completions of one prompt; `seed` overrides the one in `sampling`, `attempt` the one in `prompt.ref`.
+
+        Never raises for what can go wrong with an engine or a prompt: an exception would have to be unpickled in the
+        driver, which would import the engine for it."""
+        if seed is not None:
+            sampling = replace(sampling, seed=seed)
+        if attempt is not None:
+            prompt = replace(prompt, ref=replace(prompt.ref, attempt=attempt))
 
         def failure(reason: str, *, dead: bool = False, retryable: bool = False) -> RolloutFailure:
             return RolloutFailure(prompt.ref, reason, self._name, engine_dead=dead, retryable=retryable)

@@ -1,10 +1,10 @@
 """DataActor: reads prompts ahead of their use, and owns their media in the object store.
 
-    PromptSource ──▶ prompts with bytes ──▶ ray.put, once per digest ──▶ prompts with references ──▶ driver
+    PromptSource ──▶ prompts with bytes ──▶ ray.put, once per digest ──▶ prompts with references ──▶ ray.put ──▶ driver
                                               └─ kept: the latest references, up to `media_bytes`
 
-The driver holds references, never pixels. An image lives in the store as long as this actor or any prompt holds its
-reference; it is lost with this actor or its node, and `read` then puts it again.
+The driver holds references, never pixels, nor tokens. An image lives in the store as long as this actor or any prompt
+holds its reference; it is lost with this actor or its node, and `read` then puts it again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rollout.prompts import DataError, DataOptions, DataReport, PromptSource
-from rollout.types import Media, Prompt, PromptRef
+from rollout.types import Media, Prompt, PromptRef, StoredPrompt
 
 if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter
@@ -77,7 +77,7 @@ class DataActor:
         self._load_adapter = load_adapter
         self._train, self._evaluation = train, evaluation
         self._media = MediaStore(media_bytes)
-        self._ahead: deque[tuple[Prompt, dict[str, Any]]] = deque()
+        self._ahead: deque[tuple[StoredPrompt, dict[str, Any]]] = deque()
         """Prompts that were read and not yet taken, each with the cursor behind it."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._reading: Future[None] | None = None
@@ -90,8 +90,8 @@ class DataActor:
         self._state = self._source.state()
         return len(self._source)
 
-    def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts, media as references; as many again are then read in the background.
+    def take(self, n: int) -> list[StoredPrompt]:
+        """The next `n` prompts, in the store, as are their media; as many again are then read in the background.
 
         Raises DataError, again at every call, and hands out nothing when too many rows are refused."""
         if self._reading is not None:
@@ -104,7 +104,7 @@ class DataActor:
         self._reading = self._thread.submit(self._read_ahead, n)
         return prompts
 
-    def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
+    def read(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
         """The prompts of `refs` again, their media put into the store anew: after a resume, or when they were lost."""
         self._wait()
         prompts = self._source.read(refs)
@@ -116,7 +116,7 @@ class DataActor:
         if self._eval_source is None:
             raise DataError("no held-out data: data.eval is empty")
         self._wait()
-        return [self._stored(prompt) for prompt in self._eval_source.one_epoch(limit)]
+        return [self._with_references(prompt) for prompt in self._eval_source.one_epoch(limit)]
 
     def state(self) -> dict[str, Any]:
         """The cursor behind the last prompt that `take` returned; what was read ahead does not count."""
@@ -144,5 +144,8 @@ class DataActor:
             (prompt,) = self._source.take(1)
             self._ahead.append((self._stored(prompt), self._source.state()))
 
-    def _stored(self, prompt: Prompt) -> Prompt:
+    def _stored(self, prompt: Prompt) -> StoredPrompt:
+        return StoredPrompt(prompt.ref, ray.put(self._with_references(prompt)))
+
+    def _with_references(self, prompt: Prompt) -> Prompt:
         return replace(prompt, media=tuple(map(self._media.put, prompt.media)))

@@ -73,6 +73,15 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPrompt:
+    """A prompt as the driver holds it: which one, and where its contents are."""
+
+    ref: PromptRef
+    prompt: Any
+    """Reference of the Prompt in the object store, whose `ref` is that of the first attempt."""
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens of one origin inside a completion. A single-turn completion has exactly one, trainable."""
 

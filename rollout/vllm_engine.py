@@ -147,7 +147,7 @@ class VLLMEngine:
             )
 
     def _requests(self, sampling: SamplingParams) -> list[Any]:
-        """vLLM's sampling parameters: one request for all K, or K of one where lengths are given for each.
+        """vLLM's sampling parameters: one request for all K, or one for each run of equal lengths.
 
         Child k of a request with n=K samples with `seed + k` in vLLM too, so both ways draw the same tokens."""
         from vllm import SamplingParams as VLLMSamplingParams
@@ -173,7 +173,12 @@ class VLLMEngine:
             return [request(sampling.n, sampling.max_tokens, seed)]
         if len(each) != sampling.n:
             raise ValueError(f"max_tokens_each has {len(each)} entries for n={sampling.n} completions")
-        return [request(1, tokens, None if seed is None else seed + k) for k, tokens in enumerate(each)]
+        requests, k = [], 0
+        for tokens, run in itertools.groupby(each):
+            n = len(list(run))
+            requests.append(request(n, tokens, None if seed is None else seed + k))
+            k += n
+        return requests
 
     async def _one(self, engine: AsyncLLM, prompt: Prompt, engine_prompt: Any, request: Any) -> RequestOutput:
         from vllm.exceptions import VLLMClientError

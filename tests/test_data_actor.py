@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rollout.prompts import DataError, DataOptions, PromptSource
-from rollout.types import Prompt
+from rollout.types import Prompt, StoredPrompt
 from tests.data_helpers import fake_adapter, png, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -39,6 +39,14 @@ def make(local_ray: ModuleType) -> Callable[..., Any]:
     return make
 
 
+def contents(stored: list[StoredPrompt]) -> list[Prompt]:
+    import ray
+
+    prompts = ray.get([s.prompt for s in stored], timeout=60)
+    assert [p.ref for p in prompts] == [s.ref for s in stored]
+    return prompts
+
+
 def identity(prompts: list[Prompt]) -> list[tuple[Any, str, list[str]]]:
     return [(p.ref, p.text, [m.digest for m in p.media]) for p in prompts]
 
@@ -52,7 +60,7 @@ def test_an_image_crosses_the_store_once_and_outlives_its_place_in_the_cache(
     ray = local_ray
     actor = ray.remote(DataActor).options(num_cpus=0).remote(fake_adapter, options, None, 0)
     assert ray.get(actor.start.remote(), timeout=120) == 20
-    (prompt, *others) = ray.get(actor.take.remote(20), timeout=60)
+    (prompt, *others) = contents(ray.get(actor.take.remote(20), timeout=60))
     assert isinstance(prompt.media[0].data, ray.ObjectRef)
     ray.get(actor.take.remote(20), timeout=60)  # more evictions
 
@@ -85,7 +93,7 @@ def test_equal_images_share_one_reference(
     make: Callable[..., Any], local_ray: ModuleType, options: DataOptions
 ) -> None:
     actor = make(options)
-    prompts = actor.take(19)
+    prompts = contents(actor.take(19))
     references: dict[str, set[Any]] = {}
     for prompt in prompts:
         references.setdefault(prompt.media[0].digest, set()).add(prompt.media[0].data)
@@ -100,7 +108,7 @@ def test_equal_images_share_one_reference(
 def test_prompts_carry_no_pixels(make: Callable[..., Any], tmp_path: Path, local_ray: ModuleType) -> None:
     noise = bytes(range(256)) * 4000
     path = write_rows(tmp_path / "a.parquet", [{"prompt": "q", "image": png() + noise, "answer": "a"}])
-    (prompt,) = make(DataOptions((str(path),))).take(1)
+    (prompt,) = contents(make(DataOptions((str(path),))).take(1))
     assert local_ray.get(prompt.media[0].data) == png() + noise
     bare = local_ray.cloudpickle.dumps(prompt.media[0].data)
     assert len(local_ray.cloudpickle.dumps(prompt)) < len(bare) + 2000
@@ -118,7 +126,7 @@ def test_reading_ahead_changes_neither_order_nor_state(make: Callable[..., Any],
     expected = identity(PromptSource(options, fake_adapter()).take(40))
     actor, got = make(options), []
     for n in (3, 1, 0, 7, 12):
-        got += actor.take(n)
+        got += contents(actor.take(n))
         state = pickle.loads(pickle.dumps(actor.state()))
         actor.report()  # waits for what is read ahead
         if n in (1, 7):
@@ -126,18 +134,18 @@ def test_reading_ahead_changes_neither_order_nor_state(make: Callable[..., Any],
             actor.load_state(state)
     assert identity(got) == expected[:23]
     actor.load_state(make(options).state())
-    assert identity(actor.take(40)) == expected
+    assert identity(contents(actor.take(40))) == expected
 
 
 def test_read_puts_the_media_again(make: Callable[..., Any], local_ray: ModuleType, options: DataOptions) -> None:
     actor = make(options)
-    (first,) = actor.take(1)
-    (again,) = actor.read([first.ref.retry()])
+    (first,) = contents(actor.take(1))
+    (again,) = contents(actor.read([first.ref.retry()]))
     assert again.ref == first.ref.retry()
     assert again.media[0].data != first.media[0].data
     assert local_ray.get(again.media[0].data) == local_ray.get(first.media[0].data)
-    assert identity(actor.take(5)) == identity(PromptSource(options, fake_adapter()).take(6))[1:]
-    whole = actor.read([p.ref for p in PromptSource(options, fake_adapter()).take(19)])
+    assert identity(contents(actor.take(5))) == identity(PromptSource(options, fake_adapter()).take(6))[1:]
+    whole = contents(actor.read([p.ref for p in PromptSource(options, fake_adapter()).take(19)]))
     assert len({p.media[0].data for p in whole}) == 4, "also what is read again crosses the store once"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from rollout.types import (
     RolloutFailure,
     RolloutGroup,
     Segment,
+    StoredPrompt,
     Verdict,
     draw_seed,
 )
@@ -30,11 +32,12 @@ class ScriptedData:
     def load(self) -> None:
         self.row = 0
 
-    def take(self, n: int) -> list[Prompt]:
+    def take(self, n: int) -> list[StoredPrompt]:
         rows = range(self.row, self.row + n)
         self.row += n
         ids = np.zeros(2, np.int32)
-        return [Prompt(PromptRef(f"d:{r}", 0, 0, r), "p", ids, expanded_length=2) for r in rows]
+        prompts = [Prompt(PromptRef(f"d:{r}", 0, 0, r), "p", ids, expanded_length=2) for r in rows]
+        return [StoredPrompt(p.ref, p) for p in prompts]
 
 
 class ScriptedEngine:
@@ -44,8 +47,11 @@ class ScriptedEngine:
         self.script = script
         self.seeds: dict[int, list[int]] = {}
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams) -> RolloutGroup | RolloutFailure:
-        self.seeds.setdefault(prompt.ref.row, []).append(sampling.seed or 0)
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int, attempt: int
+    ) -> RolloutGroup | RolloutFailure:
+        prompt = replace(prompt, ref=replace(prompt.ref, attempt=attempt))
+        self.seeds.setdefault(prompt.ref.row, []).append(seed)
         failures = self.script.get(prompt.ref.row, [])
         if prompt.ref.attempt < len(failures):
             return RolloutFailure(prompt.ref, engine="rollout-0", **failures[prompt.ref.attempt])

@@ -128,6 +128,31 @@ def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_pat
     }
 
 
+def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(settings, tiny_model, tmp_path, local_ray):
+    result = train(
+        parse_config(
+            {
+                **settings,
+                "output_dir": str(tmp_path / "lora"),
+                "steps": 3,
+                "model": {**settings["model"], "lora_rank": 4, "lora_targets": ["q_proj", "down_proj"]},
+                "learner": {**settings["learner"], "learning_rate": 0.05},
+            }
+        )
+    )
+    steps = read_metrics(result.output_dir)
+    assert all(s["grad_norm"] > 0 for s in steps)
+    assert all(s["learner"]["mismatch_max"] < 1e-4 for s in steps)  # also after updates, merged and sent
+    assert steps[0]["learner"]["kl"] == pytest.approx(0.0, abs=1e-9)  # the reference is the model without adapters
+    assert steps[-1]["learner"]["kl"] > 1e-6
+    assert result.model_dir is not None
+    before, after = weights(tiny_model), weights(result.model_dir)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed
+    assert all("q_proj" in name or "down_proj" in name for name in changed)
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_no_process(settings, tmp_path, repository):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, "steps": 10_000, "output_dir": str(tmp_path / "run")}))

@@ -132,7 +132,7 @@ def test_a_batch_without_rows_is_one_padding_row(adapter: MultimodalAdapter):
     st.one_of(st.none(), st.integers(1, 1000)),
     st.integers(0, 30),
 )
-def test_rows_hold_every_sample_once_in_order_within_the_budget(
+def test_rows_hold_every_sample_once_within_the_budget(
     lengths: list[int], prompt_length: int, break_even: int | None, spare: int
 ):
     budget = prompt_length + max(lengths) + spare
@@ -140,7 +140,7 @@ def test_rows_hold_every_sample_once_in_order_within_the_budget(
     segments = [Segment(np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32)) for n in lengths]
     samples = [to_sample(Completion((s,), "", "stop", 0)) for s in segments]
     rows = make_rows(prompt, samples, break_even, budget)
-    assert [id(s) for row in rows for s in row.samples] == [id(s) for s in samples]
+    assert sorted(id(s) for row in rows for s in row.samples) == sorted(id(s) for s in samples)
     assert all(len(row) <= budget and row.prompt is prompt for row in rows)
     if break_even is None:
         assert all(len(row.samples) == 1 for row in rows)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.attention import completions_per_row, position_shift, predicting_position, shared_prompt_mask
-from learner.packing import pack, shard
+from learner.attention import position_shift, predicting_position, shared_prompt_mask
+from learner.packing import MICRO_BATCH_OVERHEAD, pack, shard, share_prompt
 
 lengths_and_budget = st.lists(st.integers(1, 60), max_size=40).flatmap(
     lambda lengths: st.tuples(st.just(lengths), st.integers(max(lengths, default=1), 200))
@@ -25,8 +25,11 @@ def test_pack_places_every_sample_once_within_the_budget(case: tuple[list[int], 
 
 
 def test_pack_by_hand():
-    # by length: 5 (index 2), 4 (0), 4 (3), 2 (1): two of 5 fit 10, then two of 4
+    # by length: 5 (index 2), 4 (0), 4 (3), 2 (1). Two to a batch fit 10; 5 + 4 and 4 + 2 pad to 18, which is the least
     assert pack([4, 2, 5, 4], 10) == [[2, 0], [3, 1]]
+    # padding six rows of 100 to 500 costs 2400 tokens more than a batch of their own
+    assert pack([500, 500, *[100] * 6], 10**6) == [[0, 1], [2, 3, 4, 5, 6, 7]]
+    assert pack([110, 110, *[100] * 6], 10**6) == [[0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def test_pack_names_the_knob_for_a_sample_over_budget():
@@ -91,9 +94,53 @@ def test_a_token_sees_its_prompt_and_its_own_past_and_nothing_else(rows: list[tu
 
 
 def test_long_prompts_are_shared_and_long_completions_are_not():
-    assert completions_per_row(1000, 32, 8, break_even=512) == 8
-    assert completions_per_row(17, 12, 8, break_even=512) == 8
-    assert completions_per_row(28, 256, 8, break_even=512) == 1
-    # 76 + 64 n tokens: cost per completion 178, 143, 136, 137, 140 ... : three
-    assert completions_per_row(76, 64, 8, break_even=512) == 3
-    assert completions_per_row(10, 10, 1, break_even=512) == 1
+    def rows(prompt: int, completion: int, count: int = 8) -> list[int]:
+        return [len(row) for row in share_prompt(prompt, [completion] * count, 512, 10**6)]
+
+    assert rows(1000, 32) == [8]
+    assert rows(17, 12) == [8]
+    assert rows(28, 256) == [1] * 8
+    # 76 + 64 n tokens cost 178, 285, 408, 543, 692 for n = 1..5: 3 + 3 + 2 cost 1101, 4 + 4 1086, 8 at once 1245
+    assert rows(76, 64) == [4, 4]
+    assert rows(10, 10, 1) == [1]
+    assert share_prompt(10, [], 512, 100) == []
+
+
+def test_one_long_completion_does_not_part_its_short_siblings():
+    assert share_prompt(20, [8, 8, 500, 8], 512, 10**6) == [[2], [0, 1, 3]]
+
+
+def test_a_row_holds_no_more_than_the_budget():
+    assert share_prompt(60, [20, 20, 20], 512, 100) == [[0], [1, 2]]  # 60 + 2 x 20
+    assert share_prompt(60, [50, 20, 20], 512, 100) == [[0], [1, 2]]  # the first is over budget by itself
+
+
+@given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 200))
+def test_rows_are_the_cheapest_of_all_cuts_by_length(prompt: int, lengths: list[int], break_even: int):
+    def cost(rows: list[list[int]]) -> float:
+        tokens = [prompt + sum(lengths[i] for i in row) for row in rows]
+        return sum(t * (1 + t / break_even) for t in tokens)
+
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    found = share_prompt(prompt, lengths, break_even, 10**6)
+    assert [i for row in found for i in row] == order
+    assert cost(found) <= min(cost(cut) for cut in _all_cuts(order)) * (1 + 1e-12)
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=7))
+def test_micro_batches_are_the_cheapest_of_all_cuts_by_length(lengths: list[int]):
+    budget = 2000
+
+    def cost(batches: list[list[int]]) -> float:
+        padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        return sum(p + MICRO_BATCH_OVERHEAD if p <= budget else float("inf") for p in padded)
+
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    assert cost(pack(lengths, budget)) == min(cost(cut) for cut in _all_cuts(order))
+
+
+def _all_cuts(order: list[int]) -> list[list[list[int]]]:
+    """Every way to cut a sequence into consecutive runs."""
+    if not order:
+        return [[]]
+    return [[order[:n], *rest] for n in range(1, len(order) + 1) for rest in _all_cuts(order[n:])]
