@@ -45,11 +45,11 @@ class Actors:
     rewards: list[Any] = field(default_factory=list)
     learner: LearnerGroup | None = None
 
-    def eval_prompts(self, limit: int | None) -> list[Prompt]:
-        return wait_for([self.data.eval_prompts.remote(limit)], CALL_TIMEOUT, "the held-out prompts")[0]
+    def eval_prompts(self, limit: int | None, timeout: float) -> list[Prompt]:
+        return wait_for(self.data.eval_prompts.remote(limit), timeout, "the held-out prompts (rollout.start_timeout)")
 
-    def read_prompts(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
-        return wait_for([self.data.read.remote(list(refs))], CALL_TIMEOUT, "prompts that were in flight")[0]
+    def read_prompts(self, refs: Sequence[PromptRef], timeout: float) -> list[StoredPrompt]:
+        return wait_for(self.data.read.remote(list(refs)), timeout, "prompts in flight (rollout.start_timeout)")
 
     def data_state(self) -> dict[str, Any]:
         return wait_for([self.data.state.remote()], CALL_TIMEOUT, "the data cursor")[0]

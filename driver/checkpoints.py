@@ -29,6 +29,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Cal
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_learner(partial / "learner")
+    check_visible(partial / "learner")
     with (partial / "run.json").open("w") as file:
         json.dump({"format": FORMAT, "step": step, **state}, file, indent=1)
         file.flush()
@@ -40,6 +41,15 @@ def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Cal
     for old in sorted(found(directory))[:-keep]:
         shutil.rmtree(directory / f"step-{old:06d}")
     return final
+
+
+def check_visible(written: Path) -> None:
+    """Raises RunError when what the learner wrote is not there for the driver, which may run on another node."""
+    if not written.exists():
+        raise RunError(
+            f"the learner wrote {written} on its own node, where the driver cannot see it; put output_dir on storage "
+            "that all nodes share"
+        )
 
 
 def found(directory: Path) -> list[int]:

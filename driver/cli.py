@@ -1,4 +1,4 @@
-"""The command line: `saccade demo | train | eval | config | data`, also as `python -m driver`."""
+"""The command line: `saccade demo | train | eval | config | data | parity`, also as `python -m driver`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ QUIET = {
 }
 """Read by libraries at import: their chatter would tear the progress display."""
 USER_ERRORS = {
+    "AdapterError",
     "DataError",
     "LearnerError",
     "LearnerTimeoutError",
@@ -74,7 +75,9 @@ def train(
         load_config(config, overrides or []), resume=resume, address=address, display=TerminalDisplay(Console())
     )
     if result.interrupted:
-        again = f"stopped after step {result.steps}; continue with: saccade train {config} --resume"
+        joined = f" --address {address}" if address else ""
+        path = result.output_dir / "config.yaml"  # with the overrides
+        again = f"stopped after step {result.steps}; continue with: saccade train {path} --resume{joined}"
         errors.print(again, soft_wrap=True, highlight=False)
         raise typer.Exit(130)
     Console().print(f"trained {result.steps} steps; model saved in {result.model_dir}")
@@ -97,7 +100,7 @@ def evaluate(
     changes = list(overrides or []) + ([f"model.path={model}"] if model else [])
     display = TerminalDisplay(errors)
     results = run(load_config(config, changes), address=address, display=display)
-    typer.echo(json.dumps(results, indent=2))
+    typer.echo(json.dumps(results, indent=2, allow_nan=False))
 
 
 @app.command("config")
@@ -155,6 +158,30 @@ def shapes(
 
 
 @app.command()
+def parity(
+    model: Annotated[str | None, typer.Argument(help="Path or hub name of a model.")] = None,
+    tiny: Annotated[
+        str | None, typer.Option(help="Instead of MODEL: the tiny random model of this family, or `all`.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images of the case with several.", min=2)] = 3,
+    tolerance: Annotated[float, typer.Option(help="Largest difference of a log-probability that agrees.")] = 1e-5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Check that vLLM and the learner agree on a model: expanded prompts, pixels, positions, log-probabilities.
+
+    Loads the model in both, in float32 on the CPU; has vLLM sample for text, one image, several, and images between
+    text; and compares the log-probability of every sampled token. Changed pixels must move them, or an agreement
+    proves nothing. Exit status 1 on disagreement.
+
+    Example:  saccade parity Qwen/Qwen2.5-VL-3B-Instruct      saccade parity --tiny all
+    """
+    from driver.parity import run_parity
+
+    if not run_parity(model, tiny=tiny, images=images, tolerance=tolerance, path=json_file, console=Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of data, model and training.")] = 0,
     output_dir: Annotated[Path, typer.Option(help="Folder of everything it makes.")] = Path("runs/demo"),
@@ -182,6 +209,9 @@ def main() -> None:
         _complain(error)
         sys.exit(2)
     except Exception as error:
+        if type(error).__name__ == "RunStopped":
+            errors.print("stopped; there was nothing to save yet")
+            sys.exit(130)
         # What the rooms raise for the user, by name: importing the classes would cost every call of --help seconds.
         if type(error).__name__ not in USER_ERRORS:
             raise

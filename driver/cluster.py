@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from driver.placement import logical_cpus
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 """Environment of the driver that its actors need too."""
 
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Where `ray job submit` puts the job's runtime environment, as JSON."""
+
 
 @contextmanager
 def connect(config: RunConfig, address: str | None, display: Display) -> Iterator[None]:
@@ -28,7 +32,9 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
         return
     target = address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    # Ray refuses a variable that the submitted job's own environment names already, even with the same value.
+    given = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env", {}).get("env_vars", {})
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ and name not in given}
     try:
         if target:
             ray.init(

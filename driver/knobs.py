@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
@@ -139,7 +139,7 @@ class LearnerConfig(Section):
     """Steps of linear warm-up."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Final learning rate as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's betas."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""

@@ -58,7 +58,7 @@ def step(run: Run, config: RunConfig) -> None:
 
     with watch.phase("learn"):
         update = run.learner.update(batch.groups, batch.summaries, run.version)
-    run.ledger.train(batch.refs)
+    run.book(batch)
     run.version += 1
 
     with watch.phase("sync"):

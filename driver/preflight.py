@@ -10,7 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from driver import checkpoints
 from driver.config import ConfigError, RunConfig
+from driver.metrics import read_metrics
 from driver.wiring import config_adapter, data_options, reward_specs
 from rewards.registry import check_rewards
 from rollout.prompts import DataError, PromptSource
@@ -62,10 +64,17 @@ def _output(config: RunConfig, resume: bool) -> list[str]:
     directory = Path(config.output_dir)
     if directory.exists() and not directory.is_dir():
         return [f"output_dir: {directory} exists and is not a folder"]
-    if not resume and (directory / "metrics.jsonl").exists():
+    if resume:
+        return []
+    if checkpoints.found(directory / "checkpoints"):
         return [
             f"output_dir: {directory} holds an earlier run; continue it with --resume, or name another folder "
             "(output_dir=...)"
+        ]
+    if (directory / "metrics.jsonl").exists() and read_metrics(directory):
+        return [
+            f"output_dir: {directory} holds the figures of an earlier run that left no checkpoint; delete it, or name "
+            "another folder (output_dir=...)"
         ]
     return []
 

@@ -12,7 +12,7 @@ in that order, whichever finishes first: a rerun with the same seed trains the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,42 +72,44 @@ class RolloutPipeline:
     _batches: dict[int, list[_Group]] = field(default_factory=dict)
     _dropped: dict[int, int] = field(default_factory=dict)
     _admitted: int = -1
+    _again: dict[int, Sequence[StoredPrompt]] = field(default_factory=dict)
 
     def admit_through(self, batch: int) -> int:
         """Hand out prompts for every batch up to and including `batch`. Returns how many groups were issued."""
         issued = 0
         while self._admitted < batch:
-            prompts = wait_for(self.data.take.remote(self.prompts_per_step), self.group_timeout, "the next prompts")
-            if self.hold_while_admitting:
-                self._admit_whole(self._admitted + 1, prompts)
-            else:
-                self.admit(self._admitted + 1, prompts)
+            prompts = self._again.pop(self._admitted + 1, None)
+            already_issued = prompts is not None
+            if prompts is None:
+                prompts = wait_for(self.data.take.remote(self.prompts_per_step), self.group_timeout, "the next prompts")
+            admit = self._admit_whole if self.hold_while_admitting else self._admit
+            admit(self._admitted + 1, prompts, already_issued)
             issued += len(prompts)
         return issued
 
-    def admit(self, batch: int, prompts: Sequence[StoredPrompt], *, already_issued: bool = False) -> None:
-        """Issue `prompts` as the groups of `batch` (`already_issued`: a resume found them in the ledger)."""
+    def go_on_from(self, batch: int, again: Mapping[int, Sequence[StoredPrompt]]) -> None:
+        """After a resume: batches before `batch` were trained; `again` are the prompts by batch that the ledger has as
+        issued, which are issued once more when their batch is due."""
+        self._admitted, self._again = batch - 1, dict(again)
+
+    def _admit(self, batch: int, prompts: Sequence[StoredPrompt], already_issued: bool) -> None:
         groups = self._batches.setdefault(batch, [])
         sampling = ray.put(self.sampling)
         for prompt in prompts:
             if not already_issued:
                 self.ledger.issue(prompt.ref, batch)
             groups.append(self._issue(prompt, len(groups), sampling))
-        self._admitted = max(self._admitted, batch)
+        self._admitted = batch
 
-    def _admit_whole(self, batch: int, prompts: Sequence[StoredPrompt]) -> None:
+    def _admit_whole(self, batch: int, prompts: Sequence[StoredPrompt], already_issued: bool) -> None:
         ended = wait_for([e.hold.remote() for e in self.engines], self.group_timeout, "the engines to pause")
-        self.admit(batch, prompts)
+        self._admit(batch, prompts, already_issued)
         shares = [len(range(i, len(prompts), len(self.engines))) for i in range(len(self.engines))]
         calls = [
             engine.release.remote(share, self.sampling.n, count)
             for engine, share, count in zip(self.engines, shares, ended, strict=True)
         ]
         wait_for(calls, self.group_timeout + 60.0, f"batch {batch} to reach the engines' queues")
-
-    def skip_to(self, batch: int) -> None:
-        """Batches before `batch` were trained in an earlier run."""
-        self._admitted = max(self._admitted, batch - 1)
 
     def collect(self, batch: int) -> SealedBatch:
         """Wait until every group of `batch` is scored or given up, and seal it.
@@ -119,12 +121,13 @@ class RolloutPipeline:
         while pending:
             self.check_stop()
             ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=POLL_SECONDS, fetch_local=True)
+            if ready:
+                deadline = time.monotonic() + self._patience()
             for reference, summary in zip(ready, self._summaries(ready), strict=True):
                 group = pending.pop(reference)
                 if self._settle(batch, group, summary):
                     continue
                 pending[group.summary] = group
-                deadline = time.monotonic() + self._patience()
             if pending and not ready and time.monotonic() > deadline:
                 names = ", ".join(str(g.prompt.ref) for g in list(pending.values())[:3])
                 raise RunError(
@@ -198,6 +201,8 @@ def wait_for(reference: ray.ObjectRef | list[ray.ObjectRef], timeout: float, wha
         raise RunError(f"waited {timeout:g} s for {what}") from error
     except ray.exceptions.RayTaskError as error:
         raise RunError(f"while waiting for {what}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise RunError(f"while waiting for {what}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -32,6 +32,7 @@ from learner.group import LearnerGroup
 from learner.types import LearnerError, UpdateStats
 from rollout.types import PromptRef
 from weight_sync.sync import sync_weights
+from weight_sync.verify import WeightSyncError
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ class Run:
     def sync_weights(self) -> None:
         """Send the learner's weights to every engine and commit them as the current version."""
         sync_weights(self.learner, self.actors.handles, self.version, timeout=self.config.weight_sync.timeout)
+
+    def book(self, batch: SealedBatch) -> None:
+        """Enter a batch that went through an optimizer step into the ledger. A group with fewer than two scores took
+        no part in it, and stands there with its reason."""
+        for summary in batch.summaries:
+            if sum(summary.valid) >= 2:
+                self.ledger.train([summary.ref])
+            else:
+                self.ledger.drop(summary.ref, f"fewer than two scores: {summary.invalid_reasons[0][:200]}")
 
     def record(self, batch: SealedBatch, update: UpdateStats, staleness: int, seconds: Mapping[str, float]) -> None:
         """Write down the step that just ended."""
@@ -125,9 +135,11 @@ class Run:
         self._saved = self.version
 
     def checkpoint_after(self, error: Exception) -> None:
-        """Save the state before `error` ends the run, unless the learner itself failed: its ranks may be waiting for
-        each other, and the former checkpoint is what there is."""
-        if isinstance(error, LearnerError):
+        """Save the state before `error` ends the run, unless the learner itself failed, or a transfer for which several
+        ranks gather: they may be waiting for each other, and the former checkpoint is what there is."""
+        config = self.config.learner
+        cut_off = isinstance(error, WeightSyncError) and config.ranks > 1 and config.zero_stage == 3
+        if isinstance(error, LearnerError) or cut_off:
             saved = f"that of step {self._saved}" if self._saved >= 0 else "none yet"
             self.display.phase(f"the learner failed; the newest checkpoint: {saved}")
             return
@@ -139,6 +151,7 @@ class Run:
     def save_model(self) -> None:
         """Write the trained model in Hugging Face format to `output_dir/model`."""
         self.learner.save_pretrained(self.directory / "model")
+        checkpoints.check_visible(self.directory / "model")
 
     def result(self, *, interrupted: bool = False) -> RunResult:
         model = None if interrupted else self.directory / "model"
@@ -150,7 +163,8 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
     """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
     display = display or SilentDisplay()
     preflight(config, resume=resume)
-    directory = Path(config.output_dir)
+    directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
+    config = config.model_copy(update={"output_dir": str(directory)})
     saved = checkpoints.newest(directory / "checkpoints") if resume else None
     with connect(config, address, display), stop_on_signals(display) as check_stop:
         placement = place(config)
@@ -158,6 +172,8 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
         try:
             display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
             actors = start_actors(config, placement, check_stop)
+            if saved is None:
+                (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
             run = _assemble(config, actors, display, check_stop)
             if saved is not None:
                 _restore(run, *saved)
@@ -191,18 +207,20 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
     )
     assert actors.learner is not None
     actors.learner.form_weight_group(actors.handles)
-    evaluator = open_evaluator(config, actors) if config.data.eval else None
+    evaluator = open_evaluator(config, actors, display, check_stop) if config.data.eval else None
     return Run(config, actors, actors.learner, ledger, rollouts, evaluator, log, display)
 
 
-def open_evaluator(config: RunConfig, actors: Actors) -> Evaluator:
+def open_evaluator(config: RunConfig, actors: Actors, display: Display, check_stop: Any) -> Evaluator:
     return Evaluator(
-        prompts=actors.eval_prompts(config.evaluation.max_prompts),
+        prompts=actors.eval_prompts(config.evaluation.max_prompts, config.rollout.start_timeout),
         engines=actors.engines,
         rewards=actors.rewards,
         sampling=evaluation_sampling(config, config_adapter(config)),
         group_by=config.evaluation.group_by,
         timeout=config.rollout.group_timeout + config.reward.timeout,
+        report=display.phase,
+        check_stop=check_stop,
     )
 
 
@@ -219,7 +237,7 @@ def open_engines(config: RunConfig, *, address: str | None, display: Display | N
         try:
             display.phase(f"starting {config.rollout.engines} engine(s)")
             actors = start_actors(config, placement, check_stop, training=False)
-            yield open_evaluator(config, actors)
+            yield open_evaluator(config, actors, display, check_stop)
         finally:
             display.close()
             if actors is not None:
@@ -237,12 +255,26 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     run.sync_weights()
     run.actors.load_data_state(state["cursor"])
     run.ledger = run.rollouts.ledger = Ledger.from_state(state["ledger"])
-    run.rollouts.skip_to(run.version)
     batches: dict[int, list[PromptRef]] = {}
     for batch, ref in run.ledger.outstanding():
         batches.setdefault(batch, []).append(ref)
-    for batch, refs in sorted(batches.items()):
-        run.rollouts.admit(batch, run.actors.read_prompts(refs), already_issued=True)
+    timeout = run.config.rollout.start_timeout
+    again = {batch: run.actors.read_prompts(refs, timeout) for batch, refs in batches.items()}
+    run.rollouts.go_on_from(run.version, again)
+    if changed := _changed(state["config"], run.config.model_dump(mode="json")):
+        run.display.phase("changed since the checkpoint: " + "; ".join(changed))
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Knobs that differ between two dumped configurations, one text each."""
+    found = []
+    for name, value in now.items():
+        before = then.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            found += _changed(before, value, f"{prefix}{name}.")
+        elif before != value:
+            found.append(f"{prefix}{name} {before!r} -> {value!r}")
+    return found
 
 
 def _busy(batch: SealedBatch, update: UpdateStats) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from driver.config import RunConfig
+from driver.errors import RunError
 from driver.placement import Device
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.registry import RewardSpec
@@ -65,6 +66,9 @@ def evaluation_sampling(config: RunConfig, adapter: MultimodalAdapter) -> Sampli
 
 
 def transfer_backend(config: RunConfig, device: Device) -> str:
+    """Raises RunError for a backend that the device cannot have."""
+    if config.weight_sync.backend == "nccl" and device == "cpu":
+        raise RunError("weight_sync.backend=nccl needs GPUs, and this cluster has none; use gloo (or auto)")
     if config.weight_sync.backend != "auto":
         return config.weight_sync.backend
     return "nccl" if device == "cuda" else "gloo"

@@ -10,6 +10,7 @@ import torch
 from learner.checkpoint import atomic_directory
 from learner.policy import PolicyModule
 from vlm.adapter import MultimodalAdapter
+from vlm.saved import rename_saved_weights
 from weight_sync.source import PolicySource, gathered
 
 
@@ -30,6 +31,7 @@ def save_policy(policy: PolicyModule, adapter: MultimodalAdapter, directory: Pat
         if partial is None:
             return
         policy.base.save_pretrained(partial, state_dict=weights)
+        rename_saved_weights(partial, adapter.engine_weight_name)
         adapter.processor.save_pretrained(partial)
         if lora:
             policy.model.save_pretrained(partial / "adapter", state_dict=lora)

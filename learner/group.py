@@ -29,6 +29,10 @@ from learner.types import (
 from learner.worker import LearnerWorker, ScoredGroup
 from rollout.types import GroupSummary
 from weight_sync.protocols import EngineHandle, TransferReport
+from weight_sync.verify import WeightSyncError
+
+TRANSFER_MARGIN = 30.0
+"""Seconds beyond a transfer's own limit in which the ranks must have said how it ended."""
 
 
 class LearnerGroup:
@@ -134,12 +138,22 @@ class LearnerGroup:
         self._wait("saving the model", [w.save_pretrained.remote(str(directory)) for w in self._workers])
 
     def form_weight_group(self, engines: Sequence[EngineHandle]) -> None:
-        """Connect rank 0 with `engines`, in place of the former group. Raises LearnerError naming who did not join."""
-        self._wait("forming the weight-transfer group", [w.form_weight_group.remote(engines) for w in self._workers])
+        """Connect rank 0 with `engines`, in place of the former group.
+
+        Raises WeightSyncError naming who did not join."""
+        calls = [w.form_weight_group.remote(engines) for w in self._workers]
+        self._wait("forming the weight-transfer group", calls, self._transfer_limit)
 
     def send_weights(self) -> TransferReport:
-        """Send the current weights to the engines of the group, which must be paused."""
-        return self._wait("sending the weights", [w.send_weights.remote() for w in self._workers])[0]
+        """Send the current weights to the engines of the group, which must be paused.
+
+        Raises WeightSyncError when an engine fails, LearnerTimeoutError when one is silent (NCCL)."""
+        calls = [w.send_weights.remote() for w in self._workers]
+        return self._wait("sending the weights", calls, self._transfer_limit)[0]
+
+    @property
+    def _transfer_limit(self) -> float | None:
+        return None if self._transfer is None else self._transfer.timeout + TRANSFER_MARGIN
 
     def shutdown(self) -> None:
         """End every rank's process. Safe to call twice, and on a group that failed."""
@@ -162,6 +176,10 @@ class LearnerGroup:
             for call in ready:
                 try:
                     results[rank_of[call]] = ray.get(call)
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, WeightSyncError):
+                        raise error.cause from None  # an engine's failure, not the learner's
+                    raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
                 except ray.exceptions.RayError as error:
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
         return results

@@ -100,9 +100,11 @@ class PolicyModule(nn.Module):
             distinct = {key: kwargs[key] for key in self.adapter.image_kwargs}
             encoded = backbone.get_image_features(kwargs.pop("pixel_values"), **distinct, return_dict=True)
             kwargs["mm_encoder_outputs"] = {"image": encoded}
+            for key in distinct.keys() - set(self.adapter.position_kwargs):
+                del kwargs[key]
             if batch.image_index is not None:
-                encoded.pooler_output = [encoded.pooler_output[place] for place in batch.image_index.tolist()]
-                kwargs.update({key: value[batch.image_index] for key, value in distinct.items()})
+                self.adapter.repeat_features(encoded, batch.image_index)
+                kwargs.update({key: distinct[key][batch.image_index] for key in self.adapter.position_kwargs})
         if batch.segments is not None:
             positions = self.adapter.position_ids(backbone, batch.input_ids, batch.attention_mask, kwargs)
             kwargs["position_ids"] = positions - position_shift(batch.segments)

@@ -146,18 +146,20 @@ def collate(rows: Sequence[Row], adapter: MultimodalAdapter) -> MultimodalBatch:
         rewards=rewards,
         policy_versions=versions,
         pixel_values=pixel_values,
-        image_index=_image_index(rows, distinct) if pixel_values is not None else None,
+        image_index=_image_index(rows, distinct, adapter) if pixel_values is not None else None,
         extra_model_kwargs={**extra, **adapter.token_inputs(ids)},
     )
 
 
-def _image_index(rows: Sequence[Row], distinct: Mapping[int, EncodedPrompt]) -> Tensor | None:
-    """Places of images, in the order of the rows, to the distinct images; None where each has one place."""
+def _image_index(
+    rows: Sequence[Row], distinct: Mapping[int, EncodedPrompt], adapter: MultimodalAdapter
+) -> Tensor | None:
+    """Places of image features, in the order of the rows, to the distinct ones; None where each has one place."""
     if len(distinct) == len(rows):
         return None
     first, count = {}, 0
     for key, prompt in distinct.items():
         first[key] = count
-        count += prompt.num_images
-    places = [first[id(row.prompt)] + i for row in rows for i in range(row.prompt.num_images)]
+        count += adapter.feature_rows(prompt)
+    places = [first[id(row.prompt)] + i for row in rows for i in range(adapter.feature_rows(row.prompt))]
     return torch.tensor(places, dtype=torch.int64)

@@ -104,3 +104,7 @@ def test_knobs_are_few_and_documented():
     knobs = list(iter_knobs())
     assert len(knobs) <= 80
     assert [name for name, info in knobs if not info.description] == []
+
+
+def test_momenta_of_one_and_more_are_refused():
+    assert "learner.betas" in problems_of({**MINIMAL, "learner": {"betas": [1.5, -2]}})

@@ -28,6 +28,10 @@ from rollout.types import (
 pytestmark = pytest.mark.e2e
 
 
+def prompt(row: int) -> Prompt:
+    return Prompt(PromptRef(f"d:{row}", 0, 0, row), "p", np.zeros(2, np.int32), expanded_length=2)
+
+
 class ScriptedData:
     def load(self) -> None:
         self.row = 0
@@ -35,9 +39,7 @@ class ScriptedData:
     def take(self, n: int) -> list[StoredPrompt]:
         rows = range(self.row, self.row + n)
         self.row += n
-        ids = np.zeros(2, np.int32)
-        prompts = [Prompt(PromptRef(f"d:{r}", 0, 0, r), "p", ids, expanded_length=2) for r in rows]
-        return [StoredPrompt(p.ref, p) for p in prompts]
+        return [StoredPrompt(p.ref, p) for p in map(prompt, rows)]
 
 
 class ScriptedEngine:
@@ -61,6 +63,11 @@ class ScriptedEngine:
 
     def seen(self) -> dict[int, list[int]]:
         return self.seeds
+
+    def hold(self) -> int:
+        return 0
+
+    def release(self, groups: int, n: int, ended: int) -> None: ...
 
 
 class ScriptedReward:
@@ -123,6 +130,25 @@ def test_batches_are_admitted_once_and_sealed_in_order_of_admission(pipeline, lo
     assert local_ray.get(first.groups[2]).prompt.ref.row == 2
     seeds = local_ray.get(run.engines[0].seen.remote())
     assert seeds[4] == [draw_seed(5, "d:4", 0)]
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_after_a_resume_what_was_issued_comes_first_and_no_earlier_than_due(pipeline, local_ray, hold):
+    run = pipeline(hold_while_admitting=hold)
+    again = {
+        batch: [StoredPrompt(p.ref, p) for p in (prompt(batch * 10 + i) for i in range(2))]  # one of three was dropped
+        for batch in (4, 5)
+    }
+    for batch, prompts in again.items():
+        for stored in prompts:
+            run.ledger.issue(stored.ref, batch)
+    run.go_on_from(4, again)
+    assert run.admit_through(4) == 2
+    assert local_ray.get(run.engines[0].seen.remote()).keys() == {40, 41}
+    assert rows(run.collect(4)) == [40, 41]
+    assert run.admit_through(6) == 2 + 3
+    assert rows(run.collect(5)) == [50, 51]
+    assert rows(run.collect(6)) == [0, 1, 2]
 
 
 def test_a_retry_repeats_the_seed_and_a_refused_prompt_is_dropped_with_its_reason(pipeline, local_ray):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,8 @@ from driver.config import ConfigError, parse_config
 from driver.loop import evaluate, train
 from driver.metrics import read_metrics
 from driver.shapes import make_shapes
+from driver.wiring import config_adapter, data_options
+from rollout.prompts import PromptSource
 
 pytestmark = pytest.mark.e2e
 
@@ -107,6 +111,23 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(settings, tmp
         parse_config({**settings, "output_dir": "unused", "model": {"path": str(whole.model_dir), "dtype": "float32"}})
     )
     assert again == whole.evaluations[4]
+
+    # A run that was stopped inside batch 2: its prompts were handed out, and nothing of it was trained.
+    stopped_dir = tmp_path / "stopped"
+    saved = stopped_dir / "checkpoints/step-000002"
+    shutil.copytree(resumed_dir / "checkpoints/step-000002", saved)
+    state = json.loads((saved / "run.json").read_text())
+    config = parse_config({**settings, "output_dir": str(stopped_dir)})
+    source = PromptSource(data_options(config, config.data.train), config_adapter(config))
+    source.load_state(state["cursor"])
+    state["ledger"]["outstanding"] = [{"batch": 2, **asdict(prompt.ref)} for prompt in source.take(4)]
+    state["cursor"] = source.state()
+    (saved / "run.json").write_text(json.dumps(state))
+    (stopped_dir / "metrics.jsonl").write_text("")
+    stopped = train(config, resume=True)
+    assert stopped.model_dir is not None
+    actual = weights(stopped.model_dir)
+    assert [name for name in expected if not expected[name].equal(actual[name])] == []
 
 
 def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_path, local_ray):

@@ -53,8 +53,14 @@ def test_every_layout_gives_the_models_own_logprobs(
         logprobs, entropy = policy(batch)
     assert (logprobs[~batch.loss_mask] == 0).all() and (entropy[~batch.loss_mask] == 0).all()
     assert (entropy[batch.loss_mask] > 0).all()
-    everything = torch.cat([values for group in expected for values in group])
-    torch.testing.assert_close(flat(batch, logprobs).double(), everything, rtol=0, atol=3e-5)
+    everything = {
+        tuple(c.segments[0].token_ids): values
+        for group, own in zip(case.groups, expected, strict=True)
+        for c, values in zip(group.completions, own, strict=True)
+    }
+    in_rows = [everything[tuple(s.token_ids.tolist())] for row in rows for s in row.samples]
+    assert len(in_rows) == len(everything)
+    torch.testing.assert_close(flat(batch, logprobs).double(), torch.cat(in_rows), rtol=0, atol=3e-5)
 
 
 def test_the_image_matters(adapter: MultimodalAdapter, policy: PolicyModule):

@@ -142,7 +142,16 @@ class Jobs:
 
         def accepted() -> bool:
             done = self._run(
-                "submit", "--working-dir", ".", "--no-wait", "--submission-id", "saccade", "--", *entrypoint
+                "submit",
+                "--working-dir",
+                ".",
+                "--no-wait",
+                "--submission-id",
+                "saccade",
+                "--runtime-env-json",
+                json.dumps({"env_vars": {"HF_HUB_OFFLINE": "1"}}),
+                "--",
+                *entrypoint,
             )
             refused.append(done.stderr)
             return done.returncode == 0

@@ -45,6 +45,12 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert checkpoints.newest(tmp_path)[1]["note"] == "new"
 
 
+def test_a_learner_on_a_node_with_other_storage_is_told(tmp_path):
+    with pytest.raises(RunError, match="storage that all nodes share"):
+        checkpoints.save(tmp_path, 1, {}, lambda path: None, keep=1)
+    assert checkpoints.found(tmp_path) == []
+
+
 def test_nothing_to_resume_and_foreign_formats_are_said(tmp_path):
     with pytest.raises(RunError, match="nothing to resume"):
         checkpoints.newest(tmp_path / "absent")

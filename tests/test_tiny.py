@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from driver import shapes
 from vlm.adapter import MultimodalAdapter
@@ -35,8 +36,8 @@ def words_adapter(tmp_path_factory: pytest.TempPathFactory) -> MultimodalAdapter
     return load_adapter(str(path))
 
 
-def test_every_tiny_family_has_an_adapter() -> None:
-    assert set(TINY) <= set(ADAPTERS)
+def test_every_family_has_a_tiny_model() -> None:
+    assert {name.rpartition("/")[2] for name in ADAPTERS} == set(TINY)
 
 
 def test_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
@@ -45,10 +46,23 @@ def test_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_small_float32_and_reproducible(directory: Path, tmp_path: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(directory)
+def load_model(directory: Path, adapter: MultimodalAdapter) -> Any:
+    kind = AutoModelForImageTextToText if adapter.has_vision else AutoModelForCausalLM
+    return kind.from_pretrained(directory)
+
+
+def test_no_weight_of_it_is_lost_or_made_up_when_it_is_loaded(directory: Path, adapter: MultimodalAdapter) -> None:
+    kind = AutoModelForImageTextToText if adapter.has_vision else AutoModelForCausalLM
+    model, report = kind.from_pretrained(directory, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     assert model.dtype == torch.float32
-    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 1e6
+    assert sum(p.numel() for p in model.parameters()) < 3e6
+
+
+def test_the_demos_model_is_reproducible_and_wide(tmp_path: Path) -> None:
+    directory = build_tiny("qwen2_5_vl", tmp_path / "first", seed=1)
+    model = AutoModelForImageTextToText.from_pretrained(directory)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # a part that ignored initializer_range would not learn
             assert parameter.detach().std().item() == pytest.approx(TinySizes().initializer_range, rel=0.05), name
@@ -65,7 +79,7 @@ def test_it_is_small_float32_and_reproducible(directory: Path, tmp_path: Path) -
 
 def test_end_of_turn_ends_a_completion_everywhere(directory: Path, adapter: MultimodalAdapter) -> None:
     end = adapter.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model = AutoModelForImageTextToText.from_pretrained(directory)
+    model = load_model(directory, adapter)
     assert adapter.stop_token_ids == (end,)
     assert model.generation_config.eos_token_id == end
     assert model.generation_config.pad_token_id == adapter.tokenizer.pad_token_id
@@ -73,14 +87,15 @@ def test_end_of_turn_ends_a_completion_everywhere(directory: Path, adapter: Mult
     assert adapter.tokenizer.pad_token_id not in adapter.stop_token_ids
 
 
-def test_the_smallest_image_takes_four_tokens(adapter: MultimodalAdapter) -> None:
-    encoded = adapter.encode(adapter.render(QUESTION), [Image.new("RGB", (56, 56))])
-    assert encoded.input_ids.tolist().count(adapter.image_token_id) == 4
+def test_the_smallest_image_takes_four_tokens(words_adapter: MultimodalAdapter) -> None:
+    encoded = words_adapter.encode(words_adapter.render(QUESTION), [Image.new("RGB", (56, 56))])
+    assert encoded.input_ids.tolist().count(words_adapter.image_token_id) == 4
 
 
 @settings(max_examples=25)
 @given(sizes=st.lists(st.tuples(st.integers(20, 500), st.integers(20, 500)), max_size=3))
 def test_length_is_known_from_image_sizes_alone(adapter: MultimodalAdapter, sizes: list[tuple[int, int]]) -> None:
+    sizes = sizes if adapter.has_vision else []
     content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": "what do you see?"}]
     text = adapter.render([{"role": "user", "content": content}])
     encoded = adapter.encode(text, [Image.new("RGB", (width, height)) for height, width in sizes])
@@ -89,7 +104,9 @@ def test_length_is_known_from_image_sizes_alone(adapter: MultimodalAdapter, size
 
 @torch.no_grad()
 def test_changed_pixels_move_the_next_token(directory: Path, adapter: MultimodalAdapter) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(directory)
+    if not adapter.has_vision:
+        pytest.skip("a text model")
+    model = load_model(directory, adapter)
     text = adapter.render(QUESTION)
 
     def logprobs(color: tuple[int, int, int]) -> torch.Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from rollout.types import Media
 from vlm.media import open_image
 
 Messages = Sequence[Mapping[str, Any]]
+_TOKEN_ALIGNED = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 class AdapterError(ValueError):
@@ -50,14 +50,17 @@ class MultimodalAdapter(ABC):  # noqa: B024
     image_token: ClassVar[str] = ""
     """The one placeholder that the processor expands to an image's tokens."""
     image_kwargs: ClassVar[tuple[str, ...]] = ()
-    """Those of the model's inputs, besides pixels, that have one entry per image and that its `get_image_features`
-    takes too."""
+    """Those of the model's inputs, besides pixels, that its `get_image_features` takes."""
+    position_kwargs: ClassVar[tuple[str, ...]] = ()
+    """Those of `image_kwargs` that positions derive from; they have one entry per image."""
+    nested_images: ClassVar[bool] = False
+    """Whether the processor takes images as one list per prompt, instead of one list."""
     shares_prompts: ClassVar[bool] = False
     """Whether the model takes a 4-D boolean attention mask and given positions, so that several completions can be
     laid behind one copy of their prompt. False where layers differ in what they attend to (sliding windows, image
     tokens that see each other)."""
-    engine_name_prefixes: ClassVar[Mapping[str, str]] = {}
-    """Parameter-name prefixes that the engine spells differently: trainer's -> engine's."""
+    engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
 
     def __init__(self, processor: Any, model_config: Any) -> None:
         self.processor = processor
@@ -68,6 +71,7 @@ class MultimodalAdapter(ABC):  # noqa: B024
         if missing:
             raise AdapterError(f"{type(self).__name__}: the tokenizer lacks {', '.join(missing)}")
         self.image_token_id: int | None = vocabulary[self.image_token] if self.image_token else None
+        self._lengths: dict[tuple[int, int], int] = {}
 
     @classmethod
     def load(cls, path: str, *, trust_remote_code: bool = False) -> MultimodalAdapter:
@@ -102,22 +106,27 @@ class MultimodalAdapter(ABC):  # noqa: B024
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
     def tokenize(self, text: str) -> list[int]:
-        """Unexpanded ids. Raises AdapterError if the text holds a placeholder run, which would be expanded twice."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        image = self.image_token_id
-        if image is not None and any(a == b == image for a, b in pairwise(ids)):
-            raise AdapterError(f"the prompt holds {self.image_token} twice in a row: already expanded?")
-        return ids
+        """Unexpanded ids."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def count_images(self, token_ids: Sequence[int]) -> int:
         """Image placeholders in unexpanded ids."""
         return sum(1 for t in token_ids if t == self.image_token_id) if self.image_token_id is not None else 0
 
     def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens each image of `(height, width)` expands to, computed from the size alone."""
+        """Tokens each image of `(height, width)` expands to, from the size alone."""
         if not sizes:
             return []
+        if not hasattr(self.processor, "_get_num_multimodal_tokens"):
+            return [self._length_by_trial(*size) for size in sizes]
         return list(self.processor._get_num_multimodal_tokens(image_sizes=[list(s) for s in sizes])["num_image_tokens"])
+
+    def _length_by_trial(self, height: int, width: int) -> int:
+        """Run the processor over a blank image of that size, once per size."""
+        if (height, width) not in self._lengths:
+            with_image = len(self.encode(self.image_token, [Image.new("RGB", (width, height))]).input_ids)
+            self._lengths[height, width] = with_image - len(self.tokenize(self.image_token)) + 1
+        return self._lengths[height, width]
 
     def expanded_length(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
         """Prompt length in tokens as engine and learner count it, from unexpanded ids and image `(height, width)`s."""
@@ -126,7 +135,15 @@ class MultimodalAdapter(ABC):  # noqa: B024
     # ------------------------------------------------------------------ engine side
 
     def engine_prompt(self, token_ids: Sequence[int], media: Sequence[Media]) -> dict[str, Any]:
-        """A vLLM prompt: unexpanded ids, decoded images, and their digests as cache identities."""
+        """A vLLM prompt: unexpanded ids, decoded images, and their digests as cache identities.
+
+        Raises AdapterError unless there is one placeholder per image: vLLM would expand an expanded prompt again,
+        without an error."""
+        if self.count_images(token_ids) != len(media):
+            raise AdapterError(
+                f"{self.count_images(token_ids)} times {self.image_token} in the prompt for {len(media)} image(s): "
+                "already expanded?"
+            )
         prompt: dict[str, Any] = {"prompt_token_ids": [int(t) for t in token_ids]}
         if media:
             prompt["multi_modal_data"] = {"image": [open_image(m.data) for m in media]}
@@ -135,9 +152,9 @@ class MultimodalAdapter(ABC):  # noqa: B024
 
     def engine_weight_name(self, name: str) -> str:
         """The engine's name of the trainer's parameter `name`."""
-        for trainer, engine in self.engine_name_prefixes.items():
-            if name.startswith(trainer):
-                return engine + name[len(trainer) :]
+        for trainer, engine in self.engine_name_parts:
+            if trainer in name and engine not in name:
+                return name.replace(trainer, engine, 1)
         return name
 
     # ------------------------------------------------------------------ learner side
@@ -147,11 +164,25 @@ class MultimodalAdapter(ABC):  # noqa: B024
         if not images:
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
             return EncodedPrompt(ids)
-        out = dict(self.processor(text=[text], images=list(images), return_tensors="pt", add_special_tokens=False))
+        given = [list(images)] if self.nested_images else list(images)
+        out = dict(self.processor(text=[text], images=given, return_tensors="pt", add_special_tokens=False))
         ids = out.pop("input_ids")[0]
-        for aligned in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-            out.pop(aligned, None)
+        out = self.without_bookkeeping(out)
         return EncodedPrompt(ids, out.pop("pixel_values"), out, len(images))
+
+    def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        """Those of the processor's outputs that describe images, as the model takes them; token-aligned ones are
+        derived from the padded ids later (`token_inputs`)."""
+        return {k: v for k, v in outputs.items() if k not in _TOKEN_ALIGNED}
+
+    def feature_rows(self, prompt: EncodedPrompt) -> int:
+        """How many entries of the model's image features belong to a prompt: one per image, or per tile."""
+        return prompt.num_images
+
+    def repeat_features(self, encoded: Any, index: Tensor) -> None:
+        """Replace image features (an output of `get_image_features`) by those at `index` int64 `[n]`, in place."""
+        features = encoded.pooler_output
+        encoded.pooler_output = features[index] if isinstance(features, Tensor) else [features[i] for i in index]
 
     def encode_batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[EncodedPrompt]:
         """`encode` of many prompts. A family whose processor is faster on batches, and whose outputs it can cut apart
@@ -163,9 +194,9 @@ class MultimodalAdapter(ABC):  # noqa: B024
         with_media = [p for p in prompts if p.pixel_values is not None]
         if not with_media:
             return None, {}
-        pixels = torch.cat([p.pixel_values for p in with_media if p.pixel_values is not None])
+        pixels = concatenate_padded([p.pixel_values for p in with_media if p.pixel_values is not None])
         keys = with_media[0].extra_model_kwargs
-        return pixels, {k: torch.cat([p.extra_model_kwargs[k] for p in with_media]) for k in keys}
+        return pixels, {k: concatenate_padded([p.extra_model_kwargs[k] for p in with_media]) for k in keys}
 
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Token-aligned model inputs that follow from the padded ids `[B, L]` alone (type ids, say)."""
@@ -186,3 +217,14 @@ class MultimodalAdapter(ABC):  # noqa: B024
             return None
         text = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}])
         return self.encode(text, [Image.new("RGB", (56, 56))])
+
+
+def concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Along dimension 0; every other dimension is padded with zeros at its end to the largest: tiles and sides of
+    images of different sizes."""
+    sizes = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].ndim)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+        padded.append(torch.nn.functional.pad(tensor, [n for m in reversed(missing) for n in (0, m)]))
+    return torch.cat(padded)

@@ -54,8 +54,8 @@ class MultimodalBatch:
     pixel_values: Tensor | None = None
     """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`): each *distinct* image once."""
     image_index: Tensor | None = None
-    """int64 `[N]`: which distinct image stands at the n-th place for one, in the order of the rows. None: there is
-    one place for each, in their order."""
+    """int64 `[N]`: which of the distinct images' features (one per image, or per tile) stands at the n-th place, in the
+    order of the rows. None: there is one place for each, in their order."""
     extra_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the model's forward takes: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`, video and
     audio keys, `mm_token_type_ids`, pre-computed image embeddings."""

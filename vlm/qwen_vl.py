@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL: images as rows of patches, M-RoPE positions derived from `mm_token_type_ids`."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images as rows of patches, M-RoPE positions derived from `mm_token_type_ids`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class QwenVLAdapter(MultimodalAdapter):
     )
 
     image_kwargs: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
+    position_kwargs: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
     shares_prompts: ClassVar[bool] = True
 
     def encode_batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[EncodedPrompt]:
@@ -65,3 +66,15 @@ class QwenVLAdapter(MultimodalAdapter):
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """`mm_token_type_ids [B, L]`: 1 at image tokens, from which the model derives M-RoPE positions."""
         return {"mm_token_type_ids": torch.eq(input_ids, self.image_token_id or -1).to(torch.int32)}
+
+
+class Qwen3VLAdapter(QwenVLAdapter):
+    """Patches of 16 pixels; the tower's features enter the first language layers too (deepstack)."""
+
+    def repeat_features(self, encoded: Any, index: Tensor) -> None:
+        """`deepstack_features`: per layer `[tokens of all images, H]`."""
+        lengths = [len(f) for f in encoded.pooler_output]
+        encoded.deepstack_features = [
+            torch.cat([layer.split(lengths)[i] for i in index]) for layer in encoded.deepstack_features
+        ]
+        super().repeat_features(encoded, index)

@@ -8,12 +8,35 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.qwen_vl import QwenVLAdapter
+from vlm.aria import AriaAdapter
+from vlm.gemma3 import Gemma3Adapter
+from vlm.idefics3 import Idefics3Adapter
+from vlm.internvl import InternVLAdapter
+from vlm.llava import LlavaAdapter
+from vlm.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
+from vlm.pixtral import PixtralAdapter
+from vlm.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
+from vlm.text import TextAdapter
 
 ADAPTERS: dict[str, type[MultimodalAdapter]] = {
-    "qwen2_vl": QwenVLAdapter,
+    "aria": AriaAdapter,
+    "gemma3": Gemma3Adapter,
+    "idefics3": Idefics3Adapter,
+    "internvl": InternVLAdapter,
+    "llama": TextAdapter,
+    "llava": LlavaAdapter,
+    "llava/pixtral": PixtralAdapter,
+    "llava_next": LlavaNextAdapter,
+    "llava_onevision": LlavaOnevisionAdapter,
+    "mistral3": PixtralAdapter,
+    "qwen2": TextAdapter,
     "qwen2_5_vl": QwenVLAdapter,
+    "qwen2_vl": QwenVLAdapter,
+    "qwen3": TextAdapter,
+    "qwen3_vl": Qwen3VLAdapter,
+    "smolvlm": Idefics3Adapter,
 }
+"""By `model_type`, or by `model_type/vision tower's model_type` where one model type stands for several families."""
 
 
 def load_adapter(path: str, adapter: str | None = None, *, trust_remote_code: bool = False) -> MultimodalAdapter:
@@ -30,15 +53,21 @@ def load_adapter(path: str, adapter: str | None = None, *, trust_remote_code: bo
         if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
             raise AdapterError(f"no usable model at {path!r}: there is no such folder")
         try:
-            model_type = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).model_type
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise AdapterError(f"no usable model at {path!r}: {reason}") from error
-        if model_type not in ADAPTERS:
+        model_type = config.model_type
+        tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+        found = ADAPTERS.get(f"{model_type}/{tower}") or ADAPTERS.get(model_type)
+        if found is None:
             known = ", ".join(sorted(ADAPTERS))
             raise AdapterError(
                 f"no adapter for model type {model_type!r} of {path!r}; known: {known}. "
                 "Write one and name it as model.adapter: 'package.module:Class'"
             )
-        cls = ADAPTERS[model_type]
-    return cls.load(path, trust_remote_code=trust_remote_code)
+        cls = found
+    try:
+        return cls.load(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"no usable tokenizer or processor at {path!r}: {str(error).splitlines()[0]}") from error

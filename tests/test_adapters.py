@@ -1,0 +1,68 @@
+"""Adapters: what docs/adapters.md says, batches of one prompt each and of many, names that both sides know."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm.adapter import AdapterError, MultimodalAdapter, concatenate_padded
+from vlm.registry import ADAPTERS, load_adapter
+from vlm.tiny import build_tiny
+
+
+def picture(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_the_worked_example_of_the_docs_works(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (repository / "docs/adapters.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_family.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = build_tiny("llava", tmp_path / "model")
+    adapter = load_adapter(str(model), "my_family:MyAdapter")
+    assert type(adapter).__name__ == "MyAdapter"
+    text = adapter.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
+    encoded = adapter.encode(text, [picture(60, 80)])
+    assert len(encoded.input_ids) == adapter.expanded_length(adapter.tokenize(text), [(80, 60)])
+
+
+def test_the_docs_name_every_family(repository: Path) -> None:
+    text = (repository / "docs/adapters.md").read_text()
+    assert [name for name in ADAPTERS if f"`{name.partition('/')[0]}`" not in text] == []
+
+
+@pytest.fixture(scope="module")
+def llava_next(tmp_path_factory: pytest.TempPathFactory) -> MultimodalAdapter:
+    return load_adapter(str(build_tiny("llava_next", tmp_path_factory.mktemp("llava_next"))))
+
+
+def test_joining_pads_tiles_and_sides_at_their_ends() -> None:
+    joined = concatenate_padded([torch.ones(1, 2, 3), torch.full((2, 1, 5), 2.0)])
+    assert joined.shape == (3, 2, 5)
+    assert joined[0].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
+    assert joined[2].tolist() == [[2, 2, 2, 2, 2], [0, 0, 0, 0, 0]]
+
+
+def test_the_towers_missing_level_is_added_once(llava_next: MultimodalAdapter) -> None:
+    ours = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
+    theirs = "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert llava_next.engine_weight_name(ours) == theirs
+    assert llava_next.engine_weight_name(theirs) == theirs
+    assert llava_next.engine_weight_name("model.language_model.norm.weight") == "model.language_model.norm.weight"
+
+
+def test_an_expanded_prompt_is_not_given_to_the_engine(llava_next: MultimodalAdapter) -> None:
+    from rollout.types import Media
+
+    image = llava_next.image_token_id
+    with pytest.raises(AdapterError, match=r"3 times <image> in the prompt for 1 image\(s\): already expanded"):
+        llava_next.engine_prompt([1, image, image, image, 2], [Media("image", "d", b"", 1, 1)])

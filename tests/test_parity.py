@@ -1,0 +1,61 @@
+"""vLLM and the learner agree on every family, on tiny models; and the comparison notices when they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from driver.parity import CaseResult, parity, run_parity
+from vlm.adapter import EncodedPrompt
+from vlm.qwen_vl import QwenVLAdapter
+from vlm.tiny import TINY, build_tiny
+
+REPRESENTATIVE = ("internvl", "llava_next", "qwen2_5_vl", "smolvlm")
+"""One of each way to lay out pixels: tiles by count, padded tiles, patch rows, tiles by prompt. The others are slow."""
+TOLERANCE = 1e-5
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "family", [f if f in REPRESENTATIVE else pytest.param(f, marks=pytest.mark.slow) for f in sorted(TINY)]
+)
+def test_engine_and_learner_agree(family: str, tmp_path: Path) -> None:
+    results = parity(str(build_tiny(family, tmp_path / family)))
+    assert [r for r in results if not r.agrees(TOLERANCE)] == []
+    assert len(results) == 1 or [r.case for r in results] == ["text", "1 image", "3 images", "interleaved"]
+    assert all(r.tokens == 32 for r in results)
+
+
+class OtherPixels(QwenVLAdapter):
+    """A learner that normalises images in another way than the engine."""
+
+    def encode_batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[EncodedPrompt]:
+        darker = [[Image.fromarray((np.asarray(image) * 0.5).astype(np.uint8)) for image in own] for own in images]
+        return super().encode_batch(texts, darker)
+
+
+@pytest.mark.e2e
+def test_a_learner_with_other_pixels_is_found_out(tmp_path: Path) -> None:
+    results = parity(str(build_tiny("qwen2_5_vl", tmp_path)), adapter="tests.test_parity:OtherPixels")
+    verdicts = {r.case: r.agrees(TOLERANCE) for r in results}
+    assert verdicts == {"text": True, "1 image": False, "3 images": False, "interleaved": False}
+
+
+def test_an_agreement_that_does_not_depend_on_the_pixels_is_none() -> None:
+    same = CaseResult("1 image", 40, 32, largest=1e-7, mean=1e-8, moved=2.0)
+    assert same.agrees(TOLERANCE)
+    assert not CaseResult("1 image", 40, 32, largest=1e-7, mean=1e-8, moved=0.0).agrees(TOLERANCE)
+    assert not CaseResult("1 image", 40, 32, largest=2e-5, mean=1e-8, moved=2.0).agrees(TOLERANCE)
+    assert not CaseResult("1 image", problem="first at position 3").agrees(TOLERANCE)
+    assert not CaseResult("1 image").agrees(TOLERANCE)
+
+
+@pytest.mark.parametrize(("model", "tiny"), [(None, None), ("m", "all"), (None, "qwen9")])
+def test_what_to_compare_must_be_one_thing_that_exists(model: str | None, tiny: str | None) -> None:
+    with pytest.raises(ValueError, match=r"--tiny|no tiny model"):
+        run_parity(model, tiny=tiny, images=3, tolerance=TOLERANCE, path=None, console=Console())

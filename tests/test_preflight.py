@@ -1,0 +1,60 @@
+"""What is checked before anything starts, beyond the configuration itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from driver.config import ConfigError, parse_config
+from driver.errors import RunError
+from driver.preflight import preflight
+from driver.shapes import make_shapes
+from driver.wiring import transfer_backend
+from vlm.adapter import AdapterError
+from vlm.registry import load_adapter
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("shapes")
+    make_shapes(folder, seed=0, train_rounds=1, unseen_rounds=1)
+    return {
+        "steps": 4,
+        "model": {"path": str(tiny_model)},
+        "data": {"train": [str(folder / "train.parquet")], "max_prompt_length": 256},
+        "rollout": {"max_completion_length": 12},
+        "learner": {"prompts_per_step": 4},
+    }
+
+
+def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(settings: dict, tmp_path: Path) -> None:
+    config = parse_config({**settings, "output_dir": str(tmp_path)})
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "evaluation", "step": 0, "results": {}}) + "\n")
+    preflight(config)
+
+
+def test_figures_without_a_checkpoint_and_checkpoints_are_not_written_over(settings: dict, tmp_path: Path) -> None:
+    config = parse_config({**settings, "output_dir": str(tmp_path)})
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
+    with pytest.raises(ConfigError, match="left no checkpoint; delete it"):
+        preflight(config)
+    (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="continue it with --resume"):
+        preflight(config)
+    preflight(config, resume=True)
+
+
+def test_nccl_is_refused_where_the_cluster_turns_out_to_have_no_gpu(settings: dict) -> None:
+    config = parse_config({**settings, "output_dir": "x", "weight_sync": {"backend": "nccl"}})
+    with pytest.raises(RunError, match="nccl needs GPUs"):
+        transfer_backend(config, "cpu")
+    assert transfer_backend(config, "cuda") == "nccl"
+
+
+def test_a_model_without_tokenizer_is_said_to_be_unusable(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    with pytest.raises(AdapterError, match="no usable tokenizer or processor at"):
+        load_adapter(str(tmp_path))

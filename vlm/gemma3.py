@@ -1,0 +1,31 @@
+"""Gemma3: a fixed number of tokens an image; sliding windows in most layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm.adapter import MultimodalAdapter
+from vlm.llava import TOWER_LEVEL
+
+
+class Gemma3Adapter(MultimodalAdapter):
+    """`pixel_values [N, 3, H, W]`. The text holds `<start_of_image>`, the expanded prompt `<image_soft_token>`s."""
+
+    image_token: ClassVar[str] = "<start_of_image>"
+    placeholder_tokens: ClassVar[tuple[str, ...]] = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+    nested_images: ClassVar[bool] = True
+    engine_name_parts = (TOWER_LEVEL,)
+
+    def expanded_length(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+        """An image's tokens come with blank lines around them, which the tokenizer merges with what stands beside."""
+        text = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        return len(self.tokenize(text.replace(self.image_token, self.processor.full_image_sequence)))
+
+    def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """`token_type_ids [B, L]`, 0 everywhere: image tokens see what is before them alone, as in vLLM on CPU. (With
+        1 at image tokens, transformers lets them see each other.)"""
+        return {"token_type_ids": torch.zeros_like(input_ids)}

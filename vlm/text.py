@@ -1,0 +1,13 @@
+"""Text-only language models (Qwen2, Qwen3, Llama): the same path, without media."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vlm.adapter import MultimodalAdapter
+
+
+class TextAdapter(MultimodalAdapter):
+    """Positions count tokens, and the mask decides who sees whom."""
+
+    shares_prompts: ClassVar[bool] = True

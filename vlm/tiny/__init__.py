@@ -1,0 +1,66 @@
+"""Tiny vision-language models made on the spot: random weights, a tokenizer, a processor, nothing downloaded.
+
+    build_tiny("qwen2_5_vl", directory)  ──▶  directory in Hugging Face format, as transformers and vLLM load it
+
+Everything is real but the size, so the same code that trains a large checkpoint trains these, in the demo and in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from vlm.registry import load_adapter
+from vlm.saved import rename_saved_weights
+from vlm.tiny import families, llava, qwen, text
+from vlm.tiny.base import ANSWER_TAGS, TinyModel, TinySizes
+
+
+def build_tiny(
+    family: str,
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    words: Sequence[str] | None = None,
+    sizes: TinySizes | None = None,
+) -> Path:
+    """Save a random float32 model of `family` (a key of `TINY`) into `directory` and return it.
+
+    `words`: the whole vocabulary of a tokenizer with one token per word, words separated by blanks (few, short
+    sequences: what the demo learns on). None: one token per byte, for any text.
+    Raises ValueError for an unknown family."""
+    if family not in TINY:
+        raise ValueError(f"no tiny model of family {family!r}; there are: {', '.join(sorted(TINY))}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tiny = TINY[family](words, sizes or TinySizes())
+    directory = Path(directory)
+    tiny.model.save_pretrained(directory)
+    tiny.processor.save_pretrained(directory)
+    rename_saved_weights(directory, load_adapter(str(directory)).engine_weight_name)
+    return directory
+
+
+TINY: dict[str, Callable[[Sequence[str] | None, TinySizes], TinyModel]] = {
+    "aria": families.aria,
+    "gemma3": families.gemma3,
+    "idefics3": families.idefics3,
+    "internvl": families.internvl,
+    "llama": text.llama,
+    "llava": llava.llava,
+    "llava_next": llava.llava_next,
+    "llava_onevision": llava.llava_onevision,
+    "mistral3": llava.mistral3,
+    "pixtral": llava.pixtral,
+    "qwen2": text.qwen2,
+    "qwen2_5_vl": qwen.qwen2_5_vl,
+    "qwen2_vl": qwen.qwen2_vl,
+    "qwen3": text.qwen3,
+    "qwen3_vl": qwen.qwen3_vl,
+    "smolvlm": families.smolvlm,
+}
+"""family -> its maker. The name is the model type, but for `pixtral`, a LLaVA with another vision tower."""
+
+__all__ = ["ANSWER_TAGS", "TINY", "TinyModel", "TinySizes", "build_tiny"]
