@@ -41,12 +41,14 @@ def load_reference(options: LearnerOptions, adapter: MultimodalAdapter) -> Polic
 
 def _load(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
     kind = AutoModelForImageTextToText if adapter.has_vision else AutoModelForCausalLM
-    return kind.from_pretrained(
+    model = kind.from_pretrained(
         options.model,
         dtype=getattr(torch, options.dtype),
         attn_implementation="sdpa",
         trust_remote_code=options.trust_remote_code,
     )
+    adapter.prepare_model(model)
+    return model
 
 
 def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:

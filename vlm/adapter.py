@@ -210,6 +210,9 @@ class MultimodalAdapter(ABC):  # noqa: B024
         `backbone`: the model without its head; `extra`: its further inputs, one entry per place for an image."""
         return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
+    def prepare_model(self, model: Any) -> None:  # noqa: B027
+        """Change the freshly loaded Hugging Face model where it computes something else than the engine does."""
+
     def dummy_prompt(self) -> EncodedPrompt | None:
         """The smallest prompt with an image, for ranks whose micro-batch has none: under ZeRO-3 every rank must run the
         vision tower. None for text-only families."""

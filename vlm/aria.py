@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-
 from vlm.adapter import MultimodalAdapter
 
 
 class AriaAdapter(MultimodalAdapter):
-    """`pixel_values [N, 3, S, S]`, padded to a square, and `pixel_mask [N, S, S]`. transformers hides the padding from
-    the tower and vLLM does not; the mask is made all ones, so that both see it."""
+    """`pixel_values [N, 3, S, S]`, padded to a square, and `pixel_mask [N, S, S]`, which says what is padding."""
 
     image_token: ClassVar[str] = "<|img|>"
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<|img|>",)
@@ -19,7 +16,13 @@ class AriaAdapter(MultimodalAdapter):
     shares_prompts: ClassVar[bool] = True
 
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in super().without_bookkeeping(outputs).items() if k != "num_crops"}
-        if "pixel_mask" in kept:
-            kept["pixel_mask"] = torch.ones_like(kept["pixel_mask"])
-        return kept
+        return {k: v for k, v in super().without_bookkeeping(outputs).items() if k != "num_crops"}
+
+    def prepare_model(self, model: Any) -> None:
+        """In transformers the tower's patches do not attend to padding, in vLLM they do; both hide it from the
+        projector, and number positions without it. The learner has to compute what was sampled from."""
+
+        def unmasked(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "attention_mask": None}
+
+        model.base_model.vision_tower.encoder.register_forward_pre_hook(unmasked, with_kwargs=True)
