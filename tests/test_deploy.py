@@ -130,8 +130,8 @@ def test_dockerfiles_copy_what_exists_and_install_the_right_extra(device: str) -
 
 
 def packages() -> list[str]:
-    listed: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    return listed
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return [pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]]
 
 
 def test_the_wheel_holds_the_rooms_and_neither_tests_nor_benchmarks() -> None:
