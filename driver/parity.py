@@ -67,7 +67,7 @@ def parity(
     Cases: text alone; one image; `images` images; images with text between them. Raises AdapterError when there is no
     such model, RuntimeError when the engine does not start."""
     family = load_adapter(model, adapter, trust_remote_code=trust_remote_code)
-    prompts = [_prompt(family, name, parts, seed) for name, parts in _cases(family, images).items()]
+    prompts = [case_prompt(family, name, parts, seed) for name, parts in cases(family, images).items()]
     options = EngineOptions(
         model,
         dtype="float32",
@@ -90,10 +90,10 @@ def parity(
         micro_batch_tokens=2**20,
     )
     learner = TorchEngine(learner_options, family)
-    return [_compare(learner, family, learner_options, p.ref.uid, g) for p, g in zip(prompts, groups, strict=True)]
+    return [compare(learner, family, learner_options, p.ref.uid, g) for p, g in zip(prompts, groups, strict=True)]
 
 
-def _cases(family: MultimodalAdapter, images: int) -> dict[str, list[str | None]]:
+def cases(family: MultimodalAdapter, images: int) -> dict[str, list[str | None]]:
     """Name -> parts of the user's message: texts, and None for an image."""
     cases: dict[str, list[str | None]] = {"text": ["Name a number."]}
     if family.has_vision:
@@ -103,7 +103,7 @@ def _cases(family: MultimodalAdapter, images: int) -> dict[str, list[str | None]
     return cases
 
 
-def _prompt(family: MultimodalAdapter, name: str, parts: Sequence[str | None], seed: int) -> Prompt:
+def case_prompt(family: MultimodalAdapter, name: str, parts: Sequence[str | None], seed: int) -> Prompt:
     places = [part is None for part in parts].count(True)
     media = tuple(_noise(seed + i, *SIZES[i % len(SIZES)]) for i in range(places))
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
@@ -143,7 +143,7 @@ async def _generate(
         await engine.shutdown()
 
 
-def _compare(
+def compare(
     learner: TorchEngine, family: MultimodalAdapter, options: LearnerOptions, name: str, group: RolloutGroup | str
 ) -> CaseResult:
     if isinstance(group, str):

@@ -75,6 +75,12 @@ def transfer_backend(config: RunConfig, device: Device) -> str:
 
 
 def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransferOptions:
+    """Raises RunError for a model that cannot be trained on `device`."""
+    if device in config_adapter(config).stale_on:
+        raise RunError(
+            f"the model at {config.model.path} cannot be trained on {device}: vLLM goes on with former weights of some "
+            "of its layers after an update (saccade parity and saccade eval work)"
+        )
     sync = config.weight_sync
     backend = transfer_backend(config, device)
     return WeightTransferOptions(backend=backend, bucket_bytes=sync.bucket_mib * 2**20, timeout=sync.timeout)

@@ -31,7 +31,7 @@ def save_policy(policy: PolicyModule, adapter: MultimodalAdapter, directory: Pat
         if partial is None:
             return
         policy.base.save_pretrained(partial, state_dict=weights)
-        rename_saved_weights(partial, adapter.engine_weight_name)
+        rename_saved_weights(partial, adapter.published_weight_name)
         adapter.processor.save_pretrained(partial)
         if lora:
             policy.model.save_pretrained(partial / "adapter", state_dict=lora)

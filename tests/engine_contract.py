@@ -113,7 +113,7 @@ class LocalLearner:
         model: nn.Module,
         *,
         timeout: float = 30.0,
-        rename: Callable[[str], str] = str,
+        rename: Callable[[str], str | None] = str,
         bucket_bytes: int = 2**18,
     ) -> None:
         source = PolicySource(model, rename=rename, bucket_bytes=bucket_bytes)

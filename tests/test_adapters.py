@@ -60,6 +60,14 @@ def test_the_towers_missing_level_is_added_once(llava_next: MultimodalAdapter) -
     assert llava_next.engine_weight_name("model.language_model.norm.weight") == "model.language_model.norm.weight"
 
 
+def test_a_layer_behind_the_one_whose_features_are_used_is_not_sent_but_saved(llava_next: MultimodalAdapter) -> None:
+    # Three layers, of which the last but one gives the features.
+    used, unused = (f"model.vision_tower.encoder.layers.{i}.layer_norm1.bias" for i in (1, 2))
+    assert llava_next.engine_weight_name(used) is not None
+    assert llava_next.engine_weight_name(unused) is None
+    assert "vision_model.encoder.layers.2" in llava_next.published_weight_name(unused)
+
+
 def test_an_expanded_prompt_is_not_given_to_the_engine(llava_next: MultimodalAdapter) -> None:
     from rollout.types import Media
 

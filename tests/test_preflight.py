@@ -12,9 +12,10 @@ from driver.config import ConfigError, parse_config
 from driver.errors import RunError
 from driver.preflight import preflight
 from driver.shapes import make_shapes
-from driver.wiring import transfer_backend
+from driver.wiring import transfer_backend, weight_transfer_options
 from vlm.adapter import AdapterError
 from vlm.registry import load_adapter
+from vlm.tiny import build_tiny
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,14 @@ def test_nccl_is_refused_where_the_cluster_turns_out_to_have_no_gpu(settings: di
     with pytest.raises(RunError, match="nccl needs GPUs"):
         transfer_backend(config, "cpu")
     assert transfer_backend(config, "cuda") == "nccl"
+
+
+def test_a_family_whose_engine_would_go_on_with_old_weights_is_refused_there(settings: dict, tmp_path: Path) -> None:
+    model = {"path": str(build_tiny("aria", tmp_path / "aria"))}
+    config = parse_config({**settings, "model": model, "output_dir": str(tmp_path)})
+    with pytest.raises(RunError, match="cannot be trained on cpu"):
+        weight_transfer_options(config, "cpu")
+    assert weight_transfer_options(config, "cuda").backend == "nccl"
 
 
 def test_a_model_without_tokenizer_is_said_to_be_unusable(tiny_model: Path, tmp_path: Path) -> None:

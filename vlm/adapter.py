@@ -62,6 +62,10 @@ class MultimodalAdapter(ABC):  # noqa: B024
     engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
 
+    stale_on: ClassVar[tuple[str, ...]] = ()
+    """Devices on which vLLM goes on with former weights of some layer after an update. There a model of the family can
+    be evaluated, and not be trained."""
+
     def __init__(self, processor: Any, model_config: Any) -> None:
         self.processor = processor
         self.model_config = model_config
@@ -150,8 +154,13 @@ class MultimodalAdapter(ABC):  # noqa: B024
             prompt["multi_modal_uuids"] = {"image": [m.digest for m in media]}
         return prompt
 
-    def engine_weight_name(self, name: str) -> str:
-        """The engine's name of the trainer's parameter `name`."""
+    def engine_weight_name(self, name: str) -> str | None:
+        """The engine's name of the trainer's parameter `name`; None for one that nothing the model computes depends on
+        and that the engine therefore does not have."""
+        return self.published_weight_name(name)
+
+    def published_weight_name(self, name: str) -> str:
+        """The name of a parameter in published checkpoints of the family, which the engine loads."""
         for trainer, engine in self.engine_name_parts:
             if trainer in name and engine not in name:
                 return name.replace(trainer, engine, 1)

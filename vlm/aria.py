@@ -14,9 +14,13 @@ class AriaAdapter(MultimodalAdapter):
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<|img|>",)
     image_kwargs: ClassVar[tuple[str, ...]] = ("pixel_mask",)
     shares_prompts: ClassVar[bool] = True
+    stale_on: ClassVar[tuple[str, ...]] = ("cpu",)  # the experts
 
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in super().without_bookkeeping(outputs).items() if k != "num_crops"}
+
+    def engine_weight_name(self, name: str) -> str | None:
+        return None if "vision_tower.post_layernorm." in name else super().engine_weight_name(name)  # never applied
 
     def prepare_model(self, model: Any) -> None:
         """In transformers the tower's patches do not attend to padding, in vLLM they do; both hide it from the

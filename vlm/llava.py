@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from vlm.adapter import MultimodalAdapter
@@ -17,3 +18,19 @@ class LlavaAdapter(MultimodalAdapter):
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     shares_prompts: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
+
+    def engine_weight_name(self, name: str) -> str | None:
+        """Image features may be those of a layer before the last: vLLM does not have what comes behind it."""
+        layer = re.search(r"vision_tower\..*layers\.(\d+)\.", name)
+        if layer is not None and int(layer.group(1)) >= self._tower_layers_used():
+            return None
+        if "vision_tower.post_layernorm." in name:  # what a layer gives out is taken as it is
+            return None
+        return super().engine_weight_name(name)
+
+    def _tower_layers_used(self) -> int:
+        depth = int(self.model_config.vision_config.num_hidden_layers)
+        chosen = self.model_config.vision_feature_layer
+        indices = chosen if isinstance(chosen, list | tuple) else [chosen]
+        # Hidden state 0 is the input of the first layer, hidden state n the output of the n-th.
+        return max(index if index >= 0 else depth + 1 + index for index in indices)

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vlm.adapter import MultimodalAdapter
-from vlm.llava import TOWER_LEVEL
+from vlm.llava import LlavaAdapter
 
 
-class LlavaNextAdapter(MultimodalAdapter):
+class LlavaNextAdapter(LlavaAdapter):
     """`pixel_values [N, tiles, 3, H, W]`, padded to the most tiles; `image_sizes [N, 2]` tells how many are real."""
 
-    image_token: ClassVar[str] = "<image>"
-    placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     image_kwargs: ClassVar[tuple[str, ...]] = ("image_sizes",)
-    shares_prompts: ClassVar[bool] = True
-    engine_name_parts = (TOWER_LEVEL,)
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):

@@ -55,12 +55,17 @@ class PolicySource:
     """A `WeightSource` over a (peft-wrapped, ZeRO-partitioned or plain) Hugging Face model."""
 
     def __init__(
-        self, model: nn.Module, *, rename: Callable[[str], str] = lambda name: name, bucket_bytes: int = 8 * 2**20
+        self, model: nn.Module, *, rename: Callable[[str], str | None] = str, bucket_bytes: int = 8 * 2**20
     ) -> None:
-        """`rename` maps a base parameter name to the engine's (`MultimodalAdapter.engine_weight_name`).
+        """`rename` maps a base parameter name to the engine's, or to None for one that the engine does not have
+        (`MultimodalAdapter.engine_weight_name`).
 
         Raises ValueError for an adapter that cannot be merged into a linear layer (DoRA, LoRA on embeddings)."""
-        self._entries = [_Entry(rename(name), weight, lora) for name, weight, lora in _base_parameters(model)]
+        self._entries = [
+            _Entry(new, weight, lora)
+            for name, weight, lora in _base_parameters(model)
+            if (new := rename(name)) is not None
+        ]
         self._bucket_bytes = bucket_bytes
         names = [entry.name for entry in self._entries]
         if len(set(names)) != len(names):

@@ -39,7 +39,7 @@ def build_tiny(
     directory = Path(directory)
     tiny.model.save_pretrained(directory)
     tiny.processor.save_pretrained(directory)
-    rename_saved_weights(directory, load_adapter(str(directory)).engine_weight_name)
+    rename_saved_weights(directory, load_adapter(str(directory)).published_weight_name)
     return directory
 
 
