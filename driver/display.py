@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from driver.metrics import StepRecord
 
@@ -50,12 +51,14 @@ class TerminalDisplay:
         self._task: TaskID | None = None
         self._progress = Progress(
             TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
+            # On a narrow terminal the numbers at the end are cut, not the count.
+            MofNCompleteColumn(table_column=Column(min_width=9)),
+            BarColumn(bar_width=20, table_column=Column(min_width=8)),
+            TimeElapsedColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self.console,
             transient=True,
+            expand=True,
         )
 
     def phase(self, text: str) -> None:
