@@ -76,10 +76,11 @@ def transfer_backend(config: RunConfig, device: Device) -> str:
 
 def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransferOptions:
     """Raises RunError for a model that cannot be trained on `device`."""
-    if device in config_adapter(config).stale_on:
+    adapter = config_adapter(config)
+    if device in adapter.untrainable_on:
         raise RunError(
-            f"the model at {config.model.path} cannot be trained on {device}: vLLM goes on with former weights of some "
-            "of its layers after an update (saccade parity and saccade eval work)"
+            f"{config.model.path} ({type(adapter).__name__}) is not trained on {device}: "
+            f"{adapter.untrainable_on[device]} (saccade eval works; model.adapter can name an adapter of yours)"
         )
     sync = config.weight_sync
     backend = transfer_backend(config, device)

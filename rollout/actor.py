@@ -62,6 +62,7 @@ class RolloutActor:
         self._engine: RolloutEngine | None = None
         self._started = asyncio.Lock()
         self._ended = 0
+        self._pending: set[asyncio.Task[EngineOutput]] = set()
 
     # ------------------------------------------------------------------ life
 
@@ -85,7 +86,10 @@ class RolloutActor:
         await self.start()
 
     async def shutdown(self) -> None:
+        """End the engine; groups that are being generated are answered as failures, since others wait for them."""
         engine, self._engine = self._engine, None
+        for task in self._pending:
+            task.cancel()
         if engine is not None:
             await engine.shutdown()
 
@@ -120,11 +124,15 @@ class RolloutActor:
 
         start = time.perf_counter()
         try:
-            output = await asyncio.wait_for(self._generate(prompt, sampling), self._group_timeout)
+            output = await asyncio.wait_for(self._tracked(prompt, sampling), self._group_timeout)
         except PromptRefusedError as error:
             return failure(str(error))
         except EngineDeadError as error:
             return failure(str(error), dead=True)
+        except asyncio.CancelledError:
+            if self._engine is not None:
+                raise
+            return failure(f"engine {self._name} was shut down", dead=True)
         except TimeoutError:
             return await self._explain_timeout(failure)
         except ray.exceptions.RayError as error:
@@ -142,6 +150,12 @@ class RolloutActor:
             generate_started=time.time() - seconds,
             generate_seconds=seconds,
         )
+
+    async def _tracked(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
+        task = asyncio.ensure_future(self._generate(prompt, sampling))
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        return await task
 
     async def _generate(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
         media = await _fetch(prompt.media)

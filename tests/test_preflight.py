@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from driver.config import ConfigError, parse_config
+from driver.config import ConfigError, RunConfig, parse_config
 from driver.errors import RunError
 from driver.preflight import preflight
 from driver.shapes import make_shapes
@@ -56,11 +56,15 @@ def test_nccl_is_refused_where_the_cluster_turns_out_to_have_no_gpu(settings: di
 
 
 def test_a_family_whose_engine_would_go_on_with_old_weights_is_refused_there(settings: dict, tmp_path: Path) -> None:
-    model = {"path": str(build_tiny("aria", tmp_path / "aria"))}
-    config = parse_config({**settings, "model": model, "output_dir": str(tmp_path)})
-    with pytest.raises(RunError, match="cannot be trained on cpu"):
-        weight_transfer_options(config, "cpu")
-    assert weight_transfer_options(config, "cuda").backend == "nccl"
+    def config(family: str) -> RunConfig:
+        model = {"path": str(build_tiny(family, tmp_path / family))}
+        return parse_config({**settings, "model": model, "output_dir": str(tmp_path)})
+
+    with pytest.raises(RunError, match=r"AriaAdapter.* is not trained on cpu: .*former experts"):
+        weight_transfer_options(config("aria"), "cpu")
+    with pytest.raises(RunError, match=r"is not trained on cuda: .*see each other"):
+        weight_transfer_options(config("gemma3"), "cuda")
+    assert weight_transfer_options(config("gemma3"), "cpu").backend == "gloo"
 
 
 def test_a_model_without_tokenizer_is_said_to_be_unusable(tiny_model: Path, tmp_path: Path) -> None:

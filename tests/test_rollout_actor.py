@@ -127,6 +127,29 @@ def test_a_slow_group_is_given_up_and_a_hanging_engine_is_told_from_it(adapter: 
     assert failure.engine_dead and "hangs" in failure.reason
 
 
+def test_a_shutdown_answers_groups_that_are_being_generated(adapter: MultimodalAdapter) -> None:
+    """Whoever is chained behind them, a reward actor first of all, would wait for ever."""
+
+    class Silent(Scripted):
+        async def generate(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
+            self.asked.append(sampling)
+            return await asyncio.get_running_loop().create_future()
+
+    async def play() -> Any:
+        engine = Silent(lambda sampling: None)  # type: ignore[arg-type, return-value]
+        actor = RolloutActor("e", OPTIONS, lambda: adapter, engine=lambda options, adapter: engine)  # type: ignore[arg-type]
+        await actor.start()
+        running = asyncio.create_task(actor.generate(make_prompt(adapter, "?"), SAMPLING))
+        while not engine.asked:
+            await asyncio.sleep(0)
+        await actor.shutdown()
+        return await asyncio.wait_for(running, 5.0)
+
+    failure = asyncio.run(play())
+    assert isinstance(failure, RolloutFailure) and failure.engine_dead
+    assert failure.reason == "engine e was shut down"
+
+
 def test_an_actor_that_was_not_started_answers_too(adapter: MultimodalAdapter) -> None:
     actor = RolloutActor("e", OPTIONS, lambda: adapter)
     failure = asyncio.run(actor.generate(make_prompt(adapter, "?"), SAMPLING))

@@ -62,9 +62,9 @@ class MultimodalAdapter(ABC):  # noqa: B024
     engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
 
-    stale_on: ClassVar[tuple[str, ...]] = ()
-    """Devices on which vLLM goes on with former weights of some layer after an update. There a model of the family can
-    be evaluated, and not be trained."""
+    untrainable_on: ClassVar[Mapping[str, str]] = {}
+    """Device -> why a model of the family is not trained there: the engine would sample from something else than the
+    learner computes, or nobody has seen that it does not."""
 
     def __init__(self, processor: Any, model_config: Any) -> None:
         self.processor = processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vlm.adapter import MultimodalAdapter
@@ -14,7 +15,10 @@ class AriaAdapter(MultimodalAdapter):
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<|img|>",)
     image_kwargs: ClassVar[tuple[str, ...]] = ("pixel_mask",)
     shares_prompts: ClassVar[bool] = True
-    stale_on: ClassVar[tuple[str, ...]] = ("cpu",)  # the experts
+    untrainable_on: ClassVar[Mapping[str, str]] = {
+        "cpu": "vLLM goes on with the former experts after an update",
+        "cuda": "that vLLM takes new experts there was never seen",
+    }
 
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in super().without_bookkeeping(outputs).items() if k != "num_crops"}

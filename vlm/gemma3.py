@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,9 @@ class Gemma3Adapter(MultimodalAdapter):
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
     nested_images: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
+    untrainable_on: ClassVar[Mapping[str, str]] = {
+        "cuda": "vLLM may let the tokens of an image see each other there, as it does not on CPU; compare the two first"
+    }
 
     def expanded_length(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
         """An image's tokens come with blank lines around them, which the tokenizer merges with what stands beside."""
