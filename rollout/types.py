@@ -49,10 +49,18 @@ class Media:
 
     kind: MediaKind
     digest: str
-    """sha256 of the encoded bytes, hex: the identity used by every cache."""
+    """sha256 of the encoded bytes (of a video, with the frames that are shown), hex: the identity in every cache."""
     data: Any = field(repr=False)
     width: int = 0
     height: int = 0
+    """In pixels, of an image or of a video's frames."""
+    frames: tuple[int, ...] = ()
+    """Of a video: which of the file's frames are shown, ascending."""
+    total_frames: int = 0
+    fps: float = 0.0
+    """Of a video: all frames of the file, and how many of them make a second."""
+    samples: int = 0
+    """Of a sound: its length at 16 kHz."""
 
 
 @dataclass(frozen=True, slots=True)
