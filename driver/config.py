@@ -162,7 +162,7 @@ def _without_faults(tree: Mapping[str, Any], error: ValidationError) -> RunConfi
     needed = {"output_dir": "unset", "steps": sys.maxsize, "model": {"path": "unset"}, "data": {"train": ["unset"]}}
     for detail in error.errors():
         node: Any = mended
-        *parents, leaf = detail["loc"]
+        *parents, leaf = _location(detail)
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if isinstance(node, dict):
@@ -234,9 +234,14 @@ def _spellings(dotted: str) -> tuple[str, ...]:
     return ()
 
 
+def _location(detail: Any) -> tuple[Any, ...]:
+    """Where a pydantic error is; a wrong key of a dictionary is where its value stands."""
+    return tuple(part for part in detail["loc"] if part != "[key]")
+
+
 def _explain(detail: Any) -> str:
     """One pydantic error in the words of the configuration: where, what, and what to do."""
-    where = ".".join(str(part) for part in detail["loc"])
+    where = ".".join(str(part) for part in _location(detail))
     if detail["type"] == "extra_forbidden":
         if where in REFUSED_KNOBS:
             return f"{where}: {REFUSED_KNOBS[where]}"
@@ -250,5 +255,7 @@ def _explain(detail: Any) -> str:
         return f"{where}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{where}: required, but not given"
+    if "[key]" in detail["loc"]:
+        return f"{where}: unknown role; there are {detail['ctx']['expected']}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{where}={detail['input']!r}: {message[0].lower()}{message[1:]}"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+
+ActorRole = Literal["rollout", "learner", "reward"]
+DEFAULT_CPUS: dict[ActorRole, float] = {"rollout": 1.0, "learner": 1.0, "reward": 0.5}
 
 
 class Section(BaseModel):
@@ -80,8 +83,6 @@ class RolloutConfig(Section):
     """Share of a GPU's memory that an engine may take."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
     """Further options of vLLM's AsyncEngineArgs, as they are."""
-    cpus: float = Field(1.0, ge=0)
-    """Ray CPUs of one engine."""
     threads: int = Field(1, ge=1)
     """Compute threads of one engine on CPU."""
     start_timeout: float = Field(600.0, gt=0)
@@ -106,8 +107,6 @@ class RewardConfig(Section):
     """Rewards, summed by weight."""
     actors: int = Field(1, ge=1)
     """Number of reward actors."""
-    cpus: float = Field(0.5, ge=0)
-    """Ray CPUs of one reward actor."""
     timeout: float = Field(30.0, gt=0)
     """Seconds one call on one group may take; then its verdicts are `timeout` and its worker is killed."""
 
@@ -157,8 +156,6 @@ class LearnerConfig(Section):
     """Keep parameters in CPU memory (ZeRO-3)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
-    cpus: float = Field(1.0, ge=0)
-    """Ray CPUs of one rank."""
     threads: int = Field(1, ge=1)
     """Compute threads of one rank on CPU."""
     timeout: float = Field(1800.0, gt=0)
@@ -195,13 +192,17 @@ class CheckpointConfig(Section):
 class ClusterConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where engines and learners run. auto: cuda if the cluster has GPUs."""
-    rollout_resources: dict[str, float] = Field(default_factory=dict)
-    """Custom Ray resources of one rollout actor: pins engines to labelled nodes."""
-    learner_resources: dict[str, float] = Field(default_factory=dict)
-    """Custom Ray resources of one learner rank."""
-    reward_resources: dict[str, float] = Field(default_factory=dict)
-    """Custom Ray resources of one reward actor."""
+    resources: dict[ActorRole, dict[str, Annotated[float, Field(ge=0)]]] = Field(
+        {role: {"CPU": cpus} for role, cpus in DEFAULT_CPUS.items()}
+    )
+    """Ray resources of one engine (`rollout`), one learner rank (`learner`) and one reward actor (`reward`): CPU, and
+    custom ones that pin them to labelled nodes. GPUs follow from the device."""
     placement_timeout: float = Field(120.0, gt=0)
     """Seconds to wait until the cluster can place everything."""
     metrics_port: int = Field(0, ge=0, le=65535)
     """Port of the driver's own Prometheus endpoint; 0: none (Ray's node endpoints always have the metrics)."""
+
+    @field_validator("resources")
+    @classmethod
+    def _with_cpus(cls, given: dict[ActorRole, dict[str, float]]) -> dict[ActorRole, dict[str, float]]:
+        return {role: {"CPU": cpus, **given.get(role, {})} for role, cpus in DEFAULT_CPUS.items()}

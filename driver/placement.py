@@ -70,9 +70,10 @@ def demands(config: RunConfig, device: Device, *, training: bool = True) -> list
     On GPUs an engine takes `tensor_parallel_size` of them in one node, a learner rank takes one."""
     gpus = device == "cuda"
     tp = config.rollout.tensor_parallel_size
-    rollout = {"CPU": config.rollout.cpus, **({"GPU": float(tp)} if gpus else {}), **config.cluster.rollout_resources}
-    learner = {"CPU": config.learner.cpus, **({"GPU": 1.0} if gpus else {}), **config.cluster.learner_resources}
-    reward = {"CPU": config.reward.cpus, **config.cluster.reward_resources}
+    asked = config.cluster.resources
+    rollout = {**({"GPU": float(tp)} if gpus else {}), **asked["rollout"]}
+    learner = {**({"GPU": 1.0} if gpus else {}), **asked["learner"]}
+    reward = asked["reward"]
     engines = [Demand(f"rollout-{i}", rollout, 1, "STRICT_PACK") for i in range(config.rollout.engines)]
     rewards = Demand("reward", reward, config.reward.actors, "SPREAD")
     learners = [Demand("learner", learner, config.learner.ranks, "PACK")] if training else []
@@ -124,5 +125,5 @@ def _explain(unmet: list[Demand], wanted: list[Demand], timeout: float, device: 
         lines.append("  set rollout.engines, rollout.tensor_parallel_size and learner.ranks to what the cluster has,")
         lines.append("  or add nodes; an engine's GPUs must be in one node")
     else:
-        lines.append("  lower rollout.cpus, learner.cpus or reward.cpus, or add nodes")
+        lines.append("  lower the CPUs in cluster.resources, or add nodes")
     return "\n".join(lines)

@@ -55,6 +55,8 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         ({"num_generations": 4}, "did you mean rollout.num_generations?"),
         ({"learner": {"lrr": 1}}, "did you mean learner.lr?"),
         ({"learnr": {"lr": 1}}, "did you mean learner?"),
+        ({"cluster": {"resources": {"rolout": {}}}}, "cluster.resources.rolout: unknown role; there are 'rollout', "),
+        ({"cluster": {"resources": {"reward": {"CPU": -1}}}}, "cluster.resources.reward.CPU=-1: input should be"),
     ],
 )
 def test_each_cross_field_rule(change: dict, expected: str):
@@ -93,6 +95,19 @@ def test_files_that_are_no_configuration(tmp_path, content):
 def test_resolved_configuration_reads_back_equal():
     config = parse_config({**MINIMAL, "learner": {"lr": 3e-6}})
     assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_a_wrong_role_does_not_hide_the_other_problems():
+    text = problems_of({**MINIMAL, "cluster": {"resources": {"rolout": {}}}, "reward": {"functions": []}})
+    assert "unknown role" in text
+    assert "nothing would be learned" in text
+
+
+def test_resources_that_are_not_named_keep_their_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "cluster": {"resources": {"learner": {"node": 1}}}}))
+    resources = load_config(path, ["cluster.resources.reward.CPU=2"]).cluster.resources
+    assert resources == {"rollout": {"CPU": 1.0}, "learner": {"CPU": 1.0, "node": 1.0}, "reward": {"CPU": 2.0}}
 
 
 def test_old_policy_follows_staleness():

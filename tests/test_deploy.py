@@ -52,9 +52,9 @@ def demand(config: RunConfig) -> dict[str, dict[str, float]]:
     """Per role, the sum of what all its actors ask for on a GPU cluster."""
     c, r, n, w = config.cluster, config.rollout, config.learner, config.reward
     each: dict[str, tuple[int, dict[str, float]]] = {
-        "rollout": (r.engines, {"CPU": r.cpus, "GPU": r.tensor_parallel_size, **c.rollout_resources}),
-        "learner": (n.ranks, {"CPU": n.cpus, "GPU": 1, **c.learner_resources}),
-        "reward": (w.actors, {"CPU": w.cpus, **c.reward_resources}),
+        "rollout": (r.engines, {"GPU": r.tensor_parallel_size, **c.resources["rollout"]}),
+        "learner": (n.ranks, {"GPU": 1, **c.resources["learner"]}),
+        "reward": (w.actors, c.resources["reward"]),
     }
     return {role: {k: v * count for k, v in asked.items()} for role, (count, asked) in each.items()}
 

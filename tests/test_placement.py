@@ -15,10 +15,10 @@ def config(**sections) -> RunConfig:
 
 def test_demands_scale_independently_and_custom_resources_pass():
     c = config(
-        rollout={"engines": 3, "tensor_parallel_size": 2, "cpus": 4},
+        rollout={"engines": 3, "tensor_parallel_size": 2},
         learner={"ranks": 8},
         reward={"actors": 2},
-        cluster={"reward_resources": {"reward_node": 1}},
+        cluster={"resources": {"rollout": {"CPU": 4}, "reward": {"reward_node": 1}}},
     )
     by_role = {d.role: d for d in demands(c, "cuda")}
     assert [r for r in by_role if r.startswith("rollout")] == ["rollout-0", "rollout-1", "rollout-2"]
@@ -46,14 +46,18 @@ def test_a_placement_that_fits_gives_every_actor_its_bundle(local_ray):
 @pytest.mark.e2e
 def test_what_is_missing_is_said_with_numbers_and_nothing_stays_reserved(local_ray):
     impossible = config(
-        rollout={"engines": 2, "cpus": 100},
-        cluster={"device": "cpu", "placement_timeout": 1.0, "learner_resources": {"learner_node": 1}},
+        rollout={"engines": 2},
+        cluster={
+            "device": "cpu",
+            "placement_timeout": 1.0,
+            "resources": {"rollout": {"CPU": 100}, "learner": {"learner_node": 1}},
+        },
     )
     with pytest.raises(PlacementError) as caught:
         place(impossible)
     text = str(caught.value)
     assert "rollout-0: 1 x (100 CPU) not placed" in text
     assert "learner_node: the run needs 1, the cluster has 0 (0 free); 1 missing" in text
-    assert "lower rollout.cpus" in text
+    assert "lower the CPUs in cluster.resources" in text
     held = [p for p in placement_group_table().values() if p["state"] not in ("REMOVED", "CREATED")]
     assert held == []

@@ -93,9 +93,7 @@ def test_a_submitted_job_runs_across_nodes_reports_metrics_and_stops_with_a_chec
         "learner": {"prompts_per_step": 4, "learning_rate": 1e-4, "zero_stage": 1},
         "cluster": {
             "device": "cpu",
-            "rollout_resources": {"rollout_node": 1},
-            "learner_resources": {"learner_node": 1},
-            "reward_resources": {"reward_node": 1},
+            "resources": {role: {f"{role}_node": 1} for role in ("rollout", "learner", "reward")},
         },
     }
     path = tmp_path / "run.yaml"
