@@ -106,7 +106,7 @@ def bare_step(model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Mu
     """What anybody would write with transformers: forward, log-softmax, policy gradient, AdamW."""
     for batch in batches:
         kwargs = batch.model_kwargs()
-        if batch.image_index is not None:
+        if batch.media_index:
             kwargs.update(_repeat_images(batch))
         logits = model(**kwargs, use_cache=False).logits[:, :-1]
         logprobs = F.log_softmax(logits.float(), -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
@@ -121,11 +121,9 @@ def bare_step(model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Mu
 def _repeat_images(batch: MultimodalBatch) -> dict[str, Tensor]:
     """Pixels once per place, as a plain model takes them."""
     assert batch.pixel_values is not None
-    assert batch.image_index is not None
-    grid = batch.extra_model_kwargs["image_grid_thw"]
+    grid, places = batch.extra_model_kwargs["image_grid_thw"], batch.media_index["image"]
     patches = batch.pixel_values.split(grid.prod(-1).tolist())
-    places = batch.image_index.tolist()
-    return {"pixel_values": torch.cat([patches[p] for p in places]), "image_grid_thw": grid[batch.image_index]}
+    return {"pixel_values": torch.cat([patches[p] for p in places.tolist()]), "image_grid_thw": grid[places]}
 
 
 def timed(step: Callable[[], object], repeats: int) -> float:

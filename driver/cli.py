@@ -164,20 +164,24 @@ def parity(
         str | None, typer.Option(help="Instead of MODEL: the tiny random model of this family, or `all`.")
     ] = None,
     images: Annotated[int, typer.Option(help="Images of the case with several.", min=2)] = 3,
+    video: Annotated[bool, typer.Option(help="Videos too, where the model takes them.")] = True,
     tolerance: Annotated[float, typer.Option(help="Largest difference of a log-probability that agrees.")] = 1e-5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Check that vLLM and the learner agree on a model: expanded prompts, pixels, positions, log-probabilities.
 
-    Loads the model in both, in float32 on the CPU; has vLLM sample for text, one image, several, and images between
-    text; and compares the log-probability of every sampled token. Changed pixels must move them, or an agreement
-    proves nothing. Exit status 1 on disagreement.
+    Loads the model in both, in float32 on the CPU; has vLLM sample for text, one image, several, images between text,
+    and videos and sounds where the model takes them; compares expanded prompts, pixels, and the log-probability of every
+    sampled token. Other pixels must move them, or an agreement proves nothing. Exit status 1 on disagreement.
 
     Example:  saccade parity Qwen/Qwen2.5-VL-3B-Instruct      saccade parity --tiny all
     """
     from driver.parity import run_parity
 
-    if not run_parity(model, tiny=tiny, images=images, tolerance=tolerance, path=json_file, console=Console()):
+    console = Console()
+    if not run_parity(
+        model, tiny=tiny, images=images, video=video, tolerance=tolerance, path=json_file, console=console
+    ):
         raise typer.Exit(1)
 
 

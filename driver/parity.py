@@ -7,36 +7,39 @@ prompt ──▶ vLLM: sampled tokens, their log-probabilities ──▶ learner
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from driver.config import ConfigError
 from learner.torch_engine import TorchEngine
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import score_groups
-from rollout.engine import EngineOptions, RolloutEngine, SamplingParams
+from rollout.engine import EngineOptions, SamplingParams
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup
 from rollout.vllm_engine import VLLMEngine
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.media import digest
+from vlm.clips import SOUND_RATE, decode
 from vlm.registry import load_adapter
 from vlm.tiny import TINY, build_tiny
+from vlm.tiny.noise import noise
 
 SIZES = ((84, 84), (120, 60), (60, 150))
 """Width and height of the images: square, wide and high."""
 COMPLETIONS, NEW_TOKENS = 4, 8
 VISIBLE = 1e-3
 """By less than this, changed pixels do not count as seen."""
+PIXELS = 1e-5
+"""Inputs of the towers that differ by no more are equal: rounding of the normalisation."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,42 @@ class CaseResult:
     largest: float = float("nan")
     """Largest |log-probability of the learner - of the engine|."""
     mean: float = float("nan")
+    pixels: float | None = None
+    """Largest difference of what the towers are given, over pixels and samples; None without media."""
     moved: float | None = None
-    """Largest change of a log-probability when the pixels are inverted; None without media."""
+    """Largest change of a log-probability when other media are shown; None without media."""
     problem: str = ""
     """Why there is no comparison: other prompt tokens, an error."""
 
     def agrees(self, tolerance: float) -> bool:
-        return not self.problem and self.largest <= tolerance and (self.moved is None or self.moved > VISIBLE)
+        seen = self.moved is None or self.moved > VISIBLE
+        return not self.problem and self.largest <= tolerance and (self.pixels or 0.0) <= PIXELS and seen
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the engine did with one prompt."""
+
+    group: RolloutGroup
+    inputs: Mapping[str, Tensor]
+    """What its towers were given."""
 
 
 def parity(
-    model: str, *, images: int = 3, adapter: str | None = None, trust_remote_code: bool = False, seed: int = 0
+    model: str,
+    *,
+    images: int = 3,
+    video: bool = True,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
 ) -> list[CaseResult]:
-    """Compare vLLM and the learner's model on this machine's CPU, in float32.
+    """Compare vLLM and the learner's model on this machine's CPU, in float32, in the cases of `cases`.
 
-    Cases: text alone; one image; `images` images; images with text between them. Raises AdapterError when there is no
-    such model, RuntimeError when the engine does not start."""
+    Raises AdapterError when there is no such model, RuntimeError when the engine does not start."""
     family = load_adapter(model, adapter, trust_remote_code=trust_remote_code)
-    prompts = [case_prompt(family, name, parts, seed) for name, parts in cases(family, images).items()]
+    chosen = cases(family, images, video)
+    prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
     options = EngineOptions(
         model,
         dtype="float32",
@@ -75,10 +96,11 @@ def parity(
         max_num_seqs=COMPLETIONS,
         device="cpu",
         kv_cache_gib=0.25,
-        max_images_per_prompt=max(1, images),
+        max_media_per_prompt={kind: max(parts.count(kind) for parts in chosen.values()) for kind in family.modalities},
         trust_remote_code=trust_remote_code,
+        extra={"mm_processor_cache_gb": 0},  # it would not say again what it made of an image
     )
-    groups = asyncio.run(_generate(VLLMEngine(options, family), family, prompts))
+    sampled = asyncio.run(_generate(VLLMEngine(options, family), family, prompts))
     learner_options = LearnerOptions(
         model,
         total_steps=1,
@@ -90,82 +112,116 @@ def parity(
         micro_batch_tokens=2**20,
     )
     learner = TorchEngine(learner_options, family)
-    return [compare(learner, family, learner_options, p.ref.uid, g) for p, g in zip(prompts, groups, strict=True)]
+    return [compare(learner, family, learner_options, p, s, seed) for p, s in zip(prompts, sampled, strict=True)]
 
 
-def cases(family: MultimodalAdapter, images: int) -> dict[str, list[str | None]]:
-    """Name -> parts of the user's message: texts, and None for an image."""
-    cases: dict[str, list[str | None]] = {"text": ["Name a number."]}
-    if family.has_vision:
-        cases["1 image"] = [None, "What is this?"]
-        cases[f"{images} images"] = [*[None] * images, "What are these?"]
-        cases["interleaved"] = ["First", None, "then", None, "and what now?"]
+def cases(family: MultimodalAdapter, images: int, video: bool = True) -> dict[str, list[str]]:
+    """Name -> parts of the user's message: texts, and kinds of media where such an item stands."""
+    cases = {"text": ["Name a number."]}
+    if "image" in family.modalities:
+        cases["1 image"] = ["image", "What is this?"]
+        cases[f"{images} images"] = [*["image"] * images, "What are these?"]
+        cases["interleaved"] = ["First", "image", "then", "image", "and what now?"]
+    if "video" in family.modalities and video:
+        cases["video"] = ["video", "What happens?"]
+        cases["video, image"] = ["image", "Is this in", "video", "?"]
+    if "audio" in family.modalities:
+        cases["audio"] = ["audio", "What is heard?"]
+        cases["audio, image"] = ["image", "Does", "audio", "belong to it?"]
     return cases
 
 
-def case_prompt(family: MultimodalAdapter, name: str, parts: Sequence[str | None], seed: int) -> Prompt:
-    places = [part is None for part in parts].count(True)
-    media = tuple(_noise(seed + i, *SIZES[i % len(SIZES)]) for i in range(places))
-    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-    plain = "".join(part for part in parts if part is not None)
-    text = family.render([{"role": "user", "content": content if family.has_vision else plain}])
+def case_prompt(family: MultimodalAdapter, name: str, parts: Sequence[str], seed: int) -> Prompt:
+    media = case_media(family, parts, seed)
+    content = [{"type": part} if part in family.modalities else {"type": "text", "text": part} for part in parts]
+    text = family.render([{"role": "user", "content": content if family.modalities else "".join(parts)}])
     ids = family.tokenize(text)
-    length = family.expanded_length(ids, [(m.height, m.width) for m in media])
-    return Prompt(PromptRef(name), text, np.asarray(ids, np.int32), length, media)
+    return Prompt(PromptRef(name), text, np.asarray(ids, np.int32), family.expanded_length(ids, media), media)
 
 
-def _noise(seed: int, width: int, height: int, *, inverted: bool = False) -> Media:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(255 - pixels if inverted else pixels).save(buffer, "PNG")
-    return Media("image", digest(buffer.getvalue()), buffer.getvalue(), width, height)
+def case_media(family: MultimodalAdapter, parts: Sequence[str], seed: int) -> tuple[Media, ...]:
+    kinds = [part for part in parts if part in family.modalities]
+    sizes = [dict(zip(("width", "height"), SIZES[i % len(SIZES)], strict=True)) for i in range(len(kinds))]
+    return tuple(noise(kind, seed + i, **(sizes[i] if kind == "image" else {})) for i, kind in enumerate(kinds))
 
 
-async def _generate(
-    engine: RolloutEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]
-) -> list[RolloutGroup | str]:
-    """The group of each prompt, or why there is none."""
+async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:
+    """What became of each prompt, or why nothing."""
     sampling = SamplingParams(
         n=COMPLETIONS, max_tokens=NEW_TOKENS, seed=1, ignore_eos=True, banned_token_ids=family.banned_token_ids
     )
     await engine.start()
     try:
-        groups: list[RolloutGroup | str] = []
+        results: list[Sampled | str] = []
         for prompt in prompts:
             try:
                 output = await engine.generate(prompt, prompt.media, sampling)
+                inputs = await engine.processed_media(prompt, prompt.media)
             except Exception as error:  # whatever the engine says is the finding of this case
-                groups.append(f"engine: {type(error).__name__}: {error}")
+                results.append(f"engine: {type(error).__name__}: {error}")
                 continue
-            groups.append(RolloutGroup(prompt, output.prompt_token_ids, output.completions, engine="vllm"))
-        return groups
+            group = RolloutGroup(prompt, output.prompt_token_ids, output.completions, engine="vllm")
+            results.append(Sampled(group, inputs))
+        return results
     finally:
         await engine.shutdown()
 
 
 def compare(
-    learner: TorchEngine, family: MultimodalAdapter, options: LearnerOptions, name: str, group: RolloutGroup | str
+    learner: TorchEngine,
+    family: MultimodalAdapter,
+    options: LearnerOptions,
+    prompt: Prompt,
+    sampled: Sampled | str,
+    seed: int = 0,
 ) -> CaseResult:
-    if isinstance(group, str):
-        return CaseResult(name, problem=group)
+    """`seed`: that of the prompt's media."""
+    name = prompt.ref.uid
+    if isinstance(sampled, str):
+        return CaseResult(name, problem=sampled)
+    group = sampled.group
 
-    def score(media: Mapping[str, bytes]) -> np.ndarray:
-        (values,) = score_groups(learner, family, options, [group], media)
+    def score(media: Sequence[Media]) -> np.ndarray:
+        data = {own.digest: other.data for own, other in zip(prompt.media, media, strict=True)}
+        (values,) = score_groups(learner, family, options, [group], data)
         return np.concatenate(values)
 
-    sampled = np.concatenate([_logprobs(c) for c in group.completions])
-    media = {m.digest: m.data for m in group.prompt.media}
+    theirs = np.concatenate([_logprobs(c) for c in group.completions])
+    result = CaseResult(name, len(group.prompt_token_ids), len(theirs))
     try:
-        ours = score(media)
-        moved = None
-        if media:
-            inverted = {key: _invert(data) for key, data in media.items()}
-            moved = float(np.abs(score(inverted) - ours).max())
+        ours = score(prompt.media)
+        result = replace(result, largest=float(np.abs(ours - theirs).max()), mean=float(np.abs(ours - theirs).mean()))
+        if not prompt.media:
+            return result
+        others = [noise(m.kind, seed + 100 + i, **_shape(m)) for i, m in enumerate(prompt.media)]
+        moved = float(np.abs(score(others) - ours).max())
+        return replace(result, moved=moved, pixels=_pixel_difference(family, prompt, sampled.inputs))
     except (EncodingMismatchError, AdapterError) as error:
-        return CaseResult(name, len(group.prompt_token_ids), len(sampled), problem=str(error))
-    difference = np.abs(ours - sampled)
-    result = CaseResult(name, len(group.prompt_token_ids), len(sampled), moved=moved)
-    return replace(result, largest=float(difference.max()), mean=float(difference.mean()))
+        return replace(result, problem=str(error))
+
+
+def _shape(media: Media) -> dict[str, Any]:
+    """What `noise` makes an item of the same tokens from."""
+    if media.kind == "audio":
+        return {"seconds": media.samples / SOUND_RATE}
+    frames = {"frames": media.total_frames, "fps": int(media.fps)} if media.kind == "video" else {}
+    return {"width": media.width, "height": media.height, **frames}
+
+
+def _pixel_difference(family: MultimodalAdapter, prompt: Prompt, theirs: Mapping[str, Tensor]) -> float:
+    """Largest difference of what the towers are given. Raises AdapterError where there is something else altogether."""
+    ours = family.encode(prompt.text, [decode(m, m.data) for m in prompt.media]).inputs
+    largest = 0.0
+    for modality in family.towers().values():
+        name = modality.inputs[0]
+        if name not in ours:
+            continue
+        if name not in theirs or theirs[name].numel() != ours[name].numel():
+            have = {n: tuple(value.shape) for n, value in theirs.items()}
+            raise AdapterError(f"{name}: the learner has {tuple(ours[name].shape)}, vLLM {have}")
+        difference = ours[name].flatten().double() - theirs[name].flatten().double()
+        largest = max(largest, float(difference.abs().max()))
+    return largest
 
 
 def _logprobs(completion: Completion) -> np.ndarray:
@@ -174,15 +230,15 @@ def _logprobs(completion: Completion) -> np.ndarray:
     return segment.logprobs
 
 
-def _invert(data: bytes) -> bytes:
-    """The same image with every pixel inverted: other pixels, the same tokens."""
-    buffer = io.BytesIO()
-    Image.fromarray(255 - np.asarray(Image.open(io.BytesIO(data)))).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def run_parity(
-    model: str | None, *, tiny: str | None, images: int, tolerance: float, path: Path | None, console: Console
+    model: str | None,
+    *,
+    tiny: str | None,
+    images: int,
+    video: bool,
+    tolerance: float,
+    path: Path | None,
+    console: Console,
 ) -> bool:
     """`parity` of a model, or of the tiny model of a family (`all`: of every family), as a table and as JSON.
 
@@ -197,7 +253,7 @@ def run_parity(
         for family in families:
             source = model if model is not None else str(build_tiny(family, Path(folder) / family))
             name = model or family
-            results[name] = parity(source, images=images)
+            results[name] = parity(source, images=images, video=video)
             console.print(_table(name, results[name], tolerance))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,10 +263,11 @@ def run_parity(
 
 def _table(name: str, results: Sequence[CaseResult], tolerance: float) -> Table:
     table = Table(title=f"{name}: |log-probability of the learner - of vLLM|", title_justify="left")
-    for column in ("case", "prompt tokens", "largest", "mean", "moved by other pixels", "agrees"):
+    for column in ("case", "prompt tokens", "largest", "mean", "pixels", "moved by others", "agrees"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for r in results:
         moved = "" if r.moved is None else f"{r.moved:.2f}"
+        pixels = "" if r.pixels is None else "equal" if r.pixels == 0 else f"{r.pixels:.1e}"
         verdict = "yes" if r.agrees(tolerance) else f"[bold red]no[/bold red] {escape(r.problem)}"
-        table.add_row(r.case, str(r.prompt_tokens), f"{r.largest:.1e}", f"{r.mean:.1e}", moved, verdict)
+        table.add_row(r.case, str(r.prompt_tokens), f"{r.largest:.1e}", f"{r.mean:.1e}", pixels, moved, verdict)
     return table

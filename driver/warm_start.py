@@ -110,9 +110,14 @@ def format_batch(
     starts = torch.tensor([len(p.input_ids) for p in prompts])[:, None]
     attention_mask = (position < ends).long()
     loss_mask = (position >= starts) & (position < ends)
-    pixels, extra = adapter.join(prompts)
-    extra |= adapter.token_inputs(input_ids)
-    return MultimodalBatch(input_ids, attention_mask, loss_mask, pixel_values=pixels, extra_model_kwargs=extra)
+    inputs = {**adapter.join(prompts), **adapter.token_inputs(input_ids)}
+    return MultimodalBatch(
+        input_ids,
+        attention_mask,
+        loss_mask,
+        pixel_values=inputs.pop("pixel_values"),
+        extra_model_kwargs=inputs,
+    )
 
 
 def _loss(policy: PreTrainedModel, batch: MultimodalBatch) -> Tensor:
@@ -142,10 +147,10 @@ def _complete(policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequenc
     for same in by_question.values():
         prompts = [encode_row(adapter, row) for row in same]
         input_ids = torch.stack([p.input_ids for p in prompts])
-        pixels, extra = adapter.join(prompts)
-        inputs = {**extra, **adapter.token_inputs(input_ids), "attention_mask": torch.ones_like(input_ids)}
+        inputs = {**adapter.join(prompts), **adapter.token_inputs(input_ids)}
+        inputs["attention_mask"] = torch.ones_like(input_ids)
         with torch.no_grad():
-            out = policy.generate(input_ids, pixel_values=pixels, **inputs, do_sample=False, max_new_tokens=12)
+            out = policy.generate(input_ids, **inputs, do_sample=False, max_new_tokens=12)
         for row, ids in zip(same, out[:, input_ids.shape[1] :], strict=True):
             yield row, adapter.tokenizer.decode(ids, skip_special_tokens=True)
 

@@ -10,7 +10,7 @@ import torch
 from learner.checkpoint import atomic_directory
 from learner.policy import PolicyModule
 from vlm.adapter import MultimodalAdapter
-from vlm.saved import rename_saved_weights
+from vlm.saved import publish_saved_model
 from weight_sync.source import PolicySource, gathered
 
 
@@ -31,7 +31,7 @@ def save_policy(policy: PolicyModule, adapter: MultimodalAdapter, directory: Pat
         if partial is None:
             return
         policy.base.save_pretrained(partial, state_dict=weights)
-        rename_saved_weights(partial, adapter.published_weight_name)
+        publish_saved_model(partial, adapter, policy.base)
         adapter.processor.save_pretrained(partial)
         if lora:
             policy.model.save_pretrained(partial / "adapter", state_dict=lora)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from learner.policy import PolicyModule
 from learner.types import LearnerOptions
@@ -18,14 +17,14 @@ def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyMo
 
     Raises ValueError naming what LoRA or freezing did not find in the model."""
     model = _load(options, adapter)
-    vision = _vision_prefixes(model) if adapter.has_vision else ()
     if options.lora_rank:
-        model = _with_lora(model, options, vision if options.freeze_vision else ())
+        model = _with_lora(model, options, adapter)
     elif options.freeze_vision:
-        if not vision:
-            raise ValueError(f"freeze_vision: {type(model).__name__} has no vision tower under a known name")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(vision))
+        frozen = [p for name, p in model.named_parameters() if adapter.role(name) == "vision"]
+        if not frozen:
+            raise ValueError(f"freeze_vision: {type(adapter).__name__} knows no vision tower in {type(model).__name__}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     _disable_dropout(model)
     if options.gradient_checkpointing:
         # Non-reentrant: the head and the tower may then run on inputs without a gradient, and ZeRO sees each
@@ -40,8 +39,7 @@ def load_reference(options: LearnerOptions, adapter: MultimodalAdapter) -> Polic
 
 
 def _load(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
-    kind = AutoModelForImageTextToText if adapter.has_vision else AutoModelForCausalLM
-    model = kind.from_pretrained(
+    model = adapter.model_class().from_pretrained(
         options.model,
         dtype=getattr(torch, options.dtype),
         attn_implementation="sdpa",
@@ -52,20 +50,21 @@ def _load(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
 
 
 def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
-    return PolicyModule(model, adapter, temperature=options.temperature, chunk_rows=options.logprob_chunk_rows)
+    return PolicyModule(
+        model,
+        adapter,
+        temperature=options.temperature,
+        chunk_rows=options.logprob_chunk_rows,
+        media_kinds=options.media_kinds,
+    )
 
 
-def _vision_prefixes(model: Any) -> tuple[str, ...]:
-    """Parameter-name prefixes of the vision tower, as transformers knows it."""
-    tower = model.get_encoder(modality="image")
-    return tuple(f"{name}." for name, module in model.named_modules() if module is tower and name)
-
-
-def _with_lora(model: Any, options: LearnerOptions, excluded: tuple[str, ...]) -> Any:
+def _with_lora(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
     from peft import LoraConfig, get_peft_model
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [n for n in linear if n.rpartition(".")[2] in options.lora_targets and not n.startswith(excluded)]
+    excluded = ("vision",) if options.freeze_vision else ()
+    chosen = [n for n in linear if n.rpartition(".")[2] in options.lora_targets and adapter.role(n) not in excluded]
     if not chosen:
         have = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"no layer is called {' or '.join(options.lora_targets)} (lora_targets); there are {have}")

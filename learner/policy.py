@@ -8,33 +8,45 @@ nobody calls an inner module past it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.attention import position_shift, predicting_position, shared_prompt_mask
+from learner.attention import predicting_position, shared_prompt_mask
 from learner.logprobs import LogprobHead
-from vlm.adapter import MultimodalAdapter
+from rollout.types import MediaKind
+from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 
 
 class PolicyModule(nn.Module):
     """A Hugging Face model (or a peft model around one) that gives log-probabilities instead of logits."""
 
-    def __init__(self, model: Any, adapter: MultimodalAdapter, *, temperature: float, chunk_rows: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        adapter: MultimodalAdapter,
+        *,
+        temperature: float,
+        chunk_rows: int,
+        media_kinds: Sequence[MediaKind] = ("image",),
+    ) -> None:
         """`temperature` and the adapter's banned tokens shape the distribution as the engine's sampler does.
+        `media_kinds`: what batches of the run may hold, on any rank.
 
         Raises ValueError for a model whose logits are not a plain linear projection of its hidden states."""
         super().__init__()
         self.model = model
         self.adapter = adapter
         head = self.base.get_output_embeddings()
-        _check_head(self.base, head)
+        _check_head(self.base, head, adapter)
         self.head = LogprobHead(head, banned=adapter.banned_token_ids, temperature=temperature, chunk_rows=chunk_rows)
-        self._dummy = adapter.dummy_prompt()
+        self._dummies = {kind: _dummy(adapter, kind) for kind in adapter.towers() if kind in media_kinds}
         # Kept here because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.
         self._dtype = head.weight.dtype
 
@@ -49,11 +61,10 @@ class PolicyModule(nn.Module):
         `reference`: with the LoRA adapter switched off. The result always hangs on every parameter that the model
         uses, vision tower included, be there an image, a trained token, or not."""
         rows, length = batch.input_ids.shape
-        inputs = self._with_image(batch)
+        inputs = self._with_all_media(batch)
         off = self.model.disable_adapter() if reference and hasattr(self.model, "disable_adapter") else nullcontext()
         with off:
-            backbone = self.base.base_model
-            hidden = backbone(**self._model_kwargs(backbone, inputs), use_cache=False).last_hidden_state
+            hidden = self.adapter.hidden_states(self.base, **self._model_kwargs(inputs))
             row, at = batch.loss_mask.nonzero(as_tuple=True)
             if batch.segments is None:
                 source = at - 1
@@ -64,52 +75,73 @@ class PolicyModule(nn.Module):
         zeros = logprobs.new_zeros(rows, length)
         return zeros.index_put(place, logprobs), zeros.index_put(place, entropy)
 
-    def _with_image(self, batch: MultimodalBatch) -> MultimodalBatch:
-        """`batch` as it is, or with one more row, a small prompt with an image that nothing is trained on.
+    def media_features(self, batch: MultimodalBatch) -> dict[str, Any]:
+        """Outputs of the towers by kind, for the batch's distinct media; those it carries already as they are.
 
-        Under ZeRO-3 every rank must run the vision tower in every pass, or the others wait for it for ever."""
-        dummy = self._dummy
-        if dummy is None or batch.pixel_values is not None:
-            return batch
-        extra = max(0, len(dummy.input_ids) - batch.input_ids.shape[1])
-        device = batch.input_ids.device
-        width = batch.input_ids.shape[1] + extra
+        Every tower that the batch has inputs for runs once, in the adapter's order."""
+        given = batch.model_kwargs()
+        features = dict(given.get("mm_encoder_outputs", {}))
+        for kind, modality in self.adapter.towers().items():
+            if modality.inputs[0] in given:
+                own = {name: given[name] for name in modality.inputs}
+                features[kind] = self.adapter.media_features(self.base.base_model, kind, own)
+        return features
 
-        def extend(values: Tensor, fill: int, last: Tensor) -> Tensor:
-            last = F.pad(last.to(device), (0, width - len(last)), value=fill)
-            return torch.cat([F.pad(values, (0, extra), value=fill), last[None]])
+    def _with_all_media(self, batch: MultimodalBatch) -> MultimodalBatch:
+        """`batch` as it is, or with more rows, small prompts with media that it lacks and that nothing is trained on.
 
-        ones = torch.ones_like(dummy.input_ids)
-        input_ids = extend(batch.input_ids, self.adapter.pad_token_id, dummy.input_ids)
-        pixels, media = self.adapter.join([dummy])
-        return MultimodalBatch(
-            input_ids=input_ids,
-            attention_mask=extend(batch.attention_mask, 0, ones),
-            loss_mask=torch.zeros_like(input_ids, dtype=torch.bool),
-            segments=None if batch.segments is None else extend(batch.segments, -1, 0 * ones),
-            pixel_values=pixels,
-            extra_model_kwargs={**media, **self.adapter.token_inputs(input_ids)},
-        ).to(device, self._dtype)
+        Under ZeRO-3 every rank must run the same towers in every pass, or the others wait for it for ever."""
+        given = batch.model_kwargs()
+        carried = given.get("mm_encoder_outputs", {})
+        for kind, (dummy, positions) in self._dummies.items():
+            if self.adapter.modalities[kind].inputs[0] not in given and kind not in carried:
+                batch = _with_prompt(batch, dummy, positions, self.adapter).to(batch.input_ids.device, self._dtype)
+        return batch
 
-    def _model_kwargs(self, backbone: Any, batch: MultimodalBatch) -> dict[str, Any]:
-        """What the model's forward takes, with images encoded once each and with shared prompts laid out.
+    def _model_kwargs(self, batch: MultimodalBatch) -> dict[str, Any]:
+        """What the model's forward takes, with media encoded once each and with shared prompts laid out.
 
-        The vision tower always runs first and apart: the order of modules must not differ between ranks either."""
-        kwargs = batch.model_kwargs()
-        if batch.pixel_values is not None:
-            distinct = {key: kwargs[key] for key in self.adapter.image_kwargs}
-            encoded = backbone.get_image_features(kwargs.pop("pixel_values"), **distinct, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": encoded}
-            for key in distinct.keys() - set(self.adapter.position_kwargs):
-                del kwargs[key]
-            if batch.image_index is not None:
-                self.adapter.repeat_features(encoded, batch.image_index)
-                kwargs.update({key: distinct[key][batch.image_index] for key in self.adapter.position_kwargs})
+        The towers always run first and apart: the order of modules must not differ between ranks either."""
+        features = self.media_features(batch)
+        for kind, index in batch.media_index.items():
+            features[kind] = copy(features[kind])
+            self.adapter.repeat_features(features[kind], index)
+        consumed = {name for m in self.adapter.modalities.values() for name in (*m.inputs, *m.positions)}
+        kwargs = {name: value for name, value in batch.model_kwargs().items() if name not in consumed}
+        if features:
+            kwargs["mm_encoder_outputs"] = features
         if batch.segments is not None:
-            positions = self.adapter.position_ids(backbone, batch.input_ids, batch.attention_mask, kwargs)
-            kwargs["position_ids"] = positions - position_shift(batch.segments)
             kwargs["attention_mask"] = shared_prompt_mask(batch.segments)
         return kwargs
+
+
+def _with_prompt(
+    batch: MultimodalBatch, prompt: EncodedPrompt, positions: Tensor, adapter: MultimodalAdapter
+) -> MultimodalBatch:
+    """One more row, with `positions` `[1, T]` or `[3, 1, T]`; what is not for the model is left out."""
+    extra = max(0, len(prompt.input_ids) - batch.input_ids.shape[1])
+    device = batch.input_ids.device
+    width = batch.input_ids.shape[1] + extra
+
+    def extend(values: Tensor, fill: int, last: Tensor) -> Tensor:
+        last = F.pad(last.to(device), (0, width - last.shape[-1]), value=fill)
+        return torch.cat([F.pad(values, (0, extra), value=fill), last], dim=-2)
+
+    ids = prompt.input_ids[None]
+    ones = torch.ones_like(ids)
+    input_ids = extend(batch.input_ids, adapter.pad_token_id, ids)
+    pixels = prompt.inputs.get("pixel_values", batch.pixel_values)
+    others = {name: value for name, value in prompt.inputs.items() if name != "pixel_values"}
+    return MultimodalBatch(
+        input_ids=input_ids,
+        attention_mask=extend(batch.attention_mask, 0, ones),
+        loss_mask=torch.zeros_like(input_ids, dtype=torch.bool),
+        segments=None if batch.segments is None else extend(batch.segments, -1, 0 * ones),
+        position_ids=None if batch.position_ids is None else extend(batch.position_ids, 0, positions),
+        pixel_values=pixels,
+        media_index=batch.media_index,
+        extra_model_kwargs={**batch.extra_model_kwargs, **others, **adapter.token_inputs(input_ids)},
+    )
 
 
 def attention_break_even(model_config: Any) -> int:
@@ -120,8 +152,16 @@ def attention_break_even(model_config: Any) -> int:
     return 4 * int(model_config.get_text_config().hidden_size)
 
 
-def _check_head(model: Any, head: Any) -> None:
-    if model.base_model is model or not isinstance(head, nn.Linear):
+def _dummy(adapter: MultimodalAdapter, kind: MediaKind) -> tuple[EncodedPrompt, Tensor]:
+    """A small prompt with media of a kind, and its positions."""
+    prompt = adapter.dummy_prompt(kind)
+    ids = prompt.input_ids[None]
+    return prompt, adapter.position_ids(ids, torch.ones_like(ids), prompt.inputs)
+
+
+def _check_head(model: Any, head: Any, adapter: MultimodalAdapter) -> None:
+    inseparable = model.base_model is model and type(adapter).hidden_states is MultimodalAdapter.hidden_states
+    if inseparable or not isinstance(head, nn.Linear):
         raise ValueError(f"{type(model).__name__} has no separate linear head, which log-probabilities come from")
     text = model.config.get_text_config()
     for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from learner.attention import position_shift
 from learner.packing import share_prompt
 from learner.types import EncodingMismatchError
 from rollout.types import Completion, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.media import open_image
+from vlm.clips import decode
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ def encode_prompts(
     Raises EncodingMismatchError where the engine attended to other tokens than the processor makes of the same
     prompt: log-probabilities of different inputs cannot be compared, and no gradient would be right."""
     encoded = adapter.encode_batch(
-        [g.prompt.text for g in groups], [[open_image(media[m.digest]) for m in g.prompt.media] for g in groups]
+        [g.prompt.text for g in groups], [[decode(m, media[m.digest]) for m in g.prompt.media] for g in groups]
     )
     for group, prompt in zip(groups, encoded, strict=True):
-        ours, theirs = prompt.input_ids.numpy(), np.asarray(group.prompt_token_ids)
+        ours, theirs = prompt.input_ids.numpy(), adapter.ids_from_engine(np.asarray(group.prompt_token_ids))
         if not np.array_equal(ours, theirs):
             raise EncodingMismatchError(_describe_mismatch(adapter, group, ours, theirs))
     return encoded
@@ -135,31 +137,49 @@ def collate(rows: Sequence[Row], adapter: MultimodalAdapter) -> MultimodalBatch:
     if not rows:
         segments[0] = 0
     distinct: dict[int, EncodedPrompt] = {id(row.prompt): row.prompt for row in rows}
-    pixel_values, extra = adapter.join(list(distinct.values()))
+    inputs = adapter.join(list(distinct.values()))
+    index = _media_index(rows, distinct, adapter)
+    attention_mask = (segments >= 0).to(torch.int64)
+    positions = adapter.position_ids(ids, attention_mask, _at_places(inputs, index, adapter))
     return MultimodalBatch(
         input_ids=ids,
-        attention_mask=(segments >= 0).to(torch.int64),
+        attention_mask=attention_mask,
         loss_mask=loss_mask,
         segments=segments if any(len(row.samples) > 1 for row in rows) else None,
+        position_ids=positions - position_shift(segments),
         behavior_logprobs=behavior,
         advantages=advantages,
         rewards=rewards,
         policy_versions=versions,
-        pixel_values=pixel_values,
-        image_index=_image_index(rows, distinct, adapter) if pixel_values is not None else None,
-        extra_model_kwargs={**extra, **adapter.token_inputs(ids)},
+        pixel_values=inputs.pop("pixel_values", None),
+        media_index=index,
+        extra_model_kwargs={**inputs, **adapter.token_inputs(ids)},
     )
 
 
-def _image_index(
+def _media_index(
     rows: Sequence[Row], distinct: Mapping[int, EncodedPrompt], adapter: MultimodalAdapter
-) -> Tensor | None:
-    """Places of image features, in the order of the rows, to the distinct ones; None where each has one place."""
+) -> dict[str, Tensor]:
+    """By kind: places of features, in the order of the rows, to the distinct ones. Empty where each has one place."""
     if len(distinct) == len(rows):
-        return None
-    first, count = {}, 0
-    for key, prompt in distinct.items():
-        first[key] = count
-        count += adapter.feature_rows(prompt)
-    places = [first[id(row.prompt)] + i for row in rows for i in range(adapter.feature_rows(row.prompt))]
-    return torch.tensor(places, dtype=torch.int64)
+        return {}
+    index: dict[str, Tensor] = {}
+    for kind in adapter.towers():
+        count = {key: adapter.feature_rows(prompt, kind) for key, prompt in distinct.items()}
+        if any(count.values()):
+            first = dict(zip(count, accumulate(count.values(), initial=0), strict=False))
+            places = [first[id(row.prompt)] + i for row in rows for i in range(count[id(row.prompt)])]
+            index[kind] = torch.tensor(places, dtype=torch.int64)
+    return index
+
+
+def _at_places(
+    inputs: Mapping[str, Tensor], index: Mapping[str, Tensor], adapter: MultimodalAdapter
+) -> dict[str, Tensor]:
+    """The inputs that positions derive from, one entry per place."""
+    return {
+        name: inputs[name][index[kind]] if kind in index else inputs[name]
+        for kind, modality in adapter.modalities.items()
+        for name in modality.positions
+        if name in inputs
+    }

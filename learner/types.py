@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rollout.types import MediaKind
+
 
 class LearnerError(RuntimeError):
     """A learner rank failed; says which, in what, and why. The group is unusable afterwards: shut it down."""
@@ -42,6 +44,10 @@ class LearnerOptions:
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     freeze_vision: bool = False
+    """Leave the vision tower as it is; the projector behind it is trained."""
+    media_kinds: tuple[MediaKind, ...] = ("image",)
+    """Kinds of media that the run's data may hold, if the model takes them: every rank runs their towers in every
+    pass."""
 
     temperature: float = 1.0
     """What the completions were sampled with: logits are divided by it, as in the engine."""

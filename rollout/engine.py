@@ -74,7 +74,8 @@ class EngineOptions:
     kv_cache_gib: float | None = None
     """Bytes of KV cache in GiB; None: by `gpu_memory_utilization` (GPU) or 1 GiB (CPU)."""
     gpu_memory_utilization: float = 0.85
-    max_images_per_prompt: int = 8
+    max_media_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 8})
+    """By kind; a kind that is not here is not taken."""
     weight_transfer_backend: str | None = None
     """"nccl", "gloo", ...; None for an engine whose weights never change (evaluation from disk)."""
     seed: int = 0

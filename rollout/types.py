@@ -18,6 +18,8 @@ import numpy as np
 
 MediaKind = Literal["image", "video", "audio"]
 FinishReason = Literal["stop", "length", "abort"]
+MEDIA_PER_PROMPT: Mapping[MediaKind, int] = {"image": 8, "video": 2, "audio": 2}
+"""Items of each kind that one prompt may have: what the data side refuses more of, and engines make room for."""
 VerdictStatus = Literal["scored", "unscorable", "timeout", "error"]
 
 
@@ -78,6 +80,8 @@ class Prompt:
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the row, handed to rewards untouched."""
+    truncated: int = 0
+    """Characters of the user's text that were dropped from its left, so that the prompt fits."""
 
 
 @dataclass(frozen=True, slots=True)

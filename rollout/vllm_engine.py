@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rollout.engine import (
     BAN,
@@ -27,6 +29,7 @@ from rollout.types import Media, Prompt
 from rollout.vllm_environment import check_device, set_environment
 from rollout.vllm_outputs import all_or_none, completion_of
 from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.encoded import concatenate_padded
 from vlm.media import MediaError
 from weight_sync.verify import WeightReport, merge_worker_reports
 
@@ -137,6 +140,23 @@ class VLLMEngine:
                 for k, (c, text) in enumerate(zip(completions, texts, strict=True))
             ),
         )
+
+    async def processed_media(self, prompt: Prompt, media: Sequence[Media]) -> dict[str, Tensor]:
+        """What vLLM's processor makes of the media, by the model's input names, items concatenated: to be compared with
+        what the learner computes on. Needs an engine whose processor keeps nothing (`mm_processor_cache_gb=0`)."""
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        engine = self._alive()
+        given = self._adapter.engine_prompt(prompt.token_ids, media)
+        request = await engine.input_processor.process_inputs_async(
+            "processed", given, VLLMSamplingParams(max_tokens=1), supported_tasks=await engine.get_supported_tasks()
+        )
+        found: dict[str, list[Tensor]] = {}
+        for item in request.mm_features or ():
+            for name, field in item.data.items():
+                value = torch.as_tensor(field.data)
+                found.setdefault(name, []).append(value if value.ndim else value[None])
+        return {name: concatenate_padded(values) for name, values in found.items()}
 
     def _check_length(self, prompt: Prompt, sampling: SamplingParams) -> None:
         new = max(sampling.max_tokens_each, default=sampling.max_tokens)
@@ -273,8 +293,9 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         "trust_remote_code": options.trust_remote_code,
         "logprobs_mode": "processed_logprobs",
     }
-    if adapter.has_vision:
-        arguments["limit_mm_per_prompt"] = {"image": options.max_images_per_prompt, "video": 0}
+    if adapter.modalities:
+        kinds = ("image", "video", *adapter.modalities)
+        arguments["limit_mm_per_prompt"] = {kind: options.max_media_per_prompt.get(kind, 0) for kind in kinds}
     if options.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
     if options.tensor_parallel_size > 1:

@@ -41,7 +41,7 @@ def make_prompt(adapter: MultimodalAdapter, text: str, media: Sequence[Media] = 
     content = [*({"type": "image"} for _ in media), {"type": "text", "text": text}]
     rendered = adapter.render([{"role": "user", "content": content}])
     ids = adapter.tokenize(rendered)
-    length = adapter.expanded_length(ids, [(m.height, m.width) for m in media])
+    length = adapter.expanded_length(ids, media)
     return Prompt(PromptRef(uid), rendered, np.asarray(ids, np.int32), length, tuple(media))
 
 
@@ -329,9 +329,7 @@ def reference_logprobs(
     """float32 `[T]` of the completion's tokens: the learner's formula on the Hugging Face model."""
     encoded = adapter.encode(prompt.text, [Image.open(io.BytesIO(m.data)).convert("RGB") for m in prompt.media])
     ids = torch.cat([encoded.input_ids, torch.tensor(token_ids, dtype=torch.long)])[None]
-    inputs = {**encoded.extra_model_kwargs, **adapter.token_inputs(ids)}
-    if encoded.pixel_values is not None:
-        inputs["pixel_values"] = encoded.pixel_values
+    inputs = {**encoded.inputs, **adapter.token_inputs(ids)}
     logits = policy(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0, :-1].float()
     logits[:, list(banned)] += BAN
     chosen = (logits / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]

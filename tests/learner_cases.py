@@ -169,8 +169,8 @@ def _logprobs(
 ) -> Tensor:
     encoded = adapter.encode(text, images)
     ids = torch.cat([encoded.input_ids, torch.from_numpy(tokens).long()])[None]
-    media = {} if encoded.pixel_values is None else {"pixel_values": encoded.pixel_values.double()}
-    logits = policy(input_ids=ids, **media, **encoded.extra_model_kwargs, **adapter.token_inputs(ids)).logits[0]
+    media = {name: v.double() if v.is_floating_point() else v for name, v in encoded.inputs.items()}
+    logits = policy(input_ids=ids, **media, **adapter.token_inputs(ids)).logits[0]
     logits[:, list(adapter.banned_token_ids)] -= 100.0
     distributions = (logits / temperature).log_softmax(-1)
     first = len(encoded.input_ids)

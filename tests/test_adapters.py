@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.adapter import AdapterError, MultimodalAdapter, concatenate_padded
+from rollout.types import Media
+from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.encoded import concatenate_padded
 from vlm.registry import ADAPTERS, load_adapter
 from vlm.tiny import build_tiny
 
@@ -32,7 +34,7 @@ def test_the_worked_example_of_the_docs_works(
     assert type(adapter).__name__ == "MyAdapter"
     text = adapter.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
     encoded = adapter.encode(text, [picture(60, 80)])
-    assert len(encoded.input_ids) == adapter.expanded_length(adapter.tokenize(text), [(80, 60)])
+    assert len(encoded.input_ids) == adapter.expanded_length(adapter.tokenize(text), [Media("image", "", b"", 60, 80)])
 
 
 def test_the_docs_name_every_family(repository: Path) -> None:
@@ -69,8 +71,6 @@ def test_a_layer_behind_the_one_whose_features_are_used_is_not_sent_but_saved(ll
 
 
 def test_an_expanded_prompt_is_not_given_to_the_engine(llava_next: MultimodalAdapter) -> None:
-    from rollout.types import Media
-
-    image = llava_next.image_token_id
-    with pytest.raises(AdapterError, match=r"3 times <image> in the prompt for 1 image\(s\): already expanded"):
+    image = llava_next.placeholder_ids["image"]
+    with pytest.raises(AdapterError, match=r"image, image, image, but its media are image: already expanded"):
         llava_next.engine_prompt([1, image, image, image, 2], [Media("image", "d", b"", 1, 1)])

@@ -66,7 +66,7 @@ def test_siblings_share_one_prompt_and_one_image(adapter: MultimodalAdapter, cho
     rows = rows_of(adapter, chosen)
     assert [len(row.samples) for row in rows] == [3, 4, 4, 4]
     batch = collate(rows, adapter)
-    assert batch.extra_model_kwargs["image_grid_thw"].shape == (4, 3) and batch.image_index is None
+    assert batch.extra_model_kwargs["image_grid_thw"].shape == (4, 3) and not batch.media_index
 
 
 def test_rows_of_one_prompt_name_its_images_again(adapter: MultimodalAdapter):
@@ -77,7 +77,7 @@ def test_rows_of_one_prompt_name_its_images_again(adapter: MultimodalAdapter):
         rows += make_rows(prompt, [to_sample(c) for c in group.completions[:2]], None, 4096)
     batch = collate(rows, adapter)
     assert batch.segments is None and batch.num_rows == 6
-    assert batch.image_index is not None and batch.image_index.tolist() == [0, 0, 1, 2, 1, 2]
+    assert batch.media_index["image"].tolist() == [0, 0, 1, 2, 1, 2]
     assert batch.extra_model_kwargs["image_grid_thw"].shape == (3, 3)
 
 
@@ -87,11 +87,10 @@ def test_a_batch_of_the_processor_equals_one_call_each(adapter: MultimodalAdapte
     together = encode_prompts(adapter, groups, case.media)
     for group, prompt in zip(groups, together, strict=True):
         (alone,) = encode_prompts(adapter, [group], case.media)
-        assert torch.equal(prompt.input_ids, alone.input_ids) and prompt.num_images == len(group.prompt.media)
-        if prompt.num_images:
-            assert prompt.pixel_values is not None and torch.equal(prompt.pixel_values, alone.pixel_values)
-            grid = "image_grid_thw"
-            assert torch.equal(prompt.extra_model_kwargs[grid], alone.extra_model_kwargs[grid])
+        assert torch.equal(prompt.input_ids, alone.input_ids)
+        assert prompt.counts.get("image", 0) == len(group.prompt.media)
+        assert prompt.inputs.keys() == alone.inputs.keys()
+        assert all(torch.equal(value, alone.inputs[name]) for name, value in prompt.inputs.items())
 
 
 def test_other_prompt_tokens_than_the_engines_are_refused(adapter: MultimodalAdapter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from driver.parity import CaseResult, case_prompt, cases, compare, parity, run_parity
+from driver.parity import CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from rollout.engine import EngineOptions, SamplingParams
@@ -38,7 +39,8 @@ TOLERANCE = 1e-5
 def test_engine_and_learner_agree(family: str, tmp_path: Path) -> None:
     results = parity(str(build_tiny(family, tmp_path / family)))
     assert [r for r in results if not r.agrees(TOLERANCE)] == []
-    assert len(results) == 1 or [r.case for r in results] == ["text", "1 image", "3 images", "interleaved"]
+    assert len(results) == 1 or [r.case for r in results][:4] == ["text", "1 image", "3 images", "interleaved"]
+    assert {"video", "audio"} & load_adapter(str(tmp_path / family)).modalities.keys() <= {r.case for r in results}
     assert all(r.tokens == 32 for r in results)
 
 
@@ -58,6 +60,8 @@ def test_they_agree_after_an_update_too(family: str, tmp_path: Path) -> None:
         max_num_seqs=8,
         kv_cache_gib=0.25,
         weight_transfer_backend="gloo",
+        max_media_per_prompt=dict.fromkeys(adapter.modalities, 2),
+        extra={"mm_processor_cache_gb": 0},
     )
     chosen = LearnerOptions(model, total_steps=1, device="cpu", dtype="float32", gradient_checkpointing=False)
     learner = TorchEngine(chosen, adapter)
@@ -74,10 +78,12 @@ def test_they_agree_after_an_update_too(family: str, tmp_path: Path) -> None:
             harness.synchronize(sender, version)
             for prompt, old in zip(prompts, before, strict=True):
                 output = harness.run(harness.engine.generate(prompt, prompt.media, sampling))
+                inputs = harness.run(harness.engine.processed_media(prompt, prompt.media))
                 group = RolloutGroup(prompt, output.prompt_token_ids, output.completions)
-                result = compare(learner, adapter, chosen, prompt.ref.uid, group)
+                result = compare(learner, adapter, chosen, prompt, Sampled(group, inputs))
                 assert result.agrees(TOLERANCE), result
-                stale = compare(learner, adapter, chosen, prompt.ref.uid, replace(group, completions=old))
+                before_update = Sampled(replace(group, completions=old), inputs)
+                stale = compare(learner, adapter, chosen, prompt, before_update)
                 assert stale.largest > 0.01  # the update was large enough to be seen
     finally:
         harness.run(harness.engine.shutdown())
@@ -87,8 +93,8 @@ def test_they_agree_after_an_update_too(family: str, tmp_path: Path) -> None:
 class OtherPixels(QwenVLAdapter):
     """A learner that normalises images in another way than the engine."""
 
-    def encode_batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[EncodedPrompt]:
-        darker = [[Image.fromarray((np.asarray(image) * 0.5).astype(np.uint8)) for image in own] for own in images]
+    def encode_batch(self, texts: Sequence[str], media: Sequence[Sequence[Any]]) -> list[EncodedPrompt]:
+        darker = [[Image.fromarray((np.asarray(image) * 0.5).astype(np.uint8)) for image in own] for own in media]
         return super().encode_batch(texts, darker)
 
 
@@ -111,4 +117,4 @@ def test_an_agreement_that_does_not_depend_on_the_pixels_is_none() -> None:
 @pytest.mark.parametrize(("model", "tiny"), [(None, None), ("m", "all"), (None, "qwen9")])
 def test_what_to_compare_must_be_one_thing_that_exists(model: str | None, tiny: str | None) -> None:
     with pytest.raises(ValueError, match=r"--tiny|no tiny model"):
-        run_parity(model, tiny=tiny, images=3, tolerance=TOLERANCE, path=None, console=Console())
+        run_parity(model, tiny=tiny, images=3, video=True, tolerance=TOLERANCE, path=None, console=Console())

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from driver import shapes
+from rollout.types import Media
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import ADAPTERS, load_adapter
 from vlm.tiny import ANSWER_TAGS, TINY, TinySizes, build_tiny
@@ -47,13 +48,11 @@ def test_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
 
 
 def load_model(directory: Path, adapter: MultimodalAdapter) -> Any:
-    kind = AutoModelForImageTextToText if adapter.has_vision else AutoModelForCausalLM
-    return kind.from_pretrained(directory)
+    return adapter.model_class().from_pretrained(directory)
 
 
 def test_no_weight_of_it_is_lost_or_made_up_when_it_is_loaded(directory: Path, adapter: MultimodalAdapter) -> None:
-    kind = AutoModelForImageTextToText if adapter.has_vision else AutoModelForCausalLM
-    model, report = kind.from_pretrained(directory, output_loading_info=True)
+    model, report = adapter.model_class().from_pretrained(directory, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert model.dtype == torch.float32
@@ -89,7 +88,7 @@ def test_end_of_turn_ends_a_completion_everywhere(directory: Path, adapter: Mult
 
 def test_the_smallest_image_takes_four_tokens(words_adapter: MultimodalAdapter) -> None:
     encoded = words_adapter.encode(words_adapter.render(QUESTION), [Image.new("RGB", (56, 56))])
-    assert encoded.input_ids.tolist().count(words_adapter.image_token_id) == 4
+    assert encoded.input_ids.tolist().count(words_adapter.placeholder_ids["image"]) == 4
 
 
 @settings(max_examples=25)
@@ -99,7 +98,8 @@ def test_length_is_known_from_image_sizes_alone(adapter: MultimodalAdapter, size
     content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": "what do you see?"}]
     text = adapter.render([{"role": "user", "content": content}])
     encoded = adapter.encode(text, [Image.new("RGB", (width, height)) for height, width in sizes])
-    assert adapter.expanded_length(adapter.tokenize(text), sizes) == len(encoded.input_ids)
+    media = [Media("image", "", b"", width, height) for height, width in sizes]
+    assert adapter.expanded_length(adapter.tokenize(text), media) == len(encoded.input_ids)
 
 
 @torch.no_grad()
@@ -112,8 +112,7 @@ def test_changed_pixels_move_the_next_token(directory: Path, adapter: Multimodal
     def logprobs(color: tuple[int, int, int]) -> torch.Tensor:
         encoded = adapter.encode(text, [Image.new("RGB", (56, 56), color)])
         ids = encoded.input_ids[None]
-        inputs = {**encoded.extra_model_kwargs, **adapter.token_inputs(ids)}
-        return model(input_ids=ids, pixel_values=encoded.pixel_values, **inputs).logits[0, -1].log_softmax(-1)
+        return model(input_ids=ids, **encoded.inputs, **adapter.token_inputs(ids)).logits[0, -1].log_softmax(-1)
 
     red, blue = logprobs((220, 30, 30)), logprobs((40, 60, 220))
     assert torch.equal(red, logprobs((220, 30, 30)))

@@ -42,7 +42,7 @@ def test_only_completions_have_a_loss(adapter: MultimodalAdapter, files: ShapesF
         assert torch.equal(untrained[: len(prompt.input_ids)], prompt.input_ids)
         assert set(untrained[len(prompt.input_ids) :].tolist()) <= {adapter.tokenizer.pad_token_id}
         assert int(batch.attention_mask[i].sum()) == len(prompt.input_ids) + len(trained)
-    images = torch.cat([p.pixel_values for p in prompts if p.pixel_values is not None])
+    images = torch.cat([p.inputs["pixel_values"] for p in prompts])
     assert batch.pixel_values is not None and torch.equal(batch.pixel_values, images)
 
 

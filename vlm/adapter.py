@@ -1,8 +1,8 @@
 """MultimodalAdapter: everything that differs between model families, behind one class.
 
     messages ──render──▶ text ──tokenize──▶ ids ──▶ engine (expands placeholders itself)
-                                             └─encode(+ images)──▶ Sample (expanded ids, model inputs) ──join──▶ batch
-
+                                             └─encode(+ media)──▶ EncodedPrompt ──join──▶ a batch's media inputs
+                                                                        ◀──split──
 The engine and the learner must see the same expanded ids and the same pixels; an adapter is where that is arranged.
 """
 
@@ -10,49 +10,41 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from rollout.types import Media
-from vlm.media import open_image
+from rollout.types import Media, MediaKind
+from vlm.clips import Decoded, Video, decode
+from vlm.encoded import (
+    AdapterError,
+    Counts,
+    EncodedPrompt,
+    Modality,
+    blank,
+    concatenate_padded,
+    counts_of,
+    for_engine,
+    smallest,
+)
+
+__all__ = ["AdapterError", "EncodedPrompt", "Messages", "Modality", "MultimodalAdapter"]
 
 Messages = Sequence[Mapping[str, Any]]
 _TOKEN_ALIGNED = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-class AdapterError(ValueError):
-    """The model's files and the adapter do not fit, or a prompt cannot be encoded; says which and why."""
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt as the Hugging Face model takes it."""
-
-    input_ids: Tensor
-    """int64 `[T]`, placeholders expanded."""
-    pixel_values: Tensor | None = None
-    extra_model_kwargs: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per-image or per-patch tensors, concatenated over samples along dimension 0. Token-aligned inputs are not here:
-    `token_inputs` derives them from the padded ids."""
-    num_images: int = 0
-
-
 class MultimodalAdapter(ABC):  # noqa: B024
     """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface."""
 
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
+    """What the family takes besides text; empty for a text model."""
     placeholder_tokens: ClassVar[tuple[str, ...]] = ()
-    """Tokens that stand for media, or open and close it. Never sampled, never trained on."""
-    image_token: ClassVar[str] = ""
-    """The one placeholder that the processor expands to an image's tokens."""
-    image_kwargs: ClassVar[tuple[str, ...]] = ()
-    """Those of the model's inputs, besides pixels, that its `get_image_features` takes."""
-    position_kwargs: ClassVar[tuple[str, ...]] = ()
-    """Those of `image_kwargs` that positions derive from; they have one entry per image."""
+    """Tokens that stand for media, or open and close it. Never sampled, never truncated, never trained on."""
     nested_images: ClassVar[bool] = False
     """Whether the processor takes images as one list per prompt, instead of one list."""
     shares_prompts: ClassVar[bool] = False
@@ -61,7 +53,17 @@ class MultimodalAdapter(ABC):  # noqa: B024
     tokens that see each other)."""
     engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
-
+    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("model.vision_tower.", "model.vision_model.", "model.visual."),
+        "projector": (
+            "model.multi_modal_projector.",
+            "model.connector.",
+            "model.image_newline",
+            "model.visual.merger.",
+            "model.visual.deepstack_merger_list.",
+        ),
+    }
+    """Part of the model -> beginnings of the names of its parameters; whatever has none of them is `language`."""
     untrainable_on: ClassVar[Mapping[str, str]] = {}
     """Device -> why a model of the family is not trained there: the engine would sample from something else than the
     learner computes, or nobody has seen that it does not."""
@@ -71,11 +73,12 @@ class MultimodalAdapter(ABC):  # noqa: B024
         self.model_config = model_config
         self.tokenizer = getattr(processor, "tokenizer", processor)
         vocabulary = self.tokenizer.get_vocab()
-        missing = [t for t in self.placeholder_tokens if t not in vocabulary]
+        named = (*self.placeholder_tokens, *(m.placeholder for m in self.modalities.values()))
+        missing = [token for token in dict.fromkeys(named) if token not in vocabulary]
         if missing:
             raise AdapterError(f"{type(self).__name__}: the tokenizer lacks {', '.join(missing)}")
-        self.image_token_id: int | None = vocabulary[self.image_token] if self.image_token else None
-        self._lengths: dict[tuple[int, int], int] = {}
+        self.placeholder_ids: dict[MediaKind, int] = {k: vocabulary[m.placeholder] for k, m in self.modalities.items()}
+        self._lengths: dict[tuple[Any, ...], int] = {}
 
     @classmethod
     def load(cls, path: str, *, trust_remote_code: bool = False) -> MultimodalAdapter:
@@ -103,7 +106,14 @@ class MultimodalAdapter(ABC):  # noqa: B024
 
     @property
     def has_vision(self) -> bool:
-        return bool(self.image_token)
+        return "image" in self.modalities
+
+    def towers(self) -> dict[MediaKind, Modality]:
+        """Modalities by kind, of those that share their inputs only the first: what is computed apart."""
+        first: dict[str, MediaKind] = {}
+        for kind, modality in self.modalities.items():
+            first.setdefault(modality.inputs[0], kind)
+        return {kind: self.modalities[kind] for kind in first.values()}
 
     def render(self, messages: Messages) -> str:
         """The chat template's text up to where the assistant speaks, one placeholder per media item."""
@@ -113,46 +123,66 @@ class MultimodalAdapter(ABC):  # noqa: B024
         """Unexpanded ids."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def count_images(self, token_ids: Sequence[int]) -> int:
-        """Image placeholders in unexpanded ids."""
-        return sum(1 for t in token_ids if t == self.image_token_id) if self.image_token_id is not None else 0
+    def media_order(self, token_ids: Sequence[int]) -> list[MediaKind]:
+        """The kinds of the media whose placeholders are in unexpanded ids, in order."""
+        kinds = {token: kind for kind, token in self.placeholder_ids.items()}
+        return [kinds[t] for t in map(int, token_ids) if t in kinds]
 
-    def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens each image of `(height, width)` expands to, from the size alone."""
-        if not sizes:
-            return []
-        if not hasattr(self.processor, "_get_num_multimodal_tokens"):
-            return [self._length_by_trial(*size) for size in sizes]
-        return list(self.processor._get_num_multimodal_tokens(image_sizes=[list(s) for s in sizes])["num_image_tokens"])
+    def count_media(self, token_ids: Sequence[int]) -> dict[MediaKind, int]:
+        """Placeholders in unexpanded ids, by kind; kinds without any are left out."""
+        order = self.media_order(token_ids)
+        return {kind: order.count(kind) for kind in self.modalities if kind in order}
 
-    def _length_by_trial(self, height: int, width: int) -> int:
-        """Run the processor over a blank image of that size, once per size."""
-        if (height, width) not in self._lengths:
-            with_image = len(self.encode(self.image_token, [Image.new("RGB", (width, height))]).input_ids)
-            self._lengths[height, width] = with_image - len(self.tokenize(self.image_token)) + 1
-        return self._lengths[height, width]
+    def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
+        """Prompt length in tokens as engine and learner count it, from unexpanded ids and the shapes of the media.
 
-    def expanded_length(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
-        """Prompt length in tokens as engine and learner count it, from unexpanded ids and image `(height, width)`s."""
-        return len(token_ids) - len(sizes) + sum(self.image_lengths(sizes))
+        Raises ValueError for shapes that the processor refuses."""
+        return len(token_ids) - len(media) + sum(self.media_lengths(media))
+
+    def media_lengths(self, media: Sequence[Media]) -> list[int]:
+        """Tokens that each item expands to, from its shape alone."""
+        images = [m for m in media if m.kind == "image"]
+        counted: dict[int, int] = {}
+        if images and hasattr(self.processor, "_get_num_multimodal_tokens"):
+            sizes = [[m.height, m.width] for m in images]
+            tokens = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+            counted = {id(m): n for m, n in zip(images, tokens, strict=True)}
+        return [counted[id(m)] if id(m) in counted else self._length_by_trial(m) for m in media]
+
+    def _length_by_trial(self, media: Media) -> int:
+        """Run the processor over a blank item of that shape, once per shape."""
+        shape = (media.kind, media.width, media.height, media.frames, media.total_frames, media.fps, media.samples)
+        if shape not in self._lengths:
+            text = self.modalities[media.kind].placeholder
+            expanded = self.encode(text, [blank(media)]).input_ids
+            self._lengths[shape] = len(expanded) - len(self.tokenize(text)) + 1
+        return self._lengths[shape]
 
     # ------------------------------------------------------------------ engine side
 
     def engine_prompt(self, token_ids: Sequence[int], media: Sequence[Media]) -> dict[str, Any]:
-        """A vLLM prompt: unexpanded ids, decoded images, and their digests as cache identities.
+        """A vLLM prompt: unexpanded ids, decoded media, and their digests as cache identities.
 
-        Raises AdapterError unless there is one placeholder per image: vLLM would expand an expanded prompt again,
-        without an error."""
-        if self.count_images(token_ids) != len(media):
+        Raises AdapterError unless there is one placeholder per item, in their order: vLLM would expand an expanded
+        prompt again, without an error."""
+        order = self.media_order(token_ids)
+        if order != [m.kind for m in media]:
             raise AdapterError(
-                f"{self.count_images(token_ids)} times {self.image_token} in the prompt for {len(media)} image(s): "
-                "already expanded?"
+                f"the prompt has places for {', '.join(order) or 'nothing'}, but its media are "
+                f"{', '.join(m.kind for m in media) or 'none'}: already expanded?"
             )
         prompt: dict[str, Any] = {"prompt_token_ids": [int(t) for t in token_ids]}
         if media:
-            prompt["multi_modal_data"] = {"image": [open_image(m.data) for m in media]}
-            prompt["multi_modal_uuids"] = {"image": [m.digest for m in media]}
+            data: dict[str, list[Any]] = {}
+            for item in media:
+                data.setdefault(item.kind, []).append(for_engine(decode(item, item.data)))
+            prompt["multi_modal_data"] = data
+            prompt["multi_modal_uuids"] = {k: [m.digest for m in media if m.kind == k] for k in data}
         return prompt
+
+    def ids_from_engine(self, token_ids: np.ndarray) -> np.ndarray:
+        """Expanded ids as the engine reports them, int32 `[T]`, as the learner's processor writes them."""
+        return token_ids
 
     def engine_weight_name(self, name: str) -> str | None:
         """The engine's name of the trainer's parameter `name`; None for one that nothing the model computes depends on
@@ -166,77 +196,140 @@ class MultimodalAdapter(ABC):  # noqa: B024
                 return name.replace(trainer, engine, 1)
         return name
 
-    # ------------------------------------------------------------------ learner side
+    def role(self, name: str) -> str:
+        """Which part of the model a parameter or module belongs to, by the longest beginning of its name in `roles`."""
+        fitting = [(len(p), role) for role, prefixes in self.roles.items() for p in prefixes if name.startswith(p)]
+        return max(fitting, default=(0, "language"))[1]
 
-    def encode(self, text: str, images: Sequence[Image.Image]) -> EncodedPrompt:
+    def published_config(self, model: Any) -> Any | None:
+        """The configuration of published checkpoints where it is not that of the model which is trained."""
+        return None
+
+    # ------------------------------------------------------------------ learner side: inputs
+
+    def encode(self, text: str, media: Sequence[Decoded]) -> EncodedPrompt:
         """Run the Hugging Face processor over one prompt."""
-        if not images:
-            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-            return EncodedPrompt(ids)
-        given = [list(images)] if self.nested_images else list(images)
-        out = dict(self.processor(text=[text], images=given, return_tensors="pt", add_special_tokens=False))
-        ids = out.pop("input_ids")[0]
-        out = self.without_bookkeeping(out)
-        return EncodedPrompt(ids, out.pop("pixel_values"), out, len(images))
+        return self.encode_batch([text], [media])[0]
 
-    def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Any]:
-        """Those of the processor's outputs that describe images, as the model takes them; token-aligned ones are
+    def encode_batch(self, texts: Sequence[str], media: Sequence[Sequence[Decoded]]) -> list[EncodedPrompt]:
+        """Encode many prompts, in one call of the processor (three times as fast as one each) that is cut apart."""
+        where = [i for i, own in enumerate(media) if own]
+        done = {i: EncodedPrompt(torch.tensor(self.tokenize(texts[i]))) for i in range(len(texts)) if i not in where}
+        if where:
+            chosen = [media[i] for i in where]
+            given = self.processor_arguments(chosen)
+            out = dict(
+                self.processor(
+                    text=[texts[i] for i in where],
+                    **given,
+                    padding=True,
+                    padding_side="right",
+                    return_tensors="pt",
+                    add_special_tokens=False,
+                )
+            )
+            ids = [row[mask.bool()] for row, mask in zip(out.pop("input_ids"), out["attention_mask"], strict=True)]
+            parts = self.split(self.without_bookkeeping(out), ids, [counts_of(own) for own in chosen])
+            done |= dict(zip(where, parts, strict=True))
+        return [done[i] for i in range(len(texts))]
+
+    def processor_arguments(self, media: Sequence[Sequence[Decoded]]) -> dict[str, Any]:
+        """Media arguments of the processor, for the media of several prompts."""
+        images = [[m for m in own if isinstance(m, Image.Image)] for own in media]
+        videos = [m for own in media for m in own if isinstance(m, Video)]
+        sounds = [m for own in media for m in own if isinstance(m, np.ndarray)]
+        given: dict[str, Any] = {}
+        if any(images):
+            given["images"] = images if self.nested_images else [image for own in images for image in own]
+        if videos:
+            given |= {"videos": [v.frames for v in videos], "video_metadata": [v.metadata() for v in videos]}
+            given["do_sample_frames"] = False
+        if sounds:
+            given["audio"] = sounds
+        return given
+
+    def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Those of the processor's outputs that describe media, as the model takes them; token-aligned ones are
         derived from the padded ids later (`token_inputs`)."""
-        return {k: v for k, v in outputs.items() if k not in _TOKEN_ALIGNED}
+        return {k: torch.as_tensor(v) for k, v in outputs.items() if k not in (*_TOKEN_ALIGNED, "video_metadata")}
 
-    def feature_rows(self, prompt: EncodedPrompt) -> int:
-        """How many entries of the model's image features belong to a prompt: one per image, or per tile."""
-        return prompt.num_images
+    def join(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
+        """Concatenate the media inputs of several prompts, in order."""
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.inputs)
+        return {name: concatenate_padded([p.inputs[name] for p in prompts if name in p.inputs]) for name in names}
 
-    def repeat_features(self, encoded: Any, index: Tensor) -> None:
-        """Replace image features (an output of `get_image_features`) by those at `index` int64 `[n]`, in place."""
-        features = encoded.pooler_output
-        encoded.pooler_output = features[index] if isinstance(features, Tensor) else [features[i] for i in index]
+    def split(
+        self, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
+    ) -> list[EncodedPrompt]:
+        """The inverse of `join`: `inputs` of several prompts, of expanded `input_ids` int64 `[T]` and `counts`.
+        Raises AdapterError for an input that is not cut into as many entries as it has."""
+        parts: list[dict[str, Tensor]] = [{} for _ in input_ids]
+        for name, tensor in inputs.items():
+            entries = self.entries(name, inputs, input_ids, counts)
+            if sum(entries) != len(tensor):
+                raise AdapterError(f"{type(self).__name__}: {name} has {len(tensor)} entries, {sum(entries)} expected")
+            for part, own, n in zip(parts, tensor.split(entries), entries, strict=True):
+                if n:
+                    part[name] = own
+        return [
+            EncodedPrompt(ids, self.without_padding(part, ids), count)
+            for ids, part, count in zip(input_ids, parts, counts, strict=True)
+        ]
 
-    def encode_batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[EncodedPrompt]:
-        """`encode` of many prompts. A family whose processor is faster on batches, and whose outputs it can cut apart
-        again, overrides this."""
-        return [self.encode(text, own) for text, own in zip(texts, images, strict=True)]
+    def entries(
+        self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
+    ) -> list[int]:
+        """How many entries of input `name`, along dimension 0, belong to each prompt: one per item."""
+        kinds = [k for k, m in self.modalities.items() if name in (*m.inputs, *m.positions)]
+        if not kinds:
+            raise AdapterError(
+                f"{type(self).__name__}: the processor gives {name!r}, which no modality takes; name it there, or "
+                "leave it out in `without_bookkeeping`"
+            )
+        return [sum(count.get(kind, 0) for kind in kinds) for count in counts]
 
-    def join(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Concatenate the media inputs of several prompts, in order: `(pixel_values, extra_model_kwargs)`."""
-        with_media = [p for p in prompts if p.pixel_values is not None]
-        if not with_media:
-            return None, {}
-        pixels = concatenate_padded([p.pixel_values for p in with_media if p.pixel_values is not None])
-        keys = with_media[0].extra_model_kwargs
-        return pixels, {k: concatenate_padded([p.extra_model_kwargs[k] for p in with_media]) for k in keys}
+    def without_padding(self, inputs: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
+        """The inputs of one prompt without what others of its batch made longer."""
+        return inputs
 
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Token-aligned model inputs that follow from the padded ids `[B, L]` alone (type ids, say)."""
         return {}
 
-    def position_ids(
-        self, backbone: Any, input_ids: Tensor, attention_mask: Tensor, extra: Mapping[str, Any]
-    ) -> Tensor:
-        """Positions the model would derive for rows padded on the right: `[B, L]`, or `[3, B, L]` for M-RoPE.
+    def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Positions as the engine counts them, for rows padded on the right: `[B, L]`, or `[3, B, L]` for M-RoPE.
 
-        `backbone`: the model without its head; `extra`: its further inputs, one entry per place for an image."""
+        `inputs`: those of `Modality.positions`, one entry per place, in the order of the rows."""
         return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    def dummy_prompt(self, kind: MediaKind) -> EncodedPrompt:
+        """A smallest prompt with one item, for ranks whose micro-batch has none: under ZeRO-3 every rank must run the
+        same towers."""
+        text = self.render([{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "."}]}])
+        return self.encode(text, [smallest(kind)])
+
+    # ------------------------------------------------------------------ learner side: the model
+
+    def model_class(self) -> Any:
+        """The transformers class that `from_pretrained` is called on."""
+        return AutoModelForImageTextToText if self.has_vision else AutoModelForCausalLM
 
     def prepare_model(self, model: Any) -> None:  # noqa: B027
         """Change the freshly loaded Hugging Face model where it computes something else than the engine does."""
 
-    def dummy_prompt(self) -> EncodedPrompt | None:
-        """The smallest prompt with an image, for ranks whose micro-batch has none: under ZeRO-3 every rank must run the
-        vision tower. None for text-only families."""
-        if not self.has_vision:
-            return None
-        text = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}])
-        return self.encode(text, [Image.new("RGB", (56, 56))])
+    def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
+        """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
+        return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
 
+    def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
+        """How many entries of the features belong to a prompt: one per item, or per tile."""
+        return prompt.counts.get(kind, 0)
 
-def concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Along dimension 0; every other dimension is padded with zeros at its end to the largest: tiles and sides of
-    images of different sizes."""
-    sizes = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].ndim)]
-    padded = []
-    for tensor in tensors:
-        missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
-        padded.append(torch.nn.functional.pad(tensor, [n for m in reversed(missing) for n in (0, m)]))
-    return torch.cat(padded)
+    def repeat_features(self, features: Any, index: Tensor) -> None:
+        """Replace features (of `media_features`) by those at `index` int64 `[n]`, in place."""
+        values = features.pooler_output
+        features.pooler_output = values[index] if isinstance(values, Tensor) else [values[i] for i in index]
+
+    def hidden_states(self, model: Any, **inputs: Any) -> Tensor:
+        """`[B, L, H]` that the head projects; `inputs` has features as `mm_encoder_outputs`, by kind."""
+        return model.base_model(**inputs, use_cache=False).last_hidden_state

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
+from vlm.encoded import Modality
 
 
 class AriaAdapter(MultimodalAdapter):
     """`pixel_values [N, 3, S, S]`, padded to a square, and `pixel_mask [N, S, S]`, which says what is padding."""
 
-    image_token: ClassVar[str] = "<|img|>"
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {
+        "image": Modality("<|img|>", ("pixel_values", "pixel_mask")),
+    }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<|img|>",)
-    image_kwargs: ClassVar[tuple[str, ...]] = ("pixel_mask",)
     shares_prompts: ClassVar[bool] = True
     untrainable_on: ClassVar[Mapping[str, str]] = {
         "cpu": "vLLM goes on with the former experts after an update",
         "cuda": "that vLLM takes new experts there was never seen",
     }
 
-    def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Any]:
+    def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
         return {k: v for k, v in super().without_bookkeeping(outputs).items() if k != "num_crops"}
 
     def engine_weight_name(self, name: str) -> str | None:

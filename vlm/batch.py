@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 _TOKEN_ALIGNED = (
     "attention_mask",
@@ -40,7 +42,7 @@ class MultimodalBatch:
     """int64 `[B, L]`: 0 at the prompt, k at the row's k-th completion, which sees the prompt and itself alone, -1 at
     padding. None: one completion a row."""
     position_ids: Tensor | None = None
-    """int64 `[B, L]`, or `[3, B, L]` for M-RoPE; None: the model derives them."""
+    """int64 `[B, L]`, or `[3, B, L]` for M-RoPE, as the engine counts them; None: the model derives them."""
     behavior_logprobs: Tensor | None = None
     """float32 `[B, L]`: as sampled by the engine; 0 outside `loss_mask`."""
     advantages: Tensor | None = None
@@ -53,12 +55,13 @@ class MultimodalBatch:
     """int32 `[B, L]`: weights that sampled each token; -1 outside `loss_mask`."""
     pixel_values: Tensor | None = None
     """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`): each *distinct* image once."""
-    image_index: Tensor | None = None
-    """int64 `[N]`: which of the distinct images' features (one per image, or per tile) stands at the n-th place, in the
-    order of the rows. None: there is one place for each, in their order."""
+    media_index: Mapping[str, Tensor] = field(default_factory=dict)
+    """By kind, int64 `[N]`: which of the distinct items' features (one per item, or per tile) stands at the n-th place,
+    in the order of the rows. A kind that is not here has one place for each, in their order."""
     extra_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else the model's forward takes: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`, video and
-    audio keys, `mm_token_type_ids`, pre-computed image embeddings."""
+    """Whatever else the model takes, by its own names: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`;
+    `pixel_values_videos`, `video_grid_thw`; `input_features`, `feature_attention_mask`; token-aligned inputs `[B, L]`;
+    and, in place of pixels, features computed before: `mm_encoder_outputs`, what `PolicyModule.media_features` gave."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -97,6 +100,6 @@ class MultimodalBatch:
             convert = dtype if cast and dtype is not None and value.is_floating_point() else None
             return value.to(device=device, dtype=convert, non_blocking=True)
 
-        moved = {f.name: move(getattr(self, f.name), f.name == "pixel_values") for f in fields(self)}
-        moved["extra_model_kwargs"] = {k: move(v, True) for k, v in self.extra_model_kwargs.items()}
-        return replace(self, **moved)
+        model_inputs = ("pixel_values", "extra_model_kwargs")
+        values = {f.name: (getattr(self, f.name), f.name in model_inputs) for f in fields(self)}
+        return replace(self, **{n: tree_map(partial(move, cast=cast), value) for n, (value, cast) in values.items()})

@@ -1,4 +1,4 @@
-"""Videos and sounds from encoded bytes, the same way for every consumer: chosen frames in RGB, 16 kHz in one channel."""
+"""Videos and sounds from encoded bytes, the same way for all: chosen frames in RGB, 16 kHz in one channel."""
 
 from __future__ import annotations
 

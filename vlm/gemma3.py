@@ -8,14 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rollout.types import Media, MediaKind
 from vlm.adapter import MultimodalAdapter
+from vlm.encoded import Modality
 from vlm.llava import TOWER_LEVEL
 
 
 class Gemma3Adapter(MultimodalAdapter):
     """`pixel_values [N, 3, H, W]`. The text holds `<start_of_image>`, the expanded prompt `<image_soft_token>`s."""
 
-    image_token: ClassVar[str] = "<start_of_image>"
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("<start_of_image>")}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
     nested_images: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
@@ -23,10 +25,12 @@ class Gemma3Adapter(MultimodalAdapter):
         "cuda": "vLLM may let the tokens of an image see each other there, as it does not on CPU; compare the two first"
     }
 
-    def expanded_length(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+    def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
         """An image's tokens come with blank lines around them, which the tokenizer merges with what stands beside."""
         text = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
-        return len(self.tokenize(text.replace(self.image_token, self.processor.full_image_sequence)))
+        return len(
+            self.tokenize(text.replace(self.modalities["image"].placeholder, self.processor.full_image_sequence))
+        )
 
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """`token_type_ids [B, L]`, 0 everywhere: image tokens see what is before them alone, as in vLLM on CPU. (With

@@ -1,18 +1,40 @@
-"""InternVL (in transformers' own format): one to many tiles an image, a fixed number of tokens each."""
+"""InternVL (in transformers' own format): one to many tiles an image, one a frame, a fixed number of tokens each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from vlm.adapter import EncodedPrompt, MultimodalAdapter
+import numpy as np
+from torch import Tensor
+
+from rollout.types import MediaKind
+from vlm.adapter import MultimodalAdapter
+from vlm.encoded import Counts, EncodedPrompt, Modality
 
 
 class InternVLAdapter(MultimodalAdapter):
-    """`pixel_values [tiles, 3, H, W]`; nothing but the number of placeholders tells how many tiles a prompt has."""
+    """`pixel_values [tiles, 3, H, W]`, of images and of videos' frames in the order of their places; nothing but the
+    number of placeholders tells how many tiles a prompt has."""
 
-    image_token: ClassVar[str] = "<IMG_CONTEXT>"
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {
+        "image": Modality("<IMG_CONTEXT>"),
+        "video": Modality("<video>"),
+    }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
     shares_prompts: ClassVar[bool] = True
 
-    def feature_rows(self, prompt: EncodedPrompt) -> int:
-        return prompt.input_ids.tolist().count(self.image_token_id) // int(self.model_config.image_seq_length)
+    def entries(
+        self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
+    ) -> list[int]:
+        return [self._tiles(ids) for ids in input_ids]
+
+    def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
+        return self._tiles(prompt.input_ids)
+
+    def ids_from_engine(self, token_ids: np.ndarray) -> np.ndarray:
+        """vLLM writes a video's own placeholder where transformers writes that of images."""
+        return np.where(token_ids == self.placeholder_ids["video"], self.placeholder_ids["image"], token_ids)
+
+    def _tiles(self, input_ids: Tensor) -> int:
+        return input_ids.tolist().count(self.placeholder_ids["image"]) // int(self.model_config.image_seq_length)

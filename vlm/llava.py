@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar
 
+from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
+from vlm.encoded import Modality
 
 TOWER_LEVEL = ("vision_tower.", "vision_tower.vision_model.")
 """transformers names the parameters of CLIP and SigLIP towers without a level that vLLM and published weights have."""
@@ -14,7 +17,7 @@ TOWER_LEVEL = ("vision_tower.", "vision_tower.vision_model.")
 class LlavaAdapter(MultimodalAdapter):
     """`pixel_values [N, 3, H, W]`, one entry per image."""
 
-    image_token: ClassVar[str] = "<image>"
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("<image>")}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     shares_prompts: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)

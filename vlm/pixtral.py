@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
+from torch import Tensor
+
+from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
+from vlm.encoded import Modality
 
 
 class PixtralAdapter(MultimodalAdapter):
     """`pixel_values [N, 3, H, W]` padded to the largest image, whose real sizes are `image_sizes [N, 2]`. A row of
     patches ends with `[IMG_BREAK]`, the last with `[IMG_END]`."""
 
-    image_token: ClassVar[str] = "[IMG]"
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("[IMG]", ("pixel_values", "image_sizes"))}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    image_kwargs: ClassVar[tuple[str, ...]] = ("image_sizes",)
     nested_images: ClassVar[bool] = True
     shares_prompts: ClassVar[bool] = True
+
+    def without_padding(self, inputs: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
+        if "pixel_values" not in inputs:
+            return inputs
+        height, width = inputs["image_sizes"].amax(0).tolist()
+        return {**inputs, "pixel_values": inputs["pixel_values"][..., :height, :width]}

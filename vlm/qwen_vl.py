@@ -1,80 +1,107 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images as rows of patches, M-RoPE positions derived from `mm_token_type_ids`."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images and videos as rows of patches, M-RoPE positions from their grids."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vlm.adapter import EncodedPrompt, MultimodalAdapter
+from rollout.types import MediaKind
+from vlm.adapter import MultimodalAdapter
+from vlm.encoded import Counts, Modality
+from vlm.mrope import Item, mrope_positions
+
+GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+"""Patches -> the grids that tell how many an item has."""
 
 
 class QwenVLAdapter(MultimodalAdapter):
-    """`pixel_values [P, D]` with `image_grid_thw [N, 3]`: image n owns `grid[n].prod()` consecutive rows and expands to
-    a quarter of that many tokens (merge size 2)."""
+    """`pixel_values [P, D]` with `image_grid_thw [N, 3]` (time, height, width, in patches): item n owns
+    `grid[n].prod()` consecutive rows and expands to a quarter of that many tokens (merge size 2). Videos likewise."""
 
-    image_token: ClassVar[str] = "<|image_pad|>"
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {
+        "image": Modality("<|image_pad|>", ("pixel_values", "image_grid_thw"), ("image_grid_thw",)),
+        "video": Modality(
+            "<|video_pad|>",
+            ("pixel_values_videos", "video_grid_thw"),
+            ("video_grid_thw", "second_per_grid_ts"),
+            "get_video_features",
+        ),
+    }
     placeholder_tokens: ClassVar[tuple[str, ...]] = (
         "<|image_pad|>",
         "<|video_pad|>",
         "<|vision_start|>",
         "<|vision_end|>",
     )
-
-    image_kwargs: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
-    position_kwargs: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
     shares_prompts: ClassVar[bool] = True
+    seconds_input: ClassVar[str] = "second_per_grid_ts"
+    """How long one step in time of each video's grid lasts."""
 
-    def encode_batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[EncodedPrompt]:
-        """One call of the processor over all prompts with images (three times as fast as one each), cut apart by
-        image grids and attention mask."""
-        encoded = [self.encode(text, []) if not own else None for text, own in zip(texts, images, strict=True)]
-        where = [i for i, own in enumerate(images) if own]
-        if not where:
-            return [e for e in encoded if e is not None]
-        out = self.processor(
-            text=[texts[i] for i in where],
-            images=[image for i in where for image in images[i]],
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
-        counts = [len(images[i]) for i in where]
-        grids = out["image_grid_thw"].split(counts)
-        patches = out["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
-        for i, ids, mask, grid, pixels, count in zip(
-            where, out["input_ids"], out["attention_mask"], grids, patches, counts, strict=True
-        ):
-            encoded[i] = EncodedPrompt(ids[mask.bool()], pixels, {"image_grid_thw": grid}, count)
-        return [e for e in encoded if e is not None]
+    def entries(
+        self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
+    ) -> list[int]:
+        """Patches by grids, everything else by item."""
+        if name not in GRIDS:
+            return super().entries(name, inputs, input_ids, counts)
+        grids = inputs[GRIDS[name]].split(super().entries(GRIDS[name], inputs, input_ids, counts))
+        return [int(grid.prod(-1).sum()) for grid in grids]
 
-    def position_ids(
-        self, backbone: Any, input_ids: Tensor, attention_mask: Tensor, extra: Mapping[str, Any]
-    ) -> Tensor:
-        """M-RoPE `[3, B, L]`, from the grids of the images."""
-        positions, _ = backbone.get_rope_index(
-            input_ids,
-            extra["mm_token_type_ids"],
-            image_grid_thw=extra.get("image_grid_thw"),
-            attention_mask=attention_mask,
-        )
-        return positions
+    def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        items = {1: self._images(inputs), 2: self._videos(inputs)}
+        return mrope_positions(self._kinds(input_ids), attention_mask, items)
 
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """`mm_token_type_ids [B, L]`: 1 at image tokens, from which the model derives M-RoPE positions."""
-        return {"mm_token_type_ids": torch.eq(input_ids, self.image_token_id or -1).to(torch.int32)}
+        """`mm_token_type_ids [B, L]`: 1 at images' tokens, 2 at videos'; transformers derives positions from it, if
+        none are given."""
+        return {"mm_token_type_ids": self._kinds(input_ids).to(torch.int32)}
+
+    def _kinds(self, input_ids: Tensor) -> Tensor:
+        image, video = self.placeholder_ids["image"], self.placeholder_ids["video"]
+        return (input_ids == image).long() + 2 * (input_ids == video).long()
+
+    def positions_per_second(self) -> float:
+        return float(getattr(self.model_config.vision_config, "tokens_per_second", 1.0))
+
+    def _images(self, inputs: Mapping[str, Tensor]) -> Iterator[Item]:
+        for grid in inputs.get("image_grid_thw", ()):
+            yield self._in_tokens(grid), 1.0
+
+    def _videos(self, inputs: Mapping[str, Tensor]) -> Iterator[Item]:
+        """A step in time takes as many positions as its seconds (1 in Qwen2-VL, which does not tell) have tokens."""
+        grids = inputs.get("video_grid_thw", ())
+        seconds = inputs.get(self.seconds_input, torch.ones(len(grids)))
+        for grid, step in zip(grids, seconds, strict=True):
+            yield self._in_tokens(grid), float(step) * self.positions_per_second()
+
+    def _in_tokens(self, grid: Tensor) -> Tensor:
+        merge = int(self.model_config.vision_config.spatial_merge_size)
+        return grid // torch.tensor([1, merge, merge], device=grid.device)
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Patches of 16 pixels; the tower's features enter the first language layers too (deepstack)."""
+    """Patches of 16 pixels; the tower's features enter the first language layers too (deepstack). A frame of a video is
+    announced by its time in seconds, and has positions like an image."""
 
-    def repeat_features(self, encoded: Any, index: Tensor) -> None:
-        """`deepstack_features`: per layer `[tokens of all images, H]`."""
-        lengths = [len(f) for f in encoded.pooler_output]
-        encoded.deepstack_features = [
-            torch.cat([layer.split(lengths)[i] for i in index]) for layer in encoded.deepstack_features
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {
+        "image": QwenVLAdapter.modalities["image"],
+        "video": Modality(
+            "<|video_pad|>", ("pixel_values_videos", "video_grid_thw"), ("video_grid_thw",), "get_video_features"
+        ),
+    }
+
+    def _videos(self, inputs: Mapping[str, Tensor]) -> Iterator[Item]:
+        for grid in inputs.get("video_grid_thw", ()):
+            frames, height, width = self._in_tokens(grid).tolist()
+            for _ in range(frames):
+                yield torch.tensor([1, height, width]), 1.0
+
+    def repeat_features(self, features: Any, index: Tensor) -> None:
+        """`deepstack_features`: per layer `[tokens of all items, H]`."""
+        lengths = [len(f) for f in features.pooler_output]
+        features.deepstack_features = [
+            torch.cat([layer.split(lengths)[i] for i in index]) for layer in features.deepstack_features
         ]
-        super().repeat_features(encoded, index)
+        super().repeat_features(features, index)

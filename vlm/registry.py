@@ -7,14 +7,16 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
 from vlm.aria import AriaAdapter
+from vlm.encoded import AdapterError
 from vlm.gemma3 import Gemma3Adapter
 from vlm.idefics3 import Idefics3Adapter
 from vlm.internvl import InternVLAdapter
 from vlm.llava import LlavaAdapter
 from vlm.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from vlm.pixtral import PixtralAdapter
+from vlm.qwen_omni import QwenOmniAdapter
 from vlm.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 from vlm.text import TextAdapter
 
@@ -30,6 +32,7 @@ ADAPTERS: dict[str, type[MultimodalAdapter]] = {
     "llava_onevision": LlavaOnevisionAdapter,
     "mistral3": PixtralAdapter,
     "qwen2": TextAdapter,
+    "qwen2_5_omni": QwenOmniAdapter,
     "qwen2_5_vl": QwenVLAdapter,
     "qwen2_vl": QwenVLAdapter,
     "qwen3": TextAdapter,

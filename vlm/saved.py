@@ -1,13 +1,24 @@
-"""Names of saved weights: what is written must load wherever published checkpoints of the family load."""
+"""Saved models: what is written must load wherever published checkpoints of the family load."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from vlm.adapter import MultimodalAdapter
+
+
+def publish_saved_model(directory: Path, adapter: MultimodalAdapter, model: Any) -> None:
+    """Give what `model.save_pretrained(directory)` wrote the weight names and the configuration of published models."""
+    rename_saved_weights(directory, adapter.published_weight_name)
+    config = adapter.published_config(model)
+    if config is not None:
+        config.save_pretrained(directory)
 
 
 def rename_saved_weights(directory: Path, rename: Callable[[str], str]) -> None:

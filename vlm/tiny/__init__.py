@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from vlm.registry import load_adapter
-from vlm.saved import rename_saved_weights
-from vlm.tiny import families, llava, qwen, text
+from vlm.registry import ADAPTERS
+from vlm.saved import publish_saved_model
+from vlm.tiny import families, llava, omni, qwen, text
 from vlm.tiny.base import ANSWER_TAGS, TinyModel, TinySizes
 
 
@@ -39,7 +39,8 @@ def build_tiny(
     directory = Path(directory)
     tiny.model.save_pretrained(directory)
     tiny.processor.save_pretrained(directory)
-    rename_saved_weights(directory, load_adapter(str(directory)).published_weight_name)
+    adapter = ADAPTERS.get(family) or ADAPTERS[f"llava/{family}"]
+    publish_saved_model(directory, adapter(tiny.processor, tiny.model.config), tiny.model)
     return directory
 
 
@@ -55,6 +56,7 @@ TINY: dict[str, Callable[[Sequence[str] | None, TinySizes], TinyModel]] = {
     "mistral3": llava.mistral3,
     "pixtral": llava.pixtral,
     "qwen2": text.qwen2,
+    "qwen2_5_omni": omni.qwen2_5_omni,
     "qwen2_5_vl": qwen.qwen2_5_vl,
     "qwen2_vl": qwen.qwen2_vl,
     "qwen3": text.qwen3,

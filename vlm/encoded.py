@@ -1,0 +1,96 @@
+"""What adapters are described with, and what they make: modalities, encoded prompts, joined tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rollout.types import Media, MediaKind
+from vlm.clips import SOUND_RATE, Decoded, Video
+
+Counts = Mapping[MediaKind, int]
+"""Media items of a prompt by kind."""
+
+
+class AdapterError(ValueError):
+    """The model's files and the adapter do not fit, or a prompt cannot be encoded; says which and why."""
+
+
+@dataclass(frozen=True)
+class Modality:
+    """How a family takes one kind of media."""
+
+    placeholder: str
+    """The one token in a rendered prompt that is expanded to the item's tokens."""
+    inputs: tuple[str, ...] = ("pixel_values",)
+    """Inputs that the tower computes features from, pixels (or sound) first. Two kinds may share them."""
+    positions: tuple[str, ...] = ()
+    """Inputs that positions derive from, one entry per item."""
+    features: str = "get_image_features"
+    """The model's method from `inputs` to features."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the Hugging Face model takes it."""
+
+    input_ids: Tensor
+    """int64 `[T]`, placeholders expanded."""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Media inputs by the model's own names (`pixel_values`, `image_grid_thw`, ...); empty without media. Token-aligned
+    inputs are not here: `MultimodalAdapter.token_inputs` derives them from the padded ids."""
+    counts: Counts = field(default_factory=dict)
+
+
+def kind_of(item: Decoded) -> MediaKind:
+    if isinstance(item, Image.Image):
+        return "image"
+    return "video" if isinstance(item, Video) else "audio"
+
+
+def counts_of(items: Sequence[Decoded]) -> Counts:
+    return Counter(kind_of(item) for item in items)
+
+
+def blank(media: Media) -> Decoded:
+    """An item of the same shape without content."""
+    if media.kind == "image":
+        return Image.new("RGB", (media.width, media.height))
+    if media.kind == "audio":
+        return np.zeros(media.samples, np.float32)
+    frames = np.zeros((len(media.frames), media.height, media.width, 3), np.uint8)
+    return Video(frames, media.frames, media.total_frames, media.fps)
+
+
+def smallest(kind: MediaKind) -> Decoded:
+    """An item that every family takes, as small as that allows."""
+    if kind == "image":
+        return Image.new("RGB", (56, 56))
+    if kind == "audio":
+        return np.zeros(SOUND_RATE // 10, np.float32)
+    return Video(np.zeros((2, 56, 56, 3), np.uint8), (0, 1), 2, 2.0)
+
+
+def for_engine(item: Decoded) -> Any:
+    """An item as vLLM's data parser takes it."""
+    if isinstance(item, Video):
+        return item.frames, {**item.metadata(), "do_sample_frames": False}
+    return (item, SOUND_RATE) if isinstance(item, np.ndarray) else item
+
+
+def concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Along dimension 0; every other dimension is padded with zeros at its end to the largest: tiles and sides of
+    images of different sizes."""
+    sizes = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].ndim)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+        padded.append(torch.nn.functional.pad(tensor, [n for m in reversed(missing) for n in (0, m)]))
+    return torch.cat(padded)

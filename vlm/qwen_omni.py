@@ -1,0 +1,82 @@
+"""Qwen2.5-Omni: the thinker, which takes images, videos and sounds and answers with text. Its talker is not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from rollout.types import MediaKind
+from vlm.encoded import AdapterError, Modality
+from vlm.qwen_vl import QwenVLAdapter
+
+
+class QwenOmniAdapter(QwenVLAdapter):
+    """Images and videos as in Qwen2.5-VL; sounds as `input_features [N, M, S]` of M mel bands with
+    `feature_attention_mask [N, S]`. Positions at a sound's tokens count like those at text."""
+
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {
+        "image": Modality("<|IMAGE|>", ("pixel_values", "image_grid_thw"), ("image_grid_thw",)),
+        "video": Modality(
+            "<|VIDEO|>",
+            ("pixel_values_videos", "video_grid_thw"),
+            ("video_grid_thw", "video_second_per_grid"),
+            "get_video_features",
+        ),
+        "audio": Modality("<|AUDIO|>", ("input_features", "feature_attention_mask"), features="get_audio_features"),
+    }
+    placeholder_tokens: ClassVar[tuple[str, ...]] = (
+        *("<|IMAGE|>", "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"),
+        *("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
+    )
+    seconds_input: ClassVar[str] = "video_second_per_grid"
+    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("visual.",),
+        "audio": ("audio_tower.",),
+        "projector": ("visual.merger.", "audio_tower.proj."),
+    }
+
+    def __init__(self, processor: Any, model_config: Any) -> None:
+        super().__init__(processor, getattr(model_config, "thinker_config", model_config))
+
+    def positions_per_second(self) -> float:
+        return float(self.model_config.position_id_per_seconds)
+
+    def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def model_class(self) -> Any:
+        return Qwen2_5OmniThinkerForConditionalGeneration
+
+    def published_weight_name(self, name: str) -> str:
+        return name if name.startswith("thinker.") else f"thinker.{name}"
+
+    def published_config(self, model: Any) -> Any:
+        """Of the whole family, which vLLM asks for; without a talker, whose weights are not there."""
+        return Qwen2_5OmniConfig(
+            thinker_config=model.config.to_dict(), enable_audio_output=False, architectures=["Qwen2_5OmniModel"]
+        )
+
+    def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
+        features = super().media_features(backbone, kind, inputs)
+        if kind == "audio":
+            frames = inputs["feature_attention_mask"].sum(-1)
+            _, lengths = backbone.audio_tower._get_feat_extract_output_lengths(frames)
+            features.pooler_output = features.last_hidden_state.split(lengths.tolist())
+        return features
+
+    def hidden_states(self, model: Any, **inputs: Any) -> Tensor:
+        """The thinker has its towers beside its language model and its head, no module over all but the head: features
+        are put in their places here."""
+        embedded = model.get_input_embeddings()(inputs["input_ids"])
+        for kind, features in inputs.pop("mm_encoder_outputs", {}).items():
+            values = torch.cat(list(features.pooler_output)).to(embedded.dtype)
+            places = inputs["input_ids"] == self.placeholder_ids[kind]
+            if int(places.sum()) != len(values):
+                raise AdapterError(f"{int(places.sum())} tokens for {len(values)} features of kind {kind}")
+            embedded = embedded.masked_scatter(places[..., None], values)
+        del inputs["input_ids"]
+        return model.model(inputs_embeds=embedded, **inputs, use_cache=False).last_hidden_state
