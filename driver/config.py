@@ -109,6 +109,11 @@ class RunConfig(Section):
         group_by = self.evaluation.group_by
         if group_by is not None and group_by not in self.data.extra_columns:
             found.append(f"evaluation.group_by={group_by!r} is not among data.extra_columns, so it is not read; add it")
+        if "prompt" in self.data.columns and self.data.columns["prompt"] is None:
+            found.append("data.columns.prompt=null: without prompts there is nothing to do; name their column")
+        template = self.data.prompt_template
+        if template is not None and template.count("{prompt}") != 1:
+            found.append(f"data.prompt_template={template!r}: {{prompt}} must stand in it once, for the row's text")
         if not self.reward.functions:
             found.append("reward.functions is empty: nothing would be learned")
         return found

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
+from rollout.columns import Role
+
 ActorRole = Literal["rollout", "learner", "reward"]
 DEFAULT_CPUS: dict[ActorRole, float] = {"rollout": 1.0, "learner": 1.0, "reward": 0.5}
 
@@ -36,27 +38,36 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: tuple[str, ...]
-    """Parquet or JSONL files (or glob patterns) of training prompts."""
+    """Parquet, JSONL or JSON files (or glob patterns) of training prompts."""
     eval: tuple[str, ...] = ()
     """Files of held-out prompts; empty: no evaluation."""
-    prompt_column: str = "prompt"
-    """Column of the prompt: a text, or a list of chat messages."""
-    image_column: str | None = "image"
-    """Column of the image or list of images: bytes, a struct {bytes, path}, or a path. None: text only."""
-    answer_column: str | None = "answer"
-    """Column of the expected answer, for rewards that need one."""
+    columns: dict[Role, str | None] = Field(default_factory=dict)
+    """Which column is the prompt, image, video, audio and answer. A role that is not named goes to a column whose name
+    tells (docs/data.md lists them), null to none. The prompt's own column as answer: its last turn is the answer."""
     extra_columns: tuple[str, ...] = ()
     """Further columns handed to rewards."""
     system_prompt: str | None = None
     """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
+    prompt_template: str | None = None
+    """What the last user message becomes, {prompt} standing for the row's text; markers <image>, <video>, <audio> in it
+    are places for media."""
     shuffle: bool = True
     """Shuffle each epoch with the run's seed."""
     max_prompt_length: int = Field(4096, ge=1)
-    """Longest prompt in tokens, images expanded; longer ones are refused."""
+    """Longest prompt in tokens, images expanded."""
+    overlong_prompts: Literal["refuse", "truncate"] = "refuse"
+    """What becomes of longer ones. truncate: the user's text loses its beginning; media, system message and the chat
+    template's tokens stay."""
     max_image_bytes: int = Field(20 * 2**20, ge=1)
-    """Largest encoded image in bytes."""
+    """Largest encoded image, video or sound in bytes."""
     max_image_pixels: int = Field(50_000_000, ge=1)
-    """Largest image, width x height."""
+    """Largest image or frame, width x height."""
+    max_video_frames: int = Field(8, ge=1)
+    """Frames that a model is shown of a video, evenly spaced."""
+    root: str | None = None
+    """Folder in which paths of media start and must stay; default: the folder of the data file."""
+    allow_urls: bool = False
+    """Fetch media that are given as http or https URLs, each time their row comes up."""
     max_refused_share: float = Field(0.01, ge=0, le=1)
     """Share of rows that may be refused (unreadable image, no answer, too long) before the run stops."""
 

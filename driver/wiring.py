@@ -29,16 +29,19 @@ def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True)
     data = config.data
     return DataOptions(
         files=tuple(files),
-        prompt_column=data.prompt_column,
-        image_column=data.image_column,
-        answer_column=data.answer_column,
+        columns=data.columns,
         extra_columns=data.extra_columns,
         system_prompt=data.system_prompt,
+        prompt_template=data.prompt_template,
         shuffle=data.shuffle or not train,
         seed=config.seed,
         max_prompt_length=data.max_prompt_length,
+        overlong_prompts=data.overlong_prompts,
+        max_video_frames=data.max_video_frames,
         max_image_bytes=data.max_image_bytes,
         max_image_pixels=data.max_image_pixels,
+        root=data.root,
+        allow_urls=data.allow_urls,
         max_refused_share=data.max_refused_share,
     )
 

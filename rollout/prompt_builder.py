@@ -1,12 +1,16 @@
 """One row of data -> one Prompt, or a refusal that says why.
 
-columns ──▶ messages + image bytes ──▶ adapter.render ──▶ adapter.tokenize ──▶ counts and lengths checked ──▶ Prompt
+columns ──▶ Conversation + bytes of media ──▶ adapter.render ──▶ adapter.tokenize ──▶ counts, lengths checked ──▶ Prompt
+                    ▲ the user's text shortened from the left, if that is asked for ◀── too long
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
+from rollout.columns import Columns
+from rollout.conversation import Conversation, Message, places, text_of, texts_of
+from rollout.media_files import MediaFiles
 from rollout.rows import RowRefusedError
-from rollout.types import Media, Prompt, PromptRef
+from rollout.types import Media, MediaKind, Prompt, PromptRef
+from vlm.clips import check_sound, check_video
 from vlm.media import ImageLimits, MediaError, MediaTooLargeError, check_image, digest
 
 if TYPE_CHECKING:
@@ -23,140 +31,155 @@ if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter
 
 CHECKED_KEPT = 100_000
-"""Images whose size is remembered by digest, so that later epochs need not decode them to check them."""
-ROLES = ("system", "user", "assistant")
+"""Media whose shape is remembered by digest, so that later epochs need not decode them to check them."""
+_ANSWER_TAGS = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a model is given of a conversation."""
+
+    text: str
+    token_ids: Sequence[int]
+    length: int
+    """In tokens, media expanded."""
 
 
 class PromptBuilder:
-    """Builds prompts for one model under one set of options; remembers nothing but which images were found good."""
+    """Builds prompts for one model under one set of options; remembers nothing but which media were found good."""
 
-    def __init__(self, options: DataOptions, adapter: MultimodalAdapter) -> None:
+    def __init__(self, options: DataOptions, columns: Columns, adapter: MultimodalAdapter) -> None:
         self.options = options
+        self.columns = columns
         self.adapter = adapter
         self.limits = ImageLimits(options.max_image_bytes, options.max_image_pixels)
-        self._checked: dict[str, tuple[int, int]] = {}
+        self.files = MediaFiles(
+            root=options.root_folder, allow_urls=options.allow_urls, max_bytes=options.max_image_bytes
+        )
+        placeholders = (m.placeholder for m in adapter.modalities.values())
+        self._reserved = tuple(dict.fromkeys((*adapter.placeholder_tokens, *placeholders)))
+        self._checked: dict[tuple[MediaKind, str], Media] = {}
+        """Without their data."""
 
     def build(self, row: Mapping[str, Any], ref: PromptRef, directory: Path) -> Prompt:
-        """`directory` is where relative image paths start. Raises RowRefusedError."""
-        options = self.options
-        answer = None if options.answer_column is None else _answer(row.get(options.answer_column))
-        value = row.get(options.image_column) if options.image_column is not None else None
-        images = self._images(value, directory)
-        messages = self._messages(row.get(options.prompt_column), len(images))
-        media = tuple(self._media(data, n) for n, data in enumerate(images))
-        text, ids = self._encode(messages, len(images))
+        """`directory` is where relative paths of media start without `options.root`. Raises RowRefusedError."""
+        self._refuse_surprises(row)
+        conversation, answer = self._conversation_and_answer(row)
+        found = {kind: self._read(kind, row.get(column), directory) for kind, column in self.columns.media}
+        counts = {kind: len(items) for kind, items in found.items()}
+        messages = self._compose(conversation, counts)
+        for message in messages:
+            self._refuse_placeholders(text_of(message))
+        checked = {kind: iter([self._check(kind, d, n) for n, d in enumerate(data)]) for kind, data in found.items()}
+        media = tuple(next(checked[kind]) for kind in places(messages))
+        encoded, truncated = self._fit(conversation, counts, media)
         return Prompt(
             ref=ref,
-            text=text,
-            token_ids=np.asarray(ids, dtype=np.int32),
-            expanded_length=self._expanded_length(ids, media),
+            text=encoded.text,
+            token_ids=np.asarray(encoded.token_ids, dtype=np.int32),
+            expanded_length=encoded.length,
             media=media,
             answer=answer,
-            columns={name: row.get(name) for name in options.extra_columns},
+            columns={name: row.get(name) for name in self.columns.extra},
+            truncated=truncated,
         )
 
-    # ------------------------------------------------------------------ images
+    # ------------------------------------------------------------------ columns
 
-    def _images(self, value: Any, directory: Path) -> list[bytes]:
-        if value is None:
-            return []
-        items = value if isinstance(value, list) else [value]
-        if items and not self.adapter.has_vision:
-            raise RowRefusedError("image count", f"{len(items)} image(s) for a model that takes none")
-        if len(items) > self.options.max_images:
-            raise RowRefusedError("image count", f"{len(items)} images, the limit is {self.options.max_images}")
-        return [self._image_bytes(item, f"image {n}: ", directory) for n, item in enumerate(items)]
-
-    def _image_bytes(self, item: Any, where: str, directory: Path) -> bytes:
-        if isinstance(item, dict):
-            data = item.get("bytes")
-            item = data if data is not None else item.get("path")
-            if data is not None and not isinstance(data, bytes):
-                raise RowRefusedError("bad image", f"{where}'bytes' holds {type(data).__name__}, not bytes")
-            if item is None:
-                raise RowRefusedError("missing image", f"{where}neither 'bytes' nor 'path' is given")
-        if isinstance(item, bytes):
-            return item
-        if isinstance(item, str):
-            return self._read_image(item, where, directory)
-        kind = "missing image" if item is None else "bad image"
-        raise RowRefusedError(kind, f"{where}expected bytes, {{bytes, path}} or a path, found {type(item).__name__}")
-
-    def _read_image(self, name: str, where: str, directory: Path) -> bytes:
-        if "://" in name or name.startswith("data:"):
+    def _refuse_surprises(self, row: Mapping[str, Any]) -> None:
+        if surprises := self.columns.surprises(row):
             raise RowRefusedError(
-                "bad image", f"{where}{name[:80]!r} is a URL, and none is fetched; store bytes or a path"
+                "unexpected column",
+                f"the row has {', '.join(map(repr, surprises))}, which the first rows have not; say in data.columns "
+                "what that is (null in its role: nothing)",
             )
-        path = directory / name
-        try:
-            if not path.is_file():
-                raise RowRefusedError("missing image", f"{where}no file {path}")
-            self.limits.check_bytes(path.stat().st_size)
-            return path.read_bytes()
-        except MediaTooLargeError as error:
-            raise RowRefusedError("image too large", f"{where}{path}: {error}") from error
-        except OSError as error:
-            raise RowRefusedError("missing image", f"{where}{path} cannot be read: {error}") from error
 
-    def _media(self, data: bytes, n: int) -> Media:
-        identity = digest(data)
-        try:
-            size = self._checked.get(identity) or check_image(data, self.limits)
-        except MediaTooLargeError as error:
-            raise RowRefusedError("image too large", f"image {n}: {error}") from error
-        except MediaError as error:
-            raise RowRefusedError("bad image", f"image {n}: {error}") from error
-        if len(self._checked) < CHECKED_KEPT:
-            self._checked[identity] = size
-        return Media("image", identity, data, *size)
+    def _conversation_and_answer(self, row: Mapping[str, Any]) -> tuple[Conversation, str | None]:
+        columns, answer = self.columns, None
+        if columns.answer is not None and not columns.answer_is_last_turn:
+            answer = _answer(row.get(columns.answer))
+        conversation = Conversation.read(row.get(columns.prompt))
+        if columns.answer_is_last_turn:
+            conversation, last = conversation.without_last_turn()
+            answer = _answer(last)
+        conversation.check_speaker()
+        return conversation, answer
 
-    # ------------------------------------------------------------------ messages
-
-    def _messages(self, value: Any, images: int) -> list[dict[str, Any]]:
-        """Chat messages whose contents are lists of parts, with exactly `images` image parts."""
-        if isinstance(value, str):
-            if not value.strip():
-                raise RowRefusedError("bad prompt", "the prompt is empty")
-            value = [{"role": "user", "content": value}]
-        if not isinstance(value, list) or not value:
-            found = "nothing" if value is None or value == [] else type(value).__name__
-            raise RowRefusedError("bad prompt", f"expected a text or a list of chat messages, found {found}")
-        messages = [_message(m, n) for n, m in enumerate(value)]
-        if messages[-1]["role"] != "user":
-            raise RowRefusedError(
-                "bad prompt", f"the last message is the {messages[-1]['role']}'s; it must be the user's"
-            )
-        self._place_images(value, messages, images)
-        if self.options.system_text is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.options.system_text}]})
-        if not any(_text(m).strip() or _count_images(m) for m in messages if m["role"] == "user"):
-            raise RowRefusedError("bad prompt", "the user's messages are empty")
-        for message in messages:
-            self._refuse_placeholders(_text(message))
-        return messages
-
-    def _place_images(self, value: list[Any], messages: list[dict[str, Any]], images: int) -> None:
-        """Put images before the user's text where the row does not say where they belong."""
-        places = sum(_count_images(m) for m in messages)
-        users = [m for m in messages if m["role"] == "user"]
-        if not places and len(users) == 1 and all(isinstance(m["content"], str) for m in value):
-            users[0]["content"] = [{"type": "image"}] * images + users[0]["content"]
-        elif places != images:
-            raise RowRefusedError("image count", f"the messages hold {places} image part(s), the row {images} image(s)")
+    def _compose(self, conversation: Conversation, counts: Mapping[MediaKind, int]) -> list[Message]:
+        return conversation.compose(counts, self.options.prompt_template, self.options.system_text)
 
     def _refuse_placeholders(self, text: str) -> None:
         """A placeholder written out in the text would be expanded to an image's tokens, or close one."""
-        for token in (*self.adapter.placeholder_tokens, self.adapter.image_token):
-            if token and token in text:
+        for token in self._reserved:
+            if token in text:
                 raise RowRefusedError("placeholder in text", f"the text holds the model's own {token}")
+
+    # ------------------------------------------------------------------ media
+
+    def _read(self, kind: MediaKind, value: Any, directory: Path) -> list[bytes]:
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if items and kind not in self.adapter.modalities:
+            raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}(s) for a model that takes none")
+        most = self.options.max_media[kind]
+        if len(items) > most:
+            raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}s, the limit is {most}")
+        return [self.files.read(item, kind, n, directory) for n, item in enumerate(items)]
+
+    def _check(self, kind: MediaKind, data: bytes, n: int) -> Media:
+        """Decode it once, and never again while it is remembered."""
+        identity = (kind, digest(data))
+        media = self._checked.get(identity)
+        if media is None:
+            try:
+                media = replace(self._decode(kind, data), data=b"")
+            except MediaTooLargeError as error:
+                raise RowRefusedError(f"{kind} too large", f"{kind} {n}: {error}") from error
+            except MediaError as error:
+                raise RowRefusedError(f"bad {kind}", f"{kind} {n}: {error}") from error
+            if len(self._checked) < CHECKED_KEPT:
+                self._checked[identity] = media
+        return replace(media, data=data)
+
+    def _decode(self, kind: MediaKind, data: bytes) -> Media:
+        if kind == "image":
+            return Media("image", digest(data), data, *check_image(data, self.limits))
+        if kind == "video":
+            return check_video(data, self.limits, self.options.max_video_frames)
+        return check_sound(data, self.limits)
 
     # ------------------------------------------------------------------ tokens
 
-    def _encode(self, messages: list[dict[str, Any]], images: int) -> tuple[str, Sequence[int]]:
-        if not self.adapter.has_vision:  # templates of text models print a list of parts as it stands
-            messages = [{"role": m["role"], "content": _text(m)} for m in messages]
+    def _fit(
+        self, conversation: Conversation, counts: Mapping[MediaKind, int], media: Sequence[Media]
+    ) -> tuple[Encoded, int]:
+        """The prompt, and how many characters of the user's text were dropped for it to fit.
+
+        Only that text is ever shortened, from its left, and the rest is rendered around it anew: places for media, the
+        template's own tokens, the system message and the end, where the assistant speaks, are as they would be."""
+        limit = self.options.max_prompt_length
+        whole = self._encode(self._compose(conversation, counts), media)
+        if whole.length <= limit:
+            return whole, 0
+        reason = f"{whole.length} tokens with media expanded, the limit is {limit} (data.max_prompt_length)"
+        if self.options.overlong_prompts == "refuse":
+            raise RowRefusedError("prompt too long", reason)
+
+        def shortened(characters: int) -> Encoded:
+            return self._encode(self._compose(conversation.keep_last(characters), counts), media)
+
+        text = conversation.user_text
+        kept = largest(lambda characters: shortened(characters).length <= limit, len(text) - 1)
+        if not text[len(text) - kept :].strip():
+            raise RowRefusedError("prompt too long", f"{reason}, and without the user's text it is still too long")
+        return shortened(kept), len(text) - kept
+
+    def _encode(self, messages: Sequence[Message], media: Sequence[Media]) -> Encoded:
+        if not self.adapter.modalities:  # templates of text models print a list of parts as it stands
+            given = [{"role": m["role"], "content": text_of(m)} for m in messages]
+        else:
+            given = [dict(m) for m in messages]
         try:
-            text = self.adapter.render(messages)
+            text = self.adapter.render(given)
             ids = self.adapter.tokenize(text)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise RowRefusedError(
@@ -164,85 +187,58 @@ class PromptBuilder:
             ) from error
         for message in messages:
             # Templates may cut the reasoning out of assistant turns; of the others every word must arrive.
-            if message["role"] != "assistant" and any(part.strip() not in text for part in _texts(message)):
+            if message["role"] != "assistant" and any(part.strip() not in text for part in texts_of(message)):
                 raise RowRefusedError("bad prompt", f"the chat template drops or alters text of the {message['role']}")
-        count = self.adapter.count_images(ids)
-        if count != images:
+        order = self.adapter.media_order(ids)
+        if order != [m.kind for m in media]:
             raise RowRefusedError(
-                "image count", f"the rendered prompt has {count} image placeholder(s), the row {images}"
+                f"{next(m.kind for m in media) if media else order[0]} count",
+                f"the rendered prompt has places for {', '.join(order) or 'nothing'}, the row has "
+                f"{', '.join(m.kind for m in media) or 'no media'}; does the model's chat template take them?",
             )
-        return text, ids
+        return Encoded(text, ids, self._expanded_length(ids, media))
 
     def _expanded_length(self, ids: Sequence[int], media: Sequence[Media]) -> int:
         try:
-            length = self.adapter.expanded_length(ids, [(m.height, m.width) for m in media])
-        except ValueError as error:
-            sizes = ", ".join(f"{m.width} x {m.height}" for m in media)
-            raise RowRefusedError("bad image", f"the model's image processor refuses {sizes}: {error}") from error
-        if length > self.options.max_prompt_length:
-            raise RowRefusedError(
-                "prompt too long",
-                f"{length} tokens with images expanded, the limit is {self.options.max_prompt_length} "
-                "(data.max_prompt_length)",
-            )
-        return length
+            return self.adapter.expanded_length(ids, media)
+        except Exception as error:  # processors answer shapes that they cannot take with many kinds of exception
+            shapes = ", ".join(f"{m.width} x {m.height}" if m.width else f"{m.samples} samples" for m in media)
+            raise RowRefusedError("bad shape", f"the model's processor refuses {shapes}: {error}") from error
 
 
-def _message(value: Any, n: int) -> dict[str, Any]:
-    """One message with its content as a list of parts, stripped of the null fields that Parquet adds to every part:
-    templates take a part that merely *has* a key 'image' for an image."""
-    if not isinstance(value, dict) or value.get("role") not in ROLES:
-        found = value.get("role") if isinstance(value, dict) else type(value).__name__
-        raise RowRefusedError(
-            "bad prompt", f"message {n}: expected {{role, content}}, role one of {ROLES}, found {found!r}"
-        )
-    content = value.get("content")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise RowRefusedError(
-            "bad prompt", f"message {n}: content is {type(content).__name__}, not a text or list of parts"
-        )
-    return {"role": value["role"], "content": [_part(part, n) for part in content]}
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n from 1 to `most` that fits, where whatever is smaller fits too; 0 if none does.
 
-
-def _part(part: Any, message: int) -> dict[str, Any]:
-    given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
-    if given in ({"type": "image"}, {"type": "image", "text": ""}):
-        return {"type": "image"}
-    if given.keys() == {"type", "text"} and given["type"] == "text" and isinstance(given["text"], str):
-        try:
-            given["text"].encode()
-        except UnicodeEncodeError as error:
-            raise RowRefusedError("bad prompt", f"message {message}: the text is no valid Unicode: {error}") from error
-        return given
-    raise RowRefusedError(
-        "bad prompt",
-        f'message {message}: a part must be {{"type": "text", "text": ...}} or {{"type": "image"}} (the image itself '
-        f"comes from the image column), found {str(part)[:80]}",
-    )
-
-
-def _texts(message: Mapping[str, Any]) -> list[str]:
-    content = message["content"]
-    return [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    return "".join(_texts(message))
-
-
-def _count_images(message: Mapping[str, Any]) -> int:
-    return sum(part["type"] == "image" for part in message["content"])
+    Tries about 2 log2(n) values, none above 2 n: what it costs depends on the result, not on `most`."""
+    good, bad = 0, 1
+    while bad <= most and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
 
 
 def _answer(value: Any) -> str:
-    if (
-        value is None
-        or (isinstance(value, float) and math.isnan(value))
-        or (isinstance(value, str) and not value.strip())
-    ):
+    """An answer as text: lists and structs as JSON; `<answer> </answer>` around all of it is taken off."""
+    if isinstance(value, list | dict):
+        try:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RowRefusedError("bad answer", f"the answer cannot be written as JSON: {error}") from error
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         raise RowRefusedError("no answer", "the row has no answer")
     if not isinstance(value, str | int | float | Decimal):
-        raise RowRefusedError("bad answer", f"the answer must be a text or a number, found {type(value).__name__}")
-    return str(value)
+        raise RowRefusedError(
+            "bad answer", f"the answer must be a text, a number, a list or a struct, found {type(value).__name__}"
+        )
+    text = str(value)
+    if (tagged := _ANSWER_TAGS.fullmatch(text)) is not None:
+        text = tagged[1].strip()
+    if not text.strip():
+        raise RowRefusedError("no answer", "the row has no answer")
+    return text

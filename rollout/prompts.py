@@ -1,6 +1,6 @@
-"""Rows of Parquet and JSONL files -> Prompts: endless, shuffled by seed and epoch, resumable to the row.
+"""Rows of Parquet, JSONL and JSON files -> Prompts: endless, shuffled by seed and epoch, resumable to the row.
 
-    files ──▶ rows.RowStore ──▶ order.EpochOrder ──▶ prompt_builder.PromptBuilder ──▶ Prompt
+    files ──▶ columns ──▶ rows.RowStore ──▶ order.EpochOrder ──▶ prompt_builder.PromptBuilder ──▶ Prompt
                                   ▲ (epoch, position)          └─▶ refused: file, row, reason; counted, capped
 
 Row numbers count from 0 everywhere; in JSONL row n is line n.
@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from rollout.columns import Role, choose_columns
 from rollout.order import EpochOrder
 from rollout.prompt_builder import PromptBuilder
 from rollout.row_files import DataError
-from rollout.rows import RowRefusedError, RowStore
-from rollout.types import Prompt, PromptRef
+from rollout.rows import RowRefusedError, RowStore, open_files
+from rollout.types import MEDIA_PER_PROMPT, MediaKind, Prompt, PromptRef
 
 if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter
@@ -42,26 +44,33 @@ class DataOptions:
     """Which files, which columns, under which limits."""
 
     files: tuple[str, ...]
-    """Parquet and JSONL files, or glob patterns of them."""
-    prompt_column: str = "prompt"
-    """A text, or a list of chat messages {role, content}; content is a text or a list of text and image parts."""
-    image_column: str | None = "image"
-    """An image or a list of images: bytes, {bytes, path}, or a path relative to the data file. None: text only."""
-    answer_column: str | None = "answer"
-    """The expected answer; a row without one is refused. None: rewards need no answer."""
+    """Parquet, JSONL and JSON files, or glob patterns of them."""
+    columns: Mapping[Role, str | None] = field(default_factory=dict)
+    """Role -> column; None: nothing plays it. Roles that are not here are known by the names of the columns."""
     extra_columns: tuple[str, ...] = ()
     """Further columns, handed to rewards untouched."""
     system_prompt: str | None = None
     """Put before every prompt that has no system message; a key of SYSTEM_PROMPTS stands for its text."""
+    prompt_template: str | None = None
+    """What the last user message becomes: {prompt} in it stands for the row's text."""
     shuffle: bool = True
     seed: int = 0
     """Seed of the shuffle."""
     max_prompt_length: int = 4096
-    """In tokens, images expanded."""
-    max_images: int = 8
-    """Images of one prompt."""
+    """In tokens, media expanded."""
+    overlong_prompts: Literal["refuse", "truncate"] = "refuse"
+    """truncate: the user's text loses its beginning, and nothing else does."""
+    max_media: Mapping[MediaKind, int] = field(default_factory=lambda: dict(MEDIA_PER_PROMPT))
+    """Items of each kind in one prompt."""
+    max_video_frames: int = 8
     max_image_bytes: int = 20 * 2**20
+    """Of an encoded image, video or sound."""
     max_image_pixels: int = 50_000_000
+    """Of an image, or of a frame."""
+    root: str | None = None
+    """Folder in which paths of media start, and out of which none may lead. None: that of each data file."""
+    allow_urls: bool = False
+    """Fetch media by http and https."""
     max_refused_share: float = 0.01
     """Share of rows that may be refused before DataError."""
     window_bytes: int = 256 * 2**20
@@ -72,9 +81,8 @@ class DataOptions:
         return None if self.system_prompt is None else SYSTEM_PROMPTS.get(self.system_prompt, self.system_prompt)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        named = (self.prompt_column, self.image_column, self.answer_column, *self.extra_columns)
-        return tuple(dict.fromkeys(name for name in named if name is not None))
+    def root_folder(self) -> Path | None:
+        return None if self.root is None else Path(self.root).expanduser()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,8 @@ class DataReport:
     refused: Mapping[str, int] = field(default_factory=dict)
     """Refused rows by kind."""
     first_refusals: tuple[Refusal, ...] = ()
+    truncated: int = 0
+    """Rows whose user's text was shortened to fit."""
 
     @property
     def refused_total(self) -> int:
@@ -108,7 +118,8 @@ class DataReport:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.refused.items(), key=lambda item: -item[1]))
-        return f"{self.refused_total} of {self.seen} rows refused" + (f": {kinds}" if kinds else "")
+        refused = f"{self.refused_total} of {self.seen} rows refused" + (f": {kinds}" if kinds else "")
+        return refused + (f"; {self.truncated} truncated" if self.truncated else "")
 
 
 class PromptSource:
@@ -117,8 +128,18 @@ class PromptSource:
     def __init__(self, options: DataOptions, adapter: MultimodalAdapter) -> None:
         """Reads the files' indexes. Raises DataError with all missing files and columns at once."""
         self.options = options
-        self._store = RowStore(options.files, options.columns, options.window_bytes)
-        self._builder = PromptBuilder(options, adapter)
+        problems: list[str] = []
+        if options.root_folder is not None and not options.root_folder.is_dir():
+            problems.append(f"data.root: no folder {options.root}")
+        files = open_files(options.files, problems)
+        present = {str(file.path): file.columns for file in files if file.columns}
+        columns = choose_columns(options.columns, options.extra_columns, present, problems)
+        if problems or columns is None:
+            raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
+        self.columns = columns
+        """Which column plays which role."""
+        self._store = RowStore(files, columns.names, options.window_bytes)
+        self._builder = PromptBuilder(options, columns, adapter)
         blocks = self._store.blocks
         self._order = EpochOrder(
             [b.rows for b in blocks],
@@ -132,6 +153,7 @@ class PromptSource:
         self._refused: dict[int, str] = {}
         """Kind by row."""
         self._refusals: list[Refusal] = []
+        self._truncated: set[int] = set()
 
     def __len__(self) -> int:
         """Rows, refused ones included."""
@@ -158,16 +180,20 @@ class PromptSource:
     def one_epoch(self, limit: int | None = None) -> Iterator[Prompt]:
         """The usable rows of epoch 0, at most `limit` of them, without moving the cursor."""
         found = 0
-        for position in range(len(self)):
-            if found == limit:
-                return
-            prompt = self._try(self._order.row(0, position), 0)
+        for prompt in self.look(len(self)):
             self._check_refused()
             if prompt is not None:
                 yield prompt
                 found += 1
+            if limit is not None and found >= limit:
+                return
         if not found:
             raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
+
+    def look(self, rows: int) -> Iterator[Prompt | None]:
+        """The first `rows` rows of epoch 0, None for each that is refused, however many are; the cursor stays."""
+        for position in range(min(rows, len(self))):
+            yield self._try(self._order.row(0, position), 0)
 
     def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
         """The same prompts again, by row, in the order given: after a resume, or when their media were lost.
@@ -186,7 +212,10 @@ class PromptSource:
     def _try(self, row: int, epoch: int) -> Prompt | None:
         self._tried += 1
         try:
-            return self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))
+            prompt = self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))
+            if prompt.truncated:
+                self._truncated.add(row)
+            return prompt
         except RowRefusedError as error:
             if row not in self._refused and len(self._refusals) < REFUSALS_KEPT:
                 file, within = self._store.locate(row)
@@ -201,7 +230,8 @@ class PromptSource:
     # ------------------------------------------------------------------ refusals
 
     def report(self) -> DataReport:
-        return DataReport(len(self), self._seen, dict(Counter(self._refused.values())), tuple(self._refusals))
+        refused = dict(Counter(self._refused.values()))
+        return DataReport(len(self), self._seen, refused, tuple(self._refusals), len(self._truncated))
 
     @property
     def _seen(self) -> int:

@@ -1,10 +1,11 @@
-"""Parquet and JSONL files as blocks of rows: about 16 MiB each, read one at a time.
+"""Parquet, JSONL and JSON files as blocks of rows: about 16 MiB each, read one at a time.
 
 A new format is one class with what `RowFile` asks for, and an entry in `FORMATS`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,16 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rollout.json_elements import ElementError, array_spans, element_spans
+
 BLOCK_BYTES = 16 * 2**20
 """Aimed size of a block, uncompressed."""
 MAX_LINE_BYTES = 256 * 2**20
 """A JSONL line above this is taken for a file that is no JSONL."""
 READ_BUFFER = 2**20
 """Bytes that a Parquet column is read ahead: pages are streamed, a row group is never in memory whole."""
+ROWS_FOR_KEYS = 1000
+"""Rows at the beginning of a JSON or JSONL file whose keys are its columns."""
 
 Row = dict[str, Any]
 Loaded = Callable[[int], Row]
@@ -41,7 +46,7 @@ class Block:
     """Uncompressed size of the columns in use, as the file states it."""
     start: int
     stop: int
-    """Parquet: row groups `[start, stop)`. JSONL: bytes `[start, stop)`."""
+    """Parquet: row groups `[start, stop)`. JSONL, JSON: bytes `[start, stop)`."""
     skip: int = 0
     """Parquet: rows of group `start` that come before this block, where a large group was cut."""
 
@@ -49,8 +54,10 @@ class Block:
 class RowFile(Protocol):
     path: Path
     columns: tuple[str, ...]
-    """Names that exist in the file."""
-    blocks: tuple[Block, ...]
+    """Names that exist in the file; none if it has no rows."""
+
+    def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
+        """From now on read these columns alone, if the format can; returns the file's blocks."""
 
     def load(self, block: Block) -> Loaded:
         """Read one block. Raises DataError."""
@@ -59,16 +66,20 @@ class RowFile(Protocol):
 class ParquetRows:
     """A Parquet file: small row groups are joined to a block, large ones cut into several."""
 
-    def __init__(self, path: Path, wanted: Sequence[str]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         with pq.ParquetFile(path) as file:
-            self.columns = tuple(file.schema_arrow.names)
-            self.wanted = [name for name in self.columns if name in wanted]
-            self.blocks = tuple(self._cut(file.metadata))
+            self._metadata = file.metadata
+            self.columns = tuple(file.schema_arrow.names) if file.metadata.num_rows else ()
+        self._selected: list[str] = []
 
-    def _cut(self, metadata: pq.FileMetaData) -> Iterator[Block]:
-        schema = metadata.schema
-        leaves = [i for i in range(len(schema)) if schema.column(i).path.split(".")[0] in self.wanted]
+    def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
+        self._selected = [name for name in self.columns if name in columns]
+        return tuple(self._cut())
+
+    def _cut(self) -> Iterator[Block]:
+        metadata, schema = self._metadata, self._metadata.schema
+        leaves = [i for i in range(len(schema)) if schema.column(i).path.split(".")[0] in self._selected]
         start = rows = size = 0
         for g in range(metadata.num_row_groups):
             group = metadata.row_group(g)
@@ -93,7 +104,7 @@ class ParquetRows:
             with pq.ParquetFile(self.path, buffer_size=READ_BUFFER, pre_buffer=False) as file:
                 groups = range(block.start, block.stop)
                 size = min(block.rows, 4096)
-                for batch in file.iter_batches(size, list(groups), self.wanted, use_threads=False):
+                for batch in file.iter_batches(size, list(groups), self._selected, use_threads=False):
                     low, high = max(first - seen, 0), min(last - seen, batch.num_rows)
                     if low < high:
                         parts.append(batch.slice(low, high - low))
@@ -109,13 +120,57 @@ class ParquetRows:
         return lambda i: {name: column[i].as_py() for name, column in named}
 
 
-class JsonlRows:
+class _JsonRows:
+    """What JSONL and JSON files have in common: rows are objects in ranges of bytes. A subclass finds the ranges."""
+
+    unit = ""
+    """What a row is called in errors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._blocks = tuple(self._cut())
+        self.columns = self._keys()
+
+    def _cut(self) -> Iterator[Block]:
+        """Raises DataError for a file that is not of the format."""
+        raise NotImplementedError
+
+    def _rows(self, data: bytes) -> list[bytes]:
+        """The rows in a block's bytes. Raises ElementError."""
+        raise NotImplementedError
+
+    def _keys(self) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        for block in self._blocks[:1]:
+            row = self.load(block)
+            for i in range(min(ROWS_FOR_KEYS, block.rows)):
+                with suppress(ValueError):  # refused, with its reason, when its turn comes
+                    found.update(dict.fromkeys(row(i)))
+        if self._blocks and not found:
+            raise DataError(f"{self.path}: no JSON object with keys among the first {self.unit}")
+        return tuple(found)
+
+    def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
+        return self._blocks
+
+    def load(self, block: Block) -> Loaded:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(block.start)
+                rows = self._rows(file.read(block.stop - block.start))
+        except (OSError, ElementError) as error:
+            raise DataError(f"{self.path}: unreadable: {error}; changed since it was opened?") from error
+        if len(rows) != block.rows:
+            raise DataError(
+                f"{self.path}: {block.rows} {self.unit} expected, {len(rows)} read: changed since it was opened?"
+            )
+        return lambda i: _parse(rows[i])
+
+
+class JsonlRows(_JsonRows):
     """A JSONL file: one object a line, indexed by byte offset every block. Row n is line n, counted from 0."""
 
-    def __init__(self, path: Path, wanted: Sequence[str]) -> None:
-        self.path = path
-        self.blocks = tuple(self._cut())
-        self.columns = self._keys(set(wanted))
+    unit = "lines"
 
     def _cut(self) -> Iterator[Block]:
         with self.path.open("rb") as file:
@@ -131,31 +186,31 @@ class JsonlRows:
                 yield Block(data.count(b"\n") + (not whole), len(data), start, stop)
                 start = stop
 
-    def _keys(self, wanted: set[str], lines: int = 1000) -> tuple[str, ...]:
-        """Keys of the first `lines` lines, or of fewer if they have all that is wanted."""
-        found: dict[str, None] = {}
-        for block in self.blocks[:1]:
-            row = self.load(block)
-            for i in range(min(lines, block.rows)):
-                with suppress(ValueError):  # refused, with its reason, when its turn comes
-                    found.update(dict.fromkeys(row(i)))
-                if wanted <= found.keys():
-                    break
-        return tuple(found)
+    def _rows(self, data: bytes) -> list[bytes]:
+        return data.removesuffix(b"\n").split(b"\n")
 
-    def load(self, block: Block) -> Loaded:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(block.start)
-                data = file.read(block.stop - block.start)
-        except OSError as error:
-            raise DataError(f"{self.path}: unreadable: {error}") from error
-        lines = data.removesuffix(b"\n").split(b"\n")
-        if len(lines) != block.rows:
-            raise DataError(
-                f"{self.path}: {block.rows} lines expected, {len(lines)} read: changed since it was opened?"
-            )
-        return lambda i: _parse(lines[i])
+
+class JsonArrayRows(_JsonRows):
+    """A JSON file that is one array of objects, indexed by byte offset every block. Row n is element n, from 0."""
+
+    unit = "elements"
+
+    def _cut(self) -> Iterator[Block]:
+        rows = start = stop = 0
+        with self.path.open("rb") as file:
+            try:
+                for first, last in array_spans(file):
+                    if rows and last - start > BLOCK_BYTES:
+                        yield Block(rows, stop - start, start, stop)
+                        rows = 0
+                    start, rows, stop = first if not rows else start, rows + 1, last
+            except ElementError as error:
+                raise DataError(f"{self.path}: no readable JSON array: {error}") from error
+        if rows:
+            yield Block(rows, stop - start, start, stop)
+
+    def _rows(self, data: bytes) -> list[bytes]:
+        return [data[first:last] for first, last in element_spans(io.BytesIO(data))]
 
 
 def _content_end(file: BinaryIO) -> int:
@@ -166,17 +221,25 @@ def _content_end(file: BinaryIO) -> int:
     return size - len(tail) + len(tail.rstrip())
 
 
-def _parse(line: bytes) -> Row:
+def _parse(row: bytes) -> Row:
     try:
-        row = json.loads(line)
+        value = json.loads(row)
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"a line must be a JSON object, this is {type(row).__name__}")
-    return row
+    if not isinstance(value, dict):
+        raise ValueError(f"a row must be a JSON object, this is {type(value).__name__}")
+    return value
 
 
-FORMATS: dict[str, Callable[[Path, Sequence[str]], RowFile]] = {
+def _open_json(path: Path) -> RowFile:
+    """One array of objects, or, as some name JSONL too, one object a line."""
+    with path.open("rb") as file:
+        beginning = file.read(READ_BUFFER).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return JsonArrayRows(path) if beginning.startswith(b"[") else JsonlRows(path)
+
+
+FORMATS: dict[str, Callable[[Path], RowFile]] = {
     ".parquet": ParquetRows,
     ".jsonl": JsonlRows,
+    ".json": _open_json,
 }

@@ -7,7 +7,6 @@ Only the index of blocks is held for the whole data set: a few numbers per 16 Mi
 
 from __future__ import annotations
 
-import difflib
 import glob
 from bisect import bisect_right
 from collections import OrderedDict
@@ -28,28 +27,30 @@ class RowRefusedError(ValueError):
         self.kind, self.reason = kind, reason
 
 
-class RowStore:
-    """All rows of several files under one numbering, in the order of the patterns."""
+def open_files(patterns: Sequence[str], problems: list[str]) -> list[RowFile]:
+    """The files behind paths and glob patterns, in their order. What cannot be opened is added to `problems`, as is
+    that there is no row in any of them."""
+    before = len(problems)
+    opened = [_open(path, problems) for path in _resolve(patterns, problems)]
+    files = [file for file in opened if file is not None]
+    if len(problems) == before and not any(file.columns for file in files):
+        problems.append(f"no rows in {', '.join(patterns) or 'an empty list of files'}")
+    return files
 
-    def __init__(self, patterns: Sequence[str], columns: Sequence[str], cache_bytes: int) -> None:
-        """Raises DataError with every missing file and column at once."""
-        problems: list[str] = []
-        paths = _resolve(patterns, problems)
-        self.files: list[RowFile] = []
-        for path in paths:
-            file = _open(path, columns, problems)
-            if file is not None:
-                self.files.append(file)
-        if not problems and not any(file.blocks for file in self.files):
-            problems.append(f"no rows in {', '.join(patterns) or 'an empty list of files'}")
-        if problems:
-            raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
+
+class RowStore:
+    """All rows of several files under one numbering, in the order of the files."""
+
+    def __init__(self, files: Sequence[RowFile], columns: Sequence[str], cache_bytes: int) -> None:
+        """`columns`: those that are read; `cache_bytes`: what the latest blocks may take together."""
+        self.files = tuple(files)
         self.names = _short_names([file.path for file in self.files])
-        self.blocks = [block for file in self.files for block in file.blocks]
-        self.rows_of_files = [sum(block.rows for block in file.blocks) for file in self.files]
+        blocks = [file.select(columns) for file in self.files]
+        self.blocks = [block for own in blocks for block in own]
+        self.rows_of_files = [sum(block.rows for block in own) for own in blocks]
         self._file_starts = [0, *accumulate(self.rows_of_files)]
         self._block_starts = [0, *accumulate(block.rows for block in self.blocks)]
-        self._file_of_block = [n for n, file in enumerate(self.files) for _ in file.blocks]
+        self._file_of_block = [n for n, own in enumerate(blocks) for _ in own]
         self._cache: OrderedDict[int, Loaded] = OrderedDict()
         self._cached_bytes, self._cache_bytes = 0, cache_bytes
         self.blocks_loaded = 0
@@ -110,7 +111,7 @@ def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
     return list(found)
 
 
-def _open(path: Path, columns: Sequence[str], problems: list[str]) -> RowFile | None:
+def _open(path: Path, problems: list[str]) -> RowFile | None:
     if path.is_dir():
         problems.append(f"{path}: is a directory; name its files, as in {path}/*.parquet")
         return None
@@ -119,21 +120,12 @@ def _open(path: Path, columns: Sequence[str], problems: list[str]) -> RowFile | 
         problems.append(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known: {', '.join(FORMATS)}")
         return None
     try:
-        file = opener(path, columns)
+        return opener(path)
     except (pa.ArrowException, OSError) as error:
         problems.append(f"{path}: unreadable: {error}")
-        return None
     except DataError as error:
         problems.append(str(error))
-        return None
-    for column in columns:
-        if file.blocks and column not in file.columns:
-            problems.append(f"{path}: no column {column!r}; it has {', '.join(_nearest_first(column, file.columns))}")
-    return file
-
-
-def _nearest_first(name: str, known: Sequence[str]) -> list[str]:
-    return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
+    return None
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -18,9 +18,10 @@ import numpy as np
 
 MediaKind = Literal["image", "video", "audio"]
 FinishReason = Literal["stop", "length", "abort"]
-MEDIA_PER_PROMPT: Mapping[MediaKind, int] = {"image": 8, "video": 2, "audio": 2}
-"""Items of each kind that one prompt may have: what the data side refuses more of, and engines make room for."""
 VerdictStatus = Literal["scored", "unscorable", "timeout", "error"]
+
+MEDIA_PER_PROMPT: Mapping[MediaKind, int] = {"image": 8, "video": 2, "audio": 2}
+"""Items of each kind that one prompt may have: the data side refuses rows with more, engines make room for them."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

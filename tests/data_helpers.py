@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyarrow as pa
@@ -14,43 +15,59 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from rollout.prompts import DataOptions, PromptSource
+from rollout.types import Media, MediaKind
 
 if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter
 
+PLACES: dict[MediaKind, tuple[str, int]] = {"image": ("<img>", -1), "video": ("<vid>", -2), "audio": ("<snd>", -3)}
+"""Placeholder and its token id by kind."""
+IDS = dict(PLACES.values())
+
 
 class FakeAdapter:
-    """One token per character; `<img>` is one token and expands to one token per started 28 x 28 square."""
+    """One token per character; a placeholder is one token and expands to one token per started 28 x 28 square (of each
+    frame of a video), or second of sound."""
 
-    placeholder_tokens: ClassVar[tuple[str, ...]] = ("<img>", "</img>")
-    image_token = "<img>"
-    has_vision = True
+    placeholder_tokens: ClassVar[tuple[str, ...]] = (*IDS, "</img>")
+    modalities: ClassVar[dict[MediaKind, Any]] = {k: SimpleNamespace(placeholder=p) for k, (p, _) in PLACES.items()}
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         def content(message: Mapping[str, Any]) -> str:
             parts = message["content"]
-            return "".join("<img>" if p["type"] == "image" else p["text"].strip() for p in parts)
+            return "".join(p["text"].strip() if p["type"] == "text" else PLACES[p["type"]][0] for p in parts)
 
         return "".join(f"{m['role']}:{content(m)}\n" for m in messages) + "assistant:"
 
     def tokenize(self, text: str) -> list[int]:
-        return [-1 if piece == "<img>" else ord(piece) for piece in re.findall(r"<img>|.", text, re.DOTALL)]
+        return [IDS.get(piece) or ord(piece) for piece in re.findall(r"<img>|<vid>|<snd>|.", text, re.DOTALL)]
 
-    def count_images(self, token_ids: Sequence[int]) -> int:
-        return sum(token == -1 for token in token_ids)
+    def media_order(self, token_ids: Sequence[int]) -> list[MediaKind]:
+        kinds = {token: kind for kind, (_, token) in PLACES.items()}
+        return [kinds[token] for token in token_ids if token in kinds]
 
-    def expanded_length(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
-        if any(max(size) > 200 * min(size) for size in sizes):
+    def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
+        if any(max(m.width, m.height) > 200 * min(m.width, m.height) for m in media):
             raise ValueError("absolute aspect ratio must be smaller than 200")
-        return len(token_ids) - len(sizes) + sum(-(-h // 28) * -(-w // 28) for h, w in sizes)
+        return len(token_ids) - len(media) + sum(map(self.tokens, media))
+
+    def tokens(self, media: Media) -> int:
+        if media.kind == "audio":
+            return -(-media.samples // 16_000)
+        return (len(media.frames) or 1) * -(-media.height // 28) * -(-media.width // 28)
+
+
+class FakeImageAdapter(FakeAdapter):
+    """A model that takes images alone."""
+
+    modalities: ClassVar[dict[MediaKind, Any]] = {"image": FakeAdapter.modalities["image"]}
 
 
 class FakeTextAdapter(FakeAdapter):
     """A model without eyes, whose template takes contents as they stand."""
 
     placeholder_tokens: ClassVar[tuple[str, ...]] = ()
-    image_token = ""
-    has_vision = False
+    modalities: ClassVar[dict[MediaKind, Any]] = {}
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         return "".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:"
@@ -67,9 +84,11 @@ def png(colour: Any = "red", size: tuple[int, int] = (28, 28)) -> bytes:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> Path:
-    """Parquet or JSONL, by the suffix."""
+    """Parquet, JSONL or JSON, by the suffix."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2))
     else:
         pq.write_table(pa.Table.from_pylist(list(rows)), path, **options)
     return path
@@ -77,6 +96,3 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], **options: Any) ->
 
 def source(*files: Path, adapter: Any = None, **options: Any) -> PromptSource:
     return PromptSource(DataOptions(tuple(map(str, files)), **options), adapter or fake_adapter())
-
-
-TEXT_ONLY: dict[str, Any] = {"image_column": None, "answer_column": None}

@@ -164,7 +164,7 @@ def test_eval_prompts_are_the_same_at_every_call(make: Callable[..., Any], optio
 def test_too_many_refused_rows_stop_every_take_and_lose_nothing(make: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}", "answer": "a" if n < 10 else None} for n in range(50)]
     path = write_rows(tmp_path / "a.parquet", rows)
-    actor = make(DataOptions((str(path),), image_column=None, shuffle=False))
+    actor = make(DataOptions((str(path),), shuffle=False))
     assert len(actor.take(4)) == 4
     for _ in range(2):
         with pytest.raises(DataError, match=r"more than 1\.00% of the rows refused"):

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rollout.prompts import SYSTEM_PROMPTS, DataError, PromptSource
-from rollout.types import Prompt, PromptRef
-from tests.data_helpers import TEXT_ONLY, FakeTextAdapter, fake_adapter, png, source, write_rows
+from rollout.types import Media, Prompt, PromptRef
+from tests.data_helpers import FakeTextAdapter, fake_adapter, png, source, write_rows
 
 FOLDER_IS_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -111,7 +111,7 @@ def test_chat_with_plain_contents_gets_its_image_before_the_user_text(tmp_path: 
 
 
 def test_the_shipped_system_prompt_is_selected_by_its_word(tmp_path: Path) -> None:
-    text = only(tmp_path, {"prompt": "q"}, system_prompt="think_answer", **TEXT_ONLY).text
+    text = only(tmp_path, {"prompt": "q"}, system_prompt="think_answer").text
     assert SYSTEM_PROMPTS["think_answer"] in text
     for tag in ("<think>", "</think>", "<answer>", "</answer>"):
         assert tag in text
@@ -119,7 +119,7 @@ def test_the_shipped_system_prompt_is_selected_by_its_word(tmp_path: Path) -> No
 
 def test_text_models_get_plain_contents(tmp_path: Path) -> None:
     row = {"prompt": [user(text_part("a"), text_part("b"))], "answer": "a"}
-    assert only(tmp_path, row, adapter=FakeTextAdapter(), image_column=None).text == "user:ab\nassistant:"
+    assert only(tmp_path, row, adapter=FakeTextAdapter()).text == "user:ab\nassistant:"
 
 
 def test_rows_without_an_image_are_text_prompts(tmp_path: Path) -> None:
@@ -129,10 +129,23 @@ def test_rows_without_an_image_are_text_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected"), [("x", "x"), (4, "4"), (0, "0"), (2.5, "2.5"), (Decimal("1.50"), "1.50")]
+    ("answer", "expected"),
+    [
+        ("x", "x"),
+        (4, "4"),
+        (0, "0"),
+        (2.5, "2.5"),
+        (Decimal("1.50"), "1.50"),
+        ([12, 30], "[12, 30]"),
+        ({"box": [1, 2], "name": "é"}, '{"box": [1, 2], "name": "é"}'),
+        ("<answer> 3 </answer>", "3"),
+        ("\n<answer>a\nb</answer> ", "a\nb"),
+        ("x <answer>3</answer>", "x <answer>3</answer>"),
+        ("<answer>1</answer> or <answer>2</answer>", "<answer>1</answer> or <answer>2</answer>"),
+    ],
 )
-def test_answers_are_texts_or_numbers(tmp_path: Path, answer: Any, expected: str) -> None:
-    assert only(tmp_path, {"prompt": "q", "answer": answer}, image_column=None).answer == expected
+def test_answers_are_texts_numbers_or_json(tmp_path: Path, answer: Any, expected: str) -> None:
+    assert only(tmp_path, {"prompt": "q", "answer": answer}).answer == expected
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -150,17 +163,19 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"image": "gone.png"}, "missing image", "image 0: no file"),
         ({"image": {"bytes": None, "path": None}}, "missing image", "neither 'bytes' nor 'path'"),
         ({"image": {"bytes": "aGk=", "path": None}}, "bad image", "'bytes' holds str"),
-        ({"image": "https://example.org/a.png"}, "bad image", "is a URL, and none is fetched"),
-        ({"image": "data:image/png;base64,aGk="}, "bad image", "is a URL"),
+        ({"image": "https://example.org/a.png"}, "URL refused", "is a URL, and none is fetched"),
+        ({"image": "data:image/png;base64,aGk="}, "URL refused", "is a data URL, which is never read"),
         ({"image": 7}, "bad image", "found int"),
         ({"image": png(size=(400, 300))}, "image too large", "120,000 pixels, the limit is 100,000"),
         ({"image": png() + b"\x00" * 5000}, "image too large", "bytes, the limit is 5,000"),
-        ({"image": png(size=(201, 1))}, "bad image", "image processor refuses 201 x 1: absolute aspect ratio"),
+        ({"image": png(size=(804, 4))}, "bad shape", "the model's processor refuses 804 x 4: absolute aspect"),
         ({"image": [png()] * 9}, "image count", "9 images, the limit is 8"),
         ({"answer": None}, "no answer", "the row has no answer"),
         ({"answer": " "}, "no answer", "the row has no answer"),
         ({"answer": float("nan")}, "no answer", "the row has no answer"),
-        ({"answer": ["a"]}, "bad answer", "a text or a number, found list"),
+        ({"answer": b"a"}, "bad answer", "a text, a number, a list or a struct, found bytes"),
+        ({"answer": [b"a"]}, "bad answer", "cannot be written as JSON"),
+        ({"answer": "<answer> </answer>"}, "no answer", "the row has no answer"),
         ({"prompt": None}, "bad prompt", "found nothing"),
         ({"prompt": 3}, "bad prompt", "found int"),
         ({"prompt": ""}, "bad prompt", "the prompt is empty"),
@@ -171,10 +186,17 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"prompt": [user(image_part(), text_part("<im"), text_part("g>"))]}, "placeholder in text", "own <img>"),
         ({"prompt": "long " * 200}, "prompt too long", "the limit is 300 (data.max_prompt_length)"),
         ({"image": png(size=(310, 310))}, "prompt too long", "161 tokens"),
-        ({"prompt": [user(text_part("q"))]}, "image count", "0 image part(s), the row 1 image(s)"),
-        ({"prompt": [user(image_part(), image_part(), text_part("q"))]}, "image count", "2 image part(s), the row 1"),
-        ({"prompt": [user(image_part(), text_part("q"))], "image": None}, "image count", "1 image part(s), the row 0"),
-        ({"prompt": [user("a"), {"role": "assistant", "content": "b"}, user("c")]}, "image count", "0 image part(s)"),
+        ({"prompt": [user(text_part("q"))]}, "image count", "0 place(s) for images, the row 1 image(s)"),
+        ({"prompt": [user(image_part(), image_part(), text_part("q"))]}, "image count", "2 place(s) for"),
+        ({"prompt": [user(image_part(), text_part("q"))], "image": None}, "image count", "1 place(s) for"),
+        ({"prompt": [user("a"), {"role": "assistant", "content": "b"}, user("c")]}, "image count", "0 place(s) for"),
+        ({"prompt": "<image> or <image>"}, "image count", "2 place(s) for images, the row 1 image(s)"),
+        ({"prompt": "<image>", "image": None}, "image count", "1 place(s) for images, the row 0 image(s)"),
+        ({"prompt": "<image> and <video>"}, "video count", "1 place(s) for videos, the row 0 video(s)"),
+        ({"prompt": "a <im<image>g>"}, "placeholder in text", "the model's own <img>"),
+        ({"prompt": [{"from": "robot", "value": "q"}]}, "bad prompt", "found 'robot'"),
+        ({"prompt": [{"from": ["human"], "value": "q"}]}, "bad prompt", "found ['human']"),
+        ({"prompt": [{"from": "human", "value": None}]}, "bad prompt", "content is NoneType"),
         ({"prompt": [user("q"), {"role": "assistant", "content": "a"}]}, "bad prompt", "it must be the user's"),
         ({"prompt": [{"role": "bot", "content": "q"}]}, "bad prompt", "message 0: expected {role, content}"),
         ({"prompt": [{"role": "user", "content": None}]}, "bad prompt", "content is NoneType"),
@@ -198,7 +220,7 @@ LIMITS: dict[str, Any] = {"max_image_pixels": 100_000, "max_image_bytes": 5000, 
 def test_jsonl_rows_are_refused_the_same_way(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "q", "answer": "a"}\nnot json\n{"answer": "a"}\n{"prompt": "\\ud800", "answer": "a"}\n')
-    data = source(path, image_column=None, max_refused_share=1.0)
+    data = source(path, max_refused_share=1.0)
     assert [p.ref.row for p in data.one_epoch()] == [0]
     assert data.report().refused == {"unreadable row": 1, "bad prompt": 2}
     assert sorted(r.row for r in data.report().first_refusals) == [1, 2, 3]
@@ -214,8 +236,8 @@ def test_a_template_that_fails_or_drops_text_refuses_the_row(tmp_path: Path) -> 
             return "assistant:"
 
     row = {"prompt": "q"}
-    assert "chat template or tokenizer refuses it: 'tools'" in refusal(tmp_path, row, adapter=Fails(), **TEXT_ONLY)[1]
-    assert "drops or alters text of the user" in refusal(tmp_path, row, adapter=Drops(), **TEXT_ONLY)[1]
+    assert "chat template or tokenizer refuses it: 'tools'" in refusal(tmp_path, row, adapter=Fails())[1]
+    assert "drops or alters text of the user" in refusal(tmp_path, row, adapter=Drops())[1]
 
 
 def test_images_for_a_text_model_are_refused(tmp_path: Path) -> None:
@@ -227,7 +249,7 @@ def test_images_for_a_text_model_are_refused(tmp_path: Path) -> None:
 
 def test_refused_rows_are_passed_over_and_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "answer": None if n % 100 == 7 else "a"} for n in range(1000)]
-    data = source(write_rows(tmp_path / "a.parquet", rows), image_column=None, max_refused_share=0.01)
+    data = source(write_rows(tmp_path / "a.parquet", rows), max_refused_share=0.01)
     rows_taken = [p.ref.row for p in data.take(990)]
     assert sorted(rows_taken) == [n for n in range(1000) if n % 100 != 7]
     assert data.report().refused == {"no answer": 10}
@@ -236,7 +258,7 @@ def test_refused_rows_are_passed_over_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_refused_rows_stop_with_the_first_of_them(tmp_path: Path) -> None:
     rows = [{"prompt": "q" if n % 2 else None, "answer": None if n % 50 == 7 else "a"} for n in range(2000)]
-    data = source(write_rows(tmp_path / "a.parquet", rows), image_column=None, max_refused_share=0.1, shuffle=False)
+    data = source(write_rows(tmp_path / "a.parquet", rows), max_refused_share=0.1, shuffle=False)
     with pytest.raises(DataError) as caught:
         data.take(2000)
     message = str(caught.value)
@@ -250,7 +272,7 @@ def test_too_many_refused_rows_stop_with_the_first_of_them(tmp_path: Path) -> No
 
 def test_a_row_refused_in_every_epoch_counts_once(tmp_path: Path) -> None:
     rows = [{"prompt": None if n == 0 else "q"} for n in range(20)]
-    data = source(write_rows(tmp_path / "a.parquet", rows), max_refused_share=0.05, **TEXT_ONLY)
+    data = source(write_rows(tmp_path / "a.parquet", rows), max_refused_share=0.05)
     assert len(data.take(200)) == 200
     assert data.report().refused == {"bad prompt": 1}
     assert len(data.report().first_refusals) == 1
@@ -258,9 +280,9 @@ def test_a_row_refused_in_every_epoch_counts_once(tmp_path: Path) -> None:
 
 def test_one_bad_row_of_many_is_no_reason_to_stop_early(tmp_path: Path) -> None:
     rows = [{"prompt": None if n == 0 else "q"} for n in range(200)]
-    data = source(write_rows(tmp_path / "a.parquet", rows), shuffle=False, **TEXT_ONLY)
+    data = source(write_rows(tmp_path / "a.parquet", rows), shuffle=False)
     assert len(data.take(199)) == 199  # 1 of the first 1 refused, but 1 of 200 in all
-    strict = source(tmp_path / "a.parquet", shuffle=False, max_refused_share=0.0, **TEXT_ONLY)
+    strict = source(tmp_path / "a.parquet", shuffle=False, max_refused_share=0.0)
     with pytest.raises(DataError, match=r"more than 0\.00%"):
         strict.take(1)
 
@@ -281,7 +303,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def open_numbered(files: list[Path], **options: Any) -> PromptSource:
-    return source(*files, max_refused_share=1.0, **TEXT_ONLY, **options)
+    return source(*files, max_refused_share=1.0, **options)
 
 
 def identity(prompts: list[Prompt]) -> list[tuple[str, int, str]]:
@@ -366,15 +388,16 @@ def test_one_epoch_leaves_the_cursor_alone(numbered: list[Path]) -> None:
 # ---------------------------------------------------------------------- construction
 
 
-def test_missing_files_and_columns_are_reported_at_construction(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.parquet", [{"question": "q", "images": 1, "answer": "a"}])
+def test_missing_files_folders_and_columns_are_reported_at_construction(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.parquet", [{"frage": "q", "picture": 1, "answer": "a"}])
     with pytest.raises(DataError) as caught:
-        source(path, tmp_path / "b.jsonl")
+        source(path, tmp_path / "b.jsonl", columns={"image": "pictures"}, root=str(tmp_path / "no"))
     message = str(caught.value)
-    assert "3 problem(s)" in message
+    assert "4 problem(s)" in message
+    assert f"data.root: no folder {tmp_path / 'no'}" in message
     assert "b.jsonl: no such file" in message
-    assert "a.parquet: no column 'prompt'; it has " in message
-    assert "no column 'image'; it has images, " in message
+    assert "a.parquet: no column that is known to hold prompts (prompt, problem, " in message
+    assert "no column 'pictures' (data.columns.image); it has picture, " in message
 
 
 def test_a_real_family_refuses_its_placeholders_and_counts_its_tokens(tiny_model: Path, tmp_path: Path) -> None:
@@ -382,7 +405,7 @@ def test_a_real_family_refuses_its_placeholders_and_counts_its_tokens(tiny_model
     from vlm.registry import load_adapter
 
     adapter = load_adapter(str(tiny_model))
-    sizes = [(28, 28), (1, 1), (300, 28), (57, 113), (5000, 1)]
+    sizes = [(28, 28), (5, 5), (300, 28), (57, 113), (5000, 5)]
     rows = [{"prompt": "What is it?", "image": [png("red", size), png("blue")], "answer": "a"} for size in sizes]
     texts = ["a <|image_pad|> b", "a <|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>"]
     rows += [{"prompt": text, "image": [png()], "answer": "a"} for text in texts]
@@ -393,10 +416,12 @@ def test_a_real_family_refuses_its_placeholders_and_counts_its_tokens(tiny_model
         encoded = adapter.encode(prompt.text, [open_image(m.data) for m in prompt.media])
         assert len(encoded.input_ids) == prompt.expanded_length
     assert len(list(data.one_epoch())) == 4
-    assert data.report().refused == {"bad image": 1, "placeholder in text": 3}
+    assert data.report().refused == {"bad shape": 1, "placeholder in text": 3}
 
 
 def test_the_fake_family_is_like_a_real_one() -> None:
     adapter = fake_adapter()
-    ids = adapter.tokenize("<img>ab<img>")
-    assert (len(ids), adapter.count_images(ids), adapter.expanded_length(ids, [(28, 28), (29, 28)])) == (4, 2, 5)
+    ids = adapter.tokenize("<img>ab<vid>")
+    media = [Media("image", "", b"", 28, 28), Media("video", "", b"", 29, 28, frames=(0, 4, 8))]
+    assert (len(ids), adapter.media_order(ids)) == (4, ["image", "video"])
+    assert adapter.expanded_length(ids, media) == 2 + 1 + 3 * 2

@@ -1,4 +1,4 @@
-"""Rows by number from Parquet and JSONL, whatever way the files are cut; and the order an epoch visits them in."""
+"""Rows by number from Parquet, JSONL and JSON, whatever way files are cut; and the order an epoch visits them in."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollout import row_files
+from rollout import json_elements, row_files
 from rollout.order import EpochOrder
 from rollout.row_files import DataError
-from rollout.rows import RowRefusedError, RowStore
+from rollout.rows import RowRefusedError, RowStore, open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER_IS_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def store(*files: Path, columns: tuple[str, ...] = ("text",), cache_bytes: int = 2**20) -> RowStore:
-    return RowStore([str(file) for file in files], columns, cache_bytes)
+    problems: list[str] = []
+    opened = open_files([str(file) for file in files], problems)
+    if problems:
+        raise DataError("; ".join(problems))
+    return RowStore(opened, columns, cache_bytes)
 
 
 def write_jsonl(path: Path, lines: list[Any]) -> Path:
@@ -95,11 +99,11 @@ import sys
 import pyarrow as pa
 from rollout import row_files
 from rollout.order import EpochOrder
-from rollout.rows import RowStore
+from rollout.rows import RowStore, open_files
 
 row_files.BLOCK_BYTES = 2**19
 for path in sys.argv[1:]:
-    reader = RowStore([path], ("data",), 3 * 2**20)
+    reader = RowStore(open_files([path], []), ("data",), 3 * 2**20)
     sizes = [b.rows for b in reader.blocks], [b.nbytes for b in reader.blocks]
     order = EpochOrder(*sizes, seed=0, shuffle=True, window_bytes=3 * 2**20)
     for position in range(0, len(reader), 5):
@@ -138,6 +142,107 @@ def test_a_file_that_shrank_is_an_error_not_a_wrong_row(tmp_path: Path) -> None:
         reader.read(9)
 
 
+# ---------------------------------------------------------------------- JSON arrays
+
+ELEMENTS = st.lists(
+    st.fixed_dictionaries({"text": st.text(max_size=30)}) | st.integers() | st.floats(allow_nan=False) | st.just([]),
+    min_size=1,
+    max_size=40,
+)
+
+
+@FOLDER_IS_SHARED
+@given(ELEMENTS, st.integers(1, 200), st.integers(1, 50), st.sampled_from([None, 3]), st.booleans())
+def test_json_rows_are_the_elements(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    elements: list[Any],
+    block: int,
+    chunk: int,
+    indent: int | None,
+    ascii: bool,
+) -> None:
+    """Wherever blocks and pieces of reading end: in a number, in a text, in a character."""
+    monkeypatch.setattr(row_files, "BLOCK_BYTES", block)
+    monkeypatch.setattr(json_elements, "CHUNK_BYTES", chunk)
+    path = tmp_path / "a.json"
+    elements = [{"text": "first"}, *elements]
+    path.write_text(json.dumps(elements, indent=indent, ensure_ascii=ascii) + "\n" * block)
+    reader = store(path, cache_bytes=3 * block)
+    assert len(reader) == len(elements)
+    for i in (*range(len(elements)), *reversed(range(len(elements)))):
+        if isinstance(elements[i], dict):
+            assert reader.read(i) == elements[i]
+        else:
+            with pytest.raises(RowRefusedError, match="a row must be a JSON object"):
+                reader.read(i)
+
+
+def test_json_is_read_with_a_byte_order_mark_and_damaged_text_is_refused_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf [{"text": "x"}, {"text": "\xff"}, {"text": "\xc3\xa9"}]')
+    reader = store(tmp_path / "a.json")
+    assert (reader.read(0), reader.read(2)) == ({"text": "x"}, {"text": "é"})
+    with pytest.raises(RowRefusedError, match="the row cannot be decoded"):
+        reader.read(1)
+
+
+def test_json_lines_under_the_other_name_are_read_as_such(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"text": "x"}\n{"text": "y"}\n')
+    assert [store(tmp_path / "a.json").read(n)["text"] for n in range(2)] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[{"text": "x"}, {"text": ]', "no readable JSON array: byte 25: Expecting value"),
+        ('[{"text": "x"}', "no readable JSON array: byte 14: expected , or ]"),
+        ('[{"text": "x"} {"text": "y"}]', "byte 15: expected , or ]"),
+        ('[{"text": "x"},]', "byte 15: Expecting value"),
+        ('[{"text": "x"}] []', "byte 16: expected nothing behind the array"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{\n  "data": [{"text": "x"}]\n}', "no JSON object with keys among the first lines"),
+        ("[1, 2]", "no JSON object with keys among the first elements"),
+    ],
+)
+def test_json_that_is_no_array_of_objects_is_an_error(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError) as caught:
+        store(tmp_path / "a.json")
+    assert expected in str(caught.value)
+
+
+def test_json_with_an_endless_element_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_elements, "MAX_ELEMENT_BYTES", 1000)
+    monkeypatch.setattr(json_elements, "CHUNK_BYTES", 100)
+    (tmp_path / "a.json").write_text('["' + "x" * 5000 + '"]')
+    with pytest.raises(DataError, match="byte 1: an element longer than"):
+        store(tmp_path / "a.json")
+
+
+READ_JSON = """
+import sys, tracemalloc
+from rollout import json_elements, row_files
+from rollout.rows import RowStore, open_files
+
+row_files.BLOCK_BYTES = json_elements.CHUNK_BYTES = 2**18
+tracemalloc.start()
+reader = RowStore(open_files([sys.argv[1]], []), ("data",), 2**20)
+for row in range(0, len(reader), 7):
+    assert reader.read(row)["data"].startswith(f"{row} "), row
+print(tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_a_json_file_larger_than_the_bound_is_never_in_memory_whole(tmp_path: Path) -> None:
+    """16 MB of small objects, which would be more in Python, with 1 MB of cache."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"data": f"{n} " + "x" * 1000} for n in range(16_000)]))
+    command = [sys.executable, "-c", READ_JSON, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert 2**20 < int(done.stdout) < 4 * 2**20
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -146,25 +251,27 @@ def test_all_problems_with_files_are_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "data.csv").write_text("a,b")
     patterns = [good, good, tmp_path, tmp_path / "bad.parquet", tmp_path / "no.jsonl", tmp_path / "*.xyz"]
-    with pytest.raises(DataError) as caught:
-        RowStore([*map(str, patterns), str(tmp_path / "data.csv")], ("text", "picture"), 1)
-    message = str(caught.value)
+    problems: list[str] = []
+    files = open_files([*map(str, patterns), str(tmp_path / "data.csv")], problems)
+    assert [file.columns for file in files] == [("text", "pictures", "n")]
+    assert len(problems) == 6
+    message = "\n".join(problems)
     for expected in (
-        "7 problem(s)",
         "named twice",
         f"{tmp_path}: is a directory",
         "bad.parquet: unreadable",
         "no.jsonl: no such file",
         "*.xyz: no such file (nothing matches)",
-        "cannot read .csv; known: .parquet, .jsonl",
-        "good.jsonl: no column 'picture'; it has pictures, text, n",
+        "cannot read .csv; known: .parquet, .jsonl, .json",
     ):
         assert expected in message
 
 
-@pytest.mark.parametrize("content", ["", "\n\n"])
-def test_files_without_rows_are_an_error(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "\n"), ("a.json", "[ ]")]
+)
+def test_files_without_rows_are_an_error(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError, match="no rows in"):
         store(path)
@@ -174,7 +281,7 @@ def test_globs_come_in_sorted_order_and_names_tell_files_apart(tmp_path: Path) -
     for folder in ("b", "a"):
         (tmp_path / folder).mkdir()
         write_jsonl(tmp_path / folder / "x.jsonl", [{"text": folder}, {"text": folder}])
-    reader = RowStore([str(tmp_path / "*" / "x.jsonl")], ("text",), 10**6)
+    reader = store(tmp_path / "*" / "x.jsonl")
     assert [reader.uid(i) for i in range(4)] == ["a/x.jsonl:0", "a/x.jsonl:1", "b/x.jsonl:0", "b/x.jsonl:1"]
     assert [reader.read(i)["text"] for i in range(4)] == ["a", "a", "b", "b"]
     with pytest.raises(DataError, match="row 4 asked for, the data have 4 rows"):
@@ -183,7 +290,8 @@ def test_globs_come_in_sorted_order_and_names_tell_files_apart(tmp_path: Path) -
 
 def test_a_key_that_comes_late_is_found(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 500 + [{"text": "x", "image": "p"}])
-    assert len(store(path, columns=("text", "image"))) == 501
+    (file,) = open_files([str(path)], [])
+    assert file.columns == ("text", "image")
 
 
 # ---------------------------------------------------------------------- order

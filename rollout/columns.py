@@ -1,0 +1,133 @@
+"""Which column of the data files plays which role: as named in `data.columns`, or known by its name.
+
+data.columns + names of the files' columns ──choose_columns──▶ Columns, the same for every file
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from rollout.types import MediaKind
+
+Role = Literal["prompt", "image", "video", "audio", "answer"]
+MEDIA_ROLES: tuple[MediaKind, ...] = get_args(MediaKind)
+
+KNOWN_NAMES: Mapping[Role, tuple[str, ...]] = {
+    "prompt": ("prompt", "problem", "question", "query", "messages", "conversations", "normal_caption"),
+    "image": ("image", "images"),
+    "video": ("video", "videos"),
+    "audio": ("audio", "audios"),
+    "answer": ("answer", "solution", "ground_truth"),
+}
+"""Names of columns from which a role is known that the configuration does not name."""
+WHOLE_CONVERSATIONS = ("messages", "conversations")
+"""Prompt columns that by custom end with the turn of the assistant that is the expected answer."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The column of each role. `answer` may be the prompt's own: the last turn of the conversation is the answer."""
+
+    prompt: str
+    image: str | None = None
+    video: str | None = None
+    audio: str | None = None
+    answer: str | None = None
+    extra: tuple[str, ...] = ()
+    """Handed to rewards as they are."""
+    unexpected: tuple[str, ...] = ()
+    """Names that would have been taken for a role, had they been among the columns. In JSON they may come up later."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All columns that are read, each once."""
+        named = (self.prompt, *(column for _, column in self.media), self.answer, *self.extra)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def media(self) -> tuple[tuple[MediaKind, str], ...]:
+        """The kinds of media that there is a column of, with the column."""
+        found = [(kind, getattr(self, kind)) for kind in MEDIA_ROLES]
+        return tuple((kind, column) for kind, column in found if column is not None)
+
+    @property
+    def answer_is_last_turn(self) -> bool:
+        return self.answer == self.prompt
+
+    def surprises(self, row: Mapping[str, Any]) -> list[str]:
+        """Columns of a row that nothing is known to be done with, though their names say what they hold."""
+        return [name for name in self.unexpected if row.get(name) is not None]
+
+    def __str__(self) -> str:
+        roles = [("prompt", self.prompt), *self.media]
+        if self.answer is not None:
+            roles.append(("answer", f"last turn of {self.prompt}" if self.answer_is_last_turn else self.answer))
+        return ", ".join(f"{role}: {column}" for role, column in roles)
+
+
+def choose_columns(
+    named: Mapping[Role, str | None], extra: Sequence[str], files: Mapping[str, Sequence[str]], problems: list[str]
+) -> Columns | None:
+    """The columns of a set of files, from what is named and from the columns that each file has.
+
+    A role that is not named gets the one column that is known for it, if there is one. What is missing, what could be
+    meant in two ways, and files that differ are added to `problems`; then the result is None, as it is for no files."""
+    chosen: dict[Columns, str] = {}
+    before = len(problems)
+    for file, present in files.items():
+        columns = _choose(named, extra, file, present, problems)
+        if columns is not None:
+            chosen.setdefault(columns, file)
+    if len(problems) > before or not chosen:
+        return None
+    first, *others = chosen
+    problems += [
+        f"{chosen[other]}: would be read as {other}; {chosen[first]} as {first}. All files of a set must have the same "
+        "columns; name them in data.columns, or bring the files into one form"
+        for other in others
+    ]
+    return None if others else first
+
+
+def _choose(
+    named: Mapping[Role, str | None], extra: Sequence[str], file: str, present: Sequence[str], problems: list[str]
+) -> Columns | None:
+    wanted = [(f"data.columns.{role}", name) for role, name in named.items() if name is not None]
+    wanted += [("data.extra_columns", name) for name in extra]
+    missing = [
+        f"{file}: no column {name!r} ({knob}); it has {', '.join(_nearest_first(name, present))}"
+        for knob, name in wanted
+        if name not in present
+    ]
+    claimed = {name for role, name in named.items() if role != "answer"}  # an answer may share the prompt's column
+    roles: dict[Role, str | None] = dict(named)
+    unexpected: list[str] = []
+    for role, known in KNOWN_NAMES.items():
+        if role in named:
+            continue
+        candidates = [name for name in known if name in present and name not in claimed]
+        if len(candidates) > 1:
+            either = " or ".join(map(repr, candidates))
+            missing.append(f"{file}: the {role} could be {either}; say which: data.columns.{role}")
+        roles[role] = candidates[0] if candidates else None
+        unexpected += [name for name in known if name not in candidates]
+    prompt = roles.pop("prompt")
+    if prompt is None:
+        missing.append(
+            f"{file}: no column that is known to hold prompts ({', '.join(KNOWN_NAMES['prompt'])}); name it with "
+            f"data.columns.prompt. It has {', '.join(present)}"
+        )
+    if missing or prompt is None:
+        problems += missing
+        return None
+    if "answer" not in named and roles["answer"] is None and prompt in WHOLE_CONVERSATIONS:
+        roles["answer"] = prompt
+    used = {prompt, *roles.values(), *extra}
+    return Columns(prompt, **roles, extra=tuple(extra), unexpected=tuple(n for n in unexpected if n not in used))
+
+
+def _nearest_first(name: str, known: Sequence[str]) -> list[str]:
+    return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())

@@ -1,0 +1,112 @@
+"""Where the elements of a JSON array stand in a file: found in one pass, in memory for a few megabytes and one element.
+
+The bytes are looked at as Latin-1, one character each: JSON's own signs are ASCII, and no byte of a longer UTF-8
+character is one of them, so positions are byte offsets, and an element with damaged text is still found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from typing import BinaryIO
+
+CHUNK_BYTES = 4 * 2**20
+MAX_ELEMENT_BYTES = 256 * 2**20
+"""An element above this is taken for a file that is damaged."""
+
+_DECODER = json.JSONDecoder()
+_BLANKS = frozenset(" \t\r\n")
+_ENDS = _BLANKS | {",", "]"}
+_BYTE_ORDER_MARK = "\xef\xbb\xbf"
+
+
+class ElementError(ValueError):
+    """The bytes are no array, or no part of one; says where."""
+
+
+def array_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the elements of the array that `file` holds, and nothing else. Raises ElementError."""
+    window = _Window(file)
+    at = window.skip_blanks(len(_BYTE_ORDER_MARK) if window.text.startswith(_BYTE_ORDER_MARK) else 0)
+    if window.text[at : at + 1] != "[":
+        raise window.error(at, "expected [")
+    at = window.skip_blanks(at + 1)
+    if window.text[at : at + 1] != "]":
+        at = yield from _spans(window, at)
+    if window.text[at : at + 1] != "]":
+        raise window.error(at, "expected , or ]")
+    at = window.skip_blanks(at + 1)
+    if at < len(window.text):
+        raise window.error(at, "expected nothing behind the array")
+
+
+def element_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the elements of which `file` holds a list without brackets. Raises ElementError."""
+    window = _Window(file)
+    at = yield from _spans(window, 0)
+    if at < len(window.text):
+        raise window.error(at, "expected ,")
+
+
+def _spans(window: _Window, at: int) -> Generator[tuple[int, int], None, int]:
+    """Elements with commas between them from `at` on; returns the position behind where neither follows."""
+    while True:
+        at = window.forget_before(window.skip_blanks(at))
+        stop = window.end_of_value(at)
+        yield window.offset + at, window.offset + stop
+        at = window.skip_blanks(stop)
+        if window.text[at : at + 1] != ",":
+            return at
+        at += 1
+
+
+class _Window:
+    """The part of a file that is in memory; positions are those in `text`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.text = ""
+        self.offset = file.tell()
+        """Where `text` begins in the file."""
+        self._more(0)
+
+    def _more(self, needed_from: int) -> bool:
+        """Read on, as much again as is in use; False at the end of the file."""
+        in_use = len(self.text) - needed_from
+        if in_use > MAX_ELEMENT_BYTES:
+            raise self.error(needed_from, f"an element longer than {MAX_ELEMENT_BYTES >> 20} MiB")
+        data = self._file.read(max(CHUNK_BYTES, in_use))
+        self.text += data.decode("latin-1")
+        return bool(data)
+
+    def skip_blanks(self, at: int) -> int:
+        """The next position that is no blank: the text's end only at the end of the file."""
+        while True:
+            while at < len(self.text) and self.text[at] in _BLANKS:
+                at += 1
+            if at < len(self.text) or not self._more(at):
+                return at
+
+    def forget_before(self, at: int) -> int:
+        """Drop what lies before `at`, now and then; returns the new position of what was at `at`."""
+        if at < CHUNK_BYTES:
+            return at
+        self.text, self.offset = self.text[at:], self.offset + at
+        return 0
+
+    def end_of_value(self, at: int) -> int:
+        while True:
+            try:
+                _, stop = _DECODER.raw_decode(self.text, at)
+            except RecursionError as error:
+                raise self.error(at, "nested too deeply") from error
+            except json.JSONDecodeError as error:
+                if not self._more(at):
+                    raise self.error(error.pos, error.msg) from error
+            else:
+                # What ends where the text does may go on behind it: 12 is the beginning of 12.3.
+                if self.text[stop : stop + 1] in _ENDS or not self._more(at):
+                    return stop
+
+    def error(self, at: int, message: str) -> ElementError:
+        return ElementError(f"byte {self.offset + at}: {message}")
