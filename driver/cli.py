@@ -121,7 +121,7 @@ def show_config(
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
-data = typer.Typer(no_args_is_help=True, help="Check a data set, or make the shapes one.")
+data = typer.Typer(no_args_is_help=True, help="Look at a data set, check it, or make the shapes one.")
 app.add_typer(data, name="data")
 
 
@@ -139,6 +139,25 @@ def check(
 
     if not check_data(load_config(config, overrides or []), rows, Console()):
         raise typer.Exit(1)
+
+
+@data.command()
+def inspect(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Data files or glob patterns, and knobs.", metavar="FILE... [section.name=value]..."),
+    ],
+    model: Annotated[str | None, typer.Option(help="Count the tokens of this model: a path or a hub name.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to look at, drawn from all of them.", min=1)] = 1000,
+) -> None:
+    """Show what a run would make of data files: columns, sizes, lengths, refused rows, three prompts as rendered.
+
+    Examples:  saccade data inspect train.parquet --model Qwen/Qwen2.5-VL-3B-Instruct
+               saccade data inspect train.json data.columns.prompt=caption data.root=/images
+    """
+    from driver.inspection import inspect_data
+
+    inspect_data(files, model, rows, Console())
 
 
 @data.command()
@@ -171,8 +190,8 @@ def parity(
     """Check that vLLM and the learner agree on a model: expanded prompts, pixels, positions, log-probabilities.
 
     Loads the model in both, in float32 on the CPU; has vLLM sample for text, one image, several, images between text,
-    and videos and sounds where the model takes them; compares expanded prompts, pixels, and the log-probability of every
-    sampled token. Other pixels must move them, or an agreement proves nothing. Exit status 1 on disagreement.
+    and videos and sounds where the model takes them; compares expanded prompts, pixels, and the log-probability of
+    every sampled token. Other pixels must move them, or an agreement proves nothing. Exit status 1 on disagreement.
 
     Example:  saccade parity Qwen/Qwen2.5-VL-3B-Instruct      saccade parity --tiny all
     """

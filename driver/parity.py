@@ -209,19 +209,16 @@ def _shape(media: Media) -> dict[str, Any]:
 
 
 def _pixel_difference(family: MultimodalAdapter, prompt: Prompt, theirs: Mapping[str, Tensor]) -> float:
-    """Largest difference of what the towers are given. Raises AdapterError where there is something else altogether."""
-    ours = family.encode(prompt.text, [decode(m, m.data) for m in prompt.media]).inputs
-    largest = 0.0
-    for modality in family.towers().values():
-        name = modality.inputs[0]
-        if name not in ours:
-            continue
-        if name not in theirs or theirs[name].numel() != ours[name].numel():
-            have = {n: tuple(value.shape) for n, value in theirs.items()}
-            raise AdapterError(f"{name}: the learner has {tuple(ours[name].shape)}, vLLM {have}")
-        difference = ours[name].flatten().double() - theirs[name].flatten().double()
-        largest = max(largest, float(difference.abs().max()))
-    return largest
+    """Largest difference of what the towers are given. Raises AdapterError where an input has another shape, or none has
+    the same name."""
+    encoded = family.encode(prompt.text, [decode(m, m.data) for m in prompt.media])
+    ours, theirs = family.comparable(encoded.inputs, theirs)
+    shared = [name for name, value in theirs.items() if name in ours and value.is_floating_point()]
+    different = [name for name in shared if ours[name].numel() != theirs[name].numel()]
+    if different or not shared:
+        sides = [{name: tuple(value.shape) for name, value in side.items()} for side in (ours, theirs)]
+        raise AdapterError(f"the towers' inputs differ in shape: {sides[0]}, in vLLM {sides[1]}")
+    return max(float((ours[n].flatten().double() - theirs[n].flatten().double()).abs().max()) for n in shared)
 
 
 def _logprobs(completion: Completion) -> np.ndarray:
@@ -255,6 +252,9 @@ def run_parity(
             name = model or family
             results[name] = parity(source, images=images, video=video)
             console.print(_table(name, results[name], tolerance))
+            for result in results[name]:
+                if result.problem:
+                    console.print(f"{result.case}: {escape(result.problem)}", soft_wrap=True)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({n: [asdict(r) for r in rs] for n, rs in results.items()}, indent=1) + "\n")
@@ -263,11 +263,11 @@ def run_parity(
 
 def _table(name: str, results: Sequence[CaseResult], tolerance: float) -> Table:
     table = Table(title=f"{name}: |log-probability of the learner - of vLLM|", title_justify="left")
-    for column in ("case", "prompt tokens", "largest", "mean", "pixels", "moved by others", "agrees"):
+    for column in ("case", "prompt tokens", "largest", "mean", "pixels", "moved", "agrees"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for r in results:
         moved = "" if r.moved is None else f"{r.moved:.2f}"
         pixels = "" if r.pixels is None else "equal" if r.pixels == 0 else f"{r.pixels:.1e}"
-        verdict = "yes" if r.agrees(tolerance) else f"[bold red]no[/bold red] {escape(r.problem)}"
+        verdict = "yes" if r.agrees(tolerance) else "[bold red]no[/bold red]"
         table.add_row(r.case, str(r.prompt_tokens), f"{r.largest:.1e}", f"{r.mean:.1e}", pixels, moved, verdict)
     return table

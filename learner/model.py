@@ -17,14 +17,13 @@ def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyMo
 
     Raises ValueError naming what LoRA or freezing did not find in the model."""
     model = _load(options, adapter)
+    if options.freeze_vision and all(adapter.role(name) != "vision" for name, _ in model.named_parameters()):
+        raise ValueError(f"freeze_vision: {type(adapter).__name__} knows no vision tower in {type(model).__name__}")
     if options.lora_rank:
         model = _with_lora(model, options, adapter)
-    elif options.freeze_vision:
-        frozen = [p for name, p in model.named_parameters() if adapter.role(name) == "vision"]
-        if not frozen:
-            raise ValueError(f"freeze_vision: {type(adapter).__name__} knows no vision tower in {type(model).__name__}")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(_is_trained(name, options, adapter))
     _disable_dropout(model)
     if options.gradient_checkpointing:
         # Non-reentrant: the head and the tower may then run on inputs without a gradient, and ZeRO sees each
@@ -59,12 +58,19 @@ def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Po
     )
 
 
+def _is_trained(name: str, options: LearnerOptions, adapter: MultimodalAdapter) -> bool:
+    """Whether a parameter has a gradient: not what is frozen, nor what no batch or no output ever depends on."""
+    role = adapter.role(name)
+    frozen = (role == "vision" and options.freeze_vision) or (role == "audio" and "audio" not in options.media_kinds)
+    return not frozen and adapter.engine_weight_name(name) is not None
+
+
 def _with_lora(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
     from peft import LoraConfig, get_peft_model
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    excluded = ("vision",) if options.freeze_vision else ()
-    chosen = [n for n in linear if n.rpartition(".")[2] in options.lora_targets and adapter.role(n) not in excluded]
+    named = [name for name in linear if name.rpartition(".")[2] in options.lora_targets]
+    chosen = [name for name in named if _is_trained(f"{name}.weight", options, adapter)]
     if not chosen:
         have = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"no layer is called {' or '.join(options.lora_targets)} (lora_targets); there are {have}")

@@ -147,7 +147,7 @@ class VLLMEngine:
         from vllm import SamplingParams as VLLMSamplingParams
 
         engine = self._alive()
-        given = self._adapter.engine_prompt(prompt.token_ids, media)
+        given = self._adapter.engine_prompt(prompt.token_ids.tolist(), media)
         request = await engine.input_processor.process_inputs_async(
             "processed", given, VLLMSamplingParams(max_tokens=1), supported_tasks=await engine.get_supported_tasks()
         )
@@ -296,6 +296,8 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
     if adapter.modalities:
         kinds = ("image", "video", *adapter.modalities)
         arguments["limit_mm_per_prompt"] = {kind: options.max_media_per_prompt.get(kind, 0) for kind in kinds}
+        # vLLM would normalise inside the model, videos with the statistics of images; the learner's processor does not.
+        arguments["mm_device_do_normalize"] = False
     if options.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
     if options.tensor_parallel_size > 1:

@@ -4,23 +4,22 @@ Hugging Face model's own logits."""
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from learner.advantages import ADVANTAGES
 from learner.types import LearnerOptions
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import MultimodalAdapter
-from vlm.media import digest, open_image
+from vlm.clips import decode
 from vlm.registry import load_adapter
+from vlm.tiny.noise import noise, noise_image
 
 QUESTIONS = ("what is it?", "which colour does it have?", "count.", "describe the picture in a few words, please.")
 
@@ -48,29 +47,28 @@ def options(model: Path, **changes: object) -> LearnerOptions:
     return LearnerOptions(**{**defaults, **changes})  # type: ignore[arg-type]
 
 
-def picture(random: np.random.Generator, size: int = 56) -> Media:
-    buffer = io.BytesIO()
-    Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return Media("image", digest(buffer.getvalue()), buffer.getvalue(), size, size)
-
-
 def make_group(
     adapter: MultimodalAdapter,
     seed: int,
     *,
     images: int = 1,
+    media: Sequence[str] | None = None,
     completions: int = 3,
     version: int = 0,
     scores: Sequence[float | None] | None = None,
 ) -> RolloutGroup:
-    """A group with random tokens and behaviour log-probabilities. `scores[k]` None: completion k was not scored."""
+    """A group with random tokens and behaviour log-probabilities. `media`: kinds, instead of a number of images.
+    `scores[k]` None: completion k was not scored."""
     random = np.random.default_rng(seed)
-    media = tuple(picture(random, 56 + 28 * i) for i in range(images))
-    content = [*({"type": "image"} for _ in media), {"type": "text", "text": QUESTIONS[seed % len(QUESTIONS)]}]
+    kinds = ["image"] * images if media is None else media
+    items = tuple(_item(kind, 10 * seed + i, 56 + 28 * i) for i, kind in enumerate(kinds))
+    content: Any = [*({"type": kind} for kind in kinds), {"type": "text", "text": QUESTIONS[seed % len(QUESTIONS)]}]
+    if not adapter.modalities:
+        content = QUESTIONS[seed % len(QUESTIONS)]
     text = adapter.render([{"role": "user", "content": content}])
-    encoded = adapter.encode(text, [open_image(m.data) for m in media])
+    encoded = adapter.encode(text, [decode(m, m.data) for m in items])
     unexpanded = np.asarray(adapter.tokenize(text), np.int32)
-    prompt = Prompt(PromptRef(f"test:{seed}"), text, unexpanded, len(encoded.input_ids), media)
+    prompt = Prompt(PromptRef(f"test:{seed}"), text, unexpanded, len(encoded.input_ids), items)
     scores = scores if scores is not None else [float(x) for x in random.integers(0, 3, completions)]
     made = []
     for k in range(len(scores)):
@@ -81,6 +79,10 @@ def make_group(
         made.append(Completion((segment,), "", "stop", k))
     verdicts = tuple(Verdict.scored(s) if s is not None else Verdict("timeout", reason="slow") for s in scores)
     return RolloutGroup(prompt, encoded.input_ids.numpy().astype(np.int32), tuple(made), verdicts, engine="rollout-0")
+
+
+def _item(kind: str, seed: int, size: int) -> Media:
+    return noise_image(seed, size, size) if kind == "image" else noise(kind, seed)
 
 
 @dataclass(frozen=True)
@@ -127,19 +129,20 @@ class Expected:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def expected_update(model: Path, case: Case, chosen: LearnerOptions) -> Expected:
-    """The update's loss and gradients, by a forward in float64 over each completion alone, unpadded, with its own copy
+def expected_update(model: Path, case: Case, chosen: LearnerOptions, dtype: torch.dtype = torch.float64) -> Expected:
+    """The update's loss and gradients, by a forward in `dtype` over each completion alone, unpadded, with its own copy
     of the images, and the formulas written out."""
     adapter = adapter_of(model)
-    policy = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64).train()
+    policy = adapter.model_class().from_pretrained(model, dtype=dtype).train()
+    adapter.prepare_model(policy)
     result, total = Expected(), torch.zeros((), dtype=torch.float64)
     for group, advantages in zip(case.groups, case.advantages, strict=True):
         assert group.verdicts is not None
         result.logprobs.append([])
-        images = [open_image(case.media[m.digest]) for m in group.prompt.media]
+        media = [decode(m, case.media[m.digest]) for m in group.prompt.media]
         for completion, advantage, verdict in zip(group.completions, advantages, group.verdicts, strict=True):
             (segment,) = completion.segments
-            logprobs = _logprobs(policy, adapter, group.prompt.text, images, segment.token_ids, chosen.temperature)
+            logprobs = _logprobs(policy, adapter, group.prompt.text, media, segment.token_ids, chosen.temperature)
             result.logprobs[-1].append(logprobs.detach())
             if not verdict.valid:
                 continue
@@ -163,14 +166,16 @@ def _logprobs(
     policy: torch.nn.Module,
     adapter: MultimodalAdapter,
     text: str,
-    images: list[Image.Image],
+    items: list[Any],
     tokens: np.ndarray,
     temperature: float,
 ) -> Tensor:
-    encoded = adapter.encode(text, images)
+    encoded = adapter.encode(text, items)
     ids = torch.cat([encoded.input_ids, torch.from_numpy(tokens).long()])[None]
-    media = {name: v.double() if v.is_floating_point() else v for name, v in encoded.inputs.items()}
-    logits = policy(input_ids=ids, **media, **adapter.token_inputs(ids)).logits[0]
+    given = {n: v.to(policy.dtype) if v.is_floating_point() else v for n, v in encoded.inputs.items()}
+    given.pop("video_frames", None)  # ours, for batches
+    positions = adapter.position_ids(ids, torch.ones_like(ids), encoded.inputs)
+    logits = policy(input_ids=ids, position_ids=positions, **given, **adapter.token_inputs(ids)).logits[0]
     logits[:, list(adapter.banned_token_ids)] -= 100.0
     distributions = (logits / temperature).log_softmax(-1)
     first = len(encoded.input_ids)

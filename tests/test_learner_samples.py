@@ -15,9 +15,10 @@ from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import StalenessError, build_rows, check_staleness
 from rollout.types import Completion, Segment
-from tests.learner_cases import adapter_of, make_case, make_group, mixed_case, options, picture
+from tests.learner_cases import adapter_of, make_case, make_group, mixed_case, options
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.tiny.noise import noise_image
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_tokens_that_no_policy_sampled_are_context_not_trained():
 
 
 def test_media_inside_a_completion_is_refused():
-    image = picture(np.random.default_rng(0))
+    image = noise_image(0)
     shown = Segment(np.array([1], np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), media=(image,))
     with pytest.raises(ValueError, match="media of its own"):
         to_sample(Completion((shown,), "", "stop", 0))

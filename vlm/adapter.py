@@ -184,6 +184,12 @@ class MultimodalAdapter(ABC):  # noqa: B024
         """Expanded ids as the engine reports them, int32 `[T]`, as the learner's processor writes them."""
         return token_ids
 
+    def comparable(
+        self, learner: Mapping[str, Tensor], engine: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """A prompt's media inputs on both sides, made alike where the engine has other names or another layout."""
+        return learner, engine
+
     def engine_weight_name(self, name: str) -> str | None:
         """The engine's name of the trainer's parameter `name`; None for one that nothing the model computes depends on
         and that the engine therefore does not have."""

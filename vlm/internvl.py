@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rollout.types import MediaKind
@@ -35,6 +36,13 @@ class InternVLAdapter(MultimodalAdapter):
     def ids_from_engine(self, token_ids: np.ndarray) -> np.ndarray:
         """vLLM writes a video's own placeholder where transformers writes that of images."""
         return np.where(token_ids == self.placeholder_ids["video"], self.placeholder_ids["image"], token_ids)
+
+    def comparable(
+        self, learner: Mapping[str, Tensor], engine: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """vLLM has frames apart from images. (Those of prompts with images behind videos cannot be compared.)"""
+        tiles = [engine[name] for name in ("pixel_values", "pixel_values_videos") if name in engine]
+        return learner, {"pixel_values": torch.cat(tiles)} if tiles else {}
 
     def _tiles(self, input_ids: Tensor) -> int:
         return input_ids.tolist().count(self.placeholder_ids["image"]) // int(self.model_config.image_seq_length)

@@ -14,6 +14,9 @@ Image.init()  # registers every plugin: Pillow does so on demand otherwise, and 
 IMAGE_FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN)
 """What is decoded. Pillow knows more, some of which start other programs (EPS runs Ghostscript): those stay shut."""
 
+MIN_SIDE = 4
+"""Smallest side of an image, in pixels."""
+
 # Our own limits stand in front of Pillow's, whose lower one only warns; its upper one (twice as high) still refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -52,6 +55,10 @@ def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     limits.check_bytes(len(data))
     image = _open(data)  # the header alone: no pixel is decoded yet
     width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise MediaError(
+            f"image of {width} x {height} pixels: processors take a side of fewer than {MIN_SIDE} for colour channels"
+        )
     if width * height > limits.max_pixels:
         raise MediaTooLargeError(
             f"image of {width} x {height} = {width * height:,} pixels, the limit is {limits.max_pixels:,} "

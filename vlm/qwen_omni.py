@@ -51,6 +51,18 @@ class QwenOmniAdapter(QwenVLAdapter):
     def model_class(self) -> Any:
         return Qwen2_5OmniThinkerForConditionalGeneration
 
+    def comparable(
+        self, learner: Mapping[str, Tensor], engine: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """vLLM takes a sound's real frames alone."""
+        if "input_features" not in learner:
+            return learner, engine
+        real = learner["feature_attention_mask"].bool()
+        return {**learner, "input_audio_features": learner["input_features"].transpose(1, 2)[real].T}, engine
+
+    def engine_weight_name(self, name: str) -> str | None:
+        return None if name.endswith("audio_bos_eos_token.weight") else super().engine_weight_name(name)  # never used
+
     def published_weight_name(self, name: str) -> str:
         return name if name.startswith("thinker.") else f"thinker.{name}"
 
