@@ -2,8 +2,8 @@
 
     python -m bench.images --json FILE
 
-For K from 1 to 16: prompts go from a DataActor through a RolloutActor with vLLM to the learner's encoding, in one process
-but for the engine's core, and everything that touches an image is counted. Exit status 1 unless flat in K.
+For K from 1 to 16: prompts go from a DataActor through a RolloutActor with vLLM to the learner's encoding, in one
+process but for the engine's core, and everything that touches an image is counted. Exit status 1 unless flat in K.
 """
 
 from __future__ import annotations

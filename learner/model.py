@@ -62,7 +62,7 @@ def _is_trained(name: str, options: LearnerOptions, adapter: MultimodalAdapter) 
     """Whether a parameter has a gradient: not what is frozen, nor what no batch or no output ever depends on."""
     role = adapter.role(name)
     frozen = (role == "vision" and options.freeze_vision) or (role == "audio" and "audio" not in options.media_kinds)
-    return not frozen and adapter.engine_weight_name(name) is not None
+    return not frozen and adapter.is_used(name)
 
 
 def _with_lora(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Any:

@@ -195,6 +195,10 @@ class MultimodalAdapter(ABC):  # noqa: B024
         and that the engine therefore does not have."""
         return self.published_weight_name(name)
 
+    def is_used(self, name: str) -> bool:
+        """Whether anything the model computes depends on the parameter `name`."""
+        return self.engine_weight_name(name) is not None
+
     def published_weight_name(self, name: str) -> str:
         """The name of a parameter in published checkpoints of the family, which the engine loads."""
         for trainer, engine in self.engine_name_parts:

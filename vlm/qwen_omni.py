@@ -60,8 +60,8 @@ class QwenOmniAdapter(QwenVLAdapter):
         real = learner["feature_attention_mask"].bool()
         return {**learner, "input_audio_features": learner["input_features"].transpose(1, 2)[real].T}, engine
 
-    def engine_weight_name(self, name: str) -> str | None:
-        return None if name.endswith("audio_bos_eos_token.weight") else super().engine_weight_name(name)  # never used
+    def is_used(self, name: str) -> bool:
+        return not name.endswith("audio_bos_eos_token.weight")
 
     def published_weight_name(self, name: str) -> str:
         return name if name.startswith("thinker.") else f"thinker.{name}"
