@@ -8,13 +8,11 @@ from transformers import (
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
     WhisperFeatureExtractor,
 )
 
 from vlm.tiny.base import TinyModel, TinySizes, chat_template, chat_tokenizer, text_config, token_id, widen
-from vlm.tiny.qwen import mrope_section
+from vlm.tiny.qwen import media_processors, patch_merger, rope_parameters
 
 TOKENS = {
     "image_token": "<|IMAGE|>",
@@ -34,20 +32,14 @@ def qwen2_5_omni(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
         "<|audio_bos|><|AUDIO|><|audio_eos|>",
     )
     tokenizer = chat_tokenizer(words, list(TOKENS.values()), template, **TOKENS)
-    pixels = {"shortest_edge": 4 * 28**2, "longest_edge": sizes.max_image_tokens * 28**2}
-    image_processor = Qwen2VLImageProcessor(size=pixels)
     processor = Qwen2_5OmniProcessor(
-        image_processor=image_processor,
-        video_processor=Qwen2VLVideoProcessor(
-            size=pixels, image_mean=image_processor.image_mean, image_std=image_processor.image_std
-        ),
+        **media_processors(sizes),
         feature_extractor=WhisperFeatureExtractor(
             feature_size=32, sampling_rate=16000, chunk_length=30, return_attention_mask=True, padding_side="right"
         ),
         tokenizer=tokenizer,
         chat_template=template,
     )
-    section = mrope_section(sizes.hidden // sizes.heads)
     config = Qwen2_5OmniThinkerConfig(
         audio_config={
             "num_mel_bins": 32,
@@ -60,20 +52,13 @@ def qwen2_5_omni(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
             "max_source_positions": 1500,
         },
         vision_config={
-            "depth": sizes.vision_depth,
-            "hidden_size": sizes.vision_hidden,
+            **patch_merger(sizes),
             "intermediate_size": sizes.vision_intermediate,
-            "num_heads": sizes.vision_heads,
             "out_hidden_size": sizes.hidden,
             "fullatt_block_indexes": [sizes.vision_depth - 1],
             "window_size": 112,
-            "patch_size": 14,
         },
-        text_config=text_config(
-            tokenizer,
-            sizes,
-            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": section},
-        ),
+        text_config=text_config(tokenizer, sizes, rope_parameters=rope_parameters(sizes)),
         audio_token_index=token_id(tokenizer, "<|AUDIO|>"),
         image_token_index=token_id(tokenizer, "<|IMAGE|>"),
         video_token_index=token_id(tokenizer, "<|VIDEO|>"),

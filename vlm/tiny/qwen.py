@@ -37,106 +37,53 @@ QWEN_SPECIAL = (
 )
 
 
-def mrope_section(head_size: int) -> list[int]:
-    """Rotary pairs of one head given to time, height and width: a quarter and three eighths each ([4, 6, 6] of 16)."""
-    pairs = head_size // 2
-    spatial = pairs * 3 // 8
-    return [pairs - 2 * spatial, spatial, spatial]
-
-
 def qwen2_5_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
     """Patches of 14 pixels, merged two by two: 28 x 28 pixels a token, four for the smallest image of 56 x 56."""
-    tokenizer = make_tokenizer(words, QWEN_SPECIAL, eos="<|im_end|>", pad="<|endoftext|>", chat_template=TEMPLATE)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIAL}
-    pixels = {"shortest_edge": 4 * 28**2, "longest_edge": sizes.max_image_tokens * 28**2}
-    image_processor = Qwen2VLImageProcessor(size=pixels)
-    # vLLM normalises video with the image processor's statistics: the two must be equal.
-    video_processor = Qwen2VLVideoProcessor(
-        size=pixels, image_mean=image_processor.image_mean, image_std=image_processor.image_std
-    )
+    tokenizer = _tokenizer(words)
     config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.intermediate,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.kv_heads,
-            "max_position_embeddings": sizes.max_positions,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1_000_000.0,
-                "mrope_section": mrope_section(sizes.hidden // sizes.heads),
-            },
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": True,
-            "initializer_range": sizes.initializer_range,
-        },
+        text_config=text_config(
+            tokenizer,
+            sizes,
+            rope_parameters=rope_parameters(sizes),
+            tie_word_embeddings=True,
+            initializer_range=sizes.initializer_range,
+        ),
         vision_config={
-            "depth": sizes.vision_depth,
-            "hidden_size": sizes.vision_hidden,
+            **patch_merger(sizes),
             "intermediate_size": sizes.vision_intermediate,
-            "num_heads": sizes.vision_heads,
             "out_hidden_size": sizes.hidden,
             "fullatt_block_indexes": [sizes.vision_depth - 1],
             "window_size": 112,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "initializer_range": sizes.initializer_range,
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
         initializer_range=sizes.initializer_range,
+        **_media_ids(tokenizer),
     )
+    # The demo's model: initialised by transformers, at a width that learns.
     model = Qwen2_5_VLForConditionalGeneration(config).float()
-    processor = Qwen2_5_VLProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        video_processor=video_processor,
-        chat_template=TEMPLATE,
-    )
-    return TinyModel(model, processor)
+    return TinyModel(model, Qwen2_5_VLProcessor(tokenizer=tokenizer, chat_template=TEMPLATE, **media_processors(sizes)))
 
 
 def qwen2_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    tokenizer = make_tokenizer(words, QWEN_SPECIAL, eos="<|im_end|>", pad="<|endoftext|>", chat_template=TEMPLATE)
-    pixels = {"shortest_edge": 4 * 28**2, "longest_edge": sizes.max_image_tokens * 28**2}
-    image_processor = Qwen2VLImageProcessor(size=pixels)
-    processor = Qwen2VLProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        # vLLM normalises video with the image processor's statistics: the two must be equal.
-        video_processor=Qwen2VLVideoProcessor(
-            size=pixels, image_mean=image_processor.image_mean, image_std=image_processor.image_std
-        ),
-        chat_template=TEMPLATE,
-    )
+    tokenizer = _tokenizer(words)
     config = Qwen2VLConfig(
-        text_config=text_config(tokenizer, sizes, rope_parameters=_rope(sizes)),
+        text_config=text_config(tokenizer, sizes, rope_parameters=rope_parameters(sizes)),
         vision_config={
-            "depth": sizes.vision_depth,
+            **patch_merger(sizes),
             "embed_dim": sizes.vision_hidden,
             "hidden_size": sizes.hidden,
-            "num_heads": sizes.vision_heads,
             "mlp_ratio": 2,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
         },
         **_media_ids(tokenizer),
     )
+    processor = Qwen2VLProcessor(tokenizer=tokenizer, chat_template=TEMPLATE, **media_processors(sizes))
     return TinyModel(widen(Qwen2VLForConditionalGeneration(config)), processor)
 
 
 def qwen3_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
     """Patches of 16 pixels; the tower's features enter the first two language layers too (deepstack)."""
-    tokenizer = make_tokenizer(words, QWEN_SPECIAL, eos="<|im_end|>", pad="<|endoftext|>", chat_template=TEMPLATE)
+    tokenizer = _tokenizer(words)
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     edge = {"shortest_edge": 4 * 32**2, "longest_edge": sizes.max_image_tokens * 32**2}
     long = {"shortest_edge": 4 * 32**2, "longest_edge": 8 * sizes.max_image_tokens * 32**2}
@@ -146,20 +93,18 @@ def qwen3_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
         video_processor=Qwen3VLVideoProcessor(patch_size=16, size=long, **half),
         chat_template=TEMPLATE,
     )
-    head_size = sizes.hidden // sizes.heads
     config = Qwen3VLConfig(
         text_config=text_config(
-            tokenizer, sizes, head_dim=head_size, rope_parameters=_rope(sizes) | {"mrope_interleaved": True}
+            tokenizer,
+            sizes,
+            head_dim=sizes.hidden // sizes.heads,
+            rope_parameters=rope_parameters(sizes) | {"mrope_interleaved": True},
         ),
         vision_config={
-            "depth": sizes.vision_depth,
-            "hidden_size": sizes.vision_hidden,
+            **patch_merger(sizes),
             "intermediate_size": sizes.vision_intermediate,
-            "num_heads": sizes.vision_heads,
             "out_hidden_size": sizes.hidden,
             "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": list(range(sizes.vision_depth)),
         },
@@ -168,9 +113,36 @@ def qwen3_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
     return TinyModel(widen(Qwen3VLForConditionalGeneration(config)), processor)
 
 
-def _rope(sizes: TinySizes) -> dict[str, Any]:
-    section = mrope_section(sizes.hidden // sizes.heads)
+def media_processors(sizes: TinySizes) -> dict[str, Any]:
+    """Of images and videos, alike, for patches of 14 pixels that are merged two by two."""
+    pixels = {"shortest_edge": 4 * 28**2, "longest_edge": sizes.max_image_tokens * 28**2}
+    images = Qwen2VLImageProcessor(size=pixels)
+    videos = Qwen2VLVideoProcessor(size=pixels, image_mean=images.image_mean, image_std=images.image_std)
+    return {"image_processor": images, "video_processor": videos}
+
+
+def patch_merger(sizes: TinySizes) -> dict[str, Any]:
+    """Arguments that the vision towers of all Qwen models share."""
+    return {
+        "depth": sizes.vision_depth,
+        "hidden_size": sizes.vision_hidden,
+        "num_heads": sizes.vision_heads,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+
+
+def rope_parameters(sizes: TinySizes) -> dict[str, Any]:
+    """Rotary pairs of one head given to time, height and width: a quarter and three eighths each ([4, 6, 6] of 16)."""
+    pairs = sizes.hidden // sizes.heads // 2
+    spatial = pairs * 3 // 8
+    section = [pairs - 2 * spatial, spatial, spatial]
     return {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": section}
+
+
+def _tokenizer(words: Sequence[str] | None) -> PreTrainedTokenizerFast:
+    return make_tokenizer(words, QWEN_SPECIAL, eos="<|im_end|>", pad="<|endoftext|>", chat_template=TEMPLATE)
 
 
 def _media_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
