@@ -140,7 +140,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"expected a mapping of sections, found {type(tree).__name__}"], str(path))
-    problems = _apply_overrides(tree, overrides)
+    problems = apply_overrides(tree, overrides)
     return parse_config(tree, str(path), problems)
 
 
@@ -187,7 +187,7 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Write `a.b=value` into `tree`; returns what could not be applied."""
     problems = []
     for override in overrides:

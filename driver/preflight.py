@@ -19,14 +19,16 @@ from rollout.prompts import DataError, PromptSource
 from vlm.adapter import AdapterError
 
 
-def preflight(config: RunConfig, *, resume: bool = False) -> None:
-    """Raises ConfigError listing all that would stop the run."""
-    problems = [*_model_and_data(config), *_rewards(config), *_output(config, resume)]
+def preflight(config: RunConfig, *, resume: bool = False) -> list[str]:
+    """What was chosen for the user, one line each. Raises ConfigError listing all that would stop the run."""
+    choices: list[str] = []
+    problems = [*_model_and_data(config, choices), *_rewards(config), *_output(config, resume)]
     if problems:
         raise ConfigError(problems, "what the configuration refers to")
+    return choices
 
 
-def _model_and_data(config: RunConfig) -> list[str]:
+def _model_and_data(config: RunConfig, choices: list[str]) -> list[str]:
     try:
         adapter = config_adapter(config)
     except AdapterError as error:
@@ -47,6 +49,7 @@ def _model_and_data(config: RunConfig) -> list[str]:
         except DataError as error:
             problems.append(f"{key}: {error}")
             continue
+        choices.append(f"{key}: {len(source)} rows; {source.columns}")
         if key == "data.train" and len(source) < config.learner.prompts_per_step:
             problems.append(
                 f"data.train has {len(source)} rows, fewer than learner.prompts_per_step="
@@ -92,9 +95,10 @@ def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
         source = None
         try:
             source = PromptSource(data_options(config, files, train=False), adapter)
+            console.print(f"{key}: {len(source)} rows; {source.columns}", highlight=False, soft_wrap=True)
             lengths = [prompt.expanded_length for prompt in source.one_epoch(rows)]
             longest = f"longest prompt {max(lengths, default=0)} tokens"
-            console.print(f"{key}: {len(source)} rows, {longest}; {source.report()}", highlight=False)
+            console.print(f"  {longest}; {source.report()}", highlight=False)
         except DataError as error:
             console.print(f"{key}: {error}", highlight=False, markup=False)
             accepted = False

@@ -162,7 +162,8 @@ class Run:
 def open_run(config: RunConfig, *, resume: bool, address: str | None, display: Display | None) -> Iterator[Run]:
     """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
     display = display or SilentDisplay()
-    preflight(config, resume=resume)
+    for choice in preflight(config, resume=resume):
+        display.phase(choice)
     directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
     config = config.model_copy(update={"output_dir": str(directory)})
     saved = checkpoints.newest(directory / "checkpoints") if resume else None
@@ -230,7 +231,8 @@ def open_engines(config: RunConfig, *, address: str | None, display: Display | N
     display = display or SilentDisplay()
     if not config.data.eval:
         raise ConfigError(["data.eval names no files: there is nothing to evaluate on"])
-    preflight(config, resume=True)
+    for choice in preflight(config, resume=True):
+        display.phase(choice)
     with connect(config, address, display), stop_on_signals(display) as check_stop:
         placement = place(config, training=False)
         actors = None

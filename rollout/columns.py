@@ -77,10 +77,14 @@ def choose_columns(
     meant in two ways, and files that differ are added to `problems`; then the result is None, as it is for no files."""
     chosen: dict[Columns, str] = {}
     before = len(problems)
+    alike: dict[tuple[str, ...], list[str]] = {}
     for file, present in files.items():
-        columns = _choose(named, extra, file, present, problems)
+        alike.setdefault(tuple(present), []).append(file)
+    for present, group in alike.items():
+        where = group[0] if len(group) == 1 else f"{group[0]} and {len(group) - 1} more"
+        columns = _choose(named, extra, where, present, problems)
         if columns is not None:
-            chosen.setdefault(columns, file)
+            chosen.setdefault(columns, where)
     if len(problems) > before or not chosen:
         return None
     first, *others = chosen

@@ -98,11 +98,17 @@ class Conversation:
     # ------------------------------------------------------------------ the messages a model gets
 
     def compose(self, counts: Mapping[MediaKind, int], template: str | None, system: str | None) -> list[Message]:
-        """Messages with a place for each of the row's media, `counts` of each kind. Raises RowRefusedError where it
-        does not say how many there should be."""
+        """The messages a model gets, with a place for each of the row's media, `counts` of each kind.
+
+        `template` goes around a text with its markers, or, among parts, from the first text to the last. Raises
+        RowRefusedError where the row does not say where its media go."""
         messages = list(self.messages)
         if template is not None:
-            messages[-1] = {**messages[-1], "content": _in_template(messages[-1]["content"], template)}
+            content = messages[-1]["content"]
+            first, stop = (0, len(content)) if self.plain else _span_of_texts(content)
+            before, _, after = template.partition(SLOT)
+            around = _joined(_joined(_split(before), content[first:stop]), _split(after))
+            messages[-1] = {**messages[-1], "content": [*content[:first], *around, *content[stop:]]}
         users = [n for n, message in enumerate(messages) if message["role"] == "user"]
         found = places(messages)
         if not found and self.plain and len(users) == 1:
@@ -149,7 +155,7 @@ def _turn(value: Any, n: int) -> tuple[str, Any]:
 
 def _parts(content: Any, n: int) -> list[Part]:
     if isinstance(content, str):
-        return _split(content, n)
+        return _split(content)
     if not isinstance(content, list):
         raise RowRefusedError(
             "bad prompt", f"message {n}: content is {type(content).__name__}, not a text or list of parts"
@@ -165,7 +171,7 @@ def _given_part(part: Any, n: int) -> list[Part]:
     if kind in MEDIA_ROLES and given in ({"type": kind}, {"type": kind, "text": ""}):
         return [{"type": kind}]
     if given.keys() == {"type", "text"} and kind == "text" and isinstance(given["text"], str):
-        return _split(given["text"], n)
+        return _split(given["text"])
     raise RowRefusedError(
         "bad prompt",
         f'message {n}: a part must be {{"type": "text", "text": ...}} or {{"type": "image"}}, "video" or "audio" (the '
@@ -173,12 +179,12 @@ def _given_part(part: Any, n: int) -> list[Part]:
     )
 
 
-def _split(text: str, n: int) -> list[Part]:
+def _split(text: str) -> list[Part]:
     """A text as parts: markers are places for media."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RowRefusedError("bad prompt", f"message {n}: the text is no valid Unicode: {error}") from error
+        raise RowRefusedError("bad prompt", f"the text is no valid Unicode: {error}") from error
     pieces = _MARKER.split(text)  # text, kind, text, kind, ..., text
     parts: list[Part] = []
     for i, piece in enumerate(pieces):
@@ -189,9 +195,15 @@ def _split(text: str, n: int) -> list[Part]:
     return parts
 
 
-def _in_template(parts: Sequence[Part], template: str) -> list[Part]:
-    """The template around the texts among `parts`: from the first of them to the last, with what is between."""
-    before, _, after = template.partition(SLOT)
-    texts = [i for i, part in enumerate(parts) if part["type"] == "text"] or [len(parts)]
-    first, last = texts[0], texts[-1] + 1
-    return [*parts[:first], *_split(before, -1), *parts[first:last], *_split(after, -1), *parts[last:]]
+def _joined(left: Sequence[Part], right: Sequence[Part]) -> list[Part]:
+    """Parts behind each other; two texts that meet become one, as some chat templates trim every text."""
+    if left and right and left[-1]["type"] == right[0]["type"] == "text":
+        seam = {"type": "text", "text": left[-1]["text"] + right[0]["text"]}
+        return [*left[:-1], seam, *right[1:]]
+    return [*left, *right]
+
+
+def _span_of_texts(parts: Sequence[Part]) -> tuple[int, int]:
+    """From the first text to behind the last one; behind all parts if there is none."""
+    texts = [n for n, part in enumerate(parts) if part["type"] == "text"]
+    return (texts[0], texts[-1] + 1) if texts else (len(parts), len(parts))

@@ -138,6 +138,8 @@ class PromptSource:
             raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
         self.columns = columns
         """Which column plays which role."""
+        self.unused = tuple(dict.fromkeys(n for names in present.values() for n in names if n not in columns.names))
+        """Columns that nothing is done with."""
         self._store = RowStore(files, columns.names, options.window_bytes)
         self._builder = PromptBuilder(options, columns, adapter)
         blocks = self._store.blocks
@@ -169,7 +171,7 @@ class PromptSource:
         for _ in range(len(self)):
             self._check_refused()
             epoch, row = self._epoch, self._order.row(self._epoch, self._position)
-            prompt = self._try(row, epoch)
+            prompt = self.attempt(row, epoch)
             self._position += 1
             if self._position == len(self):
                 self._epoch, self._position = self._epoch + 1, 0
@@ -193,7 +195,7 @@ class PromptSource:
     def look(self, rows: int) -> Iterator[Prompt | None]:
         """The first `rows` rows of epoch 0, None for each that is refused, however many are; the cursor stays."""
         for position in range(min(rows, len(self))):
-            yield self._try(self._order.row(0, position), 0)
+            yield self.attempt(self._order.row(0, position))
 
     def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
         """The same prompts again, by row, in the order given: after a resume, or when their media were lost.
@@ -209,7 +211,8 @@ class PromptSource:
         except RowRefusedError as error:
             raise DataError(f"{ref} cannot be read again: {error.reason}; have the files changed?") from error
 
-    def _try(self, row: int, epoch: int) -> Prompt | None:
+    def attempt(self, row: int, epoch: int = 0) -> Prompt | None:
+        """The prompt of a row, by its number over all files; None if it is refused, which is counted."""
         self._tried += 1
         try:
             prompt = self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))

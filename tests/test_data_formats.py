@@ -1,0 +1,235 @@
+"""Data in the forms people have load as they are: small files in exactly these shapes, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rollout.prompts import PromptSource
+from rollout.types import Prompt
+from tests.data_helpers import png, source, write_rows
+from vlm.tiny.noise import noise_sound, noise_video
+
+RED, BLUE = png("red"), png("blue", (56, 28))
+
+
+def prompts(*files: Path, **options: Any) -> list[Prompt]:
+    data = source(*files, shuffle=False, **options)
+    found = list(data.one_epoch())
+    assert data.report().refused == {}
+    return found
+
+
+def images(prompt: Prompt) -> list[bytes]:
+    assert {m.kind for m in prompt.media} <= {"image"}
+    return [m.data for m in prompt.media]
+
+
+# ---------------------------------------------------------------------- images
+
+
+def test_hugging_face_image_structs(tmp_path: Path) -> None:
+    """What `datasets` writes for the features Image() and Sequence(Image()): structs, of which one field is null."""
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    (tmp_path / "b.png").write_bytes(BLUE)
+    texts = {"prompt": ["one", "other"], "answer": ["1", "2"]}
+    one = pa.table({**texts, "image": pa.array([{"bytes": RED, "path": "a.png"}, {"path": "b.png"}], struct)})
+    many = pa.table({**texts, "images": pa.array([[{"bytes": RED}, {"bytes": BLUE}], []], pa.list_(struct))})
+    pq.write_table(one, tmp_path / "one.parquet")
+    pq.write_table(many, tmp_path / "many.parquet")
+    assert [images(p) for p in prompts(tmp_path / "one.parquet")] == [[RED], [BLUE]]
+    assert [images(p) for p in prompts(tmp_path / "many.parquet")] == [[RED, BLUE], []]
+
+
+def test_easyr1(tmp_path: Path) -> None:
+    """Markers in the text of `problem`, a list in `images`."""
+    rows = [
+        {"images": [{"bytes": RED, "path": None}], "problem": "<image>Find x.", "answer": "3"},
+        {"images": [{"bytes": RED}, {"bytes": BLUE}], "problem": "Is <image>\nlike <image>?", "answer": "no"},
+    ]
+    first, second = prompts(write_rows(tmp_path / "train.parquet", rows))
+    assert (first.text, images(first), first.answer) == ("user:<img>Find x.\nassistant:", [RED], "3")
+    assert (second.text, images(second)) == ("user:Is<img>like<img>?\nassistant:", [RED, BLUE])
+
+
+def test_open_r1_and_trl(tmp_path: Path) -> None:
+    """`prompt` as messages, with and without a part for the image; `solution` in answer tags."""
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "How many?"}]
+    with_part = {
+        "image": {"bytes": RED},
+        "prompt": [{"role": "user", "content": parts}],
+        "solution": "<answer> 3 </answer>",
+    }
+    turns = [{"role": "system", "content": "Think."}, {"role": "user", "content": "How many?"}]
+    without = {"image": {"bytes": BLUE}, "prompt": turns, "solution": "<answer>4</answer>"}
+    (one,) = prompts(write_rows(tmp_path / "one.parquet", [with_part]))
+    assert (one.text, images(one), one.answer) == ("user:<img>How many?\nassistant:", [RED], "3")
+    (two,) = prompts(write_rows(tmp_path / "two.parquet", [without]))
+    assert (two.text, images(two), two.answer) == ("system:Think.\nuser:<img>How many?\nassistant:", [BLUE], "4")
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.parquet"])
+def test_vlm_r1_grounding(tmp_path: Path, name: str) -> None:
+    """A caption for the template, and a box as the answer."""
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "1.png").write_bytes(RED)
+    rows = [
+        {
+            "image": "coco/1.png",
+            "normal_caption": "the <b>left</b> cup",
+            "solution": [12, 3, 40, 55],
+            "dataset": "refcoco",
+        }
+    ]
+    template = 'Please give the box of "{prompt}" as {"box": [x1, y1, x2, y2]}.'
+    (prompt,) = prompts(write_rows(tmp_path / name, rows), prompt_template=template)
+    expected = 'user:<img>Please give the box of "the <b>left</b> cup" as {"box": [x1, y1, x2, y2]}.\nassistant:'
+    assert (prompt.text, images(prompt), prompt.answer) == (expected, [RED], "[12, 3, 40, 55]")
+
+
+LLAVA = [
+    {
+        "id": "000000033471",
+        "image": "coco/train2017/1.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat are the colors of the bus in the image?"},
+            {"from": "gpt", "value": "The bus in the image is white and red."},
+            {"from": "human", "value": "What feature can be seen on the back?"},
+            {"from": "gpt", "value": "An advertisement."},
+        ],
+    },
+    {
+        "id": "text only",
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "Say yes."},
+            {"from": "gpt", "value": "<answer>yes</answer>"},
+        ],
+    },
+]
+
+
+def test_llava_conversations(tmp_path: Path) -> None:
+    """One JSON array; the last turn is the answer and not part of the prompt."""
+    (tmp_path / "coco/train2017").mkdir(parents=True)
+    (tmp_path / "coco/train2017/1.png").write_bytes(RED)
+    bus, text = prompts(write_rows(tmp_path / "llava_v1_5_mix665k.json", LLAVA))
+    assert bus.text == (
+        "user:<img>What are the colors of the bus in the image?\n"
+        "assistant:The bus in the image is white and red.\n"
+        "user:What feature can be seen on the back?\n"
+        "assistant:"
+    )
+    assert (images(bus), bus.answer, bus.ref.uid) == ([RED], "An advertisement.", "llava_v1_5_mix665k.json:0")
+    assert (text.text, text.media, text.answer) == ("system:Be brief.\nuser:Say yes.\nassistant:", (), "yes")
+
+
+def test_a_conversation_must_end_with_the_answer_where_it_holds_it_and_only_there(tmp_path: Path) -> None:
+    asked = {"conversations": LLAVA[1]["conversations"][:2]}  # type: ignore[index]
+    data = source(write_rows(tmp_path / "a.json", [LLAVA[1], asked]), max_refused_share=1.0)
+    assert len(list(data.one_epoch())) == 1
+    assert data.report().refused == {"no answer": 1}
+    assert "the last message is to be the answer" in data.report().first_refusals[0].reason
+    bare = source(tmp_path / "a.json", max_refused_share=1.0, columns={"answer": None})
+    assert [(p.ref.row, p.answer) for p in bare.one_epoch()] == [(1, None)]
+    assert "name the prompt's column as data.columns.answer too" in bare.report().first_refusals[0].reason
+
+
+# ---------------------------------------------------------------------- videos and sounds
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_videos_are_paths_or_bytes_of_which_frames_are_sampled(tmp_path: Path, as_bytes: bool) -> None:
+    data = noise_video(0, frames=21).data
+    (tmp_path / "clip.mp4").write_bytes(data)
+    row = {"video": data if as_bytes else "clip.mp4", "prompt": "What happens?", "answer": "noise"}
+    (prompt,) = prompts(write_rows(tmp_path / "a.parquet", [row]), max_video_frames=5)
+    (media,) = prompt.media
+    assert (media.kind, media.data, media.width, media.height) == ("video", data, 84, 56)
+    assert (media.frames, media.total_frames, media.fps) == ((0, 5, 10, 15, 20), 21, 2.0)
+    assert prompt.text == "user:<vid>What happens?\nassistant:"
+    assert prompt.expanded_length == len(prompt.token_ids) - 1 + 5 * 3 * 2
+    (eight,) = prompts(tmp_path / "a.parquet")
+    assert len(eight.media[0].frames) == 8
+    assert eight.media[0].digest != media.digest
+
+
+def test_kinds_of_media_mix_in_the_order_of_their_places(tmp_path: Path) -> None:
+    sound, video = noise_sound(0, seconds=1.5).data, noise_video(0).data
+    text = "First <audio>, then <image>, then <video>, then <image>."
+    row = {"prompt": text, "images": [RED, BLUE], "video": video, "audio": sound}
+    (prompt,) = prompts(write_rows(tmp_path / "a.parquet", [row]))
+    assert prompt.text == "user:First<snd>, then<img>, then<vid>, then<img>.\nassistant:"
+    assert [(m.kind, m.data) for m in prompt.media] == [
+        ("audio", sound),
+        ("image", RED),
+        ("video", video),
+        ("image", BLUE),
+    ]
+    assert prompt.media[0].samples == 24_000
+    (unmarked,) = prompts(write_rows(tmp_path / "b.parquet", [{**row, "prompt": "What is all this?"}]))
+    assert unmarked.text == "user:<img><img><vid><snd>What is all this?\nassistant:"
+    assert [m.kind for m in unmarked.media] == ["image", "image", "video", "audio"]
+
+
+# ---------------------------------------------------------------------- templates and markers
+
+
+def test_a_template_goes_around_the_texts_of_the_last_user_message(tmp_path: Path) -> None:
+    image, system = {"type": "image"}, {"role": "system", "content": "s"}
+    parts = [image, {"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}]
+    cases: list[tuple[Any, list[bytes], str]] = [
+        ("q", [RED], "user:<img>Q: q!\nassistant:"),
+        ("<image> q <image>", [RED, BLUE], "user:Q:<img>q<img>!\nassistant:"),
+        ([{"role": "user", "content": [image]}], [RED], "user:<img>Q: !\nassistant:"),
+        ([{"role": "user", "content": parts}], [RED, BLUE], "user:<img>Q: a<img>b!\nassistant:"),
+        (
+            [
+                system,
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ],
+            [],
+            "system:s\nuser:a\nassistant:b\nuser:Q: c!\nassistant:",
+        ),
+    ]
+    for n, (value, found, expected) in enumerate(cases):
+        row = {"prompt": value, "image": [f"{i}.png" for i in range(len(found))]}
+        for i, data in enumerate(found):
+            (tmp_path / f"{i}.png").write_bytes(data)
+        (prompt,) = prompts(write_rows(tmp_path / f"{n}.jsonl", [row]), prompt_template="Q: {prompt}!")
+        assert (prompt.text, images(prompt)) == (expected, found)
+
+
+def test_a_template_can_say_where_the_image_goes(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.parquet", [{"prompt": "q", "image": RED}])
+    (prompt,) = prompts(path, prompt_template="{prompt} <image> Answer:")
+    assert prompt.text == "user:q<img>Answer:\nassistant:"
+
+
+def test_markers_are_places_whatever_the_familys_own_token_is(tiny_model: Path, tmp_path: Path) -> None:
+    from vlm.registry import load_adapter
+
+    data = write_rows(tmp_path / "a.json", [{"problem": "<image>\n<image>Which <b>?", "images": ["a.png", "b.png"]}])
+    (tmp_path / "a.png").write_bytes(RED)
+    (tmp_path / "b.png").write_bytes(BLUE)
+    real = PromptSource(source(data).options, load_adapter(str(tiny_model)))
+    (prompt,) = real.take(1)
+    media = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"{media}\n{media}Which <b>?" in prompt.text
+    assert images(prompt) == [RED, BLUE]
+
+
+def test_json_and_jsonl_and_parquet_make_the_same_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(RED)
+    rows = [{"problem": f"<image> {n}", "image": "a.png", "solution": n} for n in range(5)]
+    found = [prompts(write_rows(tmp_path / f"a.{suffix}", rows)) for suffix in ("json", "jsonl", "parquet")]
+    texts = [[(p.text, p.answer, images(p)) for p in each] for each in found]
+    assert texts[0] == texts[1] == texts[2]
+    assert json.loads((tmp_path / "a.json").read_text()) == rows
