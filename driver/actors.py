@@ -27,7 +27,7 @@ from learner.group import LearnerGroup
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.data_actor import DataActor
-from rollout.types import Prompt, PromptRef, StoredPrompt
+from rollout.types import MediaKind, Prompt, PromptRef, StoredPrompt
 
 CALL_TIMEOUT = 120.0
 """Seconds for calls that only move bookkeeping."""
@@ -68,12 +68,19 @@ class Actors:
 
 
 def start_actors(
-    config: RunConfig, placement: Placement, check_stop: Callable[[], None], *, training: bool = True
+    config: RunConfig,
+    placement: Placement,
+    media_kinds: Sequence[MediaKind],
+    check_stop: Callable[[], None],
+    *,
+    training: bool = True,
 ) -> Actors:
-    """Create all actors and wait until each is ready. Raises RunError naming the first that is not."""
+    """Create all actors and wait until each is ready. `media_kinds`: what prompts may hold.
+
+    Raises RunError naming the first that is not ready."""
     actors = Actors()
     try:
-        _create(actors, config, placement, training)
+        _create(actors, config, placement, media_kinds, training)
         starting = {actors.data.start.remote(): "the data actor"}
         starting |= {e.start.remote(): f"engine {h.name}" for e, h in zip(actors.engines, actors.handles, strict=True)}
         starting |= {r.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
@@ -100,13 +107,15 @@ def start_actors(
     return actors
 
 
-def _create(actors: Actors, config: RunConfig, placement: Placement, training: bool) -> None:
+def _create(
+    actors: Actors, config: RunConfig, placement: Placement, media_kinds: Sequence[MediaKind], training: bool
+) -> None:
     adapter = partial(config_adapter, config)
     held_out = data_options(config, config.data.eval, train=False) if config.data.eval else None
     actors.data = (
         ray.remote(DataActor).options(num_cpus=0).remote(adapter, data_options(config, config.data.train), held_out)
     )
-    options = engine_options(config, placement.device, weights_change=training)
+    options = engine_options(config, placement.device, media_kinds, weights_change=training)
     threads = {"env_vars": {"OMP_NUM_THREADS": str(config.rollout.threads)}}
     for i in range(config.rollout.engines):
         engine = ray.remote(RolloutActor).options(
@@ -122,9 +131,8 @@ def _create(actors: Actors, config: RunConfig, placement: Placement, training: b
         learner = config.learner
         threads = {"env_vars": {"OMP_NUM_THREADS": str(learner.threads)}}
         places = [{**placement.options("learner", r), "runtime_env": threads} for r in range(learner.ranks)]
-        actors.learner = LearnerGroup(
-            learner_options(config, placement.device), places, weight_transfer_options(config, placement.device)
-        )
+        options_ = learner_options(config, placement.device, media_kinds)
+        actors.learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
 
 
 def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Callable[[], None]) -> None:

@@ -209,8 +209,8 @@ def _shape(media: Media) -> dict[str, Any]:
 
 
 def _pixel_difference(family: MultimodalAdapter, prompt: Prompt, theirs: Mapping[str, Tensor]) -> float:
-    """Largest difference of what the towers are given. Raises AdapterError where an input has another shape, or none has
-    the same name."""
+    """Largest difference of what the towers are given. Raises AdapterError where an input has another shape, or where
+    none has the same name."""
     encoded = family.encode(prompt.text, [decode(m, m.data) for m in prompt.media])
     ours, theirs = family.comparable(encoded.inputs, theirs)
     shared = [name for name, value in theirs.items() if name in ours and value.is_floating_point()]

@@ -6,6 +6,7 @@ rewards, precision, output folder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -16,19 +17,30 @@ from driver.metrics import read_metrics
 from driver.wiring import config_adapter, data_options, reward_specs
 from rewards.registry import check_rewards
 from rollout.prompts import DataError, PromptSource
+from rollout.types import MediaKind
 from vlm.adapter import AdapterError
 
 
-def preflight(config: RunConfig, *, resume: bool = False) -> list[str]:
-    """What was chosen for the user, one line each. Raises ConfigError listing all that would stop the run."""
-    choices: list[str] = []
+@dataclass
+class Choices:
+    """What the files decide, and the configuration leaves open."""
+
+    lines: list[str] = field(default_factory=list)
+    """For the user: the columns of each set of files."""
+    media_kinds: tuple[MediaKind, ...] = ()
+    """What prompts may hold, training and held-out ones together."""
+
+
+def preflight(config: RunConfig, *, resume: bool = False) -> Choices:
+    """Raises ConfigError listing all that would stop the run."""
+    choices = Choices()
     problems = [*_model_and_data(config, choices), *_rewards(config), *_output(config, resume)]
     if problems:
         raise ConfigError(problems, "what the configuration refers to")
     return choices
 
 
-def _model_and_data(config: RunConfig, choices: list[str]) -> list[str]:
+def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
     try:
         adapter = config_adapter(config)
     except AdapterError as error:
@@ -49,7 +61,9 @@ def _model_and_data(config: RunConfig, choices: list[str]) -> list[str]:
         except DataError as error:
             problems.append(f"{key}: {error}")
             continue
-        choices.append(f"{key}: {len(source)} rows; {source.columns}")
+        choices.lines.append(f"{key}: {len(source)} rows; {source.columns}")
+        kinds = [kind for kind, _ in source.columns.media if kind in adapter.modalities]
+        choices.media_kinds = tuple(dict.fromkeys((*choices.media_kinds, *kinds)))
         if key == "data.train" and len(source) < config.learner.prompts_per_step:
             problems.append(
                 f"data.train has {len(source)} rows, fewer than learner.prompts_per_step="

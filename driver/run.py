@@ -162,8 +162,9 @@ class Run:
 def open_run(config: RunConfig, *, resume: bool, address: str | None, display: Display | None) -> Iterator[Run]:
     """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
     display = display or SilentDisplay()
-    for choice in preflight(config, resume=resume):
-        display.phase(choice)
+    choices = preflight(config, resume=resume)
+    for line in choices.lines:
+        display.phase(line)
     directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
     config = config.model_copy(update={"output_dir": str(directory)})
     saved = checkpoints.newest(directory / "checkpoints") if resume else None
@@ -172,7 +173,7 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
         actors = None
         try:
             display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
-            actors = start_actors(config, placement, check_stop)
+            actors = start_actors(config, placement, choices.media_kinds, check_stop)
             if saved is None:
                 (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
             run = _assemble(config, actors, display, check_stop)
@@ -231,14 +232,15 @@ def open_engines(config: RunConfig, *, address: str | None, display: Display | N
     display = display or SilentDisplay()
     if not config.data.eval:
         raise ConfigError(["data.eval names no files: there is nothing to evaluate on"])
-    for choice in preflight(config, resume=True):
-        display.phase(choice)
+    choices = preflight(config, resume=True)
+    for line in choices.lines:
+        display.phase(line)
     with connect(config, address, display), stop_on_signals(display) as check_stop:
         placement = place(config, training=False)
         actors = None
         try:
             display.phase(f"starting {config.rollout.engines} engine(s)")
-            actors = start_actors(config, placement, check_stop, training=False)
+            actors = start_actors(config, placement, choices.media_kinds, check_stop, training=False)
             yield open_evaluator(config, actors, display, check_stop)
         finally:
             display.close()

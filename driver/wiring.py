@@ -10,7 +10,8 @@ from driver.placement import Device
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.registry import RewardSpec
 from rollout.engine import EngineOptions, SamplingParams
-from rollout.prompts import DataOptions
+from rollout.prompts import MEDIA_PER_PROMPT, DataOptions
+from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
 
@@ -90,7 +91,9 @@ def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransfer
     return WeightTransferOptions(backend=backend, bucket_bytes=sync.bucket_mib * 2**20, timeout=sync.timeout)
 
 
-def engine_options(config: RunConfig, device: Device, *, weights_change: bool = True) -> EngineOptions:
+def engine_options(
+    config: RunConfig, device: Device, media_kinds: Sequence[MediaKind], *, weights_change: bool = True
+) -> EngineOptions:
     """What every engine is started with; `weights_change=False` for evaluation of a model as it lies on disk."""
     rollout = config.rollout
     return EngineOptions(
@@ -103,6 +106,7 @@ def engine_options(config: RunConfig, device: Device, *, weights_change: bool = 
         threads=rollout.threads,
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
+        max_media_per_prompt={kind: MEDIA_PER_PROMPT[kind] for kind in media_kinds},
         weight_transfer_backend=transfer_backend(config, device) if weights_change else None,
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
@@ -112,7 +116,7 @@ def engine_options(config: RunConfig, device: Device, *, weights_change: bool = 
     )
 
 
-def learner_options(config: RunConfig, device: Device) -> LearnerOptions:
+def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[MediaKind]) -> LearnerOptions:
     model, learner, algorithm = config.model, config.learner, config.algorithm
     return LearnerOptions(
         model=model.path,
@@ -125,6 +129,7 @@ def learner_options(config: RunConfig, device: Device) -> LearnerOptions:
         lora_alpha=model.lora_alpha,
         lora_targets=model.lora_targets,
         freeze_vision=model.freeze_vision,
+        media_kinds=tuple(media_kinds),
         temperature=config.rollout.temperature,
         advantage=algorithm.advantage,
         clip_eps_low=algorithm.clip_eps_low,

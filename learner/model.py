@@ -61,8 +61,9 @@ def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Po
 def _is_trained(name: str, options: LearnerOptions, adapter: MultimodalAdapter) -> bool:
     """Whether a parameter has a gradient: not what is frozen, nor what no batch or no output ever depends on."""
     role = adapter.role(name)
-    frozen = (role == "vision" and options.freeze_vision) or (role == "audio" and "audio" not in options.media_kinds)
-    return not frozen and adapter.is_used(name)
+    sees, hears = bool({"image", "video"} & set(options.media_kinds)), "audio" in options.media_kinds
+    reached = {"vision": sees and not options.freeze_vision, "projector": sees, "audio": hears}.get(role, True)
+    return reached and adapter.is_used(name)
 
 
 def _with_lora(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Any:

@@ -174,10 +174,10 @@ class SimulatedEngine:
         return Completion((segment,), text, "stop" if stopped else "length", -1 if seed is None else seed)
 
     def _expanded(self, prompt: Prompt, media: Sequence[Media]) -> np.ndarray:
-        """Each image placeholder repeated as often as its image has tokens."""
-        lengths = iter(self._adapter.image_lengths([(m.height, m.width) for m in media]))
-        image = self._adapter.image_token_id
-        repeats = [next(lengths) if token == image else 1 for token in prompt.token_ids]
+        """Each placeholder repeated as often as its item has tokens."""
+        lengths = iter(self._adapter.media_lengths(media))
+        places = set(self._adapter.placeholder_ids.values())
+        repeats = [next(lengths) if token in places else 1 for token in prompt.token_ids]
         return np.repeat(prompt.token_ids, repeats).astype(np.int32)
 
     async def _run(self) -> None:

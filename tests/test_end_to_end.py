@@ -22,6 +22,8 @@ from driver.metrics import read_metrics
 from driver.shapes import make_shapes
 from driver.wiring import config_adapter, data_options
 from rollout.prompts import PromptSource
+from vlm.tiny import build_tiny
+from vlm.tiny.noise import noise
 
 pytestmark = pytest.mark.e2e
 
@@ -172,6 +174,42 @@ def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(setti
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed
     assert all("q_proj" in name or "down_proj" in name for name in changed)
+
+
+def test_videos_sounds_images_and_text_train_together(settings, tmp_path, local_ray):
+    """Two ranks under ZeRO-3 with whatever the batches bring them; the engine still samples from what is trained."""
+    model = build_tiny("qwen2_5_omni", tmp_path / "model")
+    rows = []
+    for i in range(4):
+        for kind, suffix in (("image", "png"), ("video", "mp4"), ("audio", "wav")):
+            (tmp_path / f"{i}.{suffix}").write_bytes(noise(kind, i).data)
+            rows.append({"prompt": f"<{kind}> what is it?", kind: f"{i}.{suffix}", "answer": "a"})
+        rows.append({"prompt": "how many?", "answer": "b"})
+        rows.append({"prompt": "<video> with <image>?", "video": f"{i}.mp4", "image": f"{i}.png", "answer": "c"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = train(
+        parse_config(
+            {
+                **settings,
+                "output_dir": str(tmp_path / "run"),
+                "steps": 3,
+                "model": {"path": str(model), "dtype": "float32"},
+                "data": {"train": [str(tmp_path / "rows.jsonl")], "max_prompt_length": 512},
+                "learner": {**settings["learner"], "ranks": 2, "zero_stage": 3, "prompts_per_step": 5},
+                "evaluation": {},
+            }
+        )
+    )
+    steps = read_metrics(result.output_dir)
+    assert len(steps) == 3 and all(s["grad_norm"] > 0 for s in steps)
+    assert all(s["learner"]["mismatch_max"] < 1e-4 for s in steps)
+    assert all(s["samples"] == 20 for s in steps)
+    assert result.model_dir is not None
+    before, after = weights(model), weights(result.model_dir)
+    assert before.keys() == after.keys() and all(name.startswith("thinker.") for name in after)
+    for part in ("visual", "audio_tower", "model"):
+        assert any(not before[n].equal(after[n]) for n in after if n.startswith(f"thinker.{part}.")), part
+    assert json.loads((result.model_dir / "config.json").read_text())["model_type"] == "qwen2_5_omni"
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_no_process(settings, tmp_path, repository):

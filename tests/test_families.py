@@ -125,8 +125,7 @@ def test_odd_images_work_or_are_refused_before_they_are_used(family: str) -> Non
         try:
             media = Media("image", "", data, *check_image(data, ImageLimits()))
             length = adapter.expanded_length(adapter.tokenize(text), [media])
-        except ValueError as error:
-            assert str(error)
+        except ValueError:
             refused.append(name)
             continue
         prompt = adapter.encode(text, [decode(media, data)])

@@ -36,7 +36,7 @@ class QwenOmniAdapter(QwenVLAdapter):
     roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("visual.",),
         "audio": ("audio_tower.",),
-        "projector": ("visual.merger.", "audio_tower.proj."),
+        "projector": ("visual.merger.",),
     }
 
     def __init__(self, processor: Any, model_config: Any) -> None:
