@@ -66,24 +66,28 @@ def test_16_bit_grey_keeps_its_shades() -> None:
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_32_bit_pixels_are_refused(kind: type) -> None:
-    data = encode(Image.fromarray(np.ones((2, 2), dtype=kind)), "TIFF")
+    data = encode(Image.fromarray(np.ones((4, 4), dtype=kind)), "TIFF")
     with pytest.raises(MediaError, match="no defined range"):
         check_image(data, LIMITS)
 
 
 def test_exif_rotation_turns_size_and_pixels() -> None:
-    image = Image.new("RGB", (6, 2), (0, 0, 255))
+    image = Image.new("RGB", (6, 4), (0, 0, 255))
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned a quarter clockwise: the first pixel moves to the top right
     data = encode(image, exif=exif)
-    assert check_image(data, LIMITS) == (2, 6) == open_image(data).size
-    assert pixel(data, 1, 0) == (255, 0, 0)
+    assert check_image(data, LIMITS) == (4, 6) == open_image(data).size
+    assert pixel(data, 3, 0) == (255, 0, 0)
 
 
-def test_sizes_from_one_pixel_to_very_wide() -> None:
-    assert check_image(encode(Image.new("L", (1, 1))), LIMITS) == (1, 1)
-    assert check_image(encode(Image.new("L", (50_000, 1))), LIMITS) == (50_000, 1)
+def test_a_side_that_could_be_taken_for_channels_is_refused() -> None:
+    """transformers takes a side of 1 or 3 pixels for the channels, and then expands to other tokens than it foretold."""
+    for width, height in ((1, 1), (40, 1), (3, 40)):
+        with pytest.raises(MediaError, match=rf"{width} x {height} pixels: processors take a side"):
+            check_image(encode(Image.new("L", (width, height))), LIMITS)
+    assert check_image(encode(Image.new("L", (4, 4))), LIMITS) == (4, 4)
+    assert check_image(encode(Image.new("L", (20_000, 4))), LIMITS) == (20_000, 4)
 
 
 def test_animations_give_their_first_frame() -> None:
@@ -97,8 +101,8 @@ def test_too_many_bytes_are_refused_naming_the_knob() -> None:
 
 
 def test_too_many_pixels_are_refused_from_the_header_alone() -> None:
-    with pytest.raises(MediaTooLargeError, match=r"40000 x 3 = 120,000 pixels.*data\.max_image_pixels"):
-        check_image(png_header(40_000, 3), LIMITS)
+    with pytest.raises(MediaTooLargeError, match=r"40000 x 4 = 160,000 pixels.*data\.max_image_pixels"):
+        check_image(png_header(40_000, 4), LIMITS)
     with pytest.raises(MediaTooLargeError, match="decompression bomb"):
         check_image(png_header(2**30, 2**30), ImageLimits(max_pixels=2**62))
 

@@ -147,9 +147,9 @@ class MultimodalAdapter(ABC):  # noqa: B024
             sizes = [[m.height, m.width] for m in images]
             tokens = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
             counted = {id(m): n for m, n in zip(images, tokens, strict=True)}
-        return [counted[id(m)] if id(m) in counted else self._length_by_trial(m) for m in media]
+        return [counted[id(m)] if id(m) in counted else self.length_by_trial(m) for m in media]
 
-    def _length_by_trial(self, media: Media) -> int:
+    def length_by_trial(self, media: Media) -> int:
         """Run the processor over a blank item of that shape, once per shape."""
         shape = (media.kind, media.width, media.height, media.frames, media.total_frames, media.fps, media.samples)
         if shape not in self._lengths:
