@@ -26,7 +26,7 @@ from driver.wiring import (
 from learner.group import LearnerGroup
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
-from rollout.data_actor import DataActor
+from rollout.data_actor import DataActor, DataActorReport
 from rollout.types import MediaKind, Prompt, PromptRef, StoredPrompt
 
 CALL_TIMEOUT = 120.0
@@ -53,6 +53,9 @@ class Actors:
 
     def data_state(self) -> dict[str, Any]:
         return wait_for([self.data.state.remote()], CALL_TIMEOUT, "the data cursor")[0]
+
+    def data_report(self) -> DataActorReport:
+        return wait_for([self.data.report.remote()], CALL_TIMEOUT, "the report on the data")[0]
 
     def load_data_state(self, state: dict[str, Any]) -> None:
         wait_for([self.data.load_state.remote(state)], CALL_TIMEOUT, "the data cursor to be set")

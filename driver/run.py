@@ -132,6 +132,8 @@ class Run:
         keep = self.config.checkpoint.keep
         path = checkpoints.save(directory, self.version, state, self.learner.save_checkpoint, keep)
         self.display.phase(f"checkpoint of step {self.version} in {path}")
+        if remark := self.actors.data_report().train.remark:
+            self.display.phase(f"data.train: {remark}")
         self._saved = self.version
 
     def checkpoint_after(self, error: Exception) -> None:
@@ -214,8 +216,12 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
 
 
 def open_evaluator(config: RunConfig, actors: Actors, display: Display, check_stop: Any) -> Evaluator:
+    prompts = actors.eval_prompts(config.evaluation.max_prompts, config.rollout.start_timeout)
+    held_out = actors.data_report().evaluation
+    if held_out is not None and held_out.remark:
+        display.phase(f"data.eval: {held_out.remark}")
     return Evaluator(
-        prompts=actors.eval_prompts(config.evaluation.max_prompts, config.rollout.start_timeout),
+        prompts=prompts,
         engines=actors.engines,
         rewards=actors.rewards,
         sampling=evaluation_sampling(config, config_adapter(config)),

@@ -3,7 +3,7 @@
     PromptSource ──▶ prompts with bytes ──▶ ray.put, once per digest ──▶ prompts with references ──▶ ray.put ──▶ driver
                                               └─ kept: the latest references, up to `media_bytes`
 
-The driver holds references, never pixels, nor tokens. An image lives in the store as long as this actor or any prompt
+The driver holds references, never pixels, nor tokens. An item lives in the store as long as this actor or any prompt
 holds its reference; it is lost with this actor or its node, and `read` then puts it again.
 """
 
@@ -54,11 +54,12 @@ class MediaStore:
 
 @dataclass(frozen=True)
 class DataActorReport:
-    """Of the training data and the media behind them."""
+    """Of the data and the media behind them."""
 
-    data: DataReport
+    train: DataReport
+    evaluation: DataReport | None
     media_puts: int
-    """Distinct images put into the store (again, for those that had left the kept ones)."""
+    """Distinct media put into the store (again, for those that had left the kept ones)."""
     media_bytes: int
     """Bytes of the references kept now."""
 
@@ -130,9 +131,9 @@ class DataActor:
         self._state, self._reading = self._source.state(), None
 
     def report(self) -> DataActorReport:
-        """Counts include rows that were read ahead."""
-        self._wait()
-        return DataActorReport(self._source.report(), self._media.puts, self._media.held)
+        """Counts include rows that were read ahead until now: a run does not wait for slow files to be told of them."""
+        held_out = self._eval_source.report() if self._eval_source is not None else None
+        return DataActorReport(self._source.report(), held_out, self._media.puts, self._media.held)
 
     def _wait(self) -> None:
         """Let the reading thread finish; what it failed with is raised by the next `take`."""

@@ -116,6 +116,12 @@ class DataReport:
     def refused_total(self) -> int:
         return sum(self.refused.values())
 
+    @property
+    def remark(self) -> str:
+        """What a user should know of it, in one line: nothing where all rows were used as they are."""
+        first = f"; the first: {self.first_refusals[0]}" if self.first_refusals else ""
+        return f"{self}{first}" if self.refused or self.truncated else ""
+
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.refused.items(), key=lambda item: -item[1]))
         refused = f"{self.refused_total} of {self.seen} rows refused" + (f": {kinds}" if kinds else "")
@@ -233,7 +239,7 @@ class PromptSource:
     # ------------------------------------------------------------------ refusals
 
     def report(self) -> DataReport:
-        refused = dict(Counter(self._refused.values()))
+        refused = dict(Counter(list(self._refused.values())))  # the list at once: another thread may be reading rows
         return DataReport(len(self), self._seen, refused, tuple(self._refusals), len(self._truncated))
 
     @property

@@ -63,6 +63,7 @@ def test_an_image_crosses_the_store_once_and_outlives_its_place_in_the_cache(
     (prompt, *others) = contents(ray.get(actor.take.remote(20), timeout=60))
     assert isinstance(prompt.media[0].data, ray.ObjectRef)
     ray.get(actor.take.remote(20), timeout=60)  # more evictions
+    ray.get(actor.read.remote([]), timeout=60)  # waits for what is read ahead
 
     @ray.remote(num_cpus=0)
     def resolve(prompts: list[Prompt]) -> list[bytes]:
@@ -74,7 +75,7 @@ def test_an_image_crosses_the_store_once_and_outlives_its_place_in_the_cache(
     assert ray.get(resolve.remote([prompt]), timeout=60) == [expected]
     report = ray.get(actor.report.remote(), timeout=30)
     assert report.media_bytes == 0
-    assert report.data.refused == {"no answer": 1}
+    assert report.train.refused == {"no answer": 1}
     ray.kill(actor)
 
 
@@ -118,6 +119,7 @@ def test_kept_references_are_bounded_in_bytes(make: Callable[..., Any], options:
     size = len(png("red"))
     actor = make(options, media_bytes=2 * size)
     actor.take(19)
+    actor.read([])  # waits for what is read ahead
     assert actor.report().media_bytes <= 2 * size
     assert actor.report().media_puts > 4
 
@@ -128,7 +130,7 @@ def test_reading_ahead_changes_neither_order_nor_state(make: Callable[..., Any],
     for n in (3, 1, 0, 7, 12):
         got += contents(actor.take(n))
         state = pickle.loads(pickle.dumps(actor.state()))
-        actor.report()  # waits for what is read ahead
+        actor.read([])  # waits for what is read ahead
         if n in (1, 7):
             actor = make(options)
             actor.load_state(state)
@@ -157,6 +159,7 @@ def test_eval_prompts_are_the_same_at_every_call(make: Callable[..., Any], optio
     assert identity(actor.eval_prompts(7)) == identity(prompts)
     assert len(actor.eval_prompts()) == 19
     assert actor.report().media_puts == 4
+    assert actor.report().evaluation.refused == {"no answer": 1}
     with pytest.raises(DataError, match="no held-out data"):
         make(options).eval_prompts()
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from driver import checkpoints
+from driver.config import parse_config
 from driver.errors import RunError
+from driver.ledger import Ledger
+from driver.run import Run
+from rollout.data_actor import DataActorReport
+from rollout.prompts import DataReport, Refusal
 
 
 def write_learner(path):
@@ -59,3 +65,28 @@ def test_nothing_to_resume_and_foreign_formats_are_said(tmp_path):
     (path / "run.json").write_text(json.dumps({**state, "format": 99}))
     with pytest.raises(RunError, match="format 99"):
         checkpoints.newest(tmp_path)
+
+
+def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
+    refusal = Refusal("a.json", 7, "missing image", "image 0: no file x")
+    report = DataReport(100, 40, {"missing image": 2}, (refusal, refusal), truncated=3)
+    said: list[str] = []
+    run = Run(
+        config=parse_config(
+            {"output_dir": str(tmp_path), "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}}
+        ),
+        actors=SimpleNamespace(data_state=dict, data_report=lambda: DataActorReport(report, None, 0, 0)),
+        learner=SimpleNamespace(save_checkpoint=write_learner),
+        ledger=Ledger(),
+        rollouts=None,
+        evaluator=None,
+        log=None,
+        display=SimpleNamespace(phase=said.append),
+    )
+    run.checkpoint()
+    assert said[1:] == [
+        "data.train: 2 of 40 rows refused: 2 missing image; 3 truncated; the first: a.json row 7: image 0: no file x"
+    ]
+    report, run.version = DataReport(100, 80), 1
+    run.checkpoint()
+    assert len(said) == 3
