@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from driver.config import ConfigError, dump_config, iter_knobs, load_config, parse_config
+from driver.wiring import data_options
 
 MINIMAL = {"output_dir": "runs/x", "steps": 10, "model": {"path": "m"}, "data": {"train": ["a.parquet"]}}
 
@@ -54,6 +55,17 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         ({"reward": {"functions": []}}, "nothing would be learned"),
         ({"num_generations": 4}, "did you mean rollout.num_generations?"),
         ({"learner": {"lrr": 1}}, "did you mean learner.lr?"),
+        (
+            {"data": {"train": ["a"], "prompt_template": "Q:"}},
+            "data.prompt_template='Q:': {prompt} must stand in it once",
+        ),
+        ({"data": {"train": ["a"], "prompt_template": "{prompt}{prompt}"}}, "must stand in it once"),
+        ({"data": {"train": ["a"], "columns": {"prompt": None}}}, "data.columns.prompt=null: without prompts"),
+        (
+            {"data": {"train": ["a"], "columns": {"picture": "x"}}},
+            "data.columns.picture: unknown role; there are 'prompt'",
+        ),
+        ({"data": {"train": ["a"], "overlong_prompts": "cut"}}, "input should be 'refuse' or 'truncate'"),
         ({"learnr": {"lr": 1}}, "did you mean learner?"),
         ({"cluster": {"resources": {"rolout": {}}}}, "cluster.resources.rolout: unknown role; there are 'rollout', "),
         ({"cluster": {"resources": {"reward": {"CPU": -1}}}}, "cluster.resources.reward.CPU=-1: input should be"),
@@ -101,6 +113,37 @@ def test_a_wrong_role_does_not_hide_the_other_problems():
     text = problems_of({**MINIMAL, "cluster": {"resources": {"rolout": {}}}, "reward": {"functions": []}})
     assert "unknown role" in text
     assert "nothing would be learned" in text
+
+
+def test_columns_can_be_named_one_by_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "data": {"train": ["a"], "columns": {"prompt": "caption"}}}))
+    config = load_config(path, ["data.columns.answer=box", "data.columns.image=null"])
+    assert config.data.columns == {"prompt": "caption", "answer": "box", "image": None}
+
+
+def test_every_knob_of_the_data_reaches_those_who_read_them():
+    changed = {
+        "columns": {"prompt": "q"},
+        "extra_columns": ["kind"],
+        "system_prompt": "s",
+        "prompt_template": "{prompt}?",
+        "shuffle": False,
+        "max_prompt_length": 77,
+        "overlong_prompts": "truncate",
+        "max_image_bytes": 78,
+        "max_image_pixels": 79,
+        "max_video_frames": 3,
+        "root": "/data",
+        "allow_urls": True,
+        "max_refused_share": 0.5,
+    }
+    config = parse_config({**MINIMAL, "seed": 5, "data": {"train": ["a"], **changed}})
+    assert {"train", "eval", *changed} == set(type(config.data).model_fields)
+    options = data_options(config, ["b"])
+    assert (options.files, options.seed) == (("b",), 5)
+    for name in changed:
+        assert getattr(options, name) == getattr(config.data, name), name
 
 
 def test_resources_that_are_not_named_keep_their_defaults(tmp_path):
