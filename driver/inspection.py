@@ -135,9 +135,10 @@ def _sizes(media: Media) -> Iterator[tuple[str, float]]:
 
 def _summary(source: PromptSource, found: Findings) -> Iterator[str]:
     yield f"columns  {source.columns}" + (f"  (not used: {', '.join(source.unused)})" if source.unused else "")
-    media = "".join(f", {n:,} {kind}s" for kind, n in found.media.items())
-    usable = found.rows - found.refused.total()
-    yield f"rows     {len(source):,}; of the {found.rows:,} looked at, {usable:,} usable{media}"
+    refused = found.refused.total()
+    media = "".join(f"; {n:,} {kind}(s)" for kind, n in found.media.items())
+    looked_at = f"{found.rows - refused:,} usable, {refused:,} refused{media}"
+    yield f"rows     {len(source):,}, of which {found.rows:,} were looked at: {looked_at}"
 
 
 def _table(figures: Mapping[str, Sequence[float]]) -> Iterator[str]:

@@ -44,7 +44,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_a_model_characters_are_counted(llava: Path) -> None:
     text = inspected(llava)
     assert "columns  prompt: conversations, image: image, answer: last turn of conversations  (not used: id)" in text
-    assert "rows     40; of the 40 looked at, 38 usable, 38 images" in text
+    assert "rows     40, of which 40 were looked at: 38 usable, 2 refused; 38 image(s)" in text
     figures = {
         line[:21].strip(): line[21:].split()[:4] for line in text.splitlines() if line.startswith(("image", "prompt"))
     }
@@ -69,20 +69,19 @@ def test_with_a_model_tokens_are_counted_and_long_prompts_found(llava: Path, tin
     assert low < median < 200 < longest, "also those that are refused are in the figures"
     refused = int(text.partition(" prompt too long")[0].split()[-1])
     assert 0 < refused < 38
-    assert f"of the 40 looked at, {38 - refused} usable" in text
+    assert f"looked at: {38 - refused} usable, {2 + refused} refused; 38 image(s)" in text
     assert "tokens with media expanded, the limit is 200" in text
     assert "  | <|vision_start|><|image_pad|><|vision_end|>\n  | What is" in text
     cut = inspected(llava, "data.max_prompt_length=200", "data.overlong_prompts=truncate", model=tiny_model)
     assert f"truncated to data.max_prompt_length=200: {refused}" in cut
     assert "prompt too long" not in cut
-    assert "of the 40 looked at, 38 usable" in cut
+    assert "looked at: 38 usable" in cut
 
 
 def test_knobs_are_taken_beside_files_and_rows_are_drawn(llava: Path) -> None:
     text = inspected(llava, "data.columns.answer=id", "data.prompt_template=Say {prompt}", rows=5)
     assert "answer: id" in text
-    assert "of the 5 looked at" in text
-    assert "usable" in text
+    assert "rows     40, of which 5 were looked at: " in text
     shown = [line for line in text.splitlines() if line.startswith("train.json:")]
     assert shown != [f"train.json:{n}" for n in range(3)], "drawn, not the first"
     with pytest.raises(ConfigError, match=r"data\.columns\.promt: unknown role"):
@@ -102,7 +101,7 @@ def test_videos_and_sounds_are_described(tmp_path: Path) -> None:
         "video frames shown": "8",
         "audio seconds": "1.5",
     }
-    assert "1 usable, 1 videos, 1 audios" in text
+    assert "1 usable, 0 refused; 1 video(s); 1 audio(s)" in text
     assert "  no answer" in text
 
 
