@@ -62,6 +62,11 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
             problems.append(f"{key}: {error}")
             continue
         choices.lines.append(f"{key}: {len(source)} rows; {source.columns}")
+        if source.columns.answer is None and any(f.name == "accuracy" for f in config.reward.functions):
+            problems.append(
+                f"{key}: the reward 'accuracy' compares with answers, and no column is known to hold them; name it: "
+                f"data.columns.answer. Not used are: {', '.join(source.unused) or 'none'}"
+            )
         kinds = [kind for kind, _ in source.columns.media if kind in adapter.modalities]
         choices.media_kinds = tuple(dict.fromkeys((*choices.media_kinds, *kinds)))
         if key == "data.train" and len(source) < config.learner.prompts_per_step:

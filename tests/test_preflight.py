@@ -13,6 +13,7 @@ from driver.errors import RunError
 from driver.preflight import preflight
 from driver.shapes import make_shapes
 from driver.wiring import transfer_backend, weight_transfer_options
+from tests.data_helpers import write_rows
 from vlm.adapter import AdapterError
 from vlm.registry import load_adapter
 from vlm.tiny import build_tiny
@@ -46,6 +47,21 @@ def test_figures_without_a_checkpoint_and_checkpoints_are_not_written_over(setti
     with pytest.raises(ConfigError, match="continue it with --resume"):
         preflight(config)
     preflight(config, resume=True)
+
+
+def test_a_reward_that_compares_with_answers_needs_their_column(settings: dict, tmp_path: Path) -> None:
+    def problems(**change: object) -> str:
+        path = write_rows(tmp_path / "a.parquet", [{"problem": f"{n}", "gold": n} for n in range(4)])
+        data = {**settings["data"], "train": [str(path)]}
+        config = parse_config({**settings, "data": data, "output_dir": str(tmp_path / "run"), **change})
+        with pytest.raises(ConfigError) as caught:
+            preflight(config)
+        return str(caught.value)
+
+    text = problems()
+    assert "data.train: the reward 'accuracy' compares with answers, and no column is known to hold them" in text
+    assert "Not used are: gold" in text
+    assert "compares with answers" not in problems(reward={"functions": [{"name": "format"}, {"name": "no_such"}]})
 
 
 def test_nccl_is_refused_where_the_cluster_turns_out_to_have_no_gpu(settings: dict) -> None:
