@@ -97,6 +97,7 @@ class RowStore:
 def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
     """Files behind paths and globs, in order; what matches nothing or twice is added to `problems`."""
     found: dict[Path, str] = {}
+    named: list[Path] = []
     for pattern in patterns:
         name = str(Path(pattern).expanduser())
         is_file = Path(name).exists()
@@ -104,11 +105,13 @@ def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
         if not matches:
             problems.append(f"{pattern}: no such file" + (" (nothing matches)" if glob.has_magic(name) else ""))
         for match in matches:
-            path = Path(match).resolve()
-            if path in found:
-                problems.append(f"{match}: named twice, by {found[path]!r} and {pattern!r}")
-            found[path] = pattern
-    return list(found)
+            path = Path(match).absolute()  # links not followed: it is the name that tells the format
+            if path.resolve() in found:
+                problems.append(f"{match}: named twice, by {found[path.resolve()]!r} and {pattern!r}")
+                continue
+            found[path.resolve()] = pattern
+            named.append(path)
+    return named
 
 
 def _open(path: Path, problems: list[str]) -> RowFile | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rollout.prompt_builder import largest
 from rollout.prompts import DataError
 from rollout.types import Prompt
-from tests.data_helpers import PLACES, FakeAdapter, png, source, write_rows
+from tests.data_helpers import PLACES, FakeAdapter, FakeTextAdapter, png, source, write_rows
 from vlm.adapter import MultimodalAdapter
 from vlm.clips import decode
 from vlm.registry import load_adapter
@@ -163,6 +163,13 @@ def learner_length(adapter: MultimodalAdapter, prompt: Prompt) -> int:
 
 
 # ---------------------------------------------------------------------- what is said of it
+
+
+def test_text_models_are_no_different(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.parquet", [{"prompt": "0123456789"}])
+    prompt = build(path, len("user:56789\nassistant:"), adapter=FakeTextAdapter())
+    assert prompt is not None
+    assert (prompt.text, prompt.truncated) == ("user:56789\nassistant:", 5)
 
 
 def test_truncated_rows_are_counted_once_and_reported(tmp_path: Path) -> None:

@@ -277,6 +277,17 @@ def test_files_without_rows_are_an_error(tmp_path: Path, name: str, content: str
         store(path)
 
 
+def test_a_link_has_the_name_it_is_called_by(tmp_path: Path) -> None:
+    """Caches of downloaded files keep contents under their hash, and links with the names."""
+    (tmp_path / "blobs").mkdir()
+    write_jsonl(tmp_path / "blobs" / "0a1b2c", [{"text": "x"}])
+    (tmp_path / "train.jsonl").symlink_to("blobs/0a1b2c")
+    assert store(tmp_path / "train.jsonl").uid(0) == "train.jsonl:0"
+    (tmp_path / "again.jsonl").symlink_to("train.jsonl")
+    with pytest.raises(DataError, match="named twice"):
+        store(tmp_path / "train.jsonl", tmp_path / "again.jsonl")
+
+
 def test_globs_come_in_sorted_order_and_names_tell_files_apart(tmp_path: Path) -> None:
     for folder in ("b", "a"):
         (tmp_path / folder).mkdir()
