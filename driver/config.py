@@ -18,8 +18,8 @@ import yaml
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from driver.algorithm import AlgorithmConfig, algorithm_problems
 from driver.knobs import (
-    AlgorithmConfig,
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
@@ -72,22 +72,14 @@ class RunConfig(Section):
         """The ratio's denominator, `auto` resolved."""
         if self.algorithm.old_policy != "auto":
             return self.algorithm.old_policy
-        return "behavior" if self.rollout.max_staleness > 0 else "current"
+        corrected = self.algorithm.correction != "none"
+        return "behavior" if self.rollout.max_staleness > 0 and not corrected else "current"
 
     def problems(self) -> list[str]:
         """Violations that involve several fields; each names them and says what to do."""
         found = []
-        rollout, algorithm, learner = self.rollout, self.algorithm, self.learner
-        if rollout.num_generations < 2:
-            found.append(
-                f"rollout.num_generations={rollout.num_generations}: {algorithm.advantage} compares the completions of "
-                "one prompt with each other; use at least 2"
-            )
-        if algorithm.old_policy == "current" and rollout.max_staleness > 0:
-            found.append(
-                f"algorithm.old_policy=current with rollout.max_staleness={rollout.max_staleness}: the ratio would "
-                "ignore that older weights sampled the tokens; use behavior (or auto)"
-            )
+        rollout, learner = self.rollout, self.learner
+        found += algorithm_problems(self)
         if learner.offload_parameters and learner.zero_stage != 3:
             found.append(f"learner.offload_parameters needs learner.zero_stage=3, not {learner.zero_stage}")
         if learner.offload_optimizer and learner.zero_stage == 0:
@@ -201,6 +193,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]
             problems.append(f"override {override!r}: the value is not valid YAML ({error})")
             continue
         *parents, leaf = dotted.split(".")
+        if isinstance(tree.get("algorithm"), str):
+            tree["algorithm"] = {"name": tree["algorithm"]}
         node: Any = tree
         for parent in parents:
             node = node.setdefault(parent, {}) if isinstance(node, dict) else None

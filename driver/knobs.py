@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
+from driver.section import Section
 from rollout.columns import Role
 
 ActorRole = Literal["rollout", "learner", "reward"]
 DEFAULT_CPUS: dict[ActorRole, float] = {"rollout": 1.0, "learner": 1.0, "reward": 0.5}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -120,20 +117,6 @@ class RewardConfig(Section):
     """Number of reward actors."""
     timeout: float = Field(30.0, gt=0)
     """Seconds one call on one group may take; then its verdicts are `timeout` and its worker is killed."""
-
-
-class AlgorithmConfig(Section):
-    advantage: Literal["grpo", "rloo"] = "grpo"
-    """Group-relative advantage: grpo (mean and standard deviation), rloo (leave one out)."""
-    clip_eps_low: float = Field(0.2, ge=0, lt=1)
-    """Lower clip of the ratio: 1 - clip_eps_low."""
-    clip_eps_high: float = Field(0.2, ge=0)
-    """Upper clip of the ratio: 1 + clip_eps_high."""
-    beta: float = Field(0.0, ge=0)
-    """Weight of the k3 KL to the frozen initial policy; 0 loads no reference model."""
-    old_policy: Literal["auto", "behavior", "current"] = "auto"
-    """Denominator of the ratio: what the engine sampled with, or the learner's own weights before the step. auto:
-    behavior when max_staleness > 0, current otherwise."""
 
 
 class LearnerConfig(Section):

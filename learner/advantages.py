@@ -17,15 +17,21 @@ Advantage = Callable[[Floats, Bools], Floats]
 """(rewards `[G, K]`, valid `[G, K]`) -> advantages `[G, K]`"""
 
 STD_EPSILON = 1e-4
-"""Added to the standard deviation, so that a tiny spread of rewards is not blown up to unit advantages."""
+"""Added to a standard deviation or mean that is divided by, so that a tiny one does not blow advantages up."""
 
 
 def grpo(rewards_GK: Floats, valid_GK: Bools) -> Floats:
     """(r - mean) / (std + 1e-4) within the group, std over n - 1 (DeepSeekMath, arXiv:2402.03300, section 4.1.2)."""
     rewards, valid, count = _prepare(rewards_GK, valid_GK)
     centred = _centre(rewards, valid, count)
-    variance = (centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1)
-    return np.where(_learns(rewards, valid), centred / (np.sqrt(variance) + STD_EPSILON), 0.0)
+    return np.where(_learns(rewards, valid), centred / (_deviation(centred, count) + STD_EPSILON), 0.0)
+
+
+def dr_grpo(rewards_GK: Floats, valid_GK: Bools) -> Floats:
+    """r - mean within the group: dividing by the standard deviation would prefer questions that are nearly always, or
+    hardly ever, answered rightly (Dr. GRPO, arXiv:2503.20783, section 3.1)."""
+    rewards, valid, count = _prepare(rewards_GK, valid_GK)
+    return np.where(_learns(rewards, valid), _centre(rewards, valid, count), 0.0)
 
 
 def rloo(rewards_GK: Floats, valid_GK: Bools) -> Floats:
@@ -37,7 +43,66 @@ def rloo(rewards_GK: Floats, valid_GK: Bools) -> Floats:
     return np.where(_learns(rewards, valid), centred * count / np.maximum(count - 1, 1), 0.0)
 
 
-ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "rloo": rloo}
+def reinforce_pp(rewards_GK: Floats, valid_GK: Bools) -> Floats:
+    """r - mean within the group, over the standard deviation of that in the whole batch (REINFORCE++ with a group
+    baseline, arXiv:2501.03262, section 3.2): a group with little spread is not blown up to that of the others.
+
+    The batch is all scored siblings of groups with a baseline; their mean is 0."""
+    rewards, valid, count = _prepare(rewards_GK, valid_GK)
+    centred = np.where(has_baseline(valid)[:, None], _centre(rewards, valid, count), 0.0)
+    batch = (valid & has_baseline(valid)[:, None]).sum()
+    deviation = np.sqrt((centred**2).sum() / max(batch - 1, 1))
+    return np.where(_learns(rewards, valid), centred / (deviation + STD_EPSILON), 0.0)
+
+
+def gpg(rewards_GK: Floats, valid_GK: Bools) -> Floats:
+    """r - mean within the group, times the groups with a baseline over those that contribute: groups without a gradient
+    would else make the step smaller (GPG, arXiv:2504.02546, equation 6)."""
+    rewards, valid, _ = _prepare(rewards_GK, valid_GK)
+    contributing = contributes(rewards, valid).sum()
+    return dr_grpo(rewards, valid) * (has_baseline(valid).sum() / max(contributing, 1))
+
+
+def maxrl(rewards_GK: Floats, valid_GK: Bools) -> Floats:
+    """(r - mean) / mean within the group, for rewards that are never negative: the gradient of the logarithm of the
+    success rate, which weighs hard questions by its inverse (MaxRL, arXiv:2602.02710).
+
+    Raises ValueError for a negative reward."""
+    rewards, valid, count = _prepare(rewards_GK, valid_GK)
+    if (rewards[valid] < 0).any():
+        raise ValueError(f"maxrl divides by the mean reward, which must not be negative: {rewards[valid].min()}")
+    mean = rewards.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    return np.where(_learns(rewards, valid), _centre(rewards, valid, count) / (mean + STD_EPSILON), 0.0)
+
+
+ADVANTAGES: dict[str, Advantage] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "gpg": gpg,
+    "maxrl": maxrl,
+}
+
+
+def normalized_sum(parts_GKR: Floats, weights_R: Floats, valid_GK: Bools) -> Floats:
+    """One reward `[G, K]` from R: each normalised as `grpo` does within its group, then summed by weight (GDPO,
+    arXiv:2601.05242, equations 4 and 5; with `reinforce_pp` on the result, equation 6 too).
+
+    Summed before, rewards of a small spread would vanish beside those of a large one."""
+    parts = np.asarray(parts_GKR, np.float64)
+    weights = np.asarray(weights_R, np.float64)
+    if parts.ndim != 3 or parts.shape[2] != len(weights):
+        raise ValueError(f"parts {parts.shape} must be [G, K, R] for {len(weights)} weights")
+    return np.sum([w * grpo(parts[:, :, r], valid_GK) for r, w in enumerate(weights)], axis=0)
+
+
+def overlong_penalty(lengths: Floats, limit: int, buffer: int) -> Floats:
+    """Soft punishment of long completions, shaped like `lengths`: 0 up to `limit` - `buffer` tokens, from there falling
+    linearly to -1 at `limit` (DAPO, arXiv:2503.14476, equation 13). Added to the reward."""
+    if not 0 < buffer <= limit:
+        raise ValueError(f"the buffer of {buffer} tokens must be positive and at most the limit of {limit}")
+    return np.clip((limit - buffer - np.asarray(lengths, np.float64)) / buffer, -1.0, 0.0)
 
 
 def has_baseline(valid_GK: Bools) -> Bools:
@@ -65,6 +130,11 @@ def _centre(rewards: Floats, valid: Bools, count: Floats) -> Floats:
     """Distance from the mean of the scored siblings; 0 for the others."""
     mean = rewards.sum(axis=1, keepdims=True) / np.maximum(count, 1)
     return np.where(valid, rewards - mean, 0.0)
+
+
+def _deviation(centred: Floats, count: Floats) -> Floats:
+    """`[G, 1]`: standard deviation over n - 1."""
+    return np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
 
 
 def _learns(rewards: Floats, valid: Bools) -> Bools:

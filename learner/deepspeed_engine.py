@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from learner.deepspeed_state import read_full, set_step_count, write_full
+from learner.deepspeed_state import read_full, read_weight, set_step_count, write_full, write_weight
 from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
@@ -80,6 +80,19 @@ class DeepSpeedEngine:
         loss, sums, maxima = totals.reduce(self)
         return StepResult(loss, norm, rate, sums, maxima)
 
+    def refresh_reference(self) -> None:
+        for name, reference in self._refreshed():
+            write_weight(reference, read_full(self._trained[name], None, self._optimizer))
+
+    def _refreshed(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The reference's copies of trained parameters, if they are ever set."""
+        if self.options.reference_every:
+            if self._reference is None:
+                raise RuntimeError("no reference policy was loaded that could be refreshed")
+            module: Any = getattr(self._reference, "module", self._reference)
+            named = dict(module.model.named_parameters())
+            yield from ((name, named[name]) for name in self._trained)
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         return all_reduce(values, dist.ReduceOp.SUM, self._device)
 
@@ -94,6 +107,8 @@ class DeepSpeedEngine:
             yield f"param/{name}", read_full(parameter, None, self._optimizer)
             for moment in MOMENTS if self.steps else ():
                 yield f"{moment}/{name}", read_full(parameter, moment, self._optimizer)
+        for name, parameter in self._refreshed():
+            yield f"reference/{name}", read_weight(parameter)
 
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.steps = steps
@@ -103,6 +118,8 @@ class DeepSpeedEngine:
             write_full(parameter, None, read(f"param/{name}", shape), self._optimizer)
             for moment in MOMENTS if steps else ():
                 write_full(parameter, moment, read(f"{moment}/{name}", shape), self._optimizer)
+        for name, parameter in self._refreshed():
+            write_weight(parameter, read(f"reference/{name}", getattr(parameter, "ds_shape", parameter.shape)))
 
     def save_pretrained(self, directory: Path) -> None:
         save_policy(self.policy, self.adapter, directory, rank=self.rank)

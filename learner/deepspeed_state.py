@@ -48,7 +48,19 @@ def write_full(parameter: nn.Parameter, moment: str | None, value: Tensor, optim
         safe_set_local_fp32_param(parameter, _own_partition(parameter, value))
     else:
         safe_set_full_fp32_param(parameter, value)
-    with GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
+    write_weight(parameter, value)
+
+
+def read_weight(parameter: nn.Parameter) -> Tensor:
+    """The whole weight that computes."""
+    with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().clone()
+
+
+@torch.no_grad()
+def write_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the weight that computes."""
+    with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
         parameter.data.copy_(value)
 
 

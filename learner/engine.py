@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from learner.losses import LossTerms
+from learner.objective import LossTerms
 from vlm.batch import MultimodalBatch
 from weight_sync.protocols import WeightSource
 
@@ -59,6 +59,9 @@ class TrainEngine(Protocol):
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches
         and ranks: the MicroLoss divides by global denominators."""
 
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference. Raises RuntimeError if none was loaded. Collective."""
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Element by element over ranks, in float64."""
 
@@ -68,9 +71,10 @@ class TrainEngine(Protocol):
         """The current policy as the engines load it: their names, LoRA merged, gathered bucket by bucket."""
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Trained parameters (float32, `param/NAME`) and, once a step was taken, their optimizer moments
-        (`exp_avg/NAME`, `exp_avg_sq/NAME`), whole and one by one, in an order that does not depend on the number of
-        ranks. Collective: every rank iterates to the end; what a rank other than 0 is given may be anything."""
+        """Trained parameters (float32, `param/NAME`), once a step was taken their optimizer moments (`exp_avg/NAME`,
+        `exp_avg_sq/NAME`), and the weights of a reference that is refreshed (`reference/NAME`): whole and one by one,
+        in an order that does not depend on the number of ranks. Collective: every rank iterates to the end; what a rank
+        other than 0 is given may be anything."""
 
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         """Restore what `state_tensors` gave after `steps` optimizer steps. Collective; every rank reads."""

@@ -18,6 +18,7 @@ import ray
 
 from learner.advantages import ADVANTAGES, contributes, has_baseline
 from learner.packing import shard
+from learner.shaping import combined_rewards
 from learner.types import (
     LearnerError,
     LearnerOptions,
@@ -85,22 +86,32 @@ class LearnerGroup:
         if len(group_refs) != len(summaries):
             raise ValueError(f"{len(group_refs)} groups but {len(summaries)} summaries")
         order = sorted(range(len(summaries)), key=lambda i: (summaries[i].ref.uid, summaries[i].ref.epoch))
-        rewards, valid = _stack(summaries)
+        rewards, valid = combined_rewards(summaries, self.options)
         used = has_baseline(valid)
         if not used.any():
             raise NothingToLearnError(
                 f"none of the {len(summaries)} groups at version {version} has two scored completions: "
                 f"{_why(summaries)}"
             )
-        advantages = ADVANTAGES[self.options.advantage](rewards, valid)
         kept = [i for i in order if used[i]]
-        tokens = [_cost(summaries[i]) for i in kept]
+        # Which group is trained in which step does not depend on the number of ranks.
+        parts = [kept[m :: self.options.optimizer_steps] for m in range(self.options.optimizer_steps)]
+        deal = [shard([_cost(summaries[i]) for i in part], self.options.ranks) for part in parts]
+        if self.options.beta > 0 and self.options.kl_in == "reward":
+            rewards -= self.options.beta * self._reference_kl(group_refs, parts, deal, rewards.shape)
+        advantages = ADVANTAGES[self.options.advantage](rewards, valid)
         shards = [
-            [ScoredGroup(group_refs[kept[j]], tuple(advantages[kept[j]])) for j in members]
-            for members in shard(tokens, self.options.ranks)
+            [
+                ScoredGroup(group_refs[part[j]], tuple(advantages[part[j]]), m)
+                for m, (part, dealt) in enumerate(zip(parts, deal, strict=True))
+                for j in dealt[rank]
+            ]
+            for rank in range(self.options.ranks)
         ]
         calls = [w.update.remote(mine, version) for w, mine in zip(self._workers, shards, strict=True)]
         stats = self._wait(f"the update at version {version}", calls)[0]
+        if self.options.reference_every and (version + 1) % self.options.reference_every == 0:
+            self._wait("refreshing the reference", [w.refresh_reference.remote() for w in self._workers])
         return UpdateStats(
             version=version,
             groups=len(summaries),
@@ -108,6 +119,27 @@ class LearnerGroup:
             groups_flat=int((used & ~contributes(rewards, valid)).sum()),
             **stats,
         )
+
+    def _reference_kl(
+        self,
+        group_refs: Sequence[ray.ObjectRef],
+        parts: Sequence[Sequence[int]],
+        deal: Sequence[Sequence[Sequence[int]]],
+        shape: tuple[int, ...],
+    ) -> np.ndarray:
+        """`[G, K]`: of every completion the KL of what it was sampled with to the reference."""
+        mine = [
+            [part[j] for part, dealt in zip(parts, deal, strict=True) for j in dealt[rank]]
+            for rank in range(self.options.ranks)
+        ]
+        calls = [
+            w.reference_kl.remote([group_refs[i] for i in own]) for w, own in zip(self._workers, mine, strict=True)
+        ]
+        result = np.zeros(shape)
+        for own, values in zip(mine, self._wait("the reference's log-probabilities", calls), strict=True):
+            for i, kl in zip(own, values, strict=True):
+                result[i, : len(kl)] = kl
+        return result
 
     def score(self, group_refs: Sequence[ray.ObjectRef]) -> list[list[np.ndarray]]:
         """Log-probabilities under the current weights, for comparison with the engines': per group and completion,
@@ -183,14 +215,6 @@ class LearnerGroup:
                 except ray.exceptions.RayError as error:
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
         return results
-
-
-def _stack(summaries: Sequence[GroupSummary]) -> tuple[np.ndarray, np.ndarray]:
-    """`(rewards [G, K], valid [G, K])`."""
-    sizes = {len(s.rewards) for s in summaries}
-    if len(sizes) > 1:
-        raise ValueError(f"groups of different sizes in one batch: {sorted(sizes)} completions")
-    return np.array([s.rewards for s in summaries], np.float64), np.array([s.valid for s in summaries], bool)
 
 
 def _cost(summary: GroupSummary) -> int:

@@ -1,121 +1,150 @@
-"""Policy losses and the KL estimator: pure functions over token-aligned tensors, `[T]` or `[B, L]` alike.
+"""Policy losses: pure functions over the T trained tokens of a micro-batch, `[T]`.
 
-A loss is a *sum* over masked tokens divided by an explicit global denominator, so that it is the same for any
-micro-batch size, packing and number of ranks. Masked-out entries never reach the result or its gradient.
+A loss is a *weighted sum* over tokens; the weights come from `token_weights`, which divides by explicit global counts,
+so that the loss is the same for any micro-batch size, packing and number of ranks. No completion is ever split between
+micro-batches, so that ratios of whole sequences are exact. What is not trained never reaches any function here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from learner.types import Aggregation
+
 
 @dataclass(frozen=True, slots=True)
-class ClipRange:
+class Clip:
     """The ratio is clipped to `[1 - low, 1 + high]`."""
 
     low: float
     high: float
+    dual: float | None = None
+    """For negative advantages the loss is at most `dual` times the advantage's size (dual clip); None: no bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Which completion each of T tokens belongs to."""
+
+    index: Tensor
+    """int64 `[T]`, 0 to S - 1."""
+    lengths: Tensor
+    """float64 `[S]`: tokens of each."""
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Sequences:
+        """From any labels `[T]` that differ between completions."""
+        _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+        return cls(index, counts.to(torch.float64))
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over each completion, at every token of it: `[T]` -> `[T]`."""
+        sums = values.new_zeros(len(self.lengths)).index_add(0, self.index, values)
+        return sums[self.index]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each completion, at every token of it: `[T]` -> `[T]`."""
+        return self.total(values) / self.length.to(values.dtype)
+
+    @property
+    def length(self) -> Tensor:
+        """`[T]`: tokens of the completion that each token belongs to."""
+        return self.lengths[self.index]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """Token-wise terms, shaped like the log-probabilities."""
+    """Token-wise terms `[T]`."""
 
     loss: Tensor
     ratio: Tensor
-    """pi / pi_old, detached."""
+    """pi / pi_old, of the token or of its sequence, detached."""
     clipped: Tensor
     """bool: the clip is active, the token has no policy gradient."""
 
 
-PolicyLoss = Callable[[Tensor, Tensor, Tensor, ClipRange], TokenLoss]
-"""(logprobs, old log-probabilities, advantages, clip) -> TokenLoss; the first alone carries a gradient."""
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Sequences, Clip], TokenLoss]
+"""(logprobs, old log-probabilities, advantages, sequences, clip) -> TokenLoss; the first alone carries a gradient."""
 
 
-def clipped_ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: ClipRange) -> TokenLoss:
+def ppo_clip(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
     """-min(r A, clip(r) A), r = pi / pi_old (PPO, arXiv:1707.06347, equation 7); `clip.high` may exceed `clip.low`
-    (clip-higher, DAPO, arXiv:2503.14476, section 3.1)."""
-    ratio = torch.exp(logprobs - old_logprobs)
+    (clip-higher, DAPO, arXiv:2503.14476, section 3.1); bounded for A < 0 by `clip.dual` (arXiv:1912.09729, equation 5).
+    """
+    return _clipped(torch.exp(logprobs - old), advantages, clip)
+
+
+def gspo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+    """`ppo_clip` with one ratio for a whole completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071,
+    equations 5 to 7). The paper's objective is this under aggregation "sequence"."""
+    return _clipped(torch.exp(sequences.mean(logprobs - old)), advantages, clip)
+
+
+def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+    """-sg(clip(r)) A log pi: the ratio is clipped as a weight, and no token loses its gradient (CISPO, MiniMax-M1,
+    arXiv:2506.13585, equations 4 and 5)."""
+    ratio = torch.exp(logprobs - old).detach()
+    weight = ratio.clamp(1.0 - clip.low, 1.0 + clip.high)
+    return TokenLoss(-weight * advantages * logprobs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+SAPO_TEMPERATURES = (1.0, 1.05)
+"""For positive and for negative advantages: the paper's."""
+
+
+def sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+    """-4 / tau sigmoid(tau (r - 1)) A: a gate that closes softly in place of the clip, sooner for negative advantages
+    (SAPO, arXiv:2511.20347, equation 6). Its gradient at r = 1 is the plain policy gradient. `clip` has no part."""
+    positive, negative = advantages.new_tensor(SAPO_TEMPERATURES)
+    tau = torch.where(advantages > 0, positive, negative)
+    ratio = torch.exp(logprobs - old)
+    gate = 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0))
+    return TokenLoss(-gate * advantages, ratio.detach(), torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def reinforce(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+    """-A log pi (Williams 1992). Neither `old` nor `clip` has a part; the ratio is reported."""
+    ratio = torch.exp(logprobs - old).detach()
+    return TokenLoss(-advantages * logprobs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+LOSSES: dict[str, PolicyLoss] = {
+    "ppo_clip": ppo_clip,
+    "gspo": gspo,
+    "cispo": cispo,
+    "sapo": sapo,
+    "reinforce": reinforce,
+}
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
     bounded = ratio.clamp(1.0 - clip.low, 1.0 + clip.high)
     plain, limited = -ratio * advantages, -bounded * advantages
-    return TokenLoss(torch.maximum(plain, limited), ratio.detach(), limited.detach() > plain.detach())
+    loss = torch.maximum(plain, limited)
+    clipped = limited.detach() > plain.detach()
+    if clip.dual is not None:
+        most = -clip.dual * advantages
+        beyond = (advantages < 0) & (loss.detach() > most)
+        loss, clipped = torch.where(beyond, most, loss), clipped | beyond
+    return TokenLoss(loss, ratio.detach(), clipped)
 
 
-LOSSES: dict[str, PolicyLoss] = {"clipped_ratio": clipped_ratio}
+def token_weights(
+    sequences: Sequences, aggregation: Aggregation, tokens: float, completions: float, max_length: int
+) -> Tensor:
+    """float64 `[T]`: what each token counts. `tokens`, `completions`: trained ones of the whole global batch.
 
-
-def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Estimates KL(pi || reference) from tokens sampled by pi: exp(d) - d - 1 with d = log reference - log pi.
-
-    Never negative, unbiased in value, low variance (Schulman, "Approximating KL divergence", 2020, estimator k3)."""
-    d = reference_logprobs - logprobs
-    return torch.exp(d) - d - 1.0
-
-
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum where `mask`. Selects instead of multiplying: an infinity outside the mask must not become a NaN."""
-    return values[mask].sum()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenTerms:
-    """What a policy update needs of a micro-batch; every tensor is shaped like `mask`."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    behavior_logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    mask: Tensor
-    reference_logprobs: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LossTerms:
-    """A micro-batch's part of the global loss, and what to report of it (detached)."""
-
-    loss: Tensor
-    sums: Mapping[str, Tensor]
-    """Sums over the masked tokens; divide by the global token count for means."""
-    maxima: Mapping[str, Tensor]
-    """Maxima over the masked tokens; 0 where there is none."""
-
-
-def policy_update_loss(
-    terms: TokenTerms, policy_loss: PolicyLoss, clip: ClipRange, beta: float, denominator: float
-) -> LossTerms:
-    """sum over masked tokens of (policy loss + beta * k3), divided by `denominator`, the number of such tokens in the
-    whole global batch (token mean: Dr. GRPO, arXiv:2503.20783, and DAPO explain why not per sequence).
-
-    Raises ValueError for beta > 0 without reference log-probabilities."""
-    if denominator <= 0:
-        raise ValueError(f"the denominator is the number of trained tokens in the global batch, got {denominator}")
-    mask = terms.mask
-    # Selected first: everything below is over the [T] trained tokens, and the rest has no gradient at all.
-    logprobs, old = terms.logprobs[mask], terms.old_logprobs[mask]
-    token = policy_loss(logprobs, old, terms.advantages[mask], clip)
-    loss = token.loss.sum()
-    mismatch = (logprobs.detach() - terms.behavior_logprobs[mask]).abs()
-    sums = {
-        "policy_loss": token.loss.detach().sum(),
-        "entropy": terms.entropy[mask].detach().sum(),
-        "clip_fraction": token.clipped.sum(),
-        "ratio": token.ratio.sum(),
-        "mismatch_mean": mismatch.sum(),
-    }
-    if beta > 0:
-        if terms.reference_logprobs is None:
-            raise ValueError(f"beta={beta} needs the reference policy's log-probabilities")
-        kl = k3(logprobs, terms.reference_logprobs[mask])
-        loss = loss + beta * kl.sum()
-        sums["kl"] = kl.detach().sum()
-    maxima = {"mismatch_max": _largest(mismatch), "ratio_max": _largest(token.ratio)}
-    return LossTerms(loss / denominator, sums, maxima)
-
-
-def _largest(values: Tensor) -> Tensor:
-    return values.max() if values.numel() else values.new_zeros(())
+    token: 1 / tokens (DAPO, arXiv:2503.14476, section 3.3). sequence: the mean over a completion, then over completions
+    (GRPO, arXiv:2402.03300, equation 3). constant: 1 / (completions * max_length), which favours neither short nor long
+    ones (Dr. GRPO, arXiv:2503.20783, section 3.2). Raises ValueError for counts that are not positive."""
+    if tokens <= 0 or completions <= 0:
+        raise ValueError(f"the global batch has {tokens:g} trained tokens in {completions:g} completions")
+    if aggregation == "token":
+        return torch.full_like(sequences.length, 1.0 / tokens)
+    if aggregation == "sequence":
+        return 1.0 / (sequences.length * completions)
+    return torch.full_like(sequences.length, 1.0 / (completions * max_length))

@@ -66,6 +66,19 @@ class TorchEngine:
         loss, sums, maxima = totals.reduce(self)
         return StepResult(loss, float(norm), rate, sums, maxima)
 
+    @torch.no_grad()
+    def refresh_reference(self) -> None:
+        for name, reference in self._refreshed():
+            reference.copy_(self._trained[name])
+
+    def _refreshed(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The reference's copies of trained parameters, if they are ever set."""
+        if self.options.reference_every:
+            if self._reference is None:
+                raise RuntimeError("no reference policy was loaded that could be refreshed")
+            named = dict(self._reference.model.named_parameters())
+            yield from ((name, named[name]) for name in self._trained)
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
@@ -80,6 +93,8 @@ class TorchEngine:
             yield f"param/{name}", parameter.detach()
             for moment in MOMENTS if self.steps else ():
                 yield f"{moment}/{name}", self._optimizer.state[parameter][moment]
+        for name, parameter in self._refreshed():
+            yield f"reference/{name}", parameter.detach()
 
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.steps = steps
@@ -90,6 +105,9 @@ class TorchEngine:
             if steps:
                 moments = {m: read(f"{m}/{name}", parameter.shape).to(parameter.device) for m in MOMENTS}
                 self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        for name, parameter in self._refreshed():
+            with torch.no_grad():
+                parameter.copy_(read(f"reference/{name}", parameter.shape))
 
     def save_pretrained(self, directory: Path) -> None:
         save_policy(self.policy, self.adapter, directory, rank=self.rank)

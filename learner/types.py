@@ -8,6 +8,8 @@ from typing import Literal
 
 from rollout.types import MediaKind
 
+Aggregation = Literal["token", "sequence", "constant"]
+
 
 class LearnerError(RuntimeError):
     """A learner rank failed; says which, in what, and why. The group is unusable afterwards: shut it down."""
@@ -18,7 +20,7 @@ class LearnerTimeoutError(LearnerError):
 
 
 class NothingToLearnError(ValueError):
-    """No group of the batch has two scored completions, so no baseline exists. The weights are unchanged."""
+    """No group of the batch has two scored completions, or none a token to train on. The weights are unchanged."""
 
 
 class EncodingMismatchError(ValueError):
@@ -53,14 +55,36 @@ class LearnerOptions:
     """What the completions were sampled with: logits are divided by it, as in the engine."""
     advantage: str = "grpo"
     """A key of `learner.advantages.ADVANTAGES`."""
-    loss: str = "clipped_ratio"
+    part_weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the rewards by name, if each is to be normalised within its group before they are summed; or empty."""
+    overlong_buffer: int = 0
+    """Last tokens before the length limit in which the soft penalty grows to -1; 0: none."""
+    mask_truncated: bool = False
+    """Whether completions that were cut off at the limit are left out of the loss; baselines keep their scores."""
+    max_completion_length: int = 1
+    """The limit, in tokens."""
+    loss: str = "ppo_clip"
     """A key of `learner.losses.LOSSES`."""
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
+    clip_dual: float | None = None
+    aggregation: Aggregation = "token"
+    """See `learner.losses.token_weights`."""
     beta: float = 0.0
-    """Weight of the k3 KL to the reference; 0 loads no reference."""
+    """Weight of the KL to the reference; 0 loads no reference."""
+    kl_estimator: str = "k3"
+    """A key of `learner.divergence.KL_ESTIMATORS`."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    reference_every: int = 0
+    """Updates after which the reference becomes the current policy; 0: it stays the initial one."""
     old_policy: Literal["behavior", "current"] = "current"
-    """Denominator of the ratio: what the engine sampled with, or these weights before the step."""
+    """Denominator of the ratio: what the engine sampled with, or these weights before the update."""
+    correction: str = "none"
+    """A key of `learner.divergence.CORRECTIONS`."""
+    correction_range: tuple[float, float] = (0.0, float("inf"))
+    entropy_bonus: float = 0.0
+    optimizer_steps: int = 1
+    """Steps of one update, each on its part of the groups."""
     max_staleness: int = 0
     """Policy versions that a token may lag behind; older ones are refused."""
 

@@ -1,7 +1,7 @@
 """One policy update on one rank, from scored groups to statistics. No Ray: references were resolved before.
 
-groups ─▶ encode prompts ─▶ rows ─▶ micro-batches ─▶ (reference pass) ─▶ train_step ─▶ statistics over all ranks
-                                      │ global denominator: trained tokens of all ranks, known before backward
+groups ─▶ encode prompts ─▶ rows ─▶ micro-batches ─▶ (reference pass) ─▶ train_step(s) ─▶ statistics over all ranks
+                                      │ global counts: trained tokens and completions of all ranks, known beforehand
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from learner.divergence import KL_ESTIMATORS
 from learner.engine import MicroLoss, StepResult, TrainEngine
-from learner.losses import LOSSES, ClipRange, LossTerms, TokenTerms, policy_update_loss
+from learner.losses import Clip
+from learner.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss, token_means
 from learner.packing import pack
 from learner.policy import attention_break_even
 from learner.samples import Row, Sample, collate, encode_prompts, make_rows, to_sample
-from learner.types import LearnerOptions
+from learner.types import LearnerOptions, NothingToLearnError
 from rollout.types import RolloutGroup
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -55,65 +58,109 @@ def run_update(
     media: Mapping[str, bytes],
     version: int,
     fetch_seconds: float = 0.0,
+    minibatches: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Train one step on this rank's share of the sealed batch (which may be empty); collective.
+    """Train on this rank's share of the sealed batch (which may be empty); collective.
 
     `advantages[i][k]`: of completion k of group i, ignored where its verdict is not a score. `media`: encoded bytes by
-    digest. Returns those fields of UpdateStats that the group does not know, the same on every rank.
-    Raises EncodingMismatchError, StalenessError."""
+    digest. `minibatches[i]`: in which of the `options.optimizer_steps` group i is trained; None: all in the first.
+    Returns those fields of UpdateStats that the group does not know, the same on every rank.
+    Raises EncodingMismatchError, StalenessError, NothingToLearnError."""
     watch = Stopwatch.start(fetch=fetch_seconds)
-    rows = build_rows(adapter, options, groups, advantages, media)
-    samples = [sample for row in rows for sample in row.samples]
-    lag_sum, lag_max = check_staleness(samples, version, options.max_staleness)
-    plan = plan_batches(engine, rows, options.micro_batch_tokens)
-    batches = [collate([rows[i] for i in members], adapter) for members in plan]
-    tokens = sum(int(sample.trainable.sum()) for sample in samples)
-    computed = sum(batch.num_tokens for batch in batches)
-    counts = engine.all_reduce_sum([tokens, len(samples), computed, lag_sum])
+    rows: list[list[Row]] = [[] for _ in range(options.optimizer_steps)]
+    own = build_rows(adapter, options, groups, advantages, media)
+    for i, part in enumerate(own):
+        rows[0 if minibatches is None else minibatches[i]] += part
+    samples = [[sample for row in part for sample in row.samples] for part in rows]
+    lag_sum, lag_max = check_staleness([s for part in samples for s in part], version, options.max_staleness)
+    batches = [
+        [collate([part[i] for i in members], adapter) for members in plan_batches(engine, part, options)]
+        for part in rows
+    ]
+    computed = sum(batch.num_tokens for part in batches for batch in part)
+    tokens = [sum(int(s.trainable.sum()) for s in part) for part in samples]
+    reduced = engine.all_reduce_sum([computed, lag_sum, *tokens, *map(len, samples)])
+    counts = [GlobalCounts(*pair) for pair in zip(*np.split(np.array(reduced[2:]), 2), strict=True)]
+    trained = sum(c.tokens for c in counts)
+    if not trained:
+        raise NothingToLearnError(
+            "every completion was cut off at its length limit, and mask_truncated leaves those out"
+        )
     watch.split("encode")
-    if options.needs_reference:
-        batches = [replace(b, reference_logprobs=engine.logprobs(b, reference=True)) for b in batches]
-        watch.split("reference")
-    result = engine.train_step(batches, micro_loss(options, denominator=counts[0]))
+    batches = _with_other_policies(engine, options, batches, watch)
+    results = [
+        engine.train_step(part, micro_loss(options, count))
+        for part, count in zip(batches, counts, strict=True)
+        if count.tokens
+    ]
     watch.split("train")
     seconds = dict(zip(watch.seconds, engine.all_reduce_max(list(watch.seconds.values())), strict=True))
     return {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.learning_rate,
-        "samples": int(counts[1]),
-        "tokens": int(counts[0]),
-        "tokens_computed": int(counts[2]),
-        "micro_batches": len(batches),
-        "staleness_mean": counts[3] / counts[0],
+        "loss": float(np.mean([r.loss for r in results])),
+        "grad_norm": float(np.mean([r.grad_norm for r in results])),
+        "learning_rate": results[-1].learning_rate,
+        "samples": int(sum(c.completions for c in counts)),
+        "tokens": int(trained),
+        "tokens_computed": int(reduced[0]),
+        "micro_batches": sum(map(len, batches)),
+        "staleness_mean": reduced[1] / trained,
         "staleness_max": int(engine.all_reduce_max([lag_max])[0]),
-        "metrics": _metrics(result, counts[0]),
+        "metrics": _metrics(results, trained),
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
 
 
-def micro_loss(options: LearnerOptions, denominator: float) -> MicroLoss:
-    """The policy update's loss of one micro-batch, over `denominator` trained tokens in the global batch."""
-    policy_loss = LOSSES[options.loss]
-    clip = ClipRange(options.clip_eps_low, options.clip_eps_high)
+def _with_other_policies(
+    engine: TrainEngine, options: LearnerOptions, batches: list[list[MultimodalBatch]], watch: Stopwatch
+) -> list[list[MultimodalBatch]]:
+    """The batches with log-probabilities under the reference, and, if there are several steps, under the policy before
+    the first of them."""
+    if options.beta > 0 and options.kl_in == "loss":
+        batches = [
+            [replace(b, reference_logprobs=engine.logprobs(b, reference=True)) for b in part] for part in batches
+        ]
+        watch.split("reference")
+    if len(batches) > 1:
+        batches = [[replace(b, before_logprobs=engine.logprobs(b)) for b in part] for part in batches]
+        watch.split("before")
+    return batches
+
+
+def micro_loss(options: LearnerOptions, counts: GlobalCounts) -> MicroLoss:
+    """The policy update's loss of one micro-batch, as its part of a global batch of `counts`."""
+    objective = objective_of(options)
 
     def compute(batch: MultimodalBatch, logprobs: Tensor, entropy: Tensor) -> LossTerms:
         assert batch.behavior_logprobs is not None
         assert batch.advantages is not None
-        # One optimizer step per batch: the learner's weights before the step are those of this very pass.
-        old = batch.behavior_logprobs if options.old_policy == "behavior" else logprobs.detach()
         terms = TokenTerms(
             logprobs=logprobs,
             entropy=entropy,
             behavior_logprobs=batch.behavior_logprobs,
-            old_logprobs=old,
             advantages=batch.advantages,
             mask=batch.loss_mask,
+            completions=batch.completion_labels(),
+            before_logprobs=batch.before_logprobs,
             reference_logprobs=batch.reference_logprobs,
         )
-        return policy_update_loss(terms, policy_loss, clip, options.beta, denominator)
+        return policy_update_loss(terms, objective, counts)
 
     return compute
+
+
+def objective_of(options: LearnerOptions) -> Objective:
+    return Objective(
+        loss=options.loss,
+        clip=Clip(options.clip_eps_low, options.clip_eps_high, options.clip_dual),
+        against_behavior=options.old_policy == "behavior",
+        aggregation=options.aggregation,
+        max_length=options.max_completion_length,
+        correction=options.correction,
+        correction_range=options.correction_range,
+        beta=options.beta if options.kl_in == "loss" else 0.0,
+        kl=options.kl_estimator,
+        entropy_bonus=options.entropy_bonus,
+    )
 
 
 def build_rows(
@@ -122,25 +169,25 @@ def build_rows(
     groups: Sequence[RolloutGroup],
     advantages: Sequence[Sequence[float]],
     media: Mapping[str, bytes],
-) -> list[Row]:
-    """Rows of the scored completions of all groups; each prompt is encoded once."""
-    rows: list[Row] = []
+) -> list[list[Row]]:
+    """Rows of the scored completions of each group; each prompt is encoded once."""
+    rows = []
     for group, own, prompt in zip(groups, advantages, encode_prompts(adapter, groups, media), strict=True):
         if group.verdicts is None:
             raise ValueError(f"group {group.prompt.ref} was not scored")
         samples = [
             to_sample(completion, float(advantage), float(verdict.score))
             for completion, advantage, verdict in zip(group.completions, own, group.verdicts, strict=True)
-            if verdict.score is not None
+            if verdict.score is not None and not (options.mask_truncated and completion.finish_reason == "length")
         ]
         samples = [s for s in samples if s.trainable.any()]
-        rows += make_rows(prompt, samples, _break_even(adapter), options.micro_batch_tokens)
+        rows.append(make_rows(prompt, samples, _break_even(adapter), options.micro_batch_tokens))
     return rows
 
 
-def plan_batches(engine: TrainEngine, rows: Sequence[Row], budget: int) -> list[list[int]]:
+def plan_batches(engine: TrainEngine, rows: Sequence[Row], options: LearnerOptions) -> list[list[int]]:
     """Indices of the rows of each micro-batch, as many on every rank: those with fewer add empty ones. Collective."""
-    plan = pack([len(row) for row in rows], budget)
+    plan = pack([len(row) for row in rows], options.micro_batch_tokens)
     most = int(engine.all_reduce_max([len(plan)])[0])
     return plan + [[] for _ in range(most - len(plan))]
 
@@ -165,17 +212,20 @@ def score_groups(
     options: LearnerOptions,
     groups: Sequence[RolloutGroup],
     media: Mapping[str, bytes],
+    *,
+    reference: bool = False,
 ) -> list[list[np.ndarray]]:
-    """Log-probabilities under the current weights of each completion's trainable tokens, float32 `[T]`; collective."""
+    """Log-probabilities under the current weights (or the reference's) of each completion's trainable tokens, float32
+    `[T]`; collective."""
     rows: list[Row] = []
     samples: list[list[Sample]] = []
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
         samples.append([to_sample(completion) for completion in group.completions])
         rows += make_rows(prompt, samples[-1], _break_even(adapter), options.micro_batch_tokens)
     scored: dict[int, np.ndarray] = {}
-    for members in plan_batches(engine, rows, options.micro_batch_tokens):
+    for members in plan_batches(engine, rows, options):
         batch = collate([rows[i] for i in members], adapter)
-        logprobs = engine.logprobs(batch)
+        logprobs = engine.logprobs(batch, reference=reference)
         for b, index in enumerate(members):
             lengths = [int(s.trainable.sum()) for s in rows[index].samples]
             parts = np.split(logprobs[b][batch.loss_mask[b]].numpy(), np.cumsum(lengths)[:-1])
@@ -183,8 +233,30 @@ def score_groups(
     return [[scored[id(sample)] for sample in own] for own in samples]
 
 
-def _metrics(result: StepResult, tokens: float) -> dict[str, float]:
-    return {**{name: total / tokens for name, total in result.sums.items()}, **result.maxima}
+def reference_kl(
+    engine: TrainEngine,
+    adapter: MultimodalAdapter,
+    options: LearnerOptions,
+    groups: Sequence[RolloutGroup],
+    media: Mapping[str, bytes],
+) -> list[list[float]]:
+    """Of each group and completion: the estimated KL of the policy that sampled it to the reference, summed over its
+    trainable tokens; collective."""
+    estimate = KL_ESTIMATORS[options.kl_estimator]
+    scored = score_groups(engine, adapter, options, groups, media, reference=True)
+    result = []
+    for group, own in zip(groups, scored, strict=True):
+        sampled = [to_sample(completion) for completion in group.completions]
+        behavior = [sample.logprobs[sample.trainable] for sample in sampled]
+        result.append([float(estimate(b, torch.from_numpy(r)).sum()) for b, r in zip(behavior, own, strict=True)])
+    return result
+
+
+def _metrics(results: Sequence[StepResult], tokens: float) -> dict[str, float]:
+    """Over all steps of an update."""
+    sums = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
+    maxima = {name: max(r.maxima[name] for r in results) for name in results[0].maxima}
+    return {**token_means(sums, tokens), **maxima}
 
 
 def _break_even(adapter: MultimodalAdapter) -> int | None:

@@ -33,6 +33,8 @@ class ScoredGroup:
 
     group: ray.ObjectRef
     advantages: tuple[float, ...]
+    minibatch: int = 0
+    """In which optimizer step of the update it is trained."""
 
 
 class LearnerWorker:
@@ -82,10 +84,27 @@ class LearnerWorker:
 
         start = time.perf_counter()
         groups, media = self._fetch([s.group for s in scored])
-        fetched = time.perf_counter() - start
         return run_update(
-            self._engine, self._adapter, self.options, groups, [s.advantages for s in scored], media, version, fetched
+            self._engine,
+            self._adapter,
+            self.options,
+            groups,
+            [s.advantages for s in scored],
+            media,
+            version,
+            fetch_seconds=time.perf_counter() - start,
+            minibatches=[s.minibatch for s in scored],
         )
+
+    def reference_kl(self, refs: Sequence[ray.ObjectRef]) -> list[list[float]]:
+        """Estimated KL to the reference of each group's completions, summed over their tokens."""
+        from learner.update import reference_kl
+
+        groups, media = self._fetch(refs)
+        return reference_kl(self._engine, self._adapter, self.options, groups, media)
+
+    def refresh_reference(self) -> None:
+        self._engine.refresh_reference()
 
     def score(self, refs: Sequence[ray.ObjectRef]) -> list[list[np.ndarray]]:
         """Log-probabilities of each group's completions under the current weights."""

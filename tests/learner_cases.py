@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from learner.advantages import ADVANTAGES
+from learner.samples import Row
 from learner.types import LearnerOptions
+from learner.update import build_rows
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import MultimodalAdapter
 from vlm.clips import decode
@@ -115,6 +117,12 @@ def make_case(groups: list[RolloutGroup]) -> Case:
         rewards = np.array([[v.score if v.score is not None else 0.0 for v in group.verdicts]])
         advantages.append(ADVANTAGES["grpo"](rewards, np.array([[v.valid for v in group.verdicts]]))[0].tolist())
     return Case(groups, advantages, {m.digest: m.data for g in groups for m in g.prompt.media})
+
+
+def rows_of(adapter: MultimodalAdapter, chosen: LearnerOptions, case: Case) -> list[Row]:
+    """Of all groups."""
+    parts = build_rows(adapter, chosen, case.groups, case.advantages, case.media)
+    return [row for part in parts for row in part]
 
 
 @dataclass

@@ -20,9 +20,8 @@ from PIL import Image
 
 from learner.model import load_policy
 from learner.samples import collate
-from learner.update import build_rows
 from rollout.types import Media
-from tests.learner_cases import make_case, make_group, options
+from tests.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.clips import decode
 from vlm.encoded import counts_of
@@ -154,7 +153,7 @@ def test_features_computed_before_can_stand_in_for_pixels(family: str) -> None:
         make_group(adapter, i, media=kinds) for i, kinds in enumerate([["image"], [], ["image"] * 2, list(kinds)])
     ]
     case = make_case(groups)
-    batch = collate(build_rows(adapter, chosen, case.groups, case.advantages, case.media), adapter)
+    batch = collate(rows_of(adapter, chosen, case), adapter)
     consumed = {name for m in adapter.modalities.values() for name in m.inputs}
     with torch.no_grad():
         features = policy.media_features(batch)
@@ -186,7 +185,7 @@ def test_lora_is_trained_by_every_family(family: str, part: str) -> None:
     policy, base = load_policy(chosen, adapter), load_policy(options(model_of(family)), adapter)
     groups = [make_group(adapter, i, images=(2 * i + 1) * adapter.has_vision) for i in range(2)]
     case = make_case(groups)
-    batch = collate(build_rows(adapter, chosen, case.groups, case.advantages, case.media), adapter)
+    batch = collate(rows_of(adapter, chosen, case), adapter)
     logprobs, _ = policy(batch)
     with torch.no_grad():
         torch.testing.assert_close(logprobs, base(batch)[0])

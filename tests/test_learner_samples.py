@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
 from learner.types import EncodingMismatchError, LearnerOptions
-from learner.update import StalenessError, build_rows, check_staleness
+from learner.update import StalenessError, check_staleness
 from rollout.types import Completion, Segment
-from tests.learner_cases import adapter_of, make_case, make_group, mixed_case, options
+from tests.learner_cases import adapter_of, make_case, make_group, mixed_case, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.tiny.noise import noise_image
@@ -31,14 +31,14 @@ def chosen(tiny_model: Path) -> LearnerOptions:
     return options(tiny_model)
 
 
-def rows_of(adapter: MultimodalAdapter, chosen: LearnerOptions) -> list[Row]:
+def mixed_rows(adapter: MultimodalAdapter, chosen: LearnerOptions) -> list[Row]:
     case = mixed_case(adapter)
-    return build_rows(adapter, chosen, case.groups, case.advantages, case.media)
+    return rows_of(adapter, chosen, case)
 
 
 def test_a_batch_holds_exactly_the_sampled_tokens(adapter: MultimodalAdapter, chosen: LearnerOptions):
     case = mixed_case(adapter)
-    batch = collate(build_rows(adapter, chosen, case.groups, case.advantages, case.media), adapter)
+    batch = collate(rows_of(adapter, chosen, case), adapter)
     found = sorted(
         zip(
             batch.input_ids[batch.loss_mask].tolist(),
@@ -64,7 +64,7 @@ def test_a_batch_holds_exactly_the_sampled_tokens(adapter: MultimodalAdapter, ch
 
 
 def test_siblings_share_one_prompt_and_one_image(adapter: MultimodalAdapter, chosen: LearnerOptions):
-    rows = rows_of(adapter, chosen)
+    rows = mixed_rows(adapter, chosen)
     assert [len(row.samples) for row in rows] == [3, 4, 4, 4]
     batch = collate(rows, adapter)
     assert batch.extra_model_kwargs["image_grid_thw"].shape == (4, 3) and not batch.media_index
@@ -158,7 +158,7 @@ def test_staleness_is_counted_over_tokens_and_bounded(adapter: MultimodalAdapter
 
 
 def test_the_batch_refuses_fields_of_another_shape(adapter: MultimodalAdapter, chosen: LearnerOptions):
-    batch = collate(rows_of(adapter, chosen), adapter)
+    batch = collate(mixed_rows(adapter, chosen), adapter)
     with pytest.raises(ValueError, match="advantages has shape"):
         replace(batch, advantages=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="position 0"):

@@ -14,12 +14,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from learner.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learner.engine import TrainEngine
-from learner.losses import LossTerms
 from learner.model import load_policy
+from learner.objective import LossTerms
 from learner.samples import collate
 from learner.types import LearnerOptions
-from learner.update import build_rows, run_update, score_groups
-from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options
+from learner.update import run_update, score_groups
+from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options, rows_of
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
 
@@ -219,4 +219,4 @@ class TrainEngineContract:
 
     def batch(self, engine: TrainEngine, chosen: LearnerOptions, case: Case) -> MultimodalBatch:
         adapter = engine.adapter  # type: ignore[attr-defined]
-        return collate(build_rows(adapter, chosen, case.groups, case.advantages, case.media), adapter)
+        return collate(rows_of(adapter, chosen, case), adapter)

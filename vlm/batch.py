@@ -18,6 +18,7 @@ _TOKEN_ALIGNED = (
     "behavior_logprobs",
     "advantages",
     "rewards",
+    "before_logprobs",
     "reference_logprobs",
     "policy_versions",
 )
@@ -49,6 +50,8 @@ class MultimodalBatch:
     """float32 `[B, L]`: 0 outside `loss_mask`."""
     rewards: Tensor | None = None
     """float32 `[B, L]`: score of the completion that the token belongs to; 0 outside `loss_mask`."""
+    before_logprobs: Tensor | None = None
+    """float32 `[B, L]`: under the learner's policy before the first of several steps; 0 outside `loss_mask`."""
     reference_logprobs: Tensor | None = None
     """float32 `[B, L]`: under the frozen reference policy; 0 outside `loss_mask`."""
     policy_versions: Tensor | None = None
@@ -80,6 +83,12 @@ class MultimodalBatch:
     def num_tokens(self) -> int:
         """Token positions computed, padding included: B x L."""
         return self.input_ids.numel()
+
+    def completion_labels(self) -> Tensor:
+        """int64 `[B, L]`: equal at the tokens of one completion, different between completions."""
+        within = torch.ones_like(self.input_ids) if self.segments is None else self.segments
+        rows = torch.arange(self.num_rows, device=self.input_ids.device)[:, None]
+        return rows * (self.input_ids.shape[1] + 1) + within
 
     def model_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the Hugging Face model's forward."""
