@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText
 from bench.common import images, median, report
 from learner.deepspeed_engine import DeepSpeedEngine
 from learner.engine import TrainEngine
+from learner.objective import GlobalCounts
 from learner.packing import pack
 from learner.policy import attention_break_even
 from learner.process_group import join, open_store
@@ -168,7 +169,7 @@ def measure_shape(
     tokens, budget = shape.groups * shape.K * shape.new, options.micro_batch_tokens
     padded = batches_of(rows_of(adapter, shape, None), adapter, budget)
     shared = batches_of(rows_of(adapter, shape, attention_break_even(adapter.model_config)), adapter, budget)
-    loss = micro_loss(options, tokens)
+    loss = micro_loss(options, GlobalCounts(tokens, shape.groups * shape.K))
     optimizer = torch.optim.AdamW(bare.parameters(), lr=options.learning_rate)
     seconds = {
         "bare": timed(lambda: bare_step(bare, optimizer, padded, tokens), repeats),

@@ -105,18 +105,25 @@ class RewardSpec(Section):
     name: str
     """`format`, `accuracy`, another shipped reward, or package.module:function (file.py:function)."""
     weight: float = 1.0
-    """Its factor in the sum."""
+    """Its factor in the sum; 0: it is only recorded."""
+    combine: Literal["sum", "product", "minimum"] = "sum"
+    """How it enters the whole: in the sum, as a factor of the sum (a gate), or as its upper bound."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward."""
 
 
 class RewardConfig(Section):
     functions: tuple[RewardSpec, ...] = (RewardSpec(name="format", weight=0.5), RewardSpec(name="accuracy"))
-    """Rewards, summed by weight."""
+    """Rewards, summed by weight, or combined as each one's `combine` says."""
+    trace: Literal["visible", "internal", "stripped"] = "visible"
+    """The <think> trace: `visible`: asked for and shown; `internal`: asked for, and left out of what is shown;
+    `stripped`: not asked for. `format` goes by it."""
+    max_failed_share: float = Field(0.1, ge=0, le=1)
+    """Share of a batch's completions whose reward may fail (error or timeout) before the run stops."""
     actors: int = Field(1, ge=1)
     """Number of reward actors."""
     timeout: float = Field(30.0, gt=0)
-    """Seconds one call on one group may take; then its verdicts are `timeout` and its worker is killed."""
+    """Seconds one call on one group may take; then its worker is killed. See docs/rewards.md for what is lost."""
 
 
 class LearnerConfig(Section):

@@ -29,9 +29,11 @@ GAUGES = {
     "sync_seconds": "seconds from pause to resume of the weight synchronisation",
     "driver_seconds": "seconds of the step in which nothing but the driver worked",
     "staleness": "largest lag in policy versions of a trained token",
-    "kl": "mean k3 KL to the reference policy",
+    "kl": "mean KL to the reference policy, as estimated",
     "mismatch_mean": "mean |log-probability difference| between engine and learner",
     "mismatch_max": "largest |log-probability difference| between engine and learner",
+    "mismatch_kl": "mean k3 KL of the engine's policy to the learner's",
+    "effective_sample_size": "of the importance weights between engine and learner, as a share of the tokens",
     "invalid_share": "share of completions without a score",
     "completion_length": "mean completion length in tokens",
     "grad_norm": "gradient norm before clipping",
@@ -59,6 +61,8 @@ class StepRecord:
     """Completions without a score, by reason."""
     dropped: int
     """Groups given up in this step."""
+    replaced: int
+    """Groups without a policy gradient in whose place others were generated (algorithm.refill)."""
     truncated_share: float
     """Completions cut off at max_completion_length."""
     completion_length: float
@@ -131,7 +135,7 @@ class MetricsLog:
             "invalid_share": sum(record.invalid.values()) / max(1, record.samples),
             "completion_length": record.completion_length,
             "grad_norm": record.grad_norm,
-            **{k: record.learner[k] for k in ("kl", "mismatch_mean", "mismatch_max", "entropy") if k in record.learner},
+            **{k: v for k, v in record.learner.items() if k in GAUGES},
         }
         for name, value in values.items():
             ray_gauge, prometheus_gauge = self._gauges[name]

@@ -20,10 +20,13 @@ import ray
 
 from driver.errors import RunError
 from driver.ledger import Ledger
+from driver.selection import Difficulty, without_signal
 from rollout.engine import SamplingParams
 from rollout.types import GroupSummary, PromptRef, StoredPrompt, draw_seed
 
 POLL_SECONDS = 1.0
+MOST_PASSED_OVER = 1000
+"""Prompts looked at for each that is taken, before a run is taken for finished."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class SealedBatch:
     summaries: tuple[GroupSummary, ...]
     dropped: int
     """Groups admitted for this batch that were given up; the ledger has the reasons."""
+    replaced: int = 0
+    """Groups without a policy gradient in whose place others were generated."""
 
     @property
     def refs(self) -> list[PromptRef]:
@@ -67,6 +72,10 @@ class RolloutPipeline:
     reward_timeout: float
     hold_while_admitting: bool = False
     """Queue a batch whole before any of it runs: the same schedule, hence the same bits, in every rerun."""
+    refill: int = 0
+    """Groups without a policy gradient that may be replaced in one batch."""
+    difficulty: Difficulty | None = None
+    """Passes over prompts; None: none."""
     check_stop: Callable[[], None] = lambda: None
     """Raises RunStopped when the user asked to stop; called while waiting."""
     _batches: dict[int, list[_Group]] = field(default_factory=dict)
@@ -81,9 +90,10 @@ class RolloutPipeline:
             prompts = self._again.pop(self._admitted + 1, None)
             already_issued = prompts is not None
             if prompts is None:
-                prompts = wait_for(self.data.take.remote(self.prompts_per_step), self.group_timeout, "the next prompts")
-            admit = self._admit_whole if self.hold_while_admitting else self._admit
-            admit(self._admitted + 1, prompts, already_issued)
+                prompts = self._take(self.prompts_per_step)
+            groups = self._batches.setdefault(self._admitted + 1, [])
+            self._admit(self._admitted + 1, prompts, range(len(groups), len(groups) + len(prompts)), already_issued)
+            self._admitted += 1
             issued += len(prompts)
         return issued
 
@@ -92,19 +102,47 @@ class RolloutPipeline:
         issued, which are issued once more when their batch is due."""
         self._admitted, self._again = batch - 1, dict(again)
 
-    def _admit(self, batch: int, prompts: Sequence[StoredPrompt], already_issued: bool) -> None:
-        groups = self._batches.setdefault(batch, [])
+    def _take(self, count: int) -> list[StoredPrompt]:
+        """The next prompts that are worth it. Raises RunError when hardly any is."""
+        taken: list[StoredPrompt] = []
+        looked_at = 0
+        while len(taken) < count:
+            if looked_at > MOST_PASSED_OVER * count:
+                raise RunError(
+                    f"{looked_at - len(taken)} prompts in a row have a mean reward outside algorithm.reward_range: "
+                    "widen it, or end the run"
+                )
+            missing = count - len(taken)
+            prompts = wait_for(self.data.take.remote(missing), self.group_timeout, "the next prompts")
+            looked_at += missing
+            for prompt in prompts:
+                if self.difficulty is None or self.difficulty.admits(prompt.ref):
+                    taken.append(prompt)
+                else:
+                    self.difficulty.passed_over += 1
+        return taken
+
+    def _admit(
+        self, batch: int, prompts: Sequence[StoredPrompt], slots: Sequence[int], already_issued: bool = False
+    ) -> None:
+        """Issue prompts for `batch` at the places `slots` of it, held back until all are queued if reruns are to repeat
+        them."""
+        held = self._hold() if self.hold_while_admitting else None
+        groups = self._batches[batch]
         sampling = ray.put(self.sampling)
-        for prompt in prompts:
+        for slot, prompt in zip(slots, prompts, strict=True):
             if not already_issued:
                 self.ledger.issue(prompt.ref, batch)
-            groups.append(self._issue(prompt, len(groups), sampling))
-        self._admitted = batch
+            groups[slot : slot + 1] = [self._issue(prompt, slot, sampling)]
+        if held is not None:
+            self._release(batch, [slot % len(self.engines) for slot in slots], held)
 
-    def _admit_whole(self, batch: int, prompts: Sequence[StoredPrompt], already_issued: bool) -> None:
-        ended = wait_for([e.hold.remote() for e in self.engines], self.group_timeout, "the engines to pause")
-        self._admit(batch, prompts, already_issued)
-        shares = [len(range(i, len(prompts), len(self.engines))) for i in range(len(self.engines))]
+    def _hold(self) -> list[int]:
+        return wait_for([e.hold.remote() for e in self.engines], self.group_timeout, "the engines to pause")
+
+    def _release(self, batch: int, engine_of: Sequence[int], ended: Sequence[int]) -> None:
+        """Let engines run that have got all of their prompts."""
+        shares = [engine_of.count(i) for i in range(len(self.engines))]
         calls = [
             engine.release.remote(share, self.sampling.n, count)
             for engine, share, count in zip(self.engines, shares, ended, strict=True)
@@ -116,6 +154,42 @@ class RolloutPipeline:
 
         Raises RunError when an engine died, a group missed every deadline, or nothing of the batch is left."""
         groups = self._batches[batch]
+        self._await(batch, groups)
+        replaced = self._replace_without_signal(batch)
+        kept = [g for g in groups if g.result is not None]
+        del self._batches[batch]
+        if not kept:
+            raise RunError(f"every group of batch {batch} was given up: {dict(self.ledger.dropped)}")
+        results = tuple(g.result for g in kept if g.result is not None)
+        if self.difficulty is not None:
+            for summary in results:
+                self.difficulty.observe(summary)
+        return SealedBatch(tuple(g.group for g in kept), results, self._dropped.pop(batch, 0), replaced)
+
+    def _replace_without_signal(self, batch: int) -> int:
+        """Put new prompts in the place of groups whose scores are all equal, until none is left or `refill` is spent.
+        Returns how many were replaced."""
+        groups = self._batches[batch]
+        spare = self.refill
+        while spare:
+            scored = [(g, g.result) for g in groups if g.result is not None]
+            flat = [g for (g, _), none in zip(scored, without_signal([r for _, r in scored]), strict=True) if none]
+            flat = flat[:spare]
+            if not flat:
+                break
+            prompts = self._take(len(flat))
+            for group in flat:
+                if self.difficulty is not None and group.result is not None:
+                    self.difficulty.observe(group.result)
+                self.ledger.drop(group.prompt.ref, "its scores are all equal (algorithm.refill)")
+            slots = [group.slot for group in flat]
+            self._admit(batch, prompts, slots)
+            self._await(batch, [groups[slot] for slot in slots])
+            spare -= len(flat)
+        return self.refill - spare
+
+    def _await(self, batch: int, groups: Sequence[_Group]) -> None:
+        """Wait until every one of `groups` is scored or given up."""
         pending = {g.summary: g for g in groups}
         deadline = time.monotonic() + self._patience()
         while pending:
@@ -134,12 +208,6 @@ class RolloutPipeline:
                     f"waited {self._patience():g} s for {len(pending)} of {len(groups)} groups of batch {batch} "
                     f"(first: {names}); raise rollout.group_timeout if completions take that long"
                 )
-        kept = [g for g in groups if g.result is not None]
-        del self._batches[batch]
-        if not kept:
-            raise RunError(f"every group of batch {batch} was given up: {dict(self.ledger.dropped)}")
-        results = tuple(g.result for g in kept if g.result is not None)
-        return SealedBatch(tuple(g.group for g in kept), results, self._dropped.pop(batch, 0))
 
     def _patience(self) -> float:
         """Longest silence before the wait itself is an error: the actors' own limits, and a margin for transport."""

@@ -26,6 +26,7 @@ from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metric
 from driver.placement import place
 from driver.preflight import preflight
 from driver.rollouts import RolloutPipeline, SealedBatch
+from driver.selection import Difficulty
 from driver.timing import union_seconds
 from driver.wiring import config_adapter, evaluation_sampling, sampling_params
 from learner.group import LearnerGroup
@@ -90,6 +91,7 @@ class Run:
             **group_statistics(batch.summaries),
             groups_without_signal=update.groups_dropped + update.groups_flat,
             dropped=batch.dropped,
+            replaced=batch.replaced,
             staleness=staleness,
             loss=update.loss,
             grad_norm=update.grad_norm,
@@ -126,6 +128,7 @@ class Run:
             "version": self.version,
             "ledger": self.ledger.state(),
             "cursor": self.actors.data_state(),
+            "difficulty": None if self.rollouts.difficulty is None else self.rollouts.difficulty.state(),
             "config": self.config.model_dump(mode="json"),
         }
         directory = self.directory / "checkpoints"
@@ -207,6 +210,8 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
         group_timeout=config.rollout.group_timeout,
         reward_timeout=config.reward.timeout,
         hold_while_admitting=config.rollout.max_staleness == 0,
+        refill=round(config.algorithm.refill * config.learner.prompts_per_step),
+        difficulty=None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
         check_stop=check_stop,
     )
     assert actors.learner is not None
@@ -265,6 +270,8 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     run.sync_weights()
     run.actors.load_data_state(state["cursor"])
     run.ledger = run.rollouts.ledger = Ledger.from_state(state["ledger"])
+    if run.rollouts.difficulty is not None and state["difficulty"] is not None:
+        run.rollouts.difficulty.load_state(state["difficulty"])
     batches: dict[int, list[PromptRef]] = {}
     for batch, ref in run.ledger.outstanding():
         batches.setdefault(batch, []).append(ref)

@@ -22,7 +22,11 @@ def config_adapter(config: RunConfig) -> MultimodalAdapter:
 
 
 def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:
-    return tuple(RewardSpec(f.name, f.weight, f.options) for f in config.reward.functions)
+    """The configured rewards; `format` follows `reward.trace` unless its own options say otherwise."""
+    trace = {"format": {"trace": config.reward.trace}}
+    return tuple(
+        RewardSpec(f.name, f.weight, {**trace.get(f.name, {}), **f.options}, f.combine) for f in config.reward.functions
+    )
 
 
 def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True) -> DataOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 from driver.errors import RunError, RunStopped
 from driver.ledger import Ledger
 from driver.rollouts import RolloutPipeline, SealedBatch, check_staleness
+from driver.selection import Difficulty
 from rollout.engine import SamplingParams
 from rollout.types import (
     Completion,
@@ -71,10 +73,16 @@ class ScriptedEngine:
 
 
 class ScriptedReward:
+    """Scores 0, 1, ...; all 1 for the rows that `load` names."""
+
+    def load(self, flat: set[int]) -> None:
+        self.flat = flat
+
     def score(self, group):
         if isinstance(group, RolloutFailure):
             return group, GroupSummary.of_failure(group)
-        verdicts = tuple(Verdict.scored(float(k)) for k in range(len(group.completions)))
+        equal = group.prompt.ref.row in getattr(self, "flat", ())
+        verdicts = tuple(Verdict.scored(1.0 if equal else float(k)) for k in range(len(group.completions)))
         scored = RolloutGroup(group.prompt, group.prompt_token_ids, group.completions, verdicts, engine=group.engine)
         return scored, GroupSummary.of(scored)
 
@@ -93,8 +101,8 @@ def actors(local_ray) -> Iterator[tuple]:
 def pipeline(actors, local_ray) -> Callable[..., RolloutPipeline]:
     data, engine, reward = actors
 
-    def build(script: dict[int, list[dict]] | None = None, **changes) -> RolloutPipeline:
-        local_ray.get([data.load.remote(), engine.load.remote(script or {})])
+    def build(script: dict[int, list[dict]] | None = None, flat: set[int] = frozenset(), **changes) -> RolloutPipeline:
+        local_ray.get([data.load.remote(), engine.load.remote(script or {}), reward.load.remote(flat)])
         options = {
             "sampling": SamplingParams(n=2),
             "run_seed": 5,
@@ -194,6 +202,55 @@ def test_stopping_leaves_everything_outstanding(pipeline):
     with pytest.raises(RunStopped):
         run.collect(0)
     assert [r.row for _, r in run.ledger.outstanding()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_groups_without_a_gradient_are_replaced_in_their_places(pipeline, hold):
+    run = pipeline(flat={0, 2, 3}, refill=5, hold_while_admitting=hold)
+    run.admit_through(1)
+    batch = run.collect(0)  # rows 0 and 2 are flat; 6 and 7 come for them
+    assert rows(batch) == [6, 1, 7] and batch.replaced == 2 and batch.dropped == 0
+    assert run.ledger.dropped == {"its scores are all equal (algorithm.refill)": 2}
+    assert [r.row for b, r in run.ledger.outstanding() if b == 0] == [1, 6, 7]
+    assert rows(run.collect(1)) == [8, 4, 5]
+
+
+def test_replacements_are_bounded_and_then_flat_groups_stay(pipeline):
+    run = pipeline(flat=set(range(10)), refill=4)
+    run.admit_through(0)
+    batch = run.collect(0)  # three replaced by 3, 4, 5, one of those by 6
+    assert rows(batch) == [6, 4, 5] and batch.replaced == 4
+
+
+def test_a_replacement_that_fails_is_given_up_with_its_reason(pipeline):
+    run = pipeline({3: [{"reason": "too long"}]}, flat={0}, refill=3)
+    run.admit_through(0)
+    batch = run.collect(0)
+    assert rows(batch) == [1, 2] and (batch.replaced, batch.dropped) == (1, 1)
+
+
+def test_prompts_that_are_too_easy_or_too_hard_are_passed_over(pipeline):
+    difficulty = Difficulty(0.2, 0.8)
+    summary = GroupSummary(PromptRef("d:1"), (1.0, 1.0, 0.0), (True, True, False), {}, (1,) * 3, ("stop",) * 3, 2, 0)
+    difficulty.observe(summary)  # 1 of what was scored: always right
+    restored = Difficulty(0.2, 0.8)
+    restored.load_state(json.loads(json.dumps(difficulty.state())))
+    run = pipeline(difficulty=restored)
+    run.admit_through(0)
+    assert rows(run.collect(0)) == [0, 2, 3]
+    assert restored.passed_over == 1
+    assert restored.admits(PromptRef("d:0", epoch=1))  # rewards 0 and 1: half
+    assert restored.admits(PromptRef("d:9"))
+
+
+def test_when_no_prompt_is_worth_it_the_run_says_so(pipeline):
+    class Never(Difficulty):
+        def admits(self, ref: PromptRef) -> bool:
+            return False
+
+    run = pipeline(difficulty=Never(0.0, 0.5), prompts_per_step=1)
+    with pytest.raises(RunError, match=r"1001 prompts in a row.*reward_range"):
+        run.admit_through(0)
 
 
 @pytest.mark.parametrize(("oldest", "version", "allowed"), [(3, 3, 0), (2, 3, 1), (3, 4, 1)])
