@@ -1,15 +1,31 @@
 """A reward is a function of a whole group: K completions in, K verdicts out.
 
 RolloutGroup ──▶ ScoringRequest ──▶ RewardFunction ──▶ Verdicts      (rewards/actor.py adds limits and isolation)
+
+What a reward may have besides its call:
+
+    needs_media = True          its requests carry the bytes of images and the raw completions
+    separable = True            what it says of a completion depends on no sibling: after a crash or a time-out each
+                                is scored alone, so that only the guilty one goes without a score
+    warm_up()                   called once before the first group
+    connect(services)           handed what the driver offers: `{"generate": callable, "reward_model": callable}`
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rollout.types import Completion, Media, RolloutGroup, Verdict
+
+Service = Callable[..., Any]
+"""Something that runs elsewhere on behalf of a reward; called with `timeout=seconds` besides its arguments."""
+
+
+class TransientError(Exception):
+    """Raised by a reward for what may go well at the next attempt (a server that is busy): the call is repeated, a few
+    times and within its time limit. Every other exception is final."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +39,38 @@ class ScoringRequest:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the data row."""
     media: tuple[Media, ...] = ()
+    """With kind and size; with its bytes only for rewards with `needs_media`."""
     raw: tuple[Completion, ...] = ()
-    """Token ids, finish reasons and the like, for rewards that need them."""
+    """Token ids, finish reasons and the like, for rewards with `needs_media`."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each completion; empty where nobody counted them (completions from a file)."""
 
     @classmethod
     def of(cls, group: RolloutGroup) -> ScoringRequest:
-        prompt = group.prompt
-        texts = tuple(c.text for c in group.completions)
-        return cls(prompt.text, texts, prompt.answer, prompt.columns, prompt.media, group.completions)
+        prompt, raw = group.prompt, group.completions
+        texts, lengths = tuple(c.text for c in raw), tuple(c.num_tokens for c in raw)
+        return cls(prompt.text, texts, prompt.answer, prompt.columns, prompt.media, raw, lengths)
+
+    def alone(self, k: int) -> ScoringRequest:
+        """The request for completion `k` without its siblings."""
+        one = slice(k, k + 1)
+        return ScoringRequest(
+            self.prompt, self.completions[one], self.answer, self.columns, self.media, self.raw[one], self.lengths[one]
+        )
 
 
 class RewardFunction(Protocol):
     """Returns exactly one verdict per completion, in order. It may raise: that becomes K `error` verdicts."""
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]: ...
+
+
+def unscorable(request: ScoringRequest, reason: str) -> list[Verdict]:
+    """K verdicts of a row that cannot be judged, whatever the completions say."""
+    return [Verdict("unscorable", reason=reason)] * len(request.completions)
+
+
+def gold_of(request: ScoringRequest, column: str | None) -> Any:
+    """What the row says is right: its answer, or another column of it. None where there is nothing."""
+    gold = request.answer if column is None else request.columns.get(column)
+    return None if isinstance(gold, str) and not gold.strip() else gold

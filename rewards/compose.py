@@ -1,50 +1,83 @@
-"""Several rewards as one: a weighted sum per completion, in which a failure stays a failure.
+"""Several rewards as one, in which a failure stays a failure.
 
-format 1.0, accuracy 0.0              ──▶ scored, 0.5 * 1.0 + 1.0 * 0.0, parts {format: 1.0, accuracy: 0.0}
-format 1.0, accuracy error("...")     ──▶ error("accuracy: ..."); never 0.5, never 0
+    score = min( (sum of weight * score) * (product of the gates), the caps )
+
+    format 1.0, accuracy 0.0            ──▶ scored, 0.5 * 1.0 + 1.0 * 0.0, parts {format: 1.0, accuracy: 0.0}
+    format 0.0 (a gate), accuracy 1.0   ──▶ scored, 1.0 * 0.0
+    format 1.0, accuracy error("...")   ──▶ error("accuracy: ..."); never 0.5, never 0
+
+`combine` says which of the three a reward is: `sum` (the default), `product` (a gate) or `minimum` (a cap). Where there
+is no `sum`, the sum counts as 1, and where there are caps alone, their minimum is the score.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
-from rewards.base import RewardFunction, ScoringRequest
+from rewards.base import RewardFunction, ScoringRequest, Service, TransientError
 from rollout.types import Verdict
+
+T = TypeVar("T")
+Combine = Literal["sum", "product", "minimum"]
 
 MAX_REASON = 500
 """Characters of a reason that are kept."""
+PAUSES = (0.5, 2.0)
+"""Seconds before the second and the third attempt at a call that raised TransientError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One reward in a sum."""
+    """One reward and its part in the whole."""
 
     name: str
     weight: float
+    """Its factor in the sum. 0: it is only recorded, however it is combined."""
     function: RewardFunction
+    combine: Combine = "sum"
 
-    @property
-    def needs_media(self) -> bool:
-        """Whether it looks at images (and raw completions); shipping them for nothing would be a waste."""
-        return bool(getattr(self.function, "needs_media", False))
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a composite says about a group."""
+
+    verdicts: tuple[Verdict, ...]
+    seconds: Mapping[str, float]
+    """Wall time by reward name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composite:
-    """The weighted sum of `terms`. It never raises: what a term does wrong becomes `error` verdicts."""
+    """All `terms` in one. It never raises: what a term does wrong becomes `error` verdicts."""
 
     terms: tuple[Term, ...]
 
     @property
     def needs_media(self) -> bool:
-        return any(term.needs_media for term in self.terms)
+        """Whether a term looks at the bytes of images or at raw completions; else shipping them would be a waste."""
+        return any(getattr(term.function, "needs_media", False) for term in self.terms)
+
+    @property
+    def separable(self) -> bool:
+        """Whether every term judges a completion without regard to its siblings."""
+        return all(getattr(term.function, "separable", False) for term in self.terms)
 
     def __call__(self, request: ScoringRequest) -> list[Verdict]:
-        columns = [_run(term, request) for term in self.terms]
-        return [_sum(self.terms, verdicts) for verdicts in zip(*columns, strict=True)]
+        return list(self.score(request).verdicts)
+
+    def score(self, request: ScoringRequest) -> Scores:
+        """K verdicts, and how long each term took for them."""
+        columns, seconds = [], {}
+        for term in self.terms:
+            begin = time.perf_counter()
+            columns.append(_run(term, request))
+            seconds[term.name] = time.perf_counter() - begin
+        return Scores(tuple(_combine(self.terms, verdicts) for verdicts in zip(*columns, strict=True)), seconds)
 
     def warm_up(self) -> None:
         """Lets every term load what it needs before the first group arrives."""
@@ -52,12 +85,18 @@ class Composite:
             if warm_up := getattr(term.function, "warm_up", None):
                 warm_up()
 
+    def connect(self, services: Mapping[str, Service]) -> None:
+        """Hands the driver's services to the terms that want them."""
+        for term in self.terms:
+            if connect := getattr(term.function, "connect", None):
+                connect(services)
+
 
 def compose(terms: Sequence[Term]) -> Composite:
-    """The weighted sum of `terms`, whose names (they label the parts) must differ."""
+    """All `terms` in one; their names, which label the parts, must differ."""
     names = [term.name for term in terms]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"a sum of rewards needs at least one, under different names; got {names}")
+        raise ValueError(f"rewards are combined from at least one, under different names; got {names}")
     return Composite(tuple(terms))
 
 
@@ -65,7 +104,7 @@ def _run(term: Term, request: ScoringRequest) -> list[Verdict]:
     """K verdicts of one term, whatever it does."""
     count = len(request.completions)
     try:
-        verdicts = list(term.function(request))
+        verdicts = list(patiently(lambda: term.function(request)))
     except (Exception, SystemExit) as error:  # a reward is foreign code; sys.exit() in it must not end the worker
         return [Verdict("error", reason=describe(error))] * count
     if len(verdicts) != count:
@@ -76,21 +115,46 @@ def _run(term: Term, request: ScoringRequest) -> list[Verdict]:
     ]
 
 
-def _sum(terms: Sequence[Term], verdicts: Sequence[Verdict]) -> Verdict:
-    """One completion's verdicts, added up. A term of weight 0 is recorded where it is scored and decides nothing."""
-    total = 0.0
+def patiently(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns; repeated after a TransientError, the last of which is raised."""
+    for pause in PAUSES:
+        try:
+            return attempt()
+        except TransientError:
+            time.sleep(pause)
+    return attempt()
+
+
+def _combine(terms: Sequence[Term], verdicts: Sequence[Verdict]) -> Verdict:
+    """One completion's verdicts as one. A term of weight 0 is recorded where it is scored and decides nothing."""
+    total, gate, caps = 0.0, 1.0, []
     parts: dict[str, float] = {}
-    reasons = []
     for term, verdict in zip(terms, verdicts, strict=True):
-        if verdict.score is not None:
+        if verdict.score is None:
+            if term.weight != 0:
+                return Verdict(verdict.status, reason=f"{term.name}: {verdict.reason}"[:MAX_REASON], note=verdict.note)
+            continue
+        parts[term.name] = float(verdict.score)
+        if term.weight == 0:
+            continue
+        if term.combine == "sum":
             total += term.weight * verdict.score
-            parts[term.name] = float(verdict.score)
-            reasons += [f"{term.name}: {verdict.reason}"] if verdict.reason else []
-        elif term.weight != 0:
-            return Verdict(verdict.status, reason=f"{term.name}: {verdict.reason}"[:MAX_REASON])
-    if not math.isfinite(total):
-        return Verdict("error", reason=f"the weighted sum of {parts} is {total}"[:MAX_REASON])
-    return Verdict.scored(total, parts, "; ".join(reasons)[:MAX_REASON])
+        elif term.combine == "product":
+            gate *= verdict.score
+        else:
+            caps.append(verdict.score)
+    active = {term.combine for term in terms if term.weight != 0}
+    total = 1.0 if active and "sum" not in active else total
+    score = min(caps) if active == {"minimum"} else min([total * gate, *caps])
+    if not math.isfinite(score):
+        return Verdict("error", reason=f"{parts} combined are {score}"[:MAX_REASON])
+    return Verdict.scored(score, parts, _joined(terms, verdicts, "reason"), _joined(terms, verdicts, "note"))
+
+
+def _joined(terms: Sequence[Term], verdicts: Sequence[Verdict], what: Literal["reason", "note"]) -> str:
+    """Reasons or notes of the scored parts, each under its reward's name."""
+    pairs = ((term.name, getattr(v, what)) for term, v in zip(terms, verdicts, strict=True) if v.valid)
+    return "; ".join(f"{name}: {text}" for name, text in pairs if text)[:MAX_REASON]
 
 
 def describe(error: BaseException) -> str:

@@ -79,6 +79,23 @@ def prose_equals(gold: str, prose: str) -> bool:
     return _equal(gold, library.parse(prose, configs, fallback_mode="no_fallback", parsing_timeout=None))
 
 
+def value_of(text: str) -> float | None:
+    """The number that `text` stands for: plain (also `50%`), or an expression without symbols. None for anything else.
+    math-verify rounds such expressions to six digits, which is no tolerance of one's own choice."""
+    if len(text) > MAX_CHARACTERS:
+        return None
+    plain = text.removesuffix("%").removesuffix("\\").strip()
+    if (number := _number(plain)) is not None:
+        return float(number) / (100 if plain != text else 1)
+    if not is_expression(text):
+        return None
+    parsed = [expression for expression in _parse(text) if hasattr(expression, "evalf")]
+    if len(parsed) != 1 or not parsed[0].is_number or not _affordable(parsed):
+        return None
+    value = parsed[0].evalf(15)
+    return float(value) if value.is_real and value.is_finite else None
+
+
 def _equal(gold: str, parsed: list[Any]) -> bool:
     return _affordable(parsed) and bool(_math_verify().verify(_parse(gold), parsed, timeout_seconds=None))
 

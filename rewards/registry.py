@@ -15,13 +15,33 @@ from typing import Any
 
 from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction
-from rewards.compose import Composite, Term, compose
+from rewards.compose import Combine, Composite, Term, compose
+from rewards.counting import CountingReward
 from rewards.format import FormatReward
+from rewards.grounding import GroundingReward
+from rewards.json_schema import JsonSchemaReward
+from rewards.language import LanguageReward
+from rewards.length import LengthReward
+from rewards.multiple_choice import MultipleChoiceReward
+from rewards.repetition import RepetitionReward
+from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
+from rewards.tool_call import ToolCallReward
 from rewards.user import RewardSetupError, load_user_reward
 
 REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "format": FormatReward,
     "accuracy": AccuracyReward,
+    "multiple_choice": MultipleChoiceReward,
+    "exact_match": ExactMatchReward,
+    "contains": ContainsReward,
+    "edit_distance": EditDistanceReward,
+    "counting": CountingReward,
+    "grounding": GroundingReward,
+    "json_schema": JsonSchemaReward,
+    "tool_call": ToolCallReward,
+    "length": LengthReward,
+    "repetition": RepetitionReward,
+    "language": LanguageReward,
 }
 """Shipped rewards: name -> factory, which takes the options as keyword arguments."""
 
@@ -33,6 +53,7 @@ class RewardSpec:
     name: str
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    combine: Combine = "sum"
 
 
 def load_reward(
@@ -71,6 +92,11 @@ def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None =
     for spec in specs:
         if not math.isfinite(spec.weight):
             problems.append(f"weight of reward {spec.name!r} is {spec.weight}; it must be a finite number")
+        elif spec.combine != "sum" and spec.weight not in (0, 1):
+            problems.append(
+                f"weight of reward {spec.name!r} is {spec.weight}, but only sums have weights; with "
+                f"combine: {spec.combine} leave it at 1 (or 0, to record it only)"
+            )
         try:
             load_reward(spec.name, spec.options, columns)
         except RewardSetupError as error:
@@ -81,11 +107,11 @@ def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None =
 
 
 def build_rewards(specs: Sequence[RewardSpec]) -> Composite:
-    """The weighted sum of the configured rewards.
+    """The configured rewards as one.
 
     Raises:
         RewardSetupError: with all problems.
     """
     if problems := check_rewards(specs):
         raise RewardSetupError("; ".join(problems))
-    return compose([Term(spec.name, spec.weight, load_reward(spec.name, spec.options)) for spec in specs])
+    return compose([Term(s.name, s.weight, load_reward(s.name, s.options), s.combine) for s in specs])

@@ -150,6 +150,8 @@ class Verdict:
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Scores by reward name where several were combined."""
+    note: str = ""
+    """For people who look at the completion; nothing is decided by it."""
 
     def __post_init__(self) -> None:
         if (self.status == "scored") != (self.score is not None):
@@ -160,8 +162,10 @@ class Verdict:
             raise ValueError(f"a verdict of status {self.status!r} must say why")
 
     @classmethod
-    def scored(cls, score: float, parts: Mapping[str, float] | None = None, reason: str = "") -> Verdict:
-        return cls("scored", float(score), reason, dict(parts or {}))
+    def scored(
+        cls, score: float, parts: Mapping[str, float] | None = None, reason: str = "", note: str = ""
+    ) -> Verdict:
+        return cls("scored", float(score), reason, dict(parts or {}), note)
 
     @property
     def valid(self) -> bool:

@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 
 from rewards.accuracy import AccuracyReward, matches, unwrap
 from rewards.base import RewardFunction, ScoringRequest
-from rewards.format import FormatReward, answer_text, format_problem
-from rewards.mathematics import is_mathematics, numbers_equal
-from rewards.registry import REWARDS
+from rewards.counting import CountingReward
+from rewards.format import FormatReward, Style, Trace, answer_text, format_problem, shown
+from rewards.grounding import GroundingReward
+from rewards.json_schema import JsonSchemaReward
+from rewards.language import LanguageReward
+from rewards.length import LengthReward
+from rewards.mathematics import is_mathematics, numbers_equal, value_of
+from rewards.multiple_choice import MultipleChoiceReward
+from rewards.quantities import Units
+from rewards.repetition import RepetitionReward
+from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
+from rewards.tool_call import ToolCallReward
 
 GOOD = "<think>it looks red</think><answer>red</answer>"
 
@@ -59,6 +68,66 @@ def test_format_refuses_with_a_reason(text: str, reason: str) -> None:
     assert reason in format_problem(text)
     verdict = FormatReward()(ScoringRequest("", (text,)))[0]
     assert verdict.score == 0.0 and reason in verdict.reason
+
+
+NEWLINES = "<think>\nit looks red\n</think>\n<answer>\nred\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "style", "trace", "problem"),
+    [
+        (NEWLINES, "newline", "visible", ""),
+        (NEWLINES + "\n", "newline", "visible", ""),
+        (NEWLINES, "strict", "visible", ""),
+        (GOOD, "newline", "visible", "line breaks"),
+        (NEWLINES + "\n\n", "newline", "visible", "line breaks"),
+        (NEWLINES.replace("</think>\n", "</think>\n\n"), "newline", "visible", "line breaks"),
+        (NEWLINES.replace("\nred\n", "\n\n"), "newline", "visible", "<answer> is empty"),
+        ("So. <Think>a</THINK> hence <Answer>red</answer>.", "lenient", "visible", ""),
+        ("<think>a</think><think>b</think><answer>red</answer>", "lenient", "visible", ""),
+        (GOOD + GOOD, "lenient", "visible", "<answer> occurs 2 times"),
+        ("<answer>red</answer><think>a</think>", "lenient", "visible", "out of order"),
+        ("<think>a</think></answer>red<answer>", "lenient", "visible", "out of order"),
+        ("<think> </think><answer>red</answer>", "lenient", "visible", "<think> is empty"),
+        (GOOD, "strict", "internal", ""),  # it is written all the same, and hidden by what shows it
+        (GOOD, "strict", "stripped", "none is asked for"),
+        ("<answer>red</answer>", "strict", "stripped", ""),
+        ("<answer>red</answer>", "strict", "internal", "<think> occurs 0 times"),
+        ("<answer>\nred\n</answer>", "newline", "stripped", ""),
+        ("It is <answer>red</answer>", "lenient", "stripped", ""),
+        ("It is <answer>red</answer>", "strict", "stripped", "text outside"),
+    ],
+)
+def test_styles_of_the_format(text: str, style: Style, trace: Trace, problem: str) -> None:
+    found = format_problem(text, style, trace)
+    assert problem in found and bool(problem) == bool(found)
+    assert FormatReward(style, trace)(ScoringRequest("", (text,)))[0].score == float(not problem)
+
+
+def test_a_trace_that_the_prompt_opens_counts() -> None:
+    """The chat templates of some reasoning models end with `<think>`."""
+    rest = "it looks red</think><answer>red</answer>"
+    assert FormatReward()(ScoringRequest("...<think>\n", (rest, GOOD)))[0].score == 1.0
+    assert [v.score for v in FormatReward()(ScoringRequest("...<think>\n", (rest, GOOD)))] == [1.0, 0.0]
+    newline = FormatReward(style="newline")
+    opened = NEWLINES.removeprefix("<think>\n")
+    assert newline(ScoringRequest("<think>\n", (opened,)))[0].score == 1.0
+    assert newline(ScoringRequest("<think>", ("\n" + opened,)))[0].score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        (GOOD, "<answer>red</answer>"),
+        ("red", "red"),
+        ("a <think>b</think> c <THINK>d</think>\ne", "a c e"),
+        ("<answer>red</answer><think>never ends", "<answer>red</answer>"),
+        ("opened by the prompt</think><answer>red</answer>", "<answer>red</answer>"),
+    ],
+)
+def test_only_a_visible_trace_is_shown(text: str, hidden: str) -> None:
+    assert shown(text, "visible") == text
+    assert shown(text, "internal") == shown(text, "stripped") == hidden
 
 
 @given(st.text().filter(str.strip), st.text().filter(str.strip))
@@ -228,6 +297,55 @@ def test_what_math_verify_would_extract_is_why_words_do_not_reach_it() -> None:
     assert loose("3 cm", "3 mm")
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "tolerance", "units", "equal"),
+    [
+        ("100", "105", 0.05, "exact", True),  # |105 - 100| = 5 <= 0.05 * 100
+        ("100", "106", 0.05, "exact", False),
+        ("100", "105", 0.0, "exact", False),
+        ("-4", "-4.2", 0.05, "exact", True),  # 0.2 <= 0.05 * 4
+        ("0", "0.001", 0.05, "exact", False),  # a share of nothing is nothing
+        ("1/3", "0.33", 0.01, "exact", True),  # 0.00333 <= 0.01 * 0.33333
+        ("1/3", "0.32", 0.01, "exact", False),  # 0.01333 > 0.00333
+        ("\\sqrt{2}", "1.41", 0.01, "exact", True),  # 0.0042 <= 0.0141
+        ("50%", "0.51", 0.05, "exact", True),
+        ("3", "three", 0.05, "exact", False),
+        ("3", "3 or 4", 0.9, "exact", False),
+        ("x^2", "4", 0.5, "exact", False),
+        ("3 cm", "30 mm", 0.0, "convert", True),
+        ("3 cm", "30 mm", 0.0, "exact", False),
+        ("3 cm", "3", 0.0, "convert", False),
+        ("3 cm", "3", 0.0, "optional", True),
+        ("3", "3 cm", 0.0, "optional", False),  # a unit that nobody asked for
+        ("3 cm", "3 kg", 0.0, "optional", False),
+        ("36 km/h", "10 m/s", 0.0, "convert", True),  # 36000 m / 3600 s
+        ("20 °C", "293.15 K", 0.0, "convert", True),
+        ("3\\text{ cm}", "$30\\,\\mathrm{mm}$", 0.0, "convert", True),
+        ("100 m", "0.104 km", 0.05, "convert", True),  # 4 m <= 5 m
+        ("100 m", "0.106 km", 0.05, "convert", False),
+        ("3 apples", "3 apples", 0.0, "convert", True),  # no unit of physics: compared as text
+        ("3 apples", "3 pears", 0.0, "convert", False),
+        ("5 kg", "5 kg^99999999", 0.0, "convert", False),
+    ],
+)
+def test_tolerance_and_units(gold: str, answer: str, tolerance: float, units: Units, equal: bool) -> None:
+    assert matches(gold, answer, False, tolerance, units) == equal
+
+
+def test_a_number_by_itself_has_a_value() -> None:
+    assert value_of("\\frac{3}{4}") == value_of("75\\%") == 0.75
+    assert value_of("x+1") is None and value_of("1, 2") is None and value_of("9^{9^{9^{9}}}") is None
+
+
+def test_one_of_several_gold_forms_is_enough() -> None:
+    completions = tuple(f"<answer>{a}</answer>" for a in ("50 cents", "0.5", "$\\frac12$", "5"))
+    verdicts = AccuracyReward()(ScoringRequest("", completions, answer='["1/2", "50 cents"]'))
+    assert [v.score for v in verdicts] == [1.0, 1.0, 1.0, 0.0]
+    interval = AccuracyReward()(ScoringRequest("", ("<answer>[1, 2]</answer>",), answer="[1, 2]"))
+    assert interval[0].score == 1.0  # numbers in brackets are mathematics, not forms
+    assert AccuracyReward()(ScoringRequest("", ("a",), answer='["", " "]'))[0].status == "unscorable"
+
+
 def test_accuracy_judges_each_completion() -> None:
     completions = (GOOD, GOOD.replace(">red", ">blue"), "red", GOOD + GOOD, "<think>a</think><answer>red")
     verdicts = AccuracyReward()(ScoringRequest("", completions, answer="red"))
@@ -257,7 +375,25 @@ def test_accuracy_of_the_whole_completion(gold: str, completion: str, score: flo
     assert AccuracyReward(scope="completion")(request)[0].score == score
 
 
-SHIPPED: list[RewardFunction] = [factory() for factory in REWARDS.values()] + [AccuracyReward(scope="completion")]
+SHIPPED: list[RewardFunction] = [
+    FormatReward(),
+    FormatReward(style="lenient"),
+    FormatReward(style="newline", trace="stripped"),
+    AccuracyReward(),
+    AccuracyReward(scope="completion"),
+    AccuracyReward(tolerance=0.05, units="optional"),
+    MultipleChoiceReward(),
+    ExactMatchReward(),
+    ContainsReward(scope="completion"),
+    EditDistanceReward(),
+    CountingReward(graded=True),
+    GroundingReward("normalized", metric="boxes"),
+    JsonSchemaReward(schema={"type": "integer"}),
+    ToolCallReward(partial=True),
+    LengthReward(maximum=20),
+    RepetitionReward(),
+    LanguageReward(language="en", letters=5),
+]
 MATHEMATICAL = st.text("0123456789xye+-*/^_=<>(){}[].,%$&! \\", max_size=20)
 
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.base import ScoringRequest
-from rewards.compose import Term, compose
+from rewards.base import ScoringRequest, TransientError
+from rewards.compose import Combine, Term, compose
 from rewards.registry import RewardSpec, build_rewards, check_rewards, load_reward
 from rewards.user import ColumnReward, RewardSetupError
 from rollout.types import Verdict
@@ -142,8 +142,8 @@ def test_a_request_function_must_return_verdicts() -> None:
     ("name", "options", "message"),
     [
         ("acuracy", {}, "did you mean 'accuracy'"),
-        ("judge", {}, "Shipped: accuracy, format"),
-        ("accuracy", {"tolerance": 1}, "unexpected keyword argument 'tolerance'"),
+        ("poetry", {}, "Shipped: accuracy, "),
+        ("accuracy", {"tolerence": 1}, "unexpected keyword argument 'tolerence'"),
         ("accuracy", {"scope": "prompt"}, "'answer' or 'completion'"),
         ("no_such_module:f", {}, "No module named 'no_such_module'"),
         ("no/such/file.py:f", {}, "no file no/such/file.py"),
@@ -219,6 +219,70 @@ def fixed(verdict: Verdict) -> Any:
 
 
 FAILURES = [Verdict(status, reason="because") for status in ("unscorable", "timeout", "error")]  # type: ignore[arg-type]
+
+
+def combined(*parts: tuple[float, Combine], weights: Sequence[float] = ()) -> float | None:
+    """The score of parts `(score, how it is combined)`."""
+    weights = weights or [1.0] * len(parts)
+    terms = [
+        Term(str(i), weight, fixed(Verdict.scored(score)), combine)
+        for i, ((score, combine), weight) in enumerate(zip(parts, weights, strict=True))
+    ]
+    return compose(terms)(REQUEST)[0].score
+
+
+def test_gates_multiply_and_caps_bound_the_sum() -> None:
+    assert combined((0.5, "sum"), (1.0, "sum"), weights=(2.0, 0.5)) == 1.5  # 2 * 0.5 + 0.5 * 1
+    assert combined((0.5, "sum"), (1.0, "sum"), (0.0, "product")) == 0.0
+    assert combined((0.5, "sum"), (1.0, "sum"), (0.5, "product")) == 0.75  # (0.5 + 1) * 0.5
+    assert combined((0.5, "sum"), (1.0, "sum"), (0.5, "product"), (0.7, "minimum")) == 0.7
+    assert combined((0.5, "product"), (0.5, "product")) == 0.25  # without a sum, it counts as 1
+    assert combined((2.0, "minimum"), (3.0, "minimum")) == 2.0  # caps alone: their minimum, also above 1
+    assert combined((0.5, "product"), (0.4, "minimum")) == 0.4
+    assert combined((1.0, "sum"), (0.0, "product"), (0.0, "minimum"), weights=(1.0, 0.0, 0.0)) == 1.0  # only recorded
+    assert combined((-1.0, "sum"), (0.0, "product")) == 0.0  # a gate takes penalties away too
+
+
+def test_a_gate_has_no_weight() -> None:
+    (problem,) = check_rewards([RewardSpec("format", 0.5, combine="product"), RewardSpec("accuracy")])
+    assert "only sums have weights" in problem and "combine: product" in problem
+    assert check_rewards([RewardSpec("format", combine="product"), RewardSpec("accuracy")]) == []
+
+
+def test_notes_and_reasons_carry_the_name_of_their_reward() -> None:
+    terms = [
+        Term("a", 1.0, fixed(Verdict.scored(0.0, reason="wrong", note="saw a cat"))),
+        Term("b", 0.0, fixed(Verdict.scored(1.0, note="short"))),
+    ]
+    verdict = compose(terms)(REQUEST)[0]
+    assert (verdict.reason, verdict.note) == ("a: wrong", "a: saw a cat; b: short")
+
+
+def test_only_what_is_declared_transient_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("rewards.compose.time.sleep", pauses.append)
+
+    def failing(error: type[Exception], times: int) -> Any:
+        calls = iter([error] * times)
+
+        def reward(completions: list[str]) -> list[float]:
+            for error in calls:
+                raise error("busy")
+            return [1.0] * len(completions)
+
+        return compose([Term("mine", 1.0, ColumnReward(reward, {}))])(REQUEST)[0]
+
+    assert failing(TransientError, 2).score == 1.0
+    assert failing(TransientError, 3).status == "error" and "TransientError: busy" in failing(TransientError, 3).reason
+    assert pauses == [0.5, 2.0] * 3
+    assert failing(ValueError, 1).status == "error" and len(pauses) == 6
+
+
+def test_how_long_each_reward_took_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.5, 20.0, 22.0])
+    monkeypatch.setattr("rewards.compose.time.perf_counter", lambda: next(clock))
+    good = fixed(Verdict.scored(1.0))
+    assert compose([Term("a", 1.0, good), Term("b", 1.0, good)]).score(REQUEST).seconds == {"a": 0.5, "b": 2.0}
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda v: v.status)

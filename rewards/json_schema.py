@@ -1,0 +1,126 @@
+"""JSON by schema: is the answer one JSON document, perhaps in a Markdown fence, that is valid under a schema?
+
+Failure modes: a schema says what an answer looks like, not whether it is right; an empty one accepts everything.
+Documents with a key twice, NaN or Infinity are no JSON here, other than to Python. A reference in a schema to another
+document is never fetched: the verdict is then an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from rewards.base import ScoringRequest, gold_of, unscorable
+from rewards.format import Scope, check_scope, judged_text
+from rollout.types import Verdict
+
+MAX_CHARACTERS = 100_000
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+
+
+class NotJSONError(ValueError):
+    """Text that is no JSON document; says why."""
+
+
+def read_json(text: str) -> Any:
+    """The JSON document that `text` is, strictly. Raises NotJSONError."""
+    if len(text) > MAX_CHARACTERS:
+        raise NotJSONError(f"longer than {MAX_CHARACTERS} characters")
+    fenced = _FENCE.fullmatch(text.strip())
+    try:
+        return json.loads(fenced[1] if fenced else text, object_pairs_hook=_distinct, parse_constant=_refuse)
+    except RecursionError:
+        raise NotJSONError("nested too deeply") from None
+    except ValueError as error:
+        raise NotJSONError(str(error)) from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return result
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+@lru_cache(maxsize=256)
+def _validator(schema: str) -> Any:
+    """jsonschema's validator of a schema in JSON. Raises ValueError for what is no schema."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    document = json.loads(schema)
+    cls = validator_for(document)
+    try:
+        cls.check_schema(document)
+    except SchemaError as error:
+        raise ValueError(f"no valid JSON schema: {error.message}") from error
+    return cls(document, registry=Registry())  # without one, references would be fetched from the network
+
+
+def check_schema(schema: Any) -> None:
+    """Raises ValueError for what is no JSON schema."""
+    _validator(json.dumps(schema))
+
+
+def violation(schema: Any, document: Any) -> str:
+    """What in `document` violates `schema`, where; empty if nothing does. Raises ValueError for what is no schema."""
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator(json.dumps(schema)).iter_errors(document))
+    return "" if error is None else f"{error.json_path}: {error.message}"[:200]
+
+
+@dataclass(frozen=True, slots=True)
+class JsonSchemaReward:
+    """1.0 for an answer that is valid under the schema, 0.0 with the violation otherwise."""
+
+    separable: ClassVar[bool] = True
+    schema: Mapping[str, Any] | None = None
+    column: str | None = None
+    """Column with the row's own schema (an object, or its JSON text) in place of `schema`."""
+    scope: Scope = "answer"
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        if (self.schema is None) == (self.column is None):
+            raise ValueError("give either `schema` or the `column` that holds one")
+        if self.schema is not None:
+            check_schema(self.schema)
+
+    def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
+        schema = self.schema
+        if schema is None:
+            try:
+                schema = _object(gold_of(request, self.column))
+                check_schema(schema)
+            except (ValueError, TypeError) as error:
+                return unscorable(request, f"column {self.column} holds no JSON schema: {error}"[:300])
+        return [self._judge(schema, text) for text in request.completions]
+
+    def _judge(self, schema: Mapping[str, Any], completion: str) -> Verdict:
+        answer = judged_text(completion, self.scope)
+        if answer is None:
+            return Verdict.scored(0.0, reason="no single <answer>...</answer>")
+        try:
+            problem = violation(schema, read_json(answer))
+        except NotJSONError as error:
+            problem = f"no JSON: {error}"
+        except RecursionError:
+            problem = "nested too deeply"
+        return Verdict.scored(0.0 if problem else 1.0, reason=problem)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    document = read_json(value) if isinstance(value, str) else value
+    if not isinstance(document, Mapping):
+        raise ValueError("it is no object")
+    return document
