@@ -45,7 +45,7 @@ def rloo(rewards_GK: Floats, valid_GK: Bools) -> Floats:
 
 def reinforce_pp(rewards_GK: Floats, valid_GK: Bools) -> Floats:
     """r - mean within the group, over the standard deviation of that in the whole batch (REINFORCE++ with a group
-    baseline, arXiv:2501.03262, section 3.2): a group with little spread is not blown up to that of the others.
+    baseline, arXiv:2501.03262): a group with little spread is not blown up to that of the others.
 
     The batch is all scored siblings of groups with a baseline; their mean is 0."""
     rewards, valid, count = _prepare(rewards_GK, valid_GK)
@@ -57,7 +57,7 @@ def reinforce_pp(rewards_GK: Floats, valid_GK: Bools) -> Floats:
 
 def gpg(rewards_GK: Floats, valid_GK: Bools) -> Floats:
     """r - mean within the group, times the groups with a baseline over those that contribute: groups without a gradient
-    would else make the step smaller (GPG, arXiv:2504.02546, equation 6)."""
+    would else make the step smaller (GPG, arXiv:2504.02546)."""
     rewards, valid, _ = _prepare(rewards_GK, valid_GK)
     contributing = contributes(rewards, valid).sum()
     return dr_grpo(rewards, valid) * (has_baseline(valid).sum() / max(contributing, 1))
@@ -87,7 +87,7 @@ ADVANTAGES: dict[str, Advantage] = {
 
 def normalized_sum(parts_GKR: Floats, weights_R: Floats, valid_GK: Bools) -> Floats:
     """One reward `[G, K]` from R: each normalised as `grpo` does within its group, then summed by weight (GDPO,
-    arXiv:2601.05242, equations 4 and 5; with `reinforce_pp` on the result, equation 6 too).
+    arXiv:2601.05242; its normalisation over the batch is `reinforce_pp` on the result).
 
     Summed before, rewards of a small spread would vanish beside those of a large one."""
     parts = np.asarray(parts_GKR, np.float64)

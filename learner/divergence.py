@@ -53,8 +53,8 @@ def none(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, hi
 
 
 def truncated(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, high: float) -> Tensor:
-    """min(w, high), w = pi_learner / pi_engine of the token (truncated importance sampling, arXiv:2508.17445 and
-    "Your efficient RL framework secretly brings you off-policy RL training", Yao et al. 2025)."""
+    """min(w, high), w = pi_learner / pi_engine of the token (truncated importance sampling; Yao et al.,
+    "Your efficient RL framework secretly brings you off-policy RL training", 2025)."""
     return torch.exp(learner - behavior).clamp(max=high)
 
 
@@ -73,7 +73,7 @@ def masked(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, 
 
 def decoupled(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, high: float) -> Tensor:
     """w, unbounded: with the ratio against the learner's policy before the step, the decoupled objective of AReaL
-    (arXiv:2505.24298, equation 5)."""
+    (arXiv:2505.24298)."""
     return torch.exp(learner - behavior)
 
 

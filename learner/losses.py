@@ -73,20 +73,20 @@ PolicyLoss = Callable[[Tensor, Tensor, Tensor, Sequences, Clip], TokenLoss]
 
 def ppo_clip(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
     """-min(r A, clip(r) A), r = pi / pi_old (PPO, arXiv:1707.06347, equation 7); `clip.high` may exceed `clip.low`
-    (clip-higher, DAPO, arXiv:2503.14476, section 3.1); bounded for A < 0 by `clip.dual` (arXiv:1912.09729, equation 5).
+    (clip-higher, DAPO, arXiv:2503.14476, section 3.1); bounded for A < 0 by `clip.dual` (arXiv:1912.09729).
     """
     return _clipped(torch.exp(logprobs - old), advantages, clip)
 
 
 def gspo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
-    """`ppo_clip` with one ratio for a whole completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071,
-    equations 5 to 7). The paper's objective is this under aggregation "sequence"."""
+    """`ppo_clip` with one ratio for a whole completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071). The
+    paper's objective is this under aggregation "sequence"."""
     return _clipped(torch.exp(sequences.mean(logprobs - old)), advantages, clip)
 
 
 def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
     """-sg(clip(r)) A log pi: the ratio is clipped as a weight, and no token loses its gradient (CISPO, MiniMax-M1,
-    arXiv:2506.13585, equations 4 and 5)."""
+    arXiv:2506.13585)."""
     ratio = torch.exp(logprobs - old).detach()
     weight = ratio.clamp(1.0 - clip.low, 1.0 + clip.high)
     return TokenLoss(-weight * advantages * logprobs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
@@ -98,7 +98,7 @@ SAPO_TEMPERATURES = (1.0, 1.05)
 
 def sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
     """-4 / tau sigmoid(tau (r - 1)) A: a gate that closes softly in place of the clip, sooner for negative advantages
-    (SAPO, arXiv:2511.20347, equation 6). Its gradient at r = 1 is the plain policy gradient. `clip` has no part."""
+    (SAPO, arXiv:2511.20347). Its gradient at r = 1 is the plain policy gradient. `clip` has no part."""
     positive, negative = advantages.new_tensor(SAPO_TEMPERATURES)
     tau = torch.where(advantages > 0, positive, negative)
     ratio = torch.exp(logprobs - old)

@@ -80,7 +80,8 @@ def run_update(
     computed = sum(batch.num_tokens for part in batches for batch in part)
     tokens = [sum(int(s.trainable.sum()) for s in part) for part in samples]
     reduced = engine.all_reduce_sum([computed, lag_sum, *tokens, *map(len, samples)])
-    counts = [GlobalCounts(*pair) for pair in zip(*np.split(np.array(reduced[2:]), 2), strict=True)]
+    halves = reduced[2 : 2 + len(rows)], reduced[2 + len(rows) :]
+    counts = [GlobalCounts(*pair) for pair in zip(*halves, strict=True)]
     trained = sum(c.tokens for c in counts)
     if not trained:
         raise NothingToLearnError(

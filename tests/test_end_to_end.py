@@ -137,6 +137,7 @@ def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_pat
         {
             **settings,
             "output_dir": str(tmp_path / "overlap"),
+            "algorithm": {"name": "dapo", "correction": "tis", "optimizer_steps": 2, "entropy_bonus": 0.001},
             "rollout": {**settings["rollout"], "max_staleness": 1, "engines": 2},
             "learner": {**settings["learner"], "ranks": 2, "zero_stage": 3},
             "reward": {**settings["reward"], "actors": 2},
@@ -145,6 +146,8 @@ def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_pat
     result = train(config)
     steps = read_metrics(result.output_dir)
     assert [s["staleness"] for s in steps] == [0, 1, 1, 1]
+    assert all(0 < s["learner"]["effective_sample_size"] <= 1 + 1e-9 for s in steps)
+    assert steps[0]["learner"]["mismatch_max"] < 1e-4 < steps[-1]["learner"]["mismatch_max"]  # older weights sampled
     assert {k for s in steps for k in s["busy"] if k.startswith("generate/")} == {
         "generate/rollout-0",
         "generate/rollout-1",

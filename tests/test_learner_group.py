@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from learner.advantages import ADVANTAGES
 from learner.group import LearnerGroup
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerError, LearnerTimeoutError, NothingToLearnError
-from learner.update import run_update
+from learner.update import reference_kl, run_update
 from rollout.types import GroupSummary, RolloutGroup
 from tests.learner_cases import adapter_of, expected_update, make_case, make_group, mixed_case, options
 
@@ -90,6 +91,29 @@ def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, l
     with pytest.raises(LearnerError, match=r"rank \d failed in the update at version 1(.|\n)*EncodingMismatchError"):
         learner.update(refs, summaries, 1)
     learner.shutdown()
+
+
+def test_a_divergence_in_the_reward_moves_the_advantages(local_ray: ModuleType, tiny_model: Path):
+    """The update is that of the reference engine with advantages of scores from which beta x KL was taken."""
+    chosen = options(tiny_model, kl_in="reward", kl_estimator="k1", beta=0.05, advantage="rloo", reference_every=1)
+    case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0, 0.5]) for seed in range(3)])
+    engine = TorchEngine(chosen, adapter_of(tiny_model))
+    divergence = np.array(reference_kl(engine, engine.adapter, chosen, case.groups, case.media))
+    scores = np.array([[v.score for v in g.verdicts or ()] for g in case.groups])
+    shaped = scores - 0.05 * divergence
+    advantages = ADVANTAGES["rloo"](shaped, np.ones_like(shaped, bool)).tolist()
+    expected = run_update(engine, engine.adapter, chosen, case.groups, advantages, case.media, 0)
+    refs, summaries = store(local_ray, case.groups)
+    group = LearnerGroup(replace(chosen, ranks=2, zero_stage=2), PLACES)
+    group.start(timeout=300.0)
+    try:
+        stats = group.update(refs, summaries, 0)
+    finally:
+        group.shutdown()
+    assert np.abs(divergence).max() > 1
+    assert stats.loss == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+    assert stats.grad_norm == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert "kl" not in stats.metrics  # it is no term of the loss
 
 
 def test_a_start_that_takes_too_long_or_cannot_be(local_ray: ModuleType, tiny_model: Path, tmp_path: Path):

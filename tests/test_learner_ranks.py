@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.process_group import join, open_store
 from learner.torch_engine import TorchEngine
-from learner.update import run_update, score_groups
+from learner.update import reference_kl, run_update, score_groups
 from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 
@@ -33,8 +33,39 @@ THREE = ([0, 3], [1], [2])
 TEN = {"micro_batch_tokens": 90, "lr_schedule": "linear"}
 
 
-def update(engine: Any, chosen: Any, case: Case) -> dict[str, Any]:
-    return run_update(engine, engine.adapter, chosen, case.groups, case.advantages, case.media, version=0)
+# Everything that depends on more than one token: ratios of sequences, their rejection, their weights; two steps against
+# the policy before the first; a KL to a reference that is refreshed between the updates.
+ELABORATE = {
+    "loss": "gspo",
+    "aggregation": "sequence",
+    "correction": "geometric",
+    "correction_range": (0.02, 50.0),
+    "beta": 0.1,
+    "kl_estimator": "k2",
+    "reference_every": 1,
+    "optimizer_steps": 2,
+    "entropy_bonus": 0.01,
+    "micro_batch_tokens": 90,
+}
+
+
+def update(engine: Any, chosen: Any, case: Case, minibatches: Sequence[int] | None = None) -> dict[str, Any]:
+    return run_update(
+        engine, engine.adapter, chosen, case.groups, case.advantages, case.media, version=0, minibatches=minibatches
+    )
+
+
+def elaborate_updates(engine: Any, chosen: Any, members: Sequence[int]) -> list[dict[str, Any]]:
+    """Two updates of two steps each on this rank's groups, the reference refreshed between them; then the KL of what
+    was sampled to that reference."""
+    case = mixed_case(engine.adapter).part(members)
+    minibatches = [i % 2 for i in members]
+    first = update(engine, chosen, case, minibatches)
+    engine.refresh_reference()
+    second = update(engine, chosen, case, minibatches)
+    divergence = reference_kl(engine, engine.adapter, chosen, case.groups, case.media)
+    (total,) = engine.all_reduce_sum([sum(map(sum, divergence))])
+    return [first, second, {"divergence": total}]
 
 
 def two_ranks(rank: int, model: Path, out: Path) -> None:
@@ -51,7 +82,10 @@ def two_ranks(rank: int, model: Path, out: Path) -> None:
         second = update(engine, chosen, case)
         engine.save_pretrained(out / f"model-{stage}")
         scored = score_groups(engine, engine.adapter, chosen, case.groups, case.media)
+        chosen = options(model, ranks=2, zero_stage=stage, **ELABORATE)
+        elaborate = elaborate_updates(DeepSpeedEngine(chosen, adapter_of(model)), chosen, TWO[rank])
         if rank == 0:
+            (out / f"stats-elaborate-{stage}.json").write_text(json.dumps(elaborate))
             save_file(gradients, out / f"gradients-{stage}.safetensors")
             scores = [[values.tolist() for values in group] for group in scored]
             (out / f"stats-{stage}.json").write_text(json.dumps([first, second, scores]))
@@ -71,7 +105,10 @@ def three_ranks(rank: int, model: Path, out: Path) -> None:
     lora = options(model, ranks=3, zero_stage=3, lora_rank=2, **TEN)
     engine = DeepSpeedEngine(lora, adapter_of(model))
     lora_stats = [update(engine, lora, case) for _ in range(2)]
+    chosen = options(model, ranks=3, zero_stage=3, **ELABORATE)
+    elaborate = elaborate_updates(DeepSpeedEngine(chosen, adapter_of(model)), chosen, THREE[rank])
     if rank == 0:
+        (out / "stats-elaborate-three.json").write_text(json.dumps(elaborate))
         save_file(gradients, out / "gradients-three.safetensors")
         (out / "stats-three.json").write_text(json.dumps([first, second, *lora_stats]))
 
@@ -124,6 +161,25 @@ def test_loss_and_gradients_do_not_depend_on_ranks(
     expected = expected_update(tiny_model, mixed_case(adapter_of(tiny_model)), options(tiny_model))
     assert first["loss"] == pytest.approx(expected.loss, abs=1e-5)
     assert_gradients_close(load_file(results / f"gradients-{name}.safetensors"), expected.gradients)
+
+
+@pytest.fixture(scope="module")
+def elaborate(tiny_model: Path) -> list[dict[str, Any]]:
+    chosen = options(tiny_model, **ELABORATE)
+    return elaborate_updates(TorchEngine(chosen, adapter_of(tiny_model)), chosen, range(4))
+
+
+@pytest.mark.parametrize("name", ["2", "3", "three"])
+def test_nothing_of_an_elaborate_objective_depends_on_ranks(
+    results: Path, elaborate: list[dict[str, Any]], name: str
+) -> None:
+    first, second, divergence = stats_of(results, f"elaborate-{name}")
+    assert_same_update(first, elaborate[0])
+    assert_same_update(second, elaborate[1])
+    assert divergence["divergence"] == pytest.approx(elaborate[2]["divergence"], rel=1e-3)
+    assert 0 < elaborate[0]["metrics"]["correction"] < 1  # some completions were rejected, not all
+    assert elaborate[1]["metrics"]["kl"] < elaborate[0]["metrics"]["kl"] + 1  # the reference moved along
+    assert elaborate[0]["metrics"]["ratio_max"] != 1.0  # the second step is against the policy before the first
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -17,8 +17,9 @@ from learner.engine import TrainEngine
 from learner.model import load_policy
 from learner.objective import LossTerms
 from learner.samples import collate
-from learner.types import LearnerOptions
-from learner.update import run_update, score_groups
+from learner.types import LearnerOptions, NothingToLearnError
+from learner.update import reference_kl, run_update, score_groups
+from rollout.types import Verdict
 from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options, rows_of
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -108,6 +109,72 @@ class TrainEngineContract:
         assert first["metrics"]["kl"] == pytest.approx(0, abs=1e-9) and second["metrics"]["kl"] > 1e-4
         torch.testing.assert_close(engine.logprobs(batch, reference=True), before)
         assert (engine.logprobs(batch) - before).abs().max() > 1e-2
+
+    def test_a_refreshed_reference_is_the_policy_of_then_and_survives_a_checkpoint(
+        self, make: Make, tiny_model: Path, case: Case, tmp_path: Path
+    ):
+        chosen = options(tiny_model, reference_every=1)
+        engine = make(chosen)
+        batch = self.batch(engine, chosen, case)
+        self.update(engine, chosen, case)
+        then = engine.logprobs(batch)
+        engine.refresh_reference()
+        assert self.update(engine, chosen, case)["metrics"]["kl"] == pytest.approx(0, abs=1e-9)
+        torch.testing.assert_close(engine.logprobs(batch, reference=True), then)
+        save_checkpoint(engine, tmp_path / "checkpoint")
+        resumed = make(chosen)
+        load_checkpoint(resumed, tmp_path / "checkpoint")
+        torch.testing.assert_close(resumed.logprobs(batch, reference=True), then)
+        expected, again = (self.update(e, chosen, case)["metrics"]["kl"] for e in (engine, resumed))
+        assert expected > 1e-4 and again == expected
+
+    def test_the_divergence_of_completions_is_that_of_their_tokens(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, kl_estimator="k1", kl_in="reward", temperature=0.9)
+        engine = make(chosen)
+        found = reference_kl(engine, engine.adapter, chosen, case.groups, case.media)  # type: ignore[attr-defined]
+        exact = expected_update(tiny_model, case, chosen).logprobs
+        for group, ours, references in zip(case.groups, found, exact, strict=True):
+            for completion, value, reference in zip(group.completions, ours, references, strict=True):
+                sampled = completion.segments[0].logprobs
+                assert sampled is not None
+                assert value == pytest.approx((sampled - reference.numpy()).sum(), abs=1e-3)
+
+    def test_several_steps_are_taken_each_on_its_part(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, optimizer_steps=2, learning_rate=1e-5, aggregation="sequence")
+        engine = make(chosen)
+        adapter = engine.adapter  # type: ignore[attr-defined]
+        stats = run_update(
+            engine, adapter, chosen, case.groups, case.advantages, case.media, 0, minibatches=[0, 1, 1, 0]
+        )
+        assert engine.steps == 2 and stats["samples"] == 15
+        assert stats["metrics"]["ratio_max"] != 1.0  # the second is against the policy before the first
+        parts = [case.part([0, 3]), case.part([1, 2])]
+        alone = make(replace(chosen, optimizer_steps=1))
+        first = self.update(alone, replace(chosen, optimizer_steps=1), parts[0])
+        assert stats["tokens"] == first["tokens"] + expected_update(tiny_model, parts[1], chosen).tokens
+        # On-policy, the ratio's gradient is that of log pi: the second step alone, from where the first ended.
+        second = self.update(alone, replace(chosen, optimizer_steps=1, loss="reinforce"), parts[1])
+        assert stats["grad_norm"] == pytest.approx((first["grad_norm"] + second["grad_norm"]) / 2, rel=0.05)
+
+    def test_completions_that_were_cut_off_are_left_out(self, make: Make, tiny_model: Path, case: Case):
+        cut = [
+            replace(g, completions=(replace(g.completions[0], finish_reason="length"), *g.completions[1:]))
+            for g in case.groups
+        ]
+        unscored = [
+            replace(g, verdicts=(Verdict("unscorable", reason="cut"), *(g.verdicts or ())[1:])) for g in case.groups
+        ]
+        masked, plain = options(tiny_model, mask_truncated=True), options(tiny_model)
+        one, other = make(masked), make(plain)
+        ours = self.update(one, masked, replace(case, groups=cut))
+        theirs = self.update(other, plain, replace(case, groups=unscored))
+        assert ours["samples"] == 11 and ours["loss"] == pytest.approx(theirs["loss"])
+        assert_gradients_close(gradients_of(one, masked), gradients_of(other, plain))
+        nothing = [
+            replace(g, completions=tuple(replace(c, finish_reason="length") for c in g.completions)) for g in cut
+        ]
+        with pytest.raises(NothingToLearnError, match="cut off"):
+            self.update(one, masked, replace(case, groups=nothing))
 
     def test_without_beta_there_is_no_reference(self, make: Make, tiny_model: Path, case: Case):
         chosen = options(tiny_model, beta=0.0)

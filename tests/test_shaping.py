@@ -1,0 +1,48 @@
+"""The one number per completion, from scores, parts and lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from learner.shaping import combined_rewards
+from learner.types import LearnerOptions
+from rollout.types import GroupSummary, PromptRef
+
+
+def summary(
+    rewards: tuple[float, ...],
+    lengths: tuple[int, ...] = (1, 1, 1),
+    valid: tuple[bool, ...] = (True, True, True),
+    parts: dict[str, tuple[float, ...]] | None = None,
+) -> GroupSummary:
+    return GroupSummary(PromptRef("d:0"), rewards, valid, parts or {}, lengths, ("stop",) * len(rewards), 5, 0)
+
+
+def options(**changes: object) -> LearnerOptions:
+    return LearnerOptions("m", 1, max_completion_length=10, **changes)  # type: ignore[arg-type]
+
+
+def test_the_scores_themselves():
+    rewards, valid = combined_rewards([summary((1.0, 0.0, 2.0), valid=(True, False, True))], options())
+    assert rewards.tolist() == [[1.0, 0.0, 2.0]] and valid.tolist() == [[True, False, True]]
+
+
+def test_long_completions_lose_up_to_one():
+    rewards, _ = combined_rewards([summary((1.0, 1.0, 1.0), lengths=(5, 8, 10))], options(overlong_buffer=4))
+    assert rewards.tolist() == [[1.0, 0.5, 0.0]]
+
+
+def test_parts_are_normalised_one_by_one():
+    """Scores of 0 and 1, and of 0 and 100, count the same by equal weights; the unscored sibling has neither."""
+    group = summary((100.0, 0.0, 1.0), valid=(True, False, True), parts={"a": (0.0, 1.0), "b": (100.0, 0.0)})
+    rewards, _ = combined_rewards([group], options(part_weights={"a": 1.0, "b": 1.0}))
+    np.testing.assert_allclose(rewards, [[0.0, 0.0, 0.0]], atol=2e-4)
+    rewards, _ = combined_rewards([group], options(part_weights={"a": 1.0, "b": 0.0}))
+    np.testing.assert_allclose(rewards[0, [0, 2]], [-np.sqrt(0.5), np.sqrt(0.5)], rtol=1e-3)
+
+
+def test_a_part_that_is_missing_is_named():
+    group = summary((1.0, 0.0, 1.0), parts={"a": (1.0, 0.0)})
+    with pytest.raises(ValueError, match=r"d:0.*has 2 scores of 'a' for 3 scored completions"):
+        combined_rewards([group], options(part_weights={"a": 1.0}))
