@@ -129,7 +129,9 @@ def _create(
         actors.handles.append(RayEngineHandle(name, actors.engines[-1], options.tensor_parallel_size))
     for i in range(config.reward.actors):
         reward = ray.remote(RewardActor).options(**placement.options("reward", i))
-        actors.rewards.append(reward.remote(reward_specs(config), timeout=config.reward.timeout))
+        actors.rewards.append(
+            reward.remote(reward_specs(config), timeout=config.reward.timeout, trace=config.reward.trace)
+        )
     if training:
         learner = config.learner
         threads = {"env_vars": {"OMP_NUM_THREADS": str(learner.threads)}}

@@ -39,6 +39,8 @@ GAUGES = {
     "grad_norm": "gradient norm before clipping",
     "entropy": "mean token entropy",
 }
+REWARD_SECONDS = "reward_seconds", "mean seconds that a reward took for one group"
+"""A gauge with a label: the name of the reward."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class StepRecord:
     """rollout (waiting for groups), learn, sync, driver (the rest), total."""
     busy: Mapping[str, float]
     """Seconds of work per kind of actor: generate (union over groups, per engine), reward (sum over calls)."""
+    reward_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Latency: mean seconds per group by reward name."""
 
 
 def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
@@ -85,6 +89,8 @@ def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
     reasons = [r for s in summaries for r in s.finish_reasons]
     names = sorted({name for s in summaries for name in s.parts})
     parts = {name: float(np.mean([v for s in summaries for v in s.parts.get(name, ())])) for name in names}
+    timed = sorted({name for s in summaries for name in s.part_seconds})
+    latency = {n: float(np.mean([s.part_seconds[n] for s in summaries if n in s.part_seconds])) for n in timed}
     invalid: dict[str, int] = {}
     for summary in summaries:
         for reason in summary.invalid_reasons:
@@ -92,6 +98,7 @@ def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
         "parts": parts,
+        "reward_seconds": latency,
         "groups": len(summaries),
         "samples": len(lengths),
         "tokens": sum(lengths),
@@ -114,6 +121,10 @@ class MetricsLog:
         for name, description in GAUGES.items():
             ray_gauge = RayGauge(f"saccade_{name}", description=description)
             self._gauges[name] = (ray_gauge, PrometheusGauge(f"saccade_{name}", description, registry=registry))
+        self._latency = (
+            RayGauge(f"saccade_{REWARD_SECONDS[0]}", description=REWARD_SECONDS[1], tag_keys=("reward",)),
+            PrometheusGauge(f"saccade_{REWARD_SECONDS[0]}", REWARD_SECONDS[1], ["reward"], registry=registry),
+        )
         if self.port:
             start_http_server(self.port, registry=registry)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -141,6 +152,10 @@ class MetricsLog:
             ray_gauge, prometheus_gauge = self._gauges[name]
             ray_gauge.set(float(value))
             prometheus_gauge.set(float(value))
+        ray_latency, prometheus_latency = self._latency
+        for name, value in record.reward_seconds.items():
+            ray_latency.set(value, tags={"reward": name})
+            prometheus_latency.labels(name).set(value)
 
     def evaluation(self, step: int, results: Mapping[str, Any], seconds: float) -> None:
         """Append one evaluation."""

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 
 from driver.errors import RunError
+from driver.failures import check_failures
 from driver.ledger import Ledger
 from driver.selection import Difficulty, without_signal
 from rollout.engine import SamplingParams
@@ -76,6 +77,8 @@ class RolloutPipeline:
     """Groups without a policy gradient that may be replaced in one batch."""
     difficulty: Difficulty | None = None
     """Passes over prompts; None: none."""
+    max_failed_share: float = 1.0
+    """Completions of a batch whose reward may fail, as a share."""
     check_stop: Callable[[], None] = lambda: None
     """Raises RunStopped when the user asked to stop; called while waiting."""
     _batches: dict[int, list[_Group]] = field(default_factory=dict)
@@ -152,9 +155,11 @@ class RolloutPipeline:
     def collect(self, batch: int) -> SealedBatch:
         """Wait until every group of `batch` is scored or given up, and seal it.
 
-        Raises RunError when an engine died, a group missed every deadline, or nothing of the batch is left."""
+        Raises RunError when an engine died, a group missed every deadline, the rewards failed for too many completions,
+        or nothing of the batch is left."""
         groups = self._batches[batch]
         self._await(batch, groups)
+        check_failures([g.result for g in groups if g.result is not None], self.max_failed_share)
         replaced = self._replace_without_signal(batch)
         kept = [g for g in groups if g.result is not None]
         del self._batches[batch]
@@ -211,7 +216,7 @@ class RolloutPipeline:
 
     def _patience(self) -> float:
         """Longest silence before the wait itself is an error: the actors' own limits, and a margin for transport."""
-        return self.group_timeout + self.reward_timeout + 60.0
+        return self.group_timeout + 2 * self.reward_timeout + 60.0  # scored together, then perhaps one by one
 
     def _issue(self, prompt: StoredPrompt, slot: int, sampling: ray.ObjectRef) -> _Group:
         """One group to the engine of its slot (a fixed map, so that reruns repeat it), its reward chained behind."""

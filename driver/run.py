@@ -210,6 +210,7 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
         group_timeout=config.rollout.group_timeout,
         reward_timeout=config.reward.timeout,
         hold_while_admitting=config.rollout.max_staleness == 0,
+        max_failed_share=config.reward.max_failed_share,
         refill=round(config.algorithm.refill * config.learner.prompts_per_step),
         difficulty=None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
         check_stop=check_stop,
@@ -231,7 +232,7 @@ def open_evaluator(config: RunConfig, actors: Actors, display: Display, check_st
         rewards=actors.rewards,
         sampling=evaluation_sampling(config, config_adapter(config)),
         group_by=config.evaluation.group_by,
-        timeout=config.rollout.group_timeout + config.reward.timeout,
+        timeout=config.rollout.group_timeout + 2 * config.reward.timeout,
         report=display.phase,
         check_stop=check_stop,
     )

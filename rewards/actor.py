@@ -4,7 +4,7 @@
 
 Two return values, so that the learner is handed a reference to the first while the driver reads only the second:
 
-    actor = ray.remote(RewardActor).options(num_cpus=0.5).remote(config.reward.functions, config.reward.timeout)
+    actor = ray.remote(RewardActor).options(num_cpus=0.5).remote(specs, timeout=30.0)
     ray.get(actor.start.remote())
     group_ref, summary_ref = actor.score.remote(rollout_ref)
 """
@@ -18,10 +18,15 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from rewards.base import ScoringRequest
+from rewards.base import ScoringRequest, Service
+from rewards.compose import Scores
+from rewards.format import Trace, shown
 from rewards.registry import RewardSpec
 from rewards.worker import RewardWorker
 from rollout.types import GroupSummary, Media, RolloutFailure, RolloutGroup, Verdict
+
+EXCERPT = 200
+"""Characters of a completion without a score that go into the summary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +46,24 @@ class RewardInfo:
 class RewardActor:
     """Scores one group at a time (leave `max_concurrency` at 1); more actors score more groups at once."""
 
-    def __init__(self, specs: Sequence[RewardSpec], timeout: float) -> None:
-        """Begins to load the rewards. `timeout`: seconds that one call on one group may take."""
-        self._worker = RewardWorker(specs, timeout)
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        timeout: float,
+        *,
+        services: Mapping[str, Service] | None = None,
+        trace: Trace = "visible",
+    ) -> None:
+        """Begins to load the rewards.
+
+        Args:
+            timeout: seconds that one call on one group may take.
+            services: what rewards may call upon, by name (rewards/base.py).
+            trace: how completions are shown in reports.
+        """
+        self._worker = RewardWorker(specs, timeout, services=services)
         self._timeout = timeout
+        self._trace = trace
         self._statuses: Counter[str] = Counter()
         self._groups = 0
         self._seconds = 0.0
@@ -63,13 +82,15 @@ class RewardActor:
         if isinstance(group, RolloutFailure):
             return group, GroupSummary.of_failure(group)
         start = time.perf_counter()
-        verdicts = self._verdicts(group)
+        scores = self._scores(group)
         seconds = time.perf_counter() - start
         self._groups += 1
         self._seconds += seconds
-        self._statuses.update(verdict.status for verdict in verdicts)
-        scored = replace(group, verdicts=verdicts, reward_seconds=seconds)
-        return scored, GroupSummary.of(scored)
+        self._statuses.update(verdict.status for verdict in scores.verdicts)
+        scored = replace(group, verdicts=scores.verdicts, reward_seconds=seconds)
+        invalid = [c.text for c, v in zip(group.completions, scores.verdicts, strict=True) if not v.valid]
+        excerpts = tuple(shown(text, self._trace)[:EXCERPT] for text in invalid)
+        return scored, replace(GroupSummary.of(scored), invalid_excerpts=excerpts, part_seconds=scores.seconds)
 
     def info(self) -> RewardInfo:
         worker = self._worker
@@ -79,15 +100,16 @@ class RewardActor:
         """Ends the child process; score nothing afterwards."""
         self._worker.close()
 
-    def _verdicts(self, group: RolloutGroup) -> tuple[Verdict, ...]:
+    def _scores(self, group: RolloutGroup) -> Scores:
         request = ScoringRequest.of(group)
-        if not self._worker.needs_media:
-            return self._worker.score(replace(request, media=(), raw=()))
+        if not self._worker.traits.needs_media:
+            sizes = tuple(replace(item, data=b"") for item in request.media)
+            return self._worker.score(replace(request, media=sizes, raw=()))
         try:
             media = tuple(self._fetch(item) for item in request.media)
         except (ray.exceptions.RayError, TimeoutError) as error:
             reason = f"the prompt's media could not be fetched: {type(error).__name__}: {error}"[:500]
-            return (Verdict("error", reason=reason),) * len(request.completions)
+            return Scores((Verdict("error", reason=reason),) * len(request.completions), {})
         return self._worker.score(replace(request, media=media))
 
     def _fetch(self, media: Media) -> Media:

@@ -20,12 +20,17 @@ from typing import Any, Protocol
 from rollout.types import Completion, Media, RolloutGroup, Verdict
 
 Service = Callable[..., Any]
-"""Something that runs elsewhere on behalf of a reward; called with `timeout=seconds` besides its arguments."""
+"""Something that runs elsewhere on behalf of a reward. What the driver offers takes `timeout` (seconds) besides its
+arguments; a reward calls it without, since its own time limit applies."""
 
 
 class TransientError(Exception):
     """Raised by a reward for what may go well at the next attempt (a server that is busy): the call is repeated, a few
     times and within its time limit. Every other exception is final."""
+
+
+class ServiceError(RuntimeError):
+    """A service could not do what a reward asked of it; says why."""
 
 
 @dataclass(frozen=True, slots=True)

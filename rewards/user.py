@@ -19,12 +19,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from rewards.base import RewardFunction, ScoringRequest
-from rollout.types import Verdict
+from rewards.base import RewardFunction, ScoringRequest, Service
+from rollout.types import Completion, Verdict
 
-_GIVEN = ("completions", "prompts", "answer")
+_GIVEN = ("completions", "completion_ids", "prompts", "answer")
 """Keyword arguments that every function may ask for; the rest are data columns."""
 
 
@@ -33,18 +33,42 @@ class RewardSetupError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnReward:
-    """Calls `function(completions=[...K], prompts=[...K], answer=[...K], <column>=[...K], **options)`, each argument
-    only if the function takes it. It returns K numbers, None where a completion cannot be scored."""
+class _UserReward:
+    """A function of a user's, with what it may have besides its call (see rewards/base.py) as its attributes."""
 
     function: Callable[..., Any]
     options: Mapping[str, Any]
+
+    @property
+    def separable(self) -> bool:
+        return bool(getattr(self.function, "separable", False))
+
+    def warm_up(self) -> None:
+        if warm_up := getattr(self.function, "warm_up", None):
+            warm_up()
+
+    def connect(self, services: Mapping[str, Service]) -> None:
+        if connect := getattr(self.function, "connect", None):
+            connect(services)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnReward(_UserReward):
+    """Calls `function(completions=[...K], prompts=[...K], answer=[...K], <column>=[...K], **options)`, each argument
+    only if the function takes it. It returns K numbers, None where a completion cannot be scored."""
+
+    @property
+    def needs_media(self) -> bool:
+        """TRL hands out token ids too; they are fetched for a function that names them."""
+        return "completion_ids" in inspect.signature(self.function).parameters
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         count = len(request.completions)
         rows = {**request.columns, "prompts": request.prompt, "answer": request.answer}
         arguments = {name: [value] * count for name, value in rows.items()}
         arguments["completions"] = list(request.completions)
+        if self.needs_media:
+            arguments["completion_ids"] = [_token_ids(completion) for completion in request.raw]
         parameters = inspect.signature(self.function).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             arguments = {name: value for name, value in arguments.items() if name in parameters}
@@ -57,15 +81,17 @@ class ColumnReward:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestReward:
+class RequestReward(_UserReward):
     """Calls `function(request, **options)`, which returns K Verdicts and may look at images and token ids."""
 
-    function: Callable[..., Any]
-    options: Mapping[str, Any]
-    needs_media: bool = True
+    needs_media: ClassVar[bool] = True
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         return list(_finish(self.function(request, **self.options)))
+
+
+def _token_ids(completion: Completion) -> list[int]:
+    return [int(token) for segment in completion.segments for token in segment.token_ids]
 
 
 def _finish(result: Any) -> Any:

@@ -2,8 +2,11 @@
 
 score(request) ──▶ child, which is ready in advance
     answers in time     K verdicts
-    is silent           killed with all its process group: K `timeout` verdicts; the next child starts at once
-    dies                K `error` verdicts with exit status or signal; the next child starts at once
+    is silent           killed with all its process group: `timeout`; the next child starts at once
+    dies                `error` with exit status or signal; the next child starts at once
+    asks for a service  it is called here, and the child told the result
+
+A time-out or a death concerns all K completions, unless the rewards are separable: then each is scored alone.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from rewards.base import ScoringRequest
+from rewards.base import ScoringRequest, Service, TransientError
 from rewards.channel import Channel
+from rewards.child import Setup, Traits
+from rewards.compose import Scores, describe
 from rewards.registry import RewardSpec
 from rewards.user import RewardSetupError
 from rollout.types import Verdict
@@ -39,18 +45,30 @@ class RewardWorker:
     """Scores one request at a time. Use it from one thread, one that lives as long as the worker: the kernel takes
     the end of the thread that started the child for the end of its parent."""
 
-    def __init__(self, specs: Sequence[RewardSpec], timeout: float, start_timeout: float = START_TIMEOUT) -> None:
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        timeout: float,
+        start_timeout: float = START_TIMEOUT,
+        *,
+        services: Mapping[str, Service] | None = None,
+        memory: int | None = None,
+    ) -> None:
         """Starts the first child, without waiting for it.
 
         Args:
             timeout: seconds that one call on one group may take.
             start_timeout: seconds that importing the rewards and warming them up may take.
+            services: what rewards may call upon, by name.
+            memory: bytes of data that the child may hold; default: half of what is free when it starts.
         """
         self._specs = tuple(specs)
         self._timeout = timeout
         self._start_timeout = start_timeout
-        self.needs_media = False
-        """Whether a reward looks at images or raw completions; otherwise they need not be sent."""
+        self._services = dict(services or {})
+        self._memory = memory
+        self.traits = Traits(needs_media=False, separable=False)
+        """Of the rewards, once they are loaded."""
         self.restarts = 0
         self._process, self._channel = self._spawn()
 
@@ -73,28 +91,57 @@ class RewardWorker:
         """Process id of the present child."""
         return self._process.pid
 
-    def score(self, request: ScoringRequest) -> tuple[Verdict, ...]:
-        """K verdicts, within the time limit of one call (and the start of a new child after a failure)."""
+    def score(self, request: ScoringRequest) -> Scores:
+        """K verdicts, within the time limit of one call (and the start of a new child after a failure); within twice
+        that where each completion is scored alone in the end, with a K-th of the limit."""
         count = len(request.completions)
+        result = self._attempt(request, self._timeout, "group")
+        if isinstance(result, Scores):
+            return result
+        if count == 1 or not self.traits.separable:
+            return Scores((result,) * count, {})
+        verdicts = []
+        for k in range(count):
+            alone = self._attempt(request.alone(k), self._timeout / count, "completion")
+            verdicts.append(alone.verdicts[0] if isinstance(alone, Scores) else alone)
+        return Scores(tuple(verdicts), {})
+
+    def _attempt(self, request: ScoringRequest, timeout: float, what: str) -> Scores | Verdict:
+        """One call of the child: what it says, or why it did not get to say anything."""
         try:
             self.start()
         except RewardSetupError as error:
-            return (Verdict("error", reason=str(error)),) * count
-        deadline = time.monotonic() + self._timeout
+            return Verdict("error", reason=str(error))
+        deadline = time.monotonic() + timeout
         try:
             self._channel.send(request, deadline)
-            return tuple(self._channel.receive(deadline))
+            while True:
+                status, *content = self._channel.receive(deadline)
+                if status == "scored":
+                    scores: Scores = content[0]
+                    return scores
+                name, arguments = content
+                self._channel.send(self._serve(name, arguments, deadline), deadline)
         except TimeoutError:
             self._restart()
-            reason = f"the rewards took longer than {self._timeout:g} s for the group; their process was killed"
-            return (Verdict("timeout", reason=reason),) * count
+            reason = f"the rewards took longer than {timeout:g} s for the {what}; their process was killed"
+            return Verdict("timeout", reason=reason)
         except (EOFError, ConnectionError):
-            reason = f"the reward process {self._end(grace=_EXIT_TIMEOUT)} while it scored the group"
+            reason = f"the reward process {self._end(grace=_EXIT_TIMEOUT)} while it scored the {what}"
             self._restart()
-            return (Verdict("error", reason=reason),) * count
+            return Verdict("error", reason=reason)
         except BaseException:  # interrupted: the pending answer must not be taken for the next group's
             self._restart()
             raise
+
+    def _serve(self, name: str, arguments: Sequence[object], deadline: float) -> tuple[str, object]:
+        """Calls a service for the child."""
+        try:
+            return "done", self._services[name](*arguments, timeout=max(0.0, deadline - time.monotonic()))
+        except TransientError as error:
+            return "transient", str(error)
+        except Exception as error:  # whatever it is, the reward is told
+            return "failed", describe(error)
 
     def close(self) -> None:
         """Ends the child. Scoring again would start another."""
@@ -115,7 +162,9 @@ class RewardWorker:
         self._ready, self._running = False, True
         channel = Channel(ours)
         with contextlib.suppress(ConnectionError):  # it died already: whoever waits for it will learn why
-            channel.send(self._specs, time.monotonic() + self._start_timeout)
+            memory = self._memory if self._memory is not None else _half_of_free_memory()
+            setup = Setup(self._specs, tuple(self._services), memory)
+            channel.send(setup, time.monotonic() + self._start_timeout)
         return process, channel
 
     def _await_ready(self) -> None:
@@ -133,7 +182,7 @@ class RewardWorker:
             raise RewardSetupError(reason) from None
         if status != "ready":
             raise RewardSetupError(f"the reward process could not load the rewards: {detail}")
-        self.needs_media = detail
+        self.traits = detail
         self._ready = True
 
     def _restart(self) -> None:
@@ -157,6 +206,15 @@ class RewardWorker:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(_EXIT_TIMEOUT)
         return status
+
+
+def _half_of_free_memory() -> int | None:
+    """In bytes, by the kernel's estimate; None where it gives none."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(free.split()[1]) * 1024 // 2
+    return None
 
 
 def _describe_exit(code: int | None) -> str:

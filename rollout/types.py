@@ -227,6 +227,11 @@ class GroupSummary:
     reward_seconds: float = 0.0
     engine: str = ""
     invalid_reasons: tuple[str, ...] = ()
+    """`status: reason` of each completion without a score."""
+    invalid_excerpts: tuple[str, ...] = ()
+    """How each of these begins, for reports."""
+    part_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of scoring by reward name."""
     failure: RolloutFailure | None = None
 
     @classmethod

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.base import ScoringRequest
+from rewards.base import ScoringRequest, TransientError
+from rewards.child import Traits
 from rewards.registry import RewardSpec
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
@@ -44,6 +45,10 @@ def behave(completions, fifo=None, **columns):
         ctypes.string_at(0)
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "allocate":
+        hoard = [bytearray(2**20)]
+        while True:
+            hoard.append(bytearray(len(hoard[-1]) * 2))
     if what == "raise":
         raise ValueError("no idea")
     if what == "flood":
@@ -62,12 +67,12 @@ def behave(completions, fifo=None, **columns):
 
 def ask(worker: RewardWorker, what: str, **columns: str) -> list[str]:
     """The statuses of a group of two of which the first says what to do."""
-    verdicts = worker.score(ScoringRequest("", (what, "ab"), columns=columns))
+    verdicts = worker.score(ScoringRequest("", (what, "ab"), columns=columns)).verdicts
     return [verdict.status for verdict in verdicts]
 
 
 def assert_scores_normally(worker: RewardWorker) -> None:
-    verdicts = worker.score(ScoringRequest("", ("a", "abc")))
+    verdicts = worker.score(ScoringRequest("", ("a", "abc"))).verdicts
     assert [verdict.score for verdict in verdicts] == [1.0, 3.0]
 
 
@@ -119,7 +124,7 @@ def assert_all_holders_died(reader: int) -> None:
 )
 def test_a_group_that_ends_the_process(worker: RewardWorker, what: str, status: str, reason: str) -> None:
     pid, restarts = worker.pid, worker.restarts
-    verdicts = worker.score(ScoringRequest("", (what, "ab", "abc")))
+    verdicts = worker.score(ScoringRequest("", (what, "ab", "abc"))).verdicts
     assert [v.status for v in verdicts] == [status] * 3
     assert reason in verdicts[0].reason
     assert worker.restarts == restarts + 1 and worker.pid != pid
@@ -137,12 +142,12 @@ def test_a_group_that_only_raises_keeps_the_process(worker: RewardWorker, what: 
 def test_output_and_large_groups_pass(worker: RewardWorker, capfd: pytest.CaptureFixture[str]) -> None:
     assert ask(worker, "flood") == ["scored"] * 2
     long = "\ud800 é" * 1_000_000  # a lone surrogate is no valid UTF-8
-    assert [v.score for v in worker.score(ScoringRequest("", (long,) * 4))] == [3_000_000.0] * 4
+    assert [v.score for v in worker.score(ScoringRequest("", (long,) * 4)).verdicts] == [3_000_000.0] * 4
 
 
 def test_a_process_that_reads_nothing_is_timed_out(worker: RewardWorker) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
-    verdicts = worker.score(ScoringRequest("", ("x" * 10_000_000,)))  # more than the socket's buffers hold
+    verdicts = worker.score(ScoringRequest("", ("x" * 10_000_000,))).verdicts  # more than the socket's buffers hold
     assert [v.status for v in verdicts] == ["timeout"]
     assert_scores_normally(worker)
 
@@ -203,7 +208,7 @@ def test_rewards_that_cannot_be_loaded(tmp_path: Path, body: str, message: str) 
     worker = RewardWorker([RewardSpec(f"{path}:reward")], TIMEOUT, start_timeout=2.0 if "sleep" in body else PATIENCE)
     with pytest.raises(RewardSetupError, match=message):
         worker.start()
-    verdicts = worker.score(ScoringRequest("", ("a", "b")))  # it neither hangs nor raises nor scores
+    verdicts = worker.score(ScoringRequest("", ("a", "b"))).verdicts  # it neither hangs nor raises nor scores
     assert [v.status for v in verdicts] == ["error"] * 2 and message in verdicts[0].reason
     worker.close()
 
@@ -212,7 +217,99 @@ def test_shipped_rewards_in_the_worker() -> None:
     worker = RewardWorker([RewardSpec("format", 0.5), RewardSpec("accuracy")], PATIENCE)
     worker.start()
     completions = ("<think>a</think><answer>\\frac{1}{2}</answer>", "<think>a</think><answer>2</answer>")
-    verdicts = worker.score(ScoringRequest("", completions, answer="0.5"))
+    scores = worker.score(ScoringRequest("", completions, answer="0.5"))
     worker.close()
-    assert [v.score for v in verdicts] == [1.5, 0.5]
-    assert not worker.needs_media
+    assert [v.score for v in scores.verdicts] == [1.5, 0.5]
+    assert scores.seconds.keys() == {"format", "accuracy"} and min(scores.seconds.values()) > 0
+    assert worker.traits == Traits(needs_media=False, separable=True)
+
+
+def test_endless_allocation_ends_at_the_limit(source: str) -> None:
+    """Python code gets a MemoryError and goes on; the machine keeps its memory."""
+    worker = RewardWorker([RewardSpec(source)], PATIENCE, memory=300 * 2**20)
+    worker.start()
+    pid = worker.pid
+    assert ask(worker, "allocate") == ["error"] * 2
+    assert_scores_normally(worker)
+    assert worker.pid == pid
+    worker.close()
+
+
+SEPARABLE = """
+import os, time
+
+class Each:
+    separable = True
+
+    def __call__(self, request):
+        from rollout.types import Verdict
+        if "hang" in request.completions:
+            time.sleep(10_000)
+        if "exit" in request.completions:
+            os._exit(3)
+        return [Verdict.scored(len(text)) for text in request.completions]
+
+each = Each()
+"""
+
+
+def test_only_the_guilty_completion_of_a_separable_reward_goes_without_a_score(tmp_path: Path) -> None:
+    (tmp_path / "separable.py").write_text(SEPARABLE)
+    worker = RewardWorker([RewardSpec(f"{tmp_path}/separable.py:each")], TIMEOUT)
+    verdicts = worker.score(ScoringRequest("", ("a", "exit", "abc"))).verdicts
+    assert [v.score for v in verdicts] == [1.0, None, 3.0]
+    assert verdicts[1].status == "error" and "exit status 3 while it scored the completion" in verdicts[1].reason
+    verdicts = worker.score(ScoringRequest("", ("a", "hang", "abc"))).verdicts
+    assert [v.score for v in verdicts] == [1.0, None, 3.0]
+    assert verdicts[1].status == "timeout" and "longer than 1 s for the completion" in verdicts[1].reason
+    worker.close()
+
+
+SERVED = """
+def served(request):
+    from rollout.types import Verdict
+    return [Verdict.scored(served.double(len(text))) for text in request.completions]
+
+served.connect = lambda services: setattr(served, "double", services["double"])
+"""
+
+
+def test_services_of_the_worker_are_called_by_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(SERVED)
+    asked: list[int] = []
+
+    def double(value: int, timeout: float) -> float:
+        assert 0 < timeout <= PATIENCE
+        asked.append(value)
+        if value == 3:
+            raise ValueError("three is too much")
+        if asked == [4]:
+            raise TransientError("busy")
+        return 2.0 * value
+
+    worker = RewardWorker([RewardSpec(f"{tmp_path}/mine.py:served")], PATIENCE, services={"double": double})
+    assert [v.score for v in worker.score(ScoringRequest("", ("a", "ab"))).verdicts] == [2.0, 4.0]
+    (failed,) = worker.score(ScoringRequest("", ("abc",))).verdicts
+    assert failed.status == "error" and "three is too much" in failed.reason
+    asked.clear()
+    assert [v.score for v in worker.score(ScoringRequest("", ("abcd",))).verdicts] == [8.0]
+    assert asked == [4, 4], "what is transient is tried again"
+    worker.close()
+
+
+BOMBS = ["\\frac{1}{" * 10_000 + "1" + "}" * 10_000, "10^{10^{10}}", "((((9!)!)!)!)!", "\\int " * 5_000, "1+" * 50_000]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("scope", ["answer", "completion"])
+def test_mathematics_that_never_ends_costs_its_own_verdict_at_most(scope: str) -> None:
+    """What the reward's own bounds let through is killed at the limit, and the siblings are scored."""
+    worker = RewardWorker([RewardSpec("accuracy", options={"scope": scope})], 4.0)
+    worker.start()
+    right = "<answer>3</answer>" if scope == "answer" else "so it is $3$"
+    bombs = [f"<answer>{bomb}</answer>" if scope == "answer" else f"so it is ${bomb}$" for bomb in BOMBS]
+    verdicts = worker.score(ScoringRequest("", (right, *bombs, right), answer="3")).verdicts
+    worker.close()
+    assert verdicts[0].score == verdicts[-1].score == 1.0
+    for verdict in verdicts[1:-1]:
+        assert verdict.score == 0.0 or (verdict.status in ("timeout", "error") and verdict.reason)
