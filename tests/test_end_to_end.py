@@ -146,7 +146,7 @@ def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_pat
     result = train(config)
     steps = read_metrics(result.output_dir)
     assert [s["staleness"] for s in steps] == [0, 1, 1, 1]
-    assert all(0 < s["learner"]["effective_sample_size"] <= 1 + 1e-9 for s in steps)
+    assert all(0 < s["learner"]["effective_sample_size"] <= 1 + 1e-5 for s in steps)
     assert steps[0]["learner"]["mismatch_max"] < 1e-4 < steps[-1]["learner"]["mismatch_max"]  # older weights sampled
     assert {k for s in steps for k in s["busy"] if k.startswith("generate/")} == {
         "generate/rollout-0",
