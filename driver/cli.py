@@ -1,4 +1,4 @@
-"""The command line: `saccade demo | train | eval | config | data | parity`, also as `python -m driver`."""
+"""The command line: `saccade demo | train | eval | config | data | rewards | parity`, also as `python -m driver`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from driver.config import ConfigError, RunConfig, dump_config, iter_knobs, load_config
+from driver.reward_tools import app as rewards
 
 app = typer.Typer(
     name="saccade",
@@ -121,6 +122,7 @@ def show_config(
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
+app.add_typer(rewards, name="rewards")
 data = typer.Typer(no_args_is_help=True, help="Look at a data set, check it, or make the shapes one.")
 app.add_typer(data, name="data")
 

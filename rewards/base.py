@@ -9,6 +9,7 @@ What a reward may have besides its call:
                                 is scored alone, so that only the guilty one goes without a score
     warm_up()                   called once before the first group
     connect(services)           handed what the driver offers: `{"generate": callable, "reward_model": callable}`
+    ideal(request)              a completion that deserves full marks, where the row tells; for `saccade rewards check`
 """
 
 from __future__ import annotations

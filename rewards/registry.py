@@ -44,6 +44,8 @@ REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "language": LanguageReward,
 }
 """Shipped rewards: name -> factory, which takes the options as keyword arguments."""
+UNBOUNDED = frozenset({"reward_model"})
+"""Those whose best score is not 1.0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,16 @@ class ToolCallReward:
             return unscorable(request, f"the row's {self.column or 'answer'} holds no tool calls: {error}"[:300])
         return [self._judge(wanted, text) for text in request.completions]
 
+    def ideal(self, request: ScoringRequest) -> str | None:
+        """The gold calls as a completion makes them; None where the row has none."""
+        gold = gold_of(request, self.column)
+        try:
+            document = read_json(gold) if isinstance(gold, str) else gold
+        except NotJSONError:
+            return None
+        calls = [document] if isinstance(document, Mapping) else document or ()
+        return "\n".join(f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)
+
     def _judge(self, wanted: Counter[str], completion: str) -> Verdict:
         if completion.count("<tool_call>") != len(texts := _CALL.findall(completion)):
             return Verdict.scored(0.0, reason="a <tool_call> without its end")
