@@ -74,6 +74,8 @@ def test_split_is_the_inverse_of_join(family: str, data: st.DataObject) -> None:
         st.lists(st.sampled_from(sorted(adapter.modalities)), max_size=2),
     )
     batch = data.draw(st.lists(mixes, min_size=1, max_size=4))
+    if family == "internvl":  # one prompt with videos of different lengths is refused, by the processor and by vLLM
+        batch = [kinds if kinds.count("video") < 2 else ["video"] for kinds in batch]
     drawn = [encode(adapter, kinds, seed) for seed, kinds in enumerate(batch)]
     alone = [adapter.encode(text, items) for text, items in drawn]
     joined = adapter.join(alone)

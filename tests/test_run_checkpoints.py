@@ -78,7 +78,7 @@ def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
         actors=SimpleNamespace(data_state=dict, data_report=lambda: DataActorReport(report, None, 0, 0)),
         learner=SimpleNamespace(save_checkpoint=write_learner),
         ledger=Ledger(),
-        rollouts=None,
+        rollouts=SimpleNamespace(difficulty=None),
         evaluator=None,
         log=None,
         display=SimpleNamespace(phase=said.append),
