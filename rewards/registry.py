@@ -15,6 +15,7 @@ from typing import Any
 
 from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction
+from rewards.code_tests import CodeTestsReward
 from rewards.compose import Combine, Composite, Term, compose
 from rewards.counting import CountingReward
 from rewards.format import FormatReward
@@ -39,6 +40,7 @@ REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "grounding": GroundingReward,
     "json_schema": JsonSchemaReward,
     "tool_call": ToolCallReward,
+    "code_tests": CodeTestsReward,
     "length": LengthReward,
     "repetition": RepetitionReward,
     "language": LanguageReward,
