@@ -15,6 +15,7 @@ from driver.config import RunConfig
 from driver.errors import RunError
 from driver.placement import Placement
 from driver.rollouts import wait_for
+from driver.services import create_services
 from driver.wiring import (
     config_adapter,
     data_options,
@@ -43,6 +44,8 @@ class Actors:
     engines: list[Any] = field(default_factory=list)
     handles: list[RayEngineHandle] = field(default_factory=list)
     rewards: list[Any] = field(default_factory=list)
+    models: list[Any] = field(default_factory=list)
+    """Of reward models."""
     learner: LearnerGroup | None = None
 
     def eval_prompts(self, limit: int | None, timeout: float) -> list[Prompt]:
@@ -66,7 +69,7 @@ class Actors:
         ray.wait(polite, num_returns=len(polite), timeout=20.0) if polite else None
         if self.learner is not None:
             self.learner.shutdown()
-        for actor in [*self.engines, *self.rewards, *([self.data] if self.data is not None else [])]:
+        for actor in [*self.engines, *self.rewards, *self.models, *([self.data] if self.data is not None else [])]:
             ray.kill(actor)
 
 
@@ -87,6 +90,7 @@ def start_actors(
         starting = {actors.data.start.remote(): "the data actor"}
         starting |= {e.start.remote(): f"engine {h.name}" for e, h in zip(actors.engines, actors.handles, strict=True)}
         starting |= {r.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
+        starting |= {m.start.remote(): "the reward model" for m in actors.models}
         with ThreadPoolExecutor(1) as pool:
             learner = actors.learner
             learning = pool.submit(learner.start, config.rollout.start_timeout) if learner is not None else None
@@ -127,10 +131,17 @@ def _create(
         name = f"rollout-{i}"
         actors.engines.append(engine.remote(name, options, adapter, group_timeout=config.rollout.group_timeout))
         actors.handles.append(RayEngineHandle(name, actors.engines[-1], options.tensor_parallel_size))
+    services = create_services(config, actors.engines, adapter)
+    actors.models = services.models
     for i in range(config.reward.actors):
         reward = ray.remote(RewardActor).options(**placement.options("reward", i))
         actors.rewards.append(
-            reward.remote(reward_specs(config), timeout=config.reward.timeout, trace=config.reward.trace)
+            reward.remote(
+                reward_specs(config),
+                timeout=config.reward.timeout,
+                services=services.by_name,
+                trace=config.reward.trace,
+            )
         )
     if training:
         learner = config.learner

@@ -42,7 +42,7 @@ print(word)
 
 @dataclass(frozen=True, slots=True)
 class CodeTestsReward:
-    """1.0 for a program that passes all tests of the row, else 0.0 with the first failure; without tests `unscorable`."""
+    """1.0 for a program that passes all tests of its row, else 0.0 with the first failure; `unscorable` without any."""
 
     separable: ClassVar[bool] = True
     column: str | None = "tests"

@@ -21,10 +21,12 @@ from rewards.counting import CountingReward
 from rewards.format import FormatReward
 from rewards.grounding import GroundingReward
 from rewards.json_schema import JsonSchemaReward
+from rewards.judge import JudgeReward
 from rewards.language import LanguageReward
 from rewards.length import LengthReward
 from rewards.multiple_choice import MultipleChoiceReward
 from rewards.repetition import RepetitionReward
+from rewards.reward_model import RewardModelReward
 from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
 from rewards.tool_call import ToolCallReward
 from rewards.user import RewardSetupError, load_user_reward
@@ -44,6 +46,8 @@ REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "length": LengthReward,
     "repetition": RepetitionReward,
     "language": LanguageReward,
+    "judge": JudgeReward,
+    "reward_model": RewardModelReward,
 }
 """Shipped rewards: name -> factory, which takes the options as keyword arguments."""
 UNBOUNDED = frozenset({"reward_model"})

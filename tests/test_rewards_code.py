@@ -68,7 +68,7 @@ ATTACKS = {
     "passwords": "open('/etc/passwd').read()",
     "kill": "import os; os.kill({pid}, 9)",
     "fork bomb": "import os\nwhile True: os.fork()",
-    "threads": "import threading\nfor _ in range(99): threading.Thread(target=threading.Event().wait, daemon=True).start()",
+    "threads": "from threading import *\nfor _ in range(99): Thread(target=Event().wait, daemon=True).start()",
     "memory": "x = bytearray(10**10)",
     "disk": "f = open('/tmp/x', 'wb')\nwhile True: f.write(bytes(2**20))",
     "output": "import sys\nwhile True: sys.stdout.write('x' * 2**20)",
