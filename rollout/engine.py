@@ -75,7 +75,7 @@ class EngineOptions:
     """Bytes of KV cache in GiB; None: by `gpu_memory_utilization` (GPU) or 1 GiB (CPU)."""
     gpu_memory_utilization: float = 0.85
     max_media_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 8})
-    """By kind; a kind that is not here is not taken."""
+    """By kind."""
     weight_transfer_backend: str | None = None
     """"nccl", "gloo", ...; None for an engine whose weights never change (evaluation from disk)."""
     seed: int = 0

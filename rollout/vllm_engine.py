@@ -294,8 +294,10 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         "logprobs_mode": "processed_logprobs",
     }
     if adapter.modalities:
-        kinds = ("image", "video", *adapter.modalities)
-        arguments["limit_mm_per_prompt"] = {kind: options.max_media_per_prompt.get(kind, 0) for kind in kinds}
+        # vLLM leaves out a tower of which nothing is to come, whose weights would then find no place. Videos share that
+        # of images.
+        least = {kind: 0 if kind == "video" else 1 for kind in ("image", "video", *adapter.modalities)}
+        arguments["limit_mm_per_prompt"] = {**least, **options.max_media_per_prompt}
         # vLLM would normalise inside the model, videos with the statistics of images; the learner's processor does not.
         arguments["mm_device_do_normalize"] = False
     if options.kv_cache_gib is not None:

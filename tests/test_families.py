@@ -20,7 +20,9 @@ from PIL import Image
 
 from learner.model import load_policy
 from learner.samples import collate
+from rollout.engine import EngineOptions
 from rollout.types import Media
+from rollout.vllm_engine import engine_arguments
 from tests.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.clips import decode
@@ -198,3 +200,16 @@ def test_lora_is_trained_by_every_family(family: str, part: str) -> None:
     assert any(p.grad.abs().max() > 0 for p in trained.values() if p.grad is not None)
     roles = {adapter.role(name.removeprefix("base_model.model.")) for name in trained}
     assert "language" in roles and (part == "all" or "vision" not in roles)
+
+
+def test_an_engine_loads_every_tower_whose_weights_it_will_be_sent() -> None:
+    """vLLM leaves out the tower of a kind of which no item may come."""
+    none = EngineOptions("m", device="cpu", max_media_per_prompt={})
+    assert engine_arguments(none, adapter_of("qwen2_5_omni"))["limit_mm_per_prompt"] == {
+        "image": 1,
+        "video": 0,
+        "audio": 1,
+    }
+    some = EngineOptions("m", device="cpu", max_media_per_prompt={"image": 8, "video": 2})
+    assert engine_arguments(some, adapter_of("llava"))["limit_mm_per_prompt"] == {"image": 8, "video": 2}
+    assert "limit_mm_per_prompt" not in engine_arguments(some, adapter_of("llama"))
