@@ -136,7 +136,9 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         media_kinds=tuple(media_kinds),
         temperature=config.rollout.temperature,
         advantage=algorithm.advantage,
-        part_weights={f.name: f.weight for f in config.reward.functions} if algorithm.normalize_parts else {},
+        part_weights={f.name: f.weight for f in config.reward.functions if f.weight}
+        if algorithm.normalize_parts
+        else {},
         overlong_buffer=round(algorithm.overlong_buffer * config.rollout.max_completion_length),
         mask_truncated=algorithm.mask_truncated,
         max_completion_length=config.rollout.max_completion_length,

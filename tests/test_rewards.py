@@ -415,6 +415,43 @@ def test_contract_one_verdict_per_completion_for_any_text(
     assert [reward(ScoringRequest("prompt", (c,), answer=gold))[0] for c in completions] == list(first)
 
 
+MANY = 20_000
+BAD = {
+    "empty": "",
+    "white space": " \n" * MANY,
+    "100k characters": "a" * 100_000,
+    "100k words": "red " * 100_000,
+    "lone surrogates": "<answer>\ud800\udfff</answer>",
+    "replacement characters": "<think>\ufffd</think><answer>\ufffd\ufffd</answer>",
+    "null bytes": "<answer>\x00</answer>",
+    "nested tags": "<think>" * MANY + "</think>" * MANY + "<answer>7</answer>",
+    "repeated tags": GOOD * MANY,
+    "tags without end": "<answer>" * MANY,
+    "tags without beginning": "</answer>" * MANY,
+    "brackets": "<answer>" + "{" * MANY + "[" * MANY + "</answer>",
+    "dollars and fences": "$" * MANY + "```" * MANY + "<tool_call>" * MANY,
+    "fractions nested": "<answer>" + "\\frac{1}{" * 10_000 + "1" + "}" * 10_000 + "</answer>",
+    "a tower of powers": "<answer>10^{10^{10}}</answer>",
+    "a tower in prose": "so it is $10^{10^{10}}$",
+    "a long number": f"<answer>{'9' * 100_000}</answer>",
+    "letters and points": "<answer>" + "A. " * MANY + "</answer>",
+}
+
+
+@pytest.mark.parametrize("reward", SHIPPED, ids=repr)
+@pytest.mark.parametrize("gold", ["3", None])
+def test_bad_input_gets_a_verdict_with_a_reason(reward: RewardFunction, gold: str | None) -> None:
+    """Every one of them at once, and none drags the others along."""
+    verdicts = reward(ScoringRequest("what?", tuple(BAD.values()), answer=gold))
+    assert len(verdicts) == len(BAD)
+    for name, verdict in zip(BAD, verdicts, strict=True):
+        assert verdict.score is not None or verdict.reason, name
+        if isinstance(reward, AccuracyReward) and gold is not None:
+            assert verdict.score == 0.0 and verdict.reason, name
+        if gold is None and not isinstance(reward, FormatReward | LengthReward | RepetitionReward | LanguageReward):
+            assert isinstance(reward, JsonSchemaReward) or verdict.status == "unscorable"
+
+
 def test_a_step_of_word_answers_costs_little() -> None:
     """512 completions, measured at under 30 ms; the limit here is generous for a busy machine."""
     words = ["red", "green", "blue", "circle", "square", "one", "2", "3", "four"]
