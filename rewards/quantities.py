@@ -11,7 +11,7 @@ from rewards.mathematics import MAX_CHARACTERS
 Units = Literal["exact", "convert", "optional"]
 
 _QUANTITY = re.compile(
-    r"(?P<number>[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)"
+    r"(?P<number>[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?)"
     r"[\s~]*(?P<unit>\\?[%°A-Za-zµμΩ][A-Za-zµμΩ0-9°%/*·^ -]*)?"
 )
 """A plain number, then perhaps a unit of up to 24 characters in which no exponent has two digits."""
@@ -45,7 +45,7 @@ def quantities_equal(gold: str, answer: str, tolerance: float = 0.0, *, optional
 def _quantity(text: str) -> tuple[float, str] | None:
     """Number and unit (perhaps none) of `text`, which holds nothing else."""
     match = _QUANTITY.fullmatch(_TEXT.sub(lambda m: m[1] or " ", text).strip()) if len(text) <= MAX_CHARACTERS else None
-    if match is None or not any(c.isdigit() for c in match["number"]):
+    if match is None:
         return None
     unit = (match["unit"] or "").strip()
     if len(unit) > 24 or re.search(r"[0-9]{2}", unit):  # pint would compute m**99999999
