@@ -158,4 +158,7 @@ def algorithm_problems(config: RunConfig) -> list[str]:
         found.append(
             "algorithm.normalize_parts: two of reward.functions have one name, so their scores cannot be told apart"
         )
+    gates = [f"{f.name} (combine: {f.combine})" for f in config.reward.functions if f.combine != "sum"]
+    if algorithm.normalize_parts and gates:
+        found.append(f"algorithm.normalize_parts normalises the parts of a sum, and takes no {', '.join(gates)}")
     return found

@@ -15,7 +15,7 @@ from driver import checkpoints
 from driver.config import ConfigError, RunConfig
 from driver.metrics import read_metrics
 from driver.wiring import config_adapter, data_options, reward_specs
-from rewards.registry import check_rewards
+from rewards.registry import COMPARING, check_rewards
 from rollout.prompts import DataError, PromptSource
 from rollout.types import MediaKind
 from vlm.adapter import AdapterError
@@ -62,10 +62,11 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
             problems.append(f"{key}: {error}")
             continue
         choices.lines.append(f"{key}: {len(source)} rows; {source.columns}")
-        if source.columns.answer is None and any(f.name == "accuracy" for f in config.reward.functions):
+        comparing = [f.name for f in config.reward.functions if f.name in COMPARING]
+        if source.columns.answer is None and comparing:
             problems.append(
-                f"{key}: the reward 'accuracy' compares with answers, and no column is known to hold them; name it: "
-                f"data.columns.answer. Not used are: {', '.join(source.unused) or 'none'}"
+                f"{key}: the reward {comparing[0]!r} compares with answers, and no column is known to hold them; name "
+                f"it: data.columns.answer. Not used are: {', '.join(source.unused) or 'none'}"
             )
         kinds = [kind for kind, _ in source.columns.media if kind in adapter.modalities]
         choices.media_kinds = tuple(dict.fromkeys((*choices.media_kinds, *kinds)))

@@ -50,6 +50,8 @@ REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "reward_model": RewardModelReward,
 }
 """Shipped rewards: name -> factory, which takes the options as keyword arguments."""
+COMPARING = frozenset({"accuracy", "multiple_choice", "exact_match", "contains", "edit_distance", "counting"})
+"""Those that can score nothing without the row's answer."""
 UNBOUNDED = frozenset({"reward_model"})
 """Those whose best score is not 1.0."""
 

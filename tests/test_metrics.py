@@ -49,6 +49,7 @@ def record(step: int) -> StepRecord:
         learner={"kl": 0.01, "entropy": 1.5, "mismatch_mean": 1e-6, "mismatch_max": 1e-5},
         seconds={"rollout": 0.5, "learn": 1.0, "sync": 0.25, "driver": 0.25, "total": 2.0},
         busy={},
+        reward_seconds={"accuracy": 0.75},
     )
 
 
@@ -58,7 +59,8 @@ def test_the_prometheus_endpoint_and_the_log_agree_and_a_resume_rewrites(local_r
     for step in (1, 2, 3):
         log.step(record(step))
     text = urllib.request.urlopen(f"http://127.0.0.1:{unused_port}/metrics", timeout=10).read().decode()
-    for line in ("saccade_samples_per_second 2.0", "saccade_kl 0.01", "saccade_invalid_share 0.25"):
+    latency = 'saccade_reward_seconds{reward="accuracy"} 0.75'
+    for line in ("saccade_samples_per_second 2.0", "saccade_kl 0.01", "saccade_invalid_share 0.25", latency):
         assert line in text
     log.truncate_after(1)
     log.step(record(2))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from driver.config import load_config
+from driver.config import ConfigError, load_config, parse_config
 from driver.errors import RunError
 from driver.failures import check_failures
+from driver.ledger import Ledger
 from driver.metrics import group_statistics
+from driver.rollouts import RolloutPipeline
 from driver.wiring import reward_specs
+from rewards.actor import RewardActor
+from rewards.registry import RewardSpec
+from rollout.engine import SamplingParams
 from rollout.types import GroupSummary, PromptRef
+from tests.test_driver_rollouts import ScriptedData, ScriptedEngine
 
 
 def summary(row: int, reasons: tuple[str, ...], scored: int = 0, seconds: float = 0.0) -> GroupSummary:
@@ -60,6 +67,42 @@ def test_rare_kinds_are_counted_together() -> None:
     batch = [summary(i, (f"error: {'abcdefg'[i]}",)) for i in range(7)]
     with pytest.raises(RunError, match="and 2 for other reasons"):
         check_failures(batch, 0.5)
+
+
+@pytest.mark.e2e
+def test_the_batch_of_a_broken_reward_is_not_sealed(local_ray: ModuleType, tmp_path: Path) -> None:
+    ray = local_ray
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, prompts):\n"
+        "    if mine.calls:\n"
+        "        raise ValueError(f'call {mine.calls}')\n"
+        "    mine.calls += 1\n"
+        "    return [1.0 for _ in completions]\n\n"
+        "mine.calls = 0\n"
+    )
+    rewards = ray.remote(RewardActor).options(num_cpus=0).remote([RewardSpec(f"{tmp_path}/mine.py:mine")], 60.0)
+    data, engine = (ray.remote(c).options(num_cpus=0).remote() for c in (ScriptedData, ScriptedEngine))
+    options = {"prompts_per_step": 3, "max_attempts": 1, "group_timeout": 60.0, "reward_timeout": 60.0}
+    for share, passes in ((0.7, True), (0.6, False)):  # two of three groups fail
+        ray.get([rewards.start.remote(), data.load.remote(), engine.load.remote({})])
+        run = RolloutPipeline(
+            data, [engine], [rewards], Ledger(), SamplingParams(n=2), 0, max_failed_share=share, **options
+        )  # type: ignore[arg-type]
+        run.admit_through(0)
+        if passes:
+            assert [s.valid for s in run.collect(0).summaries] == [(True, True), (False, False), (False, False)]
+            continue
+        with pytest.raises(RunError, match=r"6 of 6 completions(.|\n)*6 x error: .*ValueError: call 1"):
+            run.collect(0)
+    for actor in (rewards, data, engine):
+        ray.kill(actor)
+
+
+def test_gates_cannot_be_normalised_apart(tmp_path: Path) -> None:
+    tree = {"output_dir": "x", "steps": 1, "model": {"path": "m"}, "data": {"train": ["t.parquet"]}}
+    functions = [{"name": "format", "combine": "product"}, {"name": "accuracy"}]
+    with pytest.raises(ConfigError, match=r"takes no format \(combine: product\)"):
+        parse_config({**tree, "algorithm": {"normalize_parts": True}, "reward": {"functions": functions}})
 
 
 def test_latency_is_the_mean_over_the_groups_that_a_reward_was_timed_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rewards.base import ScoringRequest, TransientError
 from rewards.compose import Combine, Term, compose
 from rewards.registry import RewardSpec, build_rewards, check_rewards, load_reward
 from rewards.user import ColumnReward, RewardSetupError
-from rollout.types import Verdict
+from rollout.types import Completion, Segment, Verdict
 
 REQUEST = ScoringRequest("what colour?", ("red", "blue!", ""), answer="red", columns={"level": 2, "tags": ["a", "b"]})
 
@@ -75,6 +76,49 @@ def test_functions_of_a_file_are_called_with_what_they_take(source: str) -> None
 def test_functions_of_a_module_and_of_a_relative_path(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(source).parent)
     assert scores("mine:length") == scores("mine.py:length") == [3.0, 5.0, 0.0]
+
+
+TRL = """
+import re
+
+def has_answer(completions, **kwargs):
+    return [1.0 if re.search("<answer>.*</answer>", text) else 0.0 for text in completions]
+
+def matches_truth(completions, ground_truth, **kwargs):
+    return [1.0 if text == truth else 0.0 for text, truth in zip(completions, ground_truth)]
+
+def by_task(prompts, completions, completion_ids, task, **kwargs):
+    return [float(len(ids)) if kind == "math" else None for ids, kind in zip(completion_ids, task)]
+
+async def later(prompts, completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+def test_signatures_of_trl_are_taken_as_they_are(tmp_path: Path) -> None:
+    """The forms that TRL documents: completions and further columns, token ids, None for other tasks, async."""
+    path = tmp_path / "trl_style.py"
+    path.write_text(TRL)
+    raw = tuple(
+        Completion(
+            (Segment(np.arange(n, dtype=np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32)),), "", "stop", 0
+        )
+        for n in (3, 1)
+    )
+    columns = {"ground_truth": "red", "task": "math"}
+    request = ScoringRequest("q", ("red", "<answer>red</answer>"), columns=columns, raw=raw)
+
+    def values(name: str, asked: ScoringRequest = request) -> list[float | None]:
+        reward = load_reward(f"{path}:{name}", columns=tuple(columns))
+        return [verdict.score for verdict in reward(asked)]
+
+    assert values("has_answer") == [0.0, 1.0]
+    assert values("matches_truth") == [1.0, 0.0]
+    assert values("by_task") == [3.0, 1.0]
+    assert values("by_task", replace(request, columns={**columns, "task": "other"})) == [None, None]
+    assert values("later") == [3.0, 20.0]
+    needs = [getattr(load_reward(f"{path}:{n}"), "needs_media", False) for n in ("by_task", "later")]
+    assert needs == [True, False]
 
 
 def test_columns_are_repeated_per_completion() -> None:
