@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from rewards.worker import RewardWorker
 
 PATIENCE = 180.0
 
-isolating = pytest.mark.skipif(bool(isolation_problem()), reason=f"this machine: {isolation_problem()}")
+# Users, mounts, processes, network and the rest: asked of the kernel itself, lest a broken sandbox skip its own tests.
+TRY = "import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare(0x7C020000) != 0)"
+CAN_ISOLATE = sys.platform == "linux" and subprocess.run([sys.executable, "-c", TRY], check=False).returncode == 0
+isolating = pytest.mark.skipif(not CAN_ISOLATE, reason="this machine gives no namespaces")
+
+
+@isolating
+def test_every_wall_holds_here() -> None:
+    assert isolation_problem() == ""
 
 
 def test_without_isolation_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +50,6 @@ def test_on_other_systems_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_wall_that_does_not_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe itself, run without a sandbox: every wall is missing."""
-    import subprocess
-    import sys
 
     def unprotected(files: Any, stdin: str, limits: Limits) -> Outcome:
         command = [sys.executable, "-c", files["main.py"]]
