@@ -39,6 +39,9 @@ def length(completions, level, **columns):
         time.sleep(10_000)
     return [len(text) + value for text, value in zip(completions, level)]
 
+def none(completions):
+    return [None for _ in completions]
+
 def image_bytes(request):
     from rollout.types import Verdict
     return [Verdict.scored(len(request.media[0].data) + c.num_tokens) for c in request.raw]
@@ -140,3 +143,14 @@ def test_rewards_that_cannot_be_loaded_fail_the_start_with_the_reason(local_ray:
 
     with pytest.raises(RewardSetupError, match="no_such_module"):
         start_actor(local_ray, [RewardSpec("no_such_module:f")])
+
+
+def test_the_excerpts_of_a_report_leave_the_trace_out(source: Path) -> None:
+    """The shell without Ray around it."""
+    from rewards.actor import RewardActor
+
+    for trace, excerpt in (("visible", "<think>secret</think>short"), ("internal", "short"), ("stripped", "short")):
+        actor = RewardActor([RewardSpec(f"{source}:none")], PATIENCE, trace=trace)  # type: ignore[arg-type]
+        _, summary = actor.score(make_group("<think>secret</think>short", "x" * 1000))
+        actor.shutdown()
+        assert summary.invalid_excerpts == (excerpt, "x" * 200)

@@ -51,7 +51,7 @@ def test_every_line_of_a_file_gets_a_verdict(tmp_path: Path) -> None:
 
 
 def test_score_writes_json_lines_and_takes_options(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "leveled.py").write_text(
         "def mine(completions, level, factor=1.0):\n"
         "    return [None if value is None else factor * value for value in level]\n"
     )
@@ -62,7 +62,7 @@ def test_score_writes_json_lines_and_takes_options(tmp_path: Path) -> None:
         b'{"completion": "a", "level": NaN}\n',
         {"completion": "a"},
     )
-    result = CliRunner().invoke(app, ["rewards", "score", f"{tmp_path}/mine.py:mine", str(path), "factor=0.25"])
+    result = CliRunner().invoke(app, ["rewards", "score", f"{tmp_path}/leveled.py:mine", str(path), "factor=0.25"])
     assert result.exit_code == 0, result.output
     written = [json.loads(line) for line in result.stdout.splitlines()]
     assert written[0] == {"status": "scored", "score": 0.5, "reason": ""}
