@@ -253,6 +253,7 @@ each = Each()
 """
 
 
+@pytest.mark.e2e
 def test_only_the_guilty_completion_of_a_separable_reward_goes_without_a_score(tmp_path: Path) -> None:
     (tmp_path / "separable.py").write_text(SEPARABLE)
     worker = RewardWorker([RewardSpec(f"{tmp_path}/separable.py:each")], TIMEOUT)
