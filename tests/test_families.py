@@ -66,7 +66,7 @@ def assert_same(ours: EncodedPrompt, other: EncodedPrompt) -> None:
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)
-@settings(max_examples=6)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_split_is_the_inverse_of_join(family: str, data: st.DataObject) -> None:
     """Ragged batches: none, one, three, of several shapes and kinds; in one call of the processor or in one each."""
@@ -76,7 +76,7 @@ def test_split_is_the_inverse_of_join(family: str, data: st.DataObject) -> None:
         st.lists(st.sampled_from(sorted(adapter.modalities)), max_size=2),
     )
     batch = data.draw(st.lists(mixes, min_size=1, max_size=4))
-    if family == "internvl":  # one prompt with videos of different lengths is refused, by the processor and by vLLM
+    if adapter.stacks_videos:  # videos of different lengths in one prompt are refused
         batch = [kinds if kinds.count("video") < 2 else ["video"] for kinds in batch]
     drawn = [encode(adapter, kinds, seed) for seed, kinds in enumerate(batch)]
     alone = [adapter.encode(text, items) for text, items in drawn]
@@ -200,6 +200,18 @@ def test_lora_is_trained_by_every_family(family: str, part: str) -> None:
     assert any(p.grad.abs().max() > 0 for p in trained.values() if p.grad is not None)
     roles = {adapter.role(name.removeprefix("base_model.model.")) for name in trained}
     assert "language" in roles and (part == "all" or "vision" not in roles)
+
+
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
+def test_videos_of_different_lengths_in_one_prompt_are_refused_by_name(family: str) -> None:
+    adapter = adapter_of(family)
+    videos = [noise("video", 0, frames=2), noise("video", 1, frames=4)]
+    place = adapter.placeholder_ids["video"]
+    with pytest.raises(ValueError, match="equally many frames"):
+        adapter.expanded_length([place, place], videos)
+    texts = [adapter.modalities["video"].placeholder] * 2
+    lengths = [len(p.input_ids) for p in adapter.encode_batch(texts, [[decode(v, v.data)] for v in videos])]
+    assert lengths == [adapter.expanded_length([place], [v]) for v in videos]
 
 
 def test_an_engine_loads_every_tower_whose_weights_it_will_be_sent() -> None:

@@ -47,6 +47,8 @@ class MultimodalAdapter(ABC):  # noqa: B024
     """Tokens that stand for media, or open and close it. Never sampled, never truncated, never trained on."""
     nested_images: ClassVar[bool] = False
     """Whether the processor takes images as one list per prompt, instead of one list."""
+    stacks_videos: ClassVar[bool] = False
+    """Whether the processor takes several videos in one call only if they have equally many frames."""
     shares_prompts: ClassVar[bool] = False
     """Whether the model takes a 4-D boolean attention mask and given positions, so that several completions can be
     laid behind one copy of their prompt. False where layers differ in what they attend to (sliding windows, image
@@ -135,12 +137,15 @@ class MultimodalAdapter(ABC):  # noqa: B024
 
     def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
         """Prompt length in tokens as engine and learner count it, from unexpanded ids and the shapes of the media.
-
         Raises ValueError for shapes that the processor refuses."""
         return len(token_ids) - len(media) + sum(self.media_lengths(media))
 
     def media_lengths(self, media: Sequence[Media]) -> list[int]:
-        """Tokens that each item expands to, from its shape alone."""
+        """Tokens that each item expands to, from its shape alone. Raises ValueError for what the processor refuses."""
+        if self.stacks_videos and len({len(m.frames) for m in media if m.kind == "video"}) > 1:
+            raise AdapterError(
+                f"{type(self).__name__} takes several videos in one prompt only with equally many frames"
+            )
         images = [m for m in media if m.kind == "image"]
         counted: dict[int, int] = {}
         if images and hasattr(self.processor, "_get_num_multimodal_tokens"):
@@ -223,6 +228,8 @@ class MultimodalAdapter(ABC):  # noqa: B024
 
     def encode_batch(self, texts: Sequence[str], media: Sequence[Sequence[Decoded]]) -> list[EncodedPrompt]:
         """Encode many prompts, in one call of the processor (three times as fast as one each) that is cut apart."""
+        if self.stacks_videos and len(texts) > 1 and any(isinstance(item, Video) for own in media for item in own):
+            return [self.encode(text, own) for text, own in zip(texts, media, strict=True)]
         where = [i for i, own in enumerate(media) if own]
         done = {i: EncodedPrompt(torch.tensor(self.tokenize(texts[i]))) for i in range(len(texts)) if i not in where}
         if where:

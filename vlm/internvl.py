@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.clips import Decoded, Video
 from vlm.encoded import Counts, EncodedPrompt, Modality
 
 
@@ -25,13 +24,7 @@ class InternVLAdapter(MultimodalAdapter):
     }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
     shares_prompts: ClassVar[bool] = True
-
-    def encode_batch(self, texts: Sequence[str], media: Sequence[Sequence[Decoded]]) -> list[EncodedPrompt]:
-        """One by one where there are videos: the processor takes those of one length together, and no others."""
-        if not any(isinstance(item, Video) for own in media for item in own):
-            return super().encode_batch(texts, media)
-        encode = super().encode_batch
-        return [encode([text], [own])[0] for text, own in zip(texts, media, strict=True)]
+    stacks_videos: ClassVar[bool] = True
 
     def entries(
         self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]

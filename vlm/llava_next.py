@@ -41,6 +41,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         "video": Modality("<video>", ("pixel_values_videos", "video_frames"), features="get_video_features"),
     }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<video>")
+    stacks_videos: ClassVar[bool] = True
 
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
         videos = outputs.get("pixel_values_videos")
