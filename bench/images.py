@@ -39,7 +39,7 @@ PROMPTS = 8
 COMPLETIONS = (1, 2, 4, 8, 16)
 NEW_TOKENS = 4
 TOLERANCE = 0.02
-COUNTED = ("decoded", "processed for the engine", "processed for the learner", "put", "bytes put", "bytes fetched")
+COUNTED = ("decoded", "processed for the engine", "processed for the learner", "put", "bytes put")
 
 
 @contextmanager
@@ -99,7 +99,6 @@ async def one(actor: RolloutActor, adapter: MultimodalAdapter, file: Path, k: in
         encode_prompts(adapter, [g for g in groups if isinstance(g, RolloutGroup)], media)
     held = source.report()
     counts["put"], counts["bytes put"] = held.media_puts, held.media_bytes
-    counts["bytes fetched"] = 2 * sum(map(len, media.values()))  # by the engine's actor and by the learner
     return {"completions": k, "seconds": time.perf_counter() - start, **{name: counts[name] for name in COUNTED}}
 
 

@@ -186,6 +186,8 @@ def parity(
     ] = None,
     images: Annotated[int, typer.Option(help="Images of the case with several.", min=2)] = 3,
     video: Annotated[bool, typer.Option(help="Videos too, where the model takes them.")] = True,
+    adapter: Annotated[str | None, typer.Option(help="An adapter of your own, package.module:Class.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
     tolerance: Annotated[float, typer.Option(help="Largest difference of a log-probability that agrees.")] = 1e-5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
@@ -199,10 +201,18 @@ def parity(
     """
     from driver.parity import run_parity
 
-    console = Console()
-    if not run_parity(
-        model, tiny=tiny, images=images, video=video, tolerance=tolerance, path=json_file, console=console
-    ):
+    agreed = run_parity(
+        model,
+        tiny=tiny,
+        images=images,
+        video=video,
+        tolerance=tolerance,
+        path=json_file,
+        console=Console(),
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+    )
+    if not agreed:
         raise typer.Exit(1)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from driver.config import ConfigError
 from learner.torch_engine import TorchEngine
-from learner.types import EncodingMismatchError, LearnerOptions
+from learner.types import LearnerOptions
 from learner.update import score_groups
 from rollout.engine import EngineOptions, SamplingParams
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup
@@ -35,6 +35,8 @@ from vlm.tiny.noise import noise
 
 SIZES = ((84, 84), (120, 60), (60, 150))
 """Width and height of the images: square, wide and high."""
+SHAPES: Mapping[str, Mapping[str, Any]] = {"video": {"frames": 27, "fps": 10, "shown": 6}}
+"""Of a video: frames that are left out, and steps in time that are no whole number of positions."""
 COMPLETIONS, NEW_TOKENS = 4, 8
 VISIBLE = 1e-3
 """By less than this, changed pixels do not count as seen."""
@@ -81,6 +83,7 @@ def parity(
     video: bool = True,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    kv_cache_gib: float = 4.0,
     seed: int = 0,
 ) -> list[CaseResult]:
     """Compare vLLM and the learner's model on this machine's CPU, in float32, in the cases of `cases`.
@@ -95,7 +98,7 @@ def parity(
         max_model_len=max(p.expanded_length for p in prompts) + NEW_TOKENS,
         max_num_seqs=COMPLETIONS,
         device="cpu",
-        kv_cache_gib=0.25,
+        kv_cache_gib=kv_cache_gib,
         max_media_per_prompt={kind: max(parts.count(kind) for parts in chosen.values()) for kind in family.modalities},
         trust_remote_code=trust_remote_code,
         extra={"mm_processor_cache_gb": 0},  # it would not say again what it made of an image
@@ -142,7 +145,9 @@ def case_prompt(family: MultimodalAdapter, name: str, parts: Sequence[str], seed
 def case_media(family: MultimodalAdapter, parts: Sequence[str], seed: int) -> tuple[Media, ...]:
     kinds = [part for part in parts if part in family.modalities]
     sizes = [dict(zip(("width", "height"), SIZES[i % len(SIZES)], strict=True)) for i in range(len(kinds))]
-    return tuple(noise(kind, seed + i, **(sizes[i] if kind == "image" else {})) for i, kind in enumerate(kinds))
+    return tuple(
+        noise(kind, seed + i, **(sizes[i] if kind == "image" else SHAPES.get(kind, {}))) for i, kind in enumerate(kinds)
+    )
 
 
 async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:
@@ -196,15 +201,17 @@ def compare(
         others = [noise(m.kind, seed + 100 + i, **_shape(m)) for i, m in enumerate(prompt.media)]
         moved = float(np.abs(score(others) - ours).max())
         return replace(result, moved=moved, pixels=_pixel_difference(family, prompt, sampled.inputs))
-    except (EncodingMismatchError, AdapterError) as error:
-        return replace(result, problem=str(error))
+    except Exception as error:  # as with the engine: the finding of this case
+        return replace(result, problem=f"learner: {type(error).__name__}: {error}")
 
 
 def _shape(media: Media) -> dict[str, Any]:
     """What `noise` makes an item of the same tokens from."""
     if media.kind == "audio":
         return {"seconds": media.samples / SOUND_RATE}
-    frames = {"frames": media.total_frames, "fps": int(media.fps)} if media.kind == "video" else {}
+    frames: dict[str, Any] = {}
+    if media.kind == "video":
+        frames = {"frames": media.total_frames, "fps": int(media.fps), "shown": len(media.frames)}
     return {"width": media.width, "height": media.height, **frames}
 
 
@@ -236,6 +243,8 @@ def run_parity(
     tolerance: float,
     path: Path | None,
     console: Console,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
 ) -> bool:
     """`parity` of a model, or of the tiny model of a family (`all`: of every family), as a table and as JSON.
 
@@ -250,15 +259,28 @@ def run_parity(
         for family in families:
             source = model if model is not None else str(build_tiny(family, Path(folder) / family))
             name = model or family
-            results[name] = parity(source, images=images, video=video)
+            results[name] = parity(
+                source,
+                images=images,
+                video=video,
+                adapter=adapter,
+                trust_remote_code=trust_remote_code,
+                kv_cache_gib=4.0 if model is not None else 0.25,
+            )
             console.print(_table(name, results[name], tolerance))
             for result in results[name]:
                 if result.problem:
                     console.print(f"{result.case}: {escape(result.problem)}", soft_wrap=True)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({n: [asdict(r) for r in rs] for n, rs in results.items()}, indent=1) + "\n")
+        found = {n: [_jsonable(r) for r in rs] for n, rs in results.items()}
+        path.write_text(json.dumps(found, indent=1) + "\n")
     return all(result.agrees(tolerance) for own in results.values() for result in own)
+
+
+def _jsonable(result: CaseResult) -> dict[str, Any]:
+    """A figure that does not exist is null: NaN is no JSON."""
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(result).items()}
 
 
 def _table(name: str, results: Sequence[CaseResult], tolerance: float) -> Table:

@@ -46,7 +46,8 @@ class PolicyModule(nn.Module):
         head = self.base.get_output_embeddings()
         _check_head(self.base, head, adapter)
         self.head = LogprobHead(head, banned=adapter.banned_token_ids, temperature=temperature, chunk_rows=chunk_rows)
-        self._dummies = {kind: _dummy(adapter, kind) for kind in adapter.towers() if kind in media_kinds}
+        used = {adapter.modalities[kind].inputs[0] for kind in media_kinds if kind in adapter.modalities}
+        self._dummies = {kind: _dummy(adapter, kind) for kind, m in adapter.towers().items() if m.inputs[0] in used}
         # Kept here because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.
         self._dtype = head.weight.dtype
 

@@ -182,7 +182,7 @@ def build_rows(
             if verdict.score is not None and not (options.mask_truncated and completion.finish_reason == "length")
         ]
         samples = [s for s in samples if s.trainable.any()]
-        rows.append(make_rows(prompt, samples, _break_even(adapter), options.micro_batch_tokens))
+        rows.append(make_rows(prompt, samples, prompt_break_even(adapter), options.micro_batch_tokens))
     return rows
 
 
@@ -222,7 +222,7 @@ def score_groups(
     samples: list[list[Sample]] = []
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
         samples.append([to_sample(completion) for completion in group.completions])
-        rows += make_rows(prompt, samples[-1], _break_even(adapter), options.micro_batch_tokens)
+        rows += make_rows(prompt, samples[-1], prompt_break_even(adapter), options.micro_batch_tokens)
     scored: dict[int, np.ndarray] = {}
     for members in plan_batches(engine, rows, options):
         batch = collate([rows[i] for i in members], adapter)
@@ -260,5 +260,9 @@ def _metrics(results: Sequence[StepResult], tokens: float) -> dict[str, float]:
     return {**token_means(sums, tokens), **maxima}
 
 
-def _break_even(adapter: MultimodalAdapter) -> int | None:
-    return attention_break_even(adapter.model_config) if adapter.shares_prompts else None
+def prompt_break_even(adapter: MultimodalAdapter) -> int | None:
+    """None where a completion must have a row of its own: a window of attention would be counted over its siblings."""
+    text = adapter.model_config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    windowed = "sliding_attention" in kinds if kinds else getattr(text, "sliding_window", None) is not None
+    return attention_break_even(adapter.model_config) if adapter.shares_prompts and not windowed else None

@@ -3,12 +3,14 @@ stand in for pixels, every parameter has a role."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from learner.model import load_policy
-from learner.samples import collate
+from learner.samples import Row, collate, encode_prompts, to_sample
+from learner.update import prompt_break_even
 from rollout.engine import EngineOptions
 from rollout.types import Media
 from rollout.vllm_engine import engine_arguments
 from tests.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.clips import decode
-from vlm.encoded import counts_of
+from vlm.encoded import AdapterError, counts_of
+from vlm.idefics3 import patch_places
 from vlm.media import ImageLimits, MediaError, check_image
+from vlm.mrope import mrope_positions
 from vlm.registry import load_adapter
 from vlm.tiny import TINY, build_tiny
 from vlm.tiny.noise import noise
@@ -202,9 +207,8 @@ def test_lora_is_trained_by_every_family(family: str, part: str) -> None:
     assert "language" in roles and (part == "all" or "vision" not in roles)
 
 
-@pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
-def test_videos_of_different_lengths_in_one_prompt_are_refused_by_name(family: str) -> None:
-    adapter = adapter_of(family)
+def test_videos_of_different_lengths_in_one_prompt_are_refused_by_name() -> None:
+    adapter = adapter_of("internvl")
     videos = [noise("video", 0, frames=2), noise("video", 1, frames=4)]
     place = adapter.placeholder_ids["video"]
     with pytest.raises(ValueError, match="equally many frames"):
@@ -225,3 +229,115 @@ def test_an_engine_loads_every_tower_whose_weights_it_will_be_sent() -> None:
     some = EngineOptions("m", device="cpu", max_media_per_prompt={"image": 8, "video": 2})
     assert engine_arguments(some, adapter_of("llava"))["limit_mm_per_prompt"] == {"image": 8, "video": 2}
     assert "limit_mm_per_prompt" not in engine_arguments(some, adapter_of("llama"))
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_rows_of_one_prompt_share_its_media_and_see_what_each_would_alone(family: str) -> None:
+    """Completions in rows of their own and behind one prompt, among other prompts, against each in a batch alone."""
+    adapter = adapter_of(family)
+    chosen = options(model_of(family), media_kinds=tuple(adapter.modalities))
+    policy = load_policy(chosen, adapter)
+    mixes = [["image"], [], ["image", *(k for k in adapter.modalities if k != "image")], ["image"] * 2]
+    groups = [make_group(adapter, i, media=kinds, scores=[0.0, 1.0, 0.5]) for i, kinds in enumerate(mixes)]
+    media = {m.digest: m.data for g in groups for m in g.prompt.media}
+    prompts = encode_prompts(adapter, groups, media)
+    samples = [[to_sample(c) for c in g.completions] for g in groups]
+    own = [Row(prompt, (sample,)) for prompt, mine in zip(prompts, samples, strict=True) for sample in mine]
+    mixed = [own[i] for i in (9, 0, 3, 6, 1, 10, 7, 4, 2, 8, 5, 11)]
+
+    def logprobs(rows: Sequence[Row]) -> dict[int, torch.Tensor]:
+        batch = collate(rows, adapter)
+        values = policy(batch)[0]
+        parts = [values[b][batch.loss_mask[b]].split([len(s) for s in row.samples]) for b, row in enumerate(rows)]
+        return {
+            id(s): part
+            for row, mine in zip(rows, parts, strict=True)
+            for s, part in zip(row.samples, mine, strict=True)
+        }
+
+    with torch.no_grad():
+        alone = {key: value for row in own for key, value in logprobs([row]).items()}
+        layouts = [logprobs(mixed)]
+        if adapter.shares_prompts:
+            layouts.append(logprobs([Row(p, tuple(mine)) for p, mine in zip(prompts, samples, strict=True)]))
+    for layout in layouts:
+        for key, value in alone.items():
+            torch.testing.assert_close(layout[key], value, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", [4, 14, 26, 27, 70])
+def test_patches_lie_where_vllm_puts_them(side: int) -> None:
+    from vllm.model_executor.models.idefics2_vision_model import Idefics2VisionEmbeddings
+
+    mask = torch.zeros(3, side, side, dtype=torch.bool)
+    for image, (height, width) in enumerate([(side, side), (max(1, side // 3), side), (side, max(1, side - 3))]):
+        mask[image, :height, :width] = True
+    engine = SimpleNamespace(num_patches_per_side=side, position_embedding=SimpleNamespace(weight=torch.zeros(1)))
+    assert torch.equal(patch_places(mask, side), Idefics2VisionEmbeddings.get_position_ids(engine, mask))
+
+
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm", "aria"])
+def test_the_learners_tower_uses_these_places(family: str) -> None:
+    """Told by embeddings of positions that are their own numbers."""
+    adapter = adapter_of(family)
+    base = load_policy(options(model_of(family)), adapter).model.base_model
+    embeddings = (base.vision_tower if family == "aria" else base.vision_model).embeddings
+    side = embeddings.num_patches_per_side
+    with torch.no_grad():
+        embeddings.patch_embedding.weight.zero_()
+        embeddings.patch_embedding.bias.zero_()
+        embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None].expand(-1, embeddings.embed_dim))
+        edge = side * embeddings.patch_size
+        out = embeddings(torch.zeros(1, 3, edge, edge), torch.ones(1, side, side, dtype=torch.bool))
+    assert out[0, :, 0].tolist() == list(range(side * side))
+
+
+def test_a_step_in_time_is_rounded_as_in_vllm() -> None:
+    """vLLM: numpy's float64 product, cut off. In float32, 27 x 1.4814815 would be 40 and not 39."""
+    grid = torch.tensor([40, 1, 1])
+    steps = [float(torch.tensor(2 / fps)) * 2.0 for fps in (1.35, 2.3, 3.7, 10.0 / 54 * 12)]
+    for step in steps:
+        kinds = torch.full((1, 40), 2)
+        ours = mrope_positions(kinds, torch.ones_like(kinds), {2: iter([(grid, step)])})
+        assert ours[0, 0].tolist() == (np.indices((40, 1, 1))[0] * step).astype(np.int64).flatten().tolist()
+
+
+def test_an_image_beside_blank_lines_is_still_found_in_gemma3() -> None:
+    adapter = adapter_of("gemma3")
+    parts = [{"type": "text", "text": "a\n\n\n"}, {"type": "image"}, {"type": "text", "text": "\n\nb"}]
+    text = adapter.render([{"role": "user", "content": parts}])
+    assert "a\n<start_of_image>b" in text
+
+
+def test_an_image_of_one_token_is_refused_by_mistral3() -> None:
+    adapter = adapter_of("mistral3")
+    place = [adapter.placeholder_ids["image"]]
+    with pytest.raises(ValueError, match="single token"):
+        adapter.expanded_length(place, [Media("image", "", b"", 20, 8)])
+    assert adapter.expanded_length(place, [Media("image", "", b"", 56, 56)]) > 2
+
+
+def test_sounds_that_are_too_long_or_too_short_are_refused() -> None:
+    adapter = adapter_of("qwen2_5_omni")
+    place = [adapter.placeholder_ids["audio"]]
+    with pytest.raises(ValueError, match=r"a sound of 31 s; the model hears 30 s"):
+        adapter.expanded_length(place, [Media("audio", "", b"", samples=31 * 16000)])
+    with pytest.raises(MediaError, match="no less than 0.1 s"):
+        noise("audio", 0, seconds=0.05)
+
+
+def test_a_window_of_attention_is_not_counted_over_siblings() -> None:
+    adapter = adapter_of("qwen2")
+    assert prompt_break_even(adapter) is not None
+    windowed = copy.deepcopy(adapter)
+    windowed.model_config.layer_types = ["sliding_attention", "full_attention"]
+    assert prompt_break_even(windowed) is None
+
+
+def test_a_model_that_nobody_knows_is_answered_with_those_that_are_known(tmp_path: Path) -> None:
+    for model_type in ("nobodys_model", "gpt2"):
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+        with pytest.raises(AdapterError, match=r"qwen2_5_vl.*package.module:Class.*docs/adapters.md"):
+            load_adapter(str(tmp_path))
+    with pytest.raises(AdapterError, match="no subclass"):
+        load_adapter(str(tmp_path), "pathlib:Path")

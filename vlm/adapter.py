@@ -130,11 +130,6 @@ class MultimodalAdapter(ABC):  # noqa: B024
         kinds = {token: kind for kind, token in self.placeholder_ids.items()}
         return [kinds[t] for t in map(int, token_ids) if t in kinds]
 
-    def count_media(self, token_ids: Sequence[int]) -> dict[MediaKind, int]:
-        """Placeholders in unexpanded ids, by kind; kinds without any are left out."""
-        order = self.media_order(token_ids)
-        return {kind: order.count(kind) for kind in self.modalities if kind in order}
-
     def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
         """Prompt length in tokens as engine and learner count it, from unexpanded ids and the shapes of the media.
         Raises ValueError for shapes that the processor refuses."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.encoded import Modality
+from vlm.idefics3 import place_patches_as_vllm
 
 
 class AriaAdapter(MultimodalAdapter):
@@ -38,4 +39,5 @@ class AriaAdapter(MultimodalAdapter):
         def unmasked(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "attention_mask": None}
 
+        place_patches_as_vllm(model.base_model.vision_tower.embeddings)
         model.base_model.vision_tower.encoder.register_forward_pre_hook(unmasked, with_kwargs=True)

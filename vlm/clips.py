@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 SOUND_RATE = 16_000
 """Samples per second that every audio model here is trained on."""
+MIN_SAMPLES = SOUND_RATE // 10
+"""Of a sound: shorter ones leave nothing behind the convolutions of a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,12 @@ def open_video(data: bytes, media: Media) -> Video:
 def check_sound(data: bytes, limits: ImageLimits) -> Media:
     """Decode once under `limits` on the file. Raises MediaError."""
     limits.check_bytes(len(data))
-    return Media("audio", digest(data), data, samples=len(open_sound(data)))
+    samples = len(open_sound(data))
+    if samples < MIN_SAMPLES:
+        raise MediaError(
+            f"a sound of {samples / SOUND_RATE:.3f} s; models hear no less than {MIN_SAMPLES / SOUND_RATE} s"
+        )
+    return Media("audio", digest(data), data, samples=samples)
 
 
 def open_sound(data: bytes) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rollout.types import Media, MediaKind
-from vlm.adapter import MultimodalAdapter
+from vlm.adapter import Messages, MultimodalAdapter
 from vlm.encoded import Modality
 from vlm.llava import TOWER_LEVEL
 
@@ -24,6 +25,11 @@ class Gemma3Adapter(MultimodalAdapter):
     untrainable_on: ClassVar[Mapping[str, str]] = {
         "cuda": "vLLM may let the tokens of an image see each other there, as it does not on CPU; compare the two first"
     }
+
+    def render(self, messages: Messages) -> str:
+        """An image brings blank lines of its own; further ones beside it are left out, or vLLM would not find it."""
+        image = re.escape(self.modalities["image"].placeholder)
+        return re.sub(rf"(\n?)\n*({image})\n*", r"\1\2", super().render(messages))
 
     def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
         """An image's tokens come with blank lines around them, which the tokenizer merges with what stands beside."""

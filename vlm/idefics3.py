@@ -5,11 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.encoded import Counts, EncodedPrompt, Modality
+
+
+def place_patches_as_vllm(embeddings: Any) -> None:
+    """Make the tower compute its patches' positions in float32 whatever its precision. transformers multiplies by a
+    rounded step and compares in the precision of the weights, which puts patches of large tiles elsewhere."""
+
+    def forward(pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        return patches + embeddings.position_embedding(
+            patch_places(patch_attention_mask, embeddings.num_patches_per_side)
+        )
+
+    embeddings.forward = forward
+
+
+def patch_places(mask: Tensor, side: int) -> Tensor:
+    """int64 `[B, H W]`: where in a grid of `side` x `side` positions each patch of an image lies; 0 where `mask`
+    `[B, H, W]` is False. A patch n of m is at the position that holds n / m of the side."""
+    boundaries = torch.arange(1 / side, 1.0, 1 / side, device=mask.device)
+
+    def places(count: Tensor, patches: int) -> Tensor:
+        along = torch.arange(patches, device=mask.device)[None] / count.clamp(min=1)[:, None]
+        return torch.bucketize(along, boundaries, right=True)
+
+    rows, columns = places(mask[:, :, 0].sum(1), mask.shape[1]), places(mask[:, 0, :].sum(1), mask.shape[2])
+    return torch.where(mask, rows[:, :, None] * side + columns[:, None, :], 0).flatten(1)
 
 
 class Idefics3Adapter(MultimodalAdapter):
@@ -41,6 +68,9 @@ class Idefics3Adapter(MultimodalAdapter):
 
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
         return super().without_bookkeeping({k: v for k, v in outputs.items() if k not in ("rows", "cols")})
+
+    def prepare_model(self, model: Any) -> None:
+        place_patches_as_vllm(model.base_model.vision_model.embeddings)
 
     def _tiles(self, input_ids: Tensor) -> int:
         return input_ids.tolist().count(self.placeholder_ids["image"]) // int(self.processor.image_seq_len)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rollout.types import Media, MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.encoded import Modality
+from vlm.encoded import AdapterError, Modality
 
 
 class PixtralAdapter(MultimodalAdapter):
@@ -23,7 +23,11 @@ class PixtralAdapter(MultimodalAdapter):
 
     def media_lengths(self, media: Sequence[Media]) -> list[int]:
         """By trial: the arithmetic foretells tokens for shapes that the processor then scales to nothing."""
-        return [self.length_by_trial(item) for item in media]
+        lengths = [self.length_by_trial(item) for item in media]
+        merged = getattr(self.model_config, "spatial_merge_size", 1) > 1
+        if merged and min(lengths, default=3) < 3:  # one token, and the end of its row
+            raise AdapterError("an image of a single token, which Mistral3's projector does not take")
+        return lengths
 
     def without_padding(self, inputs: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
         if "pixel_values" not in inputs:

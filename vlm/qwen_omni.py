@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from rollout.types import MediaKind
+from rollout.types import Media, MediaKind
+from vlm.clips import SOUND_RATE
 from vlm.encoded import AdapterError, Modality
 from vlm.qwen_vl import QwenVLAdapter
 
@@ -41,6 +42,15 @@ class QwenOmniAdapter(QwenVLAdapter):
 
     def __init__(self, processor: Any, model_config: Any) -> None:
         super().__init__(processor, getattr(model_config, "thinker_config", model_config))
+
+    def media_lengths(self, media: Sequence[Media]) -> list[int]:
+        longest = int(self.processor.feature_extractor.n_samples)
+        for item in media:
+            if item.kind == "audio" and item.samples > longest:
+                raise AdapterError(
+                    f"a sound of {item.samples / SOUND_RATE:g} s; the model hears {longest / SOUND_RATE:g} s"
+                )
+        return super().media_lengths(media)
 
     def positions_per_second(self) -> float:
         return float(self.model_config.position_id_per_seconds)

@@ -99,9 +99,6 @@ class Qwen3VLAdapter(QwenVLAdapter):
                 yield torch.tensor([1, height, width]), 1.0
 
     def repeat_features(self, features: Any, index: Tensor) -> None:
-        """`deepstack_features`: per layer `[tokens of all items, H]`."""
-        lengths = [len(f) for f in features.pooler_output]
-        features.deepstack_features = [
-            torch.cat([layer.split(lengths)[i] for i in index]) for layer in features.deepstack_features
-        ]
+        """`deepstack_features`: per layer one tensor `[tokens, H]` an item."""
+        features.deepstack_features = [[layer[i] for i in index] for layer in features.deepstack_features]
         super().repeat_features(features, index)

@@ -46,31 +46,38 @@ def load_adapter(path: str, adapter: str | None = None, *, trust_remote_code: bo
     """The adapter of the model at `path` (a directory or hub name).
 
     Raises AdapterError when there is no model at `path` or no adapter for its type."""
-    if adapter is not None:
-        module, _, name = adapter.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise AdapterError(f"model.adapter {adapter!r} cannot be imported: {error}") from error
-    else:
-        if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
-            raise AdapterError(f"no usable model at {path!r}: there is no such folder")
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise AdapterError(f"no usable model at {path!r}: {reason}") from error
-        model_type = config.model_type
-        tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-        found = ADAPTERS.get(f"{model_type}/{tower}") or ADAPTERS.get(model_type)
-        if found is None:
-            known = ", ".join(sorted(ADAPTERS))
-            raise AdapterError(
-                f"no adapter for model type {model_type!r} of {path!r}; known: {known}. "
-                "Write one and name it as model.adapter: 'package.module:Class'"
-            )
-        cls = found
+    cls = _own(adapter) if adapter is not None else _known(path, trust_remote_code)
     try:
         return cls.load(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise AdapterError(f"no usable tokenizer or processor at {path!r}: {str(error).splitlines()[0]}") from error
+
+
+def _own(adapter: str) -> type[MultimodalAdapter]:
+    module, _, name = adapter.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module may fail in any way
+        raise AdapterError(f"model.adapter {adapter!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, MultimodalAdapter)):
+        raise AdapterError(f"model.adapter {adapter!r} is no subclass of vlm.adapter.MultimodalAdapter")
+    return cls
+
+
+def _known(path: str, trust_remote_code: bool) -> type[MultimodalAdapter]:
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise AdapterError(f"no usable model at {path!r}: there is no such folder")
+    hint = (
+        f"Model types with an adapter: {', '.join(sorted(ADAPTERS))}. Write one for another and name it as "
+        "model.adapter: 'package.module:Class' (docs/adapters.md)"
+    )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # files that others made: configurations fail in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise AdapterError(f"no usable model at {path!r}: {reason}. {hint}") from error
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    found = ADAPTERS.get(f"{config.model_type}/{tower}") or ADAPTERS.get(config.model_type)
+    if found is None:
+        raise AdapterError(f"no adapter for model type {config.model_type!r} of {path!r}. {hint}")
+    return found

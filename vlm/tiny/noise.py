@@ -22,8 +22,10 @@ def noise_image(seed: int, width: int = 84, height: int = 56) -> Media:
     return Media("image", digest(buffer.getvalue()), buffer.getvalue(), width, height)
 
 
-def noise_video(seed: int, width: int = 84, height: int = 56, frames: int = 4, fps: int = 2) -> Media:
-    """An MP4 of which every frame is shown."""
+def noise_video(
+    seed: int, width: int = 84, height: int = 56, frames: int = 4, fps: int = 2, shown: int | None = None
+) -> Media:
+    """An MP4 of which `shown` frames are shown, or all."""
 
     def encode(stream: Any) -> Any:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -32,7 +34,7 @@ def noise_video(seed: int, width: int = 84, height: int = 56, frames: int = 4, f
                 av.VideoFrame.from_ndarray(_pixels(seed + 1000 * n, height, width), format="rgb24")
             )
 
-    return check_video(_container("mp4", "mpeg4", fps, encode), ImageLimits(), frames)
+    return check_video(_container("mp4", "mpeg4", fps, encode), ImageLimits(), shown or frames)
 
 
 def noise_sound(seed: int, seconds: float = 1.0) -> Media:
