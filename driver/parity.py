@@ -144,10 +144,12 @@ def case_prompt(family: MultimodalAdapter, name: str, parts: Sequence[str], seed
 
 def case_media(family: MultimodalAdapter, parts: Sequence[str], seed: int) -> tuple[Media, ...]:
     kinds = [part for part in parts if part in family.modalities]
-    sizes = [dict(zip(("width", "height"), SIZES[i % len(SIZES)], strict=True)) for i in range(len(kinds))]
-    return tuple(
-        noise(kind, seed + i, **(sizes[i] if kind == "image" else SHAPES.get(kind, {}))) for i, kind in enumerate(kinds)
-    )
+    shapes = [{**SHAPES.get(kind, {}), **_size(kind, i)} for i, kind in enumerate(kinds)]
+    return tuple(noise(kind, seed + i, **shapes[i]) for i, kind in enumerate(kinds))
+
+
+def _size(kind: str, i: int) -> dict[str, int]:
+    return dict(zip(("width", "height"), SIZES[i % len(SIZES)], strict=True)) if kind == "image" else {}
 
 
 async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:

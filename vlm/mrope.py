@@ -40,6 +40,6 @@ def mrope_positions(kinds: Tensor, attention_mask: Tensor, items: Mapping[int, I
 
 
 def _grid_positions(grid: Tensor, step: float) -> Tensor:
-    """int64 `[3, t h w]`. In float64, as in vLLM: float32 would round some steps that are no whole numbers elsewhere."""
+    """int64 `[3, t h w]`. In float64, as in vLLM: float32 would round some steps elsewhere."""
     time, height, width = torch.meshgrid(*(torch.arange(int(n)) for n in grid), indexing="ij")
     return torch.stack([(time.double() * step).to(torch.int64), height, width]).flatten(1)
