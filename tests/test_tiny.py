@@ -92,7 +92,7 @@ def test_the_smallest_image_takes_four_tokens(words_adapter: MultimodalAdapter) 
 
 
 @settings(max_examples=25)
-@given(sizes=st.lists(st.tuples(st.integers(20, 500), st.integers(20, 500)), max_size=3))
+@given(sizes=st.lists(st.tuples(st.integers(60, 500), st.integers(60, 500)), max_size=3))
 def test_length_is_known_from_image_sizes_alone(adapter: MultimodalAdapter, sizes: list[tuple[int, int]]) -> None:
     sizes = sizes if adapter.has_vision else []
     content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": "what do you see?"}]
