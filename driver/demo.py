@@ -50,7 +50,7 @@ def demo_config(files: ShapesFiles, model: Path, output_dir: Path, *, seed: int,
                 "kv_cache_gib": 0.25,
             },
             "reward": {"functions": [{"name": "format", "weight": 0.5}, {"name": "accuracy", "weight": 1.0}]},
-            "algorithm": {"advantage": "grpo", "beta": 0.2},
+            "algorithm": {"name": "grpo", "aggregation": "token", "beta": 0.2},
             "learner": {
                 "prompts_per_step": 64,
                 "learning_rate": 2e-3,
