@@ -11,6 +11,7 @@ high against "red hat"), and gives junk of the right length a little; with `thre
 from __future__ import annotations
 
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,8 +28,8 @@ MAX_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class _TextReward:
-    """What the three have in common: which texts are compared. They differ in `_similarity(gold, answer)`."""
+class _TextReward(ABC):
+    """What the three have in common: which texts are compared."""
 
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
@@ -55,8 +56,9 @@ class _TextReward:
         text = unicodedata.normalize("NFC", text)
         return text if self.case else " ".join(text.casefold().split())
 
+    @abstractmethod
     def _compare(self, gold: str, answer: str) -> Verdict:
-        raise NotImplementedError
+        """Of one gold text and the answer, both in the form that is compared."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class ParquetRows:
         return lambda i: {name: column[i].as_py() for name, column in named}
 
 
-class _JsonRows:
+class _JsonRows(ABC):
     """What JSONL and JSON files have in common: rows are objects in ranges of bytes. A subclass finds the ranges."""
 
     unit = ""
@@ -131,13 +132,13 @@ class _JsonRows:
         self._blocks = tuple(self._cut())
         self.columns = self._keys()
 
+    @abstractmethod
     def _cut(self) -> Iterator[Block]:
         """Raises DataError for a file that is not of the format."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows(self, data: bytes) -> list[bytes]:
         """The rows in a block's bytes. Raises ElementError."""
-        raise NotImplementedError
 
     def _keys(self) -> tuple[str, ...]:
         found: dict[str, None] = {}
