@@ -1,51 +1,304 @@
-"""Several completions of one prompt in one row: who attends to whom, at which position, and who predicts whom.
+"""Attention within a packed row: groups end to end, each a prompt and the completions that share it.
 
-    tokens     p0 p1 p2 | a0 a1 | b0 b1 b2 | pad        segments  0 0 0 1 1 2 2 2 -1
-    positions  0  1  2    3  4    3  4  5                each completion continues from the prompt
-    predicts        └──────┴─ a0, b0 both from p2        and sees the prompt and itself, never its siblings
+    tokens     p0 p1 p2 │ a0 a1 │ b0 b1 b2 ║ q0 q1 │ c0 ...
+    positions  0  1  2    3  4    3  4  5    0  1    2        each completion continues from its prompt
+    predicted  -  p0 p1   p2 a0   p2 b0 b1   -  q0   q1       by which token
+    sees       what is before it in its own segment, and all of its prompt; never a sibling, never another group
 
-Pure functions of `segments` int64 `[B, L]`: 0 at prompt tokens, k at tokens of the row's k-th completion, -1 at
-padding. A row with a single completion is an ordinary causal sequence.
+Of the T x T pairs only those that count are computed, in one of three ways:
+
+    blocks    CPU: every segment by itself (causal), every completion over its prompt (all pairs), both with PyTorch's
+              flash kernel, put together by their log-sum-exps; no mask, no padding, no copies of keys
+    flex      CUDA: `flex_attention` with a block mask, compiled once per shape
+    mask      anywhere: `sdpa` with the `[T, T]` mask written out; for GPUs that flex_attention does not support
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from learner.packing import cheapest_runs
+from vlm.batch import GroupLengths
+
+AttentionBackend = Literal["auto", "blocks", "flex", "mask"]
+IMPLEMENTATION = "saccade_groups"
+"""The name under which transformers' language models find `_forward`."""
+CALL_OVERHEAD = 2**14
+"""What one more call of the kernel costs, in pairs of tokens."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def shared_prompt_mask(segments: Tensor) -> Tensor:
-    """bool `[B, 1, L, L]`: True where the query (row) may see the key (column).
+@dataclass(frozen=True)
+class Places:
+    """Where N sequences of up to L tokens lie in the row."""
 
-    Padding sees the first token alone: a query that sees nothing would be NaN."""
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    seen = causal & ((key == 0) | (key == query)) & (query >= 0)
-    seen[:, :, 0] = True
-    return seen[:, None]
-
-
-def position_shift(segments: Tensor) -> Tensor:
-    """int64 `[B, L]`: what to subtract from a token's position in the row, so that every completion follows the prompt
-    directly: the lengths of the completions before its own."""
-    start = _segment_start(segments)
-    prompt_length = (segments == 0).sum(1, keepdim=True)
-    return torch.where(segments > 0, start - prompt_length, 0)
+    index: Tensor
+    """int64 `[N, L]`"""
+    start: int | None
+    """The first, where they are one run: what stands there is then taken as it lies, without a copy."""
+    filled: Tensor | None
+    """bool `[N, L]`: entries that only fill a shorter sequence up; None where there are none."""
 
 
-def predicting_position(segments: Tensor) -> Tensor:
-    """int64 `[B, L]`: the position whose hidden state predicts the token at t: t - 1, but the prompt's last token for
-    the first of each completion. 0 at position 0, which nothing predicts."""
-    before = torch.arange(segments.shape[1], device=segments.device).expand_as(segments) - 1
-    first = (segments > 0) & (_segment_start(segments) == before + 1)
-    last_of_prompt = (segments == 0).sum(1, keepdim=True) - 1
-    return torch.where(first, last_of_prompt, before).clamp(min=0)
+@dataclass(frozen=True)
+class Block:
+    """N calls of attention in one: the queries of sequence n over the keys of sequence n."""
+
+    queries: Places
+    keys: Places
+    causal: bool
 
 
-def _segment_start(segments: Tensor) -> Tensor:
-    """int64 `[B, L]`: where the run of equal segments that holds t begins."""
-    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    changed = torch.ones_like(segments, dtype=torch.bool)
-    changed[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return torch.where(changed, index, 0).cummax(1).values
+class GroupAttention:
+    """Attention over a packed row of `groups`, handed to every layer of the language model."""
+
+    def __init__(
+        self, groups: Sequence[GroupLengths], device: torch.device, backend: AttentionBackend = "auto"
+    ) -> None:
+        self.groups, self.device = groups, device
+        self.backend = ("flex" if device.type == "cuda" else "blocks") if backend == "auto" else backend
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query `[1, H, T, D]`, key and value `[1, H', T, D]` -> `[1, T, H, D]`."""
+        if self.backend == "flex":
+            return flex_attention_forward(module, query, key, value, self.block_mask, scaling=scaling)[0]
+        if self.backend == "mask":
+            return sdpa_attention_forward(module, query, key, value, self.mask, scaling=scaling)[0]
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _BlockAttention.apply(*rows, self.blocks, scaling)[None]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool `[1, 1, T, T]`: True where the query (row) may see the key (column)."""
+        segment, group = (x.to(self.device) for x in labels(self.groups))
+        return _visible(segment, group, *_grid(len(segment), self.device))[None, None]
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        segment, group = (x.to(self.device) for x in labels(self.groups))
+
+        def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return _visible(segment, group, query, key)
+
+        length = len(segment)
+        return create_block_mask(seen, None, None, length, length, device=self.device.type)
+
+    @cached_property
+    def blocks(self) -> tuple[list[Block], list[Block]]:
+        """Segments over themselves, and completions over their prompts."""
+        own, shared = [], []
+        for prompt, completions in _places(self.groups):
+            own += [prompt, *completions]
+            if completions:
+                shared.append((range(completions[0].start, completions[-1].stop), prompt))
+        alone = _alike([(span, span) for span in own], causal=True)
+        by_keys: dict[int, list[tuple[range, range]]] = {}
+        for queries, keys in shared:
+            by_keys.setdefault(len(keys), []).append((queries, keys))
+        over_prompts = [block for pairs in by_keys.values() for block in _alike(pairs, causal=False)]
+        return alone, over_prompts
+
+
+def register() -> None:
+    """Tell transformers of this attention; any model may then be given it as its `attn_implementation`."""
+    AttentionInterface.register(IMPLEMENTATION, _forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def _forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """A layer's attention: ours, where the row is packed, else as with sdpa."""
+    attend: GroupAttention | None = kwargs.pop("group_attention", None)
+    if attend is None:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+            raise RuntimeError(f"{type(module).__name__} is not handed what its model was given: no packed rows for it")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attend(module, query, key, value, kwargs["scaling"]), None
+
+
+def packed_kwargs(groups: Sequence[GroupLengths], device: torch.device, backend: AttentionBackend) -> dict[str, Any]:
+    """What the model is called with for a packed row. The mask of one entry only keeps it from making one itself."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return {"attention_mask": mask, "group_attention": GroupAttention(groups, device, backend)}
+
+
+def labels(groups: Sequence[GroupLengths]) -> tuple[Tensor, Tensor]:
+    """Segment and group of each token, int64 `[T]`. The segment is 0 in prompts, and k in a group's k-th completion."""
+    lengths = [[prompt, *completions] for prompt, completions in groups]
+    segment = [np.repeat(np.arange(len(own)), own) for own in lengths]
+    group = np.repeat(np.arange(len(lengths)), [sum(own) for own in lengths])
+    return torch.from_numpy(np.concatenate(segment)), torch.from_numpy(group)
+
+
+def predicting_position(groups: Sequence[GroupLengths]) -> Tensor:
+    """int64 `[T]`: the place whose hidden state predicts the token at t: the one before it, but the prompt's last for
+    the first of each completion. That of a prompt's first token, which nothing predicts, means nothing."""
+    before = np.arange(-1, sum(p + sum(c) for p, c in groups) - 1)
+    for prompt, completions in _places(groups):
+        for span in completions:
+            before[span.start] = prompt.stop - 1
+    return torch.from_numpy(before).clamp(min=0)
+
+
+def position_shift(groups: Sequence[GroupLengths]) -> Tensor:
+    """int64 `[T]`: what to subtract from a token's distance from the start of its group, so that every completion
+    follows the prompt directly: the lengths of the completions before its own."""
+    shifts = [np.repeat([0, *accumulate((0, *own))][: len(own) + 1], [p, *own]) for p, own in groups]
+    return torch.from_numpy(np.concatenate(shifts))
+
+
+class _BlockAttention(Function):
+    """softmax(s q k') v over the keys that a query sees, which lie in one block or in two.
+
+    Forward: each block alone gives an output o_b and a log-sum-exp l_b of its scores; together they are
+    l = log sum exp l_b and o = sum exp(l_b - l) o_b. Backward: with probabilities p = exp(s q k' - l) of the whole and
+    dp = do v', the gradient of the scores is p (dp - do . o), block by block: the flash kernel's own backward, given o
+    and l of the whole (as in ring attention, arXiv 2310.01889)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[list[Block], list[Block]], scale: float
+    ) -> Tensor:
+        """q `[T, H, D]`, k and v `[T, H', D]` -> `[T, H, D]`."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for block in blocks[0]:
+            o, norm = _attend(block, q, k, v, scale)
+            _put(out, block.queries, o)
+            _put(lse, block.queries, norm)
+        for block in blocks[1]:
+            o, norm = _attend(block, q, k, v, scale)
+            first, former = _take(out, block.queries), _take(lse, block.queries)
+            total = torch.logaddexp(former, norm)
+            both = first * (former - total).exp()[..., None] + o * (norm - total).exp()[..., None]
+            _put(out, block.queries, both.to(out.dtype))
+            _put(lse, block.queries, total)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for block in (*ctx.blocks[0], *ctx.blocks[1]):
+            do, norm = _take(grad, block.queries), _take(lse, block.queries)
+            if block.queries.filled is not None:  # of no weight, whatever stands there
+                do = do.masked_fill(block.queries.filled[..., None, None], 0.0)
+                norm = norm.masked_fill(block.queries.filled[..., None], torch.inf)
+            given = (do, *_inputs(block, q, k, v), _take(out, block.queries), norm)
+            parts = _flash_backward(*(x.transpose(1, 2) for x in given), 0.0, block.causal, scale=ctx.scale)
+            for total, part, places in zip((dq, dk, dv), parts, (block.queries, block.keys, block.keys), strict=True):
+                _add(total, places, part.transpose(1, 2))
+        return dq, dk, dv, None, None
+
+
+def _attend(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output `[N, L, H, D]` and log-sum-exp `[N, L, H]` of a block alone."""
+    given = (x.transpose(1, 2) for x in _inputs(block, q, k, v))
+    out, lse = _flash(*given, 0.0, block.causal, scale=scale)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _inputs(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _take(q, block.queries), _take(k, block.keys), _take(v, block.keys)
+
+
+def _take(x: Tensor, places: Places) -> Tensor:
+    """`[T, ...]` -> `[N, L, ...]`"""
+    count = places.index.numel()
+    taken = x.index_select(0, places.index.flatten()) if places.start is None else x.narrow(0, places.start, count)
+    return taken.unflatten(0, places.index.shape)
+
+
+def _put(x: Tensor, places: Places, values: Tensor) -> None:
+    """Set `[T, ...]` to `[N, L, ...]`."""
+    if places.start is not None:
+        x.narrow(0, places.start, places.index.numel()).copy_(values.flatten(0, 1))
+    elif places.filled is None:
+        x[places.index] = values
+    else:
+        x[places.index[~places.filled]] = values[~places.filled]
+
+
+def _add(x: Tensor, places: Places, values: Tensor) -> None:
+    """Add `[N, L, ...]`, 0 where it only fills up, to `[T, ...]`."""
+    if places.start is not None:
+        x.narrow(0, places.start, places.index.numel()).add_(values.flatten(0, 1))
+    else:
+        x.index_add_(0, places.index.flatten(), values.flatten(0, 1).to(x.dtype))
+
+
+def _alike(pairs: Sequence[tuple[range, range]], *, causal: bool) -> list[Block]:
+    """Queries and keys of like length in one block each, where filling up costs less than another call. Keys that are
+    not the queries themselves have equal lengths."""
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
+    queries = np.array([len(pairs[i][0]) for i in order])
+    keys = queries if causal else np.array([len(pairs[i][1]) for i in order])
+
+    def cost(end: int) -> np.ndarray:
+        return np.arange(end, 0, -1) * queries[:end] * keys[:end] + CALL_OVERHEAD
+
+    blocks = []
+    for run in cheapest_runs(len(order), cost):
+        members = sorted(order[i] for i in run)  # back in the order of the row, in which they may be one run
+        if len(pairs[members[0]][0]):
+            blocks.append(_block([pairs[i] for i in members], causal))
+    return blocks
+
+
+def _block(pairs: Sequence[tuple[range, range]], causal: bool) -> Block:
+    queries = _lay([own for own, _ in pairs])
+    return Block(queries, queries if causal else _lay([keys for _, keys in pairs]), causal)
+
+
+def _lay(spans: Sequence[range]) -> Places:
+    """Spans side by side, shorter ones filled up with their first place."""
+    starts, lengths = np.array([s.start for s in spans]), np.array([len(s) for s in spans])
+    within = np.arange(lengths.max())[None]
+    filled = within >= lengths[:, None]
+    index = np.where(filled, starts[:, None], starts[:, None] + within)
+    run = bool((np.diff(index.ravel()) == 1).all())
+    return Places(
+        torch.from_numpy(index), int(starts[0]) if run else None, torch.from_numpy(filled) if filled.any() else None
+    )
+
+
+def _places(groups: Sequence[GroupLengths]) -> list[tuple[range, list[range]]]:
+    """Where each group's prompt and completions lie in the row."""
+    found, at = [], 0
+    for prompt, completions in groups:
+        ends = list(accumulate((at + prompt, *completions)))
+        found.append((range(at, ends[0]), [range(a, b) for a, b in pairwise(ends)]))
+        at = ends[-1]
+    return found
+
+
+def _grid(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    places = torch.arange(length, device=device)
+    return places[:, None], places[None, :]
+
+
+def _visible(segment: Tensor, group: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the query at one place sees the key at another."""
+    same = (segment[key] == 0) | (segment[key] == segment[query])
+    return (group[key] == group[query]) & same & (key <= query)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from learner.attention import IMPLEMENTATION, register
 from learner.policy import PolicyModule
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
@@ -44,6 +45,10 @@ def _load(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
         attn_implementation="sdpa",
         trust_remote_code=options.trust_remote_code,
     )
+    if adapter.shares_prompts:
+        register()
+        nested = "text_config" in type(model.config).sub_configs
+        model.set_attn_implementation({"text_config": IMPLEMENTATION} if nested else IMPLEMENTATION)
     adapter.prepare_model(model)
     return model
 
@@ -55,6 +60,7 @@ def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Po
         temperature=options.temperature,
         chunk_rows=options.logprob_chunk_rows,
         media_kinds=options.media_kinds,
+        attention=options.attention,
     )
 
 

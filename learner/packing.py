@@ -1,74 +1,149 @@
-"""Which sample goes where: groups to ranks, completions behind a shared prompt, rows to micro-batches.
+"""Which group goes where: groups to ranks, a rank's groups to micro-batches, completions of a large group to parts.
 
-Pure functions of lengths.
+    groups ─ shard ─▶ ranks ─ fewest_bins ─▶ micro-batches ─ balance ─▶ as many on every rank, of like cost
+
+Pure functions of sizes. Sizes are rows of an int array `[n, 3]`: language tokens, vision patches, logits rows (tokens
+with a loss). A micro-batch is a list of indices whose sizes sum up to at most the limits, in each of the three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+EXACT_UP_TO = 10
+"""As many groups are packed by trying all ways."""
+ORDERS = 20
+"""Orders in which more groups are packed, unless one reaches the bound."""
 MICRO_BATCH_OVERHEAD = 256
 """What a micro-batch costs beyond its tokens, in tokens: its operators are launched, and its gradients added, once."""
+_DIMENSIONS = ("tokens", "patches", "logits rows")
 
 
-def shard(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal groups of `tokens[i]` tokens out to ranks: indices of each rank's groups, ascending.
+class Size(NamedTuple):
+    """What a group, or a micro-batch, takes; or may take."""
+
+    tokens: int
+    """Language positions: each prompt once, and all completions."""
+    patches: int = 0
+    """Inputs of the vision (and audio) towers."""
+    logits: int = 0
+    """Positions whose logits are computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCost:
+    """Time of a group, in tokens through the linear layers."""
+
+    shares_prompts: bool
+    break_even: int
+    """Tokens attended to that cost a token as much as its linear layers."""
+
+    def __call__(self, prompt: int, lengths: Sequence[int]) -> float:
+        """Of a prompt with completions of `lengths`. A token attends to half of its own sequence on average."""
+        copies = 1 if self.shares_prompts else len(lengths)
+        tokens = copies * prompt + sum(lengths)
+        pairs = copies * prompt**2 / 2 + sum(n * prompt + n * n / 2 for n in lengths)
+        return tokens + pairs / self.break_even
+
+
+def shard(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Deal groups out to ranks: indices of each rank's groups, ascending.
 
     Largest first, each to the rank with the least so far (ties to the lowest), which leaves no rank with more than
-    4/3 of the best possible maximum."""
+    4/3 of the best possible maximum (Graham, 1969)."""
     if ranks < 1:
         raise ValueError(f"cannot deal groups out to {ranks} ranks")
-    load = [0] * ranks
+    load = [0.0] * ranks
     shards: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shards[rank].append(index)
-        load[rank] += tokens[index]
+        load[rank] += costs[index]
     return [sorted(members) for members in shards]
 
 
-def share_prompt(prompt_length: int, lengths: Sequence[int], break_even: int, budget: int) -> list[list[int]]:
-    """Which completions of `lengths[i]` tokens to lay behind one copy of their prompt, as the cheapest rows.
+def split_group(prompt: Size, completions: Sequence[Size], limits: Size) -> list[list[int]]:
+    """Completions of a group as parts of which each fits a micro-batch together with the prompt: one part if possible.
 
-    A row of L tokens costs L (1 + L / break_even): linear layers, and attention over all pairs, which a mask does not
-    spare; `break_even` is the length at which the two are equal. So long prompts are shared, and long completions are
-    not. Completions of like length share a row; none has more than `budget` tokens unless a single completion has."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    before = np.cumsum([0, *(lengths[i] for i in order)])
-
-    def cost(end: int) -> np.ndarray:
-        tokens = prompt_length + before[end] - before[:end]
-        tokens_cost = tokens * (1.0 + tokens / break_even)
-        tokens_cost[:-1][tokens[:-1] > budget] = np.inf
-        return tokens_cost
-
-    return [[order[i] for i in run] for run in _cheapest_runs(len(order), cost)]
+    Raises ValueError where the prompt with a single completion does not fit."""
+    if not completions:
+        return []
+    for completion in completions:
+        _check_fits(Size(*np.add(prompt, completion)), limits)
+    room = Size(*np.subtract(limits, prompt))
+    return fewest_bins(np.array(completions), room)
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Micro-batches of rows of `lengths[i]` tokens, such that rows x longest <= `budget` in each.
+def fewest_bins(sizes: np.ndarray, limits: Size) -> list[list[int]]:
+    """As few micro-batches as possible: exactly for up to 10 groups; for more, the best of several first-fit packings,
+    of which the first is by descending size. Raises ValueError for a size over the limits."""
+    if not len(sizes):
+        return []
+    for size in sizes[(sizes > limits).any(1)][:1]:
+        _check_fits(size, limits)
+    share = sizes / np.maximum(limits, 1)
+    if len(sizes) <= EXACT_UP_TO:
+        return _all_ways(share)
+    bound = math.ceil(share.sum(0).max() - 1e-9)
+    best: list[list[int]] = []
+    for order in _orders(share):
+        found = _first_fit(share, order)
+        if not best or len(found) < len(best):
+            best = found
+        if len(best) <= bound:
+            break
+    return best
+
+
+def balance(
+    bins: Sequence[Sequence[int]],
+    sizes: np.ndarray,
+    limits: Size,
+    costs: Sequence[float],
+    count: int,
+    *,
+    additive: bool = True,
+) -> list[list[int]]:
+    """The groups of `bins` in `count` (at least as many) micro-batches of like cost, the costliest first: ranks that
+    each have `count` of them then finish theirs at about the same time. Empty ones only where there are fewer groups.
+
+    `additive`: any groups whose sizes sum up to no more than the limits may be together. False (padding): only groups
+    that are together in `bins`."""
+    dealt = (_deal(sizes, limits, costs, count) if additive else None) or [list(members) for members in bins]
+    while len(dealt) < count:
+        dealt.sort(key=lambda members: (len(members) > 1, sum(costs[i] for i in members)))
+        costliest = dealt.pop() if dealt and len(dealt[-1]) > 1 else []
+        halves = shard([costs[i] for i in costliest], 2) if costliest else [[]]
+        dealt += [[costliest[i] for i in half] for half in halves]
+    return sorted((sorted(members) for members in dealt), key=lambda members: -sum(costs[i] for i in members))
+
+
+def pack_padded(sizes: np.ndarray, limits: Size) -> list[list[int]]:
+    """Micro-batches for rows that are padded to the longest among them: rows x longest within the limit of tokens.
 
     Rows are taken by descending length, so that neighbours need little padding, and cut where padding costs more than
     another micro-batch; rows of equal length keep their order, so that siblings stay together and share their images.
-    Raises ValueError for a row over budget."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    if order and lengths[order[0]] > budget:
-        raise ValueError(
-            f"a sample of {lengths[order[0]]} tokens does not fit a micro-batch of {budget} "
-            "(learner.micro_batch_tokens): raise it, or lower the maximum lengths of prompts or completions"
-        )
-    longest = np.array([lengths[i] for i in order], np.int64)
+    Raises ValueError for a row over the limits."""
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i))
+    for i in order:
+        _check_fits(sizes[i], limits)
+    ordered = np.array([sizes[i] for i in order], np.int64).reshape(-1, 3)
+    before = np.cumsum(np.vstack([np.zeros((1, 3), np.int64), ordered]), 0)
 
     def cost(end: int) -> np.ndarray:
-        padded = longest[:end] * np.arange(end, 0, -1)
-        return np.where(padded <= budget, padded + MICRO_BATCH_OVERHEAD, np.inf)
+        padded = ordered[:end, 0] * np.arange(end, 0, -1)
+        fits = (padded <= limits.tokens) & ((before[end] - before[:end])[:, 1:] <= limits[1:]).all(1)
+        return np.where(fits, padded + MICRO_BATCH_OVERHEAD, np.inf)
 
-    return [[order[i] for i in run] for run in _cheapest_runs(len(order), cost)]
+    return [[order[i] for i in run] for run in cheapest_runs(len(order), cost)]
 
 
-def _cheapest_runs(count: int, cost: Callable[[int], np.ndarray]) -> list[range]:
+def cheapest_runs(count: int, cost: Callable[[int], np.ndarray]) -> list[range]:
     """0..count-1 cut into consecutive runs of the least total cost; `cost(end)[start]` is that of start..end-1."""
     best, cut = np.zeros(count + 1), np.zeros(count + 1, np.int64)
     for end in range(1, count + 1):
@@ -80,3 +155,82 @@ def _cheapest_runs(count: int, cost: Callable[[int], np.ndarray]) -> list[range]
         runs.append(range(int(cut[end]), end))
         end = int(cut[end])
     return runs[::-1]
+
+
+def _check_fits(size: Sequence[int], limits: Size) -> None:
+    for name, has, limit in zip(_DIMENSIONS, size, limits, strict=True):
+        if has > limit:
+            raise ValueError(
+                f"a prompt with one completion has {has} {name}, a micro-batch takes {limit}: raise "
+                "learner.micro_batch_*, or lower the maximum lengths of prompts or completions"
+            )
+
+
+def _all_ways(share: np.ndarray) -> list[list[int]]:
+    """The fewest bins of capacity 1 for shares `[n, d]`, by dynamic programming over all sets of groups."""
+    everything = (1 << len(share)) - 1
+    load = np.zeros((everything + 1, share.shape[1]))
+    for i in range(len(share)):
+        load[1 << i : 2 << i] = load[: 1 << i] + share[i]
+    fits: list[bool] = np.all(load <= 1 + 1e-9, axis=1).tolist()
+    bins, last = [0] + [len(share) + 1] * everything, [0] * (everything + 1)
+    for members in range(1, everything + 1):
+        lowest = members & -members
+        rest = others = members ^ lowest
+        while True:  # every set that holds the lowest of `members`
+            chosen = others | lowest
+            if fits[chosen] and bins[rest ^ others] + 1 < bins[members]:
+                bins[members], last[members] = bins[rest ^ others] + 1, chosen
+            if not others:
+                break
+            others = (others - 1) & rest
+    found = []
+    while everything:
+        found.append([i for i in range(len(share)) if last[everything] >> i & 1])
+        everything ^= last[everything]
+    return found
+
+
+def _orders(share: np.ndarray) -> Iterator[np.ndarray]:
+    """Descending by the largest share, by the sum, by each dimension; then the first of them, shuffled a little."""
+    largest = share.max(1)
+    for key in (largest, share.sum(1), *share.T):
+        yield np.argsort(-key, kind="stable")
+    random = np.random.default_rng(0)
+    for _ in range(ORDERS if len(share) <= 1000 else 0):
+        yield np.argsort(-largest * random.uniform(0.8, 1.0, len(share)), kind="stable")
+
+
+def _first_fit(share: np.ndarray, order: np.ndarray) -> list[list[int]]:
+    """Every group into the first bin with room for it."""
+    room = np.zeros((0, share.shape[1]))
+    used, bins = 0, []
+    for index in order:
+        fitting = (room[:used] >= share[index] - 1e-9).all(1)
+        at = int(fitting.argmax()) if fitting.any() else used
+        if at == used:
+            if used == len(room):
+                room = np.vstack([room, np.ones((max(8, used), share.shape[1]))])
+            bins.append([int(index)])
+            used += 1
+        else:
+            bins[at].append(int(index))
+        room[at] -= share[index]
+    return bins
+
+
+def _deal(sizes: np.ndarray, limits: Size, costs: Sequence[float], count: int) -> list[list[int]] | None:
+    """Costliest group first, each to the cheapest of `count` bins with room for it; None where one finds no room."""
+    if len(sizes) < count:
+        return None
+    room, load = np.tile(np.array(limits), (count, 1)), np.zeros(count)
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        fitting = (room >= sizes[index]).all(1)
+        if not fitting.any():
+            return None
+        at = int(np.where(fitting, load, np.inf).argmin())
+        bins[at].append(index)
+        room[at] -= sizes[index]
+        load[at] += costs[index]
+    return bins

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.attention import predicting_position, shared_prompt_mask
+from learner.attention import AttentionBackend, packed_kwargs, predicting_position
 from learner.logprobs import LogprobHead
 from rollout.types import MediaKind
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
@@ -35,6 +35,7 @@ class PolicyModule(nn.Module):
         temperature: float,
         chunk_rows: int,
         media_kinds: Sequence[MediaKind] = ("image",),
+        attention: AttentionBackend = "auto",
     ) -> None:
         """`temperature` and the adapter's banned tokens shape the distribution as the engine's sampler does.
         `media_kinds`: what batches of the run may hold, on any rank.
@@ -43,6 +44,7 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         self.adapter = adapter
+        self.attention = attention
         head = self.base.get_output_embeddings()
         _check_head(self.base, head, adapter)
         self.head = LogprobHead(head, banned=adapter.banned_token_ids, temperature=temperature, chunk_rows=chunk_rows)
@@ -67,10 +69,7 @@ class PolicyModule(nn.Module):
         with off:
             hidden = self.adapter.hidden_states(self.base, **self._model_kwargs(inputs))
             row, at = batch.loss_mask.nonzero(as_tuple=True)
-            if batch.segments is None:
-                source = at - 1
-            else:
-                source = predicting_position(batch.segments)[row, at]
+            source = at - 1 if batch.groups is None else predicting_position(batch.groups).to(at.device)[at]
             logprobs, entropy = self.head(hidden[row, source], batch.input_ids[row, at])
         place = (row, at)
         zeros = logprobs.new_zeros(rows, length)
@@ -111,20 +110,24 @@ class PolicyModule(nn.Module):
         kwargs = {name: value for name, value in batch.model_kwargs().items() if name not in consumed}
         if features:
             kwargs["mm_encoder_outputs"] = features
-        if batch.segments is not None:
-            kwargs["attention_mask"] = shared_prompt_mask(batch.segments)
+        if batch.groups is not None:
+            kwargs |= packed_kwargs(batch.groups, batch.input_ids.device, self.attention)
         return kwargs
 
 
 def _with_prompt(
     batch: MultimodalBatch, prompt: EncodedPrompt, positions: Tensor, adapter: MultimodalAdapter
 ) -> MultimodalBatch:
-    """One more row, with `positions` `[1, T]` or `[3, 1, T]`; what is not for the model is left out."""
-    extra = max(0, len(prompt.input_ids) - batch.input_ids.shape[1])
+    """A prompt without completions more, with `positions` `[1, T]` or `[3, 1, T]`; what is not for the model is left
+    out."""
+    packed = batch.groups is not None
+    extra = 0 if packed else max(0, len(prompt.input_ids) - batch.input_ids.shape[1])
     device = batch.input_ids.device
     width = batch.input_ids.shape[1] + extra
 
     def extend(values: Tensor, fill: int, last: Tensor) -> Tensor:
+        if packed:
+            return torch.cat([values, last.to(device)], dim=-1)
         last = F.pad(last.to(device), (0, width - last.shape[-1]), value=fill)
         return torch.cat([F.pad(values, (0, extra), value=fill), last], dim=-2)
 
@@ -137,20 +140,12 @@ def _with_prompt(
         input_ids=input_ids,
         attention_mask=extend(batch.attention_mask, 0, ones),
         loss_mask=torch.zeros_like(input_ids, dtype=torch.bool),
-        segments=None if batch.segments is None else extend(batch.segments, -1, 0 * ones),
+        groups=None if batch.groups is None else (*batch.groups, (len(prompt.input_ids), ())),
         position_ids=None if batch.position_ids is None else extend(batch.position_ids, 0, positions),
         pixel_values=pixels,
         media_index=batch.media_index,
         extra_model_kwargs={**batch.extra_model_kwargs, **others, **adapter.token_inputs(input_ids)},
     )
-
-
-def attention_break_even(model_config: Any) -> int:
-    """Row length at which attention over all pairs costs as much as the linear layers: four times the width.
-
-    The arithmetic says 1.15 H + 1.5 I for width H and intermediate size I; attention under an explicit mask runs at a
-    fraction of a matrix product's rate, which brings the usual I = 2..5 H down to this."""
-    return 4 * int(model_config.get_text_config().hidden_size)
 
 
 def _dummy(adapter: MultimodalAdapter, kind: MediaKind) -> tuple[EncodedPrompt, Tensor]:

@@ -1,6 +1,6 @@
 """From scored groups to rows, and from rows to micro-batches.
 
-RolloutGroup ──encode prompt once──▶ Row(prompt, samples that share it) ──collate──▶ MultimodalBatch
+RolloutGroup ──encode prompt once──▶ Row(prompt, samples behind it) ──collate──▶ MultimodalBatch, packed or padded
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from learner.attention import position_shift
-from learner.packing import share_prompt
+from learner.packing import Size, split_group
 from learner.types import EncodingMismatchError
 from rollout.types import Completion, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
-from vlm.batch import MultimodalBatch
+from vlm.batch import GroupLengths, MultimodalBatch
 from vlm.clips import decode
 
 
@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and the completions laid behind it in one row of a batch."""
+    """A prompt and the completions laid behind it: a group, part of a large one, or one completion."""
 
     prompt: EncodedPrompt
     samples: tuple[Sample, ...]
@@ -102,51 +102,80 @@ def _describe_mismatch(adapter: MultimodalAdapter, group: RolloutGroup, ours: np
     )
 
 
-def make_rows(prompt: EncodedPrompt, samples: Sequence[Sample], break_even: int | None, budget: int) -> list[Row]:
-    """Rows of one group: as many completions to a row as pay, and as fit `budget` tokens.
+def shares_prompts(adapter: MultimodalAdapter) -> bool:
+    """Whether completions are laid behind one copy of their prompt. Not where a window of attention would be counted
+    over siblings."""
+    text = adapter.model_config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    windowed = "sliding_attention" in kinds if kinds else getattr(text, "sliding_window", None) is not None
+    return adapter.shares_prompts and not windowed
 
-    `break_even` as in `share_prompt`; None: one completion a row."""
-    if break_even is None:
-        return [Row(prompt, (sample,)) for sample in samples]
-    shared = share_prompt(len(prompt.input_ids), [len(s) for s in samples], break_even, budget)
-    return [Row(prompt, tuple(samples[i] for i in members)) for members in shared]
+
+def make_rows(
+    prompt: EncodedPrompt,
+    samples: Sequence[Sample],
+    adapter: MultimodalAdapter,
+    limits: Size,
+    *,
+    shared: bool | None = None,
+) -> list[Row]:
+    """Rows of one group: all completions behind one prompt if they fit a micro-batch of `limits`, else as few parts as
+    do; one completion each unless `shared` (None: if the family can). Raises ValueError where one alone does not fit.
+    """
+    first = Size(len(prompt.input_ids), adapter.patches(prompt))
+    own = [Size(len(s), 0, int(s.trainable.sum())) for s in samples]
+    parts = split_group(first, own, limits)
+    if not (shares_prompts(adapter) if shared is None else shared):
+        parts = [[i] for i in range(len(samples))]
+    return [Row(prompt, tuple(samples[i] for i in members)) for members in parts]
 
 
-def collate(rows: Sequence[Row], adapter: MultimodalAdapter) -> MultimodalBatch:
-    """Rows padded on the right to the longest. Prompts that are the same object contribute their images once.
+def size_of(row: Row, adapter: MultimodalAdapter) -> Size:
+    return Size(len(row), adapter.patches(row.prompt), sum(int(s.trainable.sum()) for s in row.samples))
 
-    No rows: a batch of one padding token without loss, for ranks that have fewer micro-batches than others."""
-    pad = adapter.pad_token_id
+
+def collate(rows: Sequence[Row], adapter: MultimodalAdapter, *, packed: bool | None = None) -> MultimodalBatch:
+    """Rows end to end if `packed` (None: if the family can), else padded on the right to the longest. Prompts that are
+    the same object contribute their images once.
+
+    No rows: a batch of two padding tokens without loss, for ranks that have fewer micro-batches than others."""
     shape = (max(1, len(rows)), max((len(row) for row in rows), default=2))
-    ids = torch.full(shape, pad, dtype=torch.int64)
-    segments = torch.full(shape, -1, dtype=torch.int64)
+    ids = torch.full(shape, adapter.pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     behavior, advantages, rewards = (torch.zeros(shape, dtype=torch.float32) for _ in range(3))
     versions = torch.full(shape, -1, dtype=torch.int32)
     for b, row in enumerate(rows):
         end = len(row.prompt.input_ids)
-        ids[b, :end], segments[b, :end] = row.prompt.input_ids, 0
-        for k, sample in enumerate(row.samples, start=1):
+        ids[b, :end], attention_mask[b, : len(row)] = row.prompt.input_ids, 1
+        for sample in row.samples:
             at, end = slice(end, end + len(sample)), end + len(sample)
-            ids[b, at], segments[b, at] = sample.token_ids, k
+            ids[b, at] = sample.token_ids
             trained = sample.trainable
             loss_mask[b, at] = trained
             behavior[b, at] = torch.where(trained, sample.logprobs, 0.0)
             advantages[b, at], rewards[b, at] = trained * sample.advantage, trained * sample.reward
             versions[b, at] = torch.where(trained, sample.policy_versions, -1)
     if not rows:
-        segments[0] = 0
+        attention_mask[0] = 1
     distinct: dict[int, EncodedPrompt] = {id(row.prompt): row.prompt for row in rows}
     inputs = adapter.join(list(distinct.values()))
     index = _media_index(rows, distinct, adapter)
-    attention_mask = (segments >= 0).to(torch.int64)
     positions = adapter.position_ids(ids, attention_mask, _at_places(inputs, index, adapter))
+    groups: tuple[GroupLengths, ...] | None = None
+    if shares_prompts(adapter) if packed is None else packed:
+        groups = tuple((len(row.prompt.input_ids), tuple(map(len, row.samples))) for row in rows) or ((2, ()),)
+        real = attention_mask.bool()
+        positions = positions[..., real].unsqueeze(-2) - position_shift(groups)
+        ids, attention_mask, loss_mask, behavior, advantages, rewards, versions = (
+            x[real][None] for x in (ids, attention_mask, loss_mask, behavior, advantages, rewards, versions)
+        )
     return MultimodalBatch(
         input_ids=ids,
         attention_mask=attention_mask,
         loss_mask=loss_mask,
-        segments=segments if any(len(row.samples) > 1 for row in rows) else None,
-        position_ids=positions - position_shift(segments),
+        groups=groups,
+        position_ids=positions,
         behavior_logprobs=behavior,
         advantages=advantages,
         rewards=rewards,

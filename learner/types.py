@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from learner.packing import Size
 from rollout.types import MediaKind
 
 Aggregation = Literal["token", "sequence", "constant"]
@@ -97,7 +98,13 @@ class LearnerOptions:
     max_grad_norm: float = 1.0
 
     micro_batch_tokens: int = 8192
-    """Token positions of one micro-batch, padding included. No sample may be longer."""
+    """Language positions of one micro-batch, padding included. No prompt with one completion may have more."""
+    micro_batch_patches: int | None = None
+    """Its vision patches (and frames of sound); None: as many as come with the tokens."""
+    micro_batch_logits: int | None = None
+    """Its positions with a loss; None: as many as come with the tokens."""
+    attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
+    """How packed rows attend (`learner.attention`)."""
     logprob_chunk_rows: int = 1024
     """Rows of the vocabulary projection computed at once."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -116,6 +123,14 @@ class LearnerOptions:
     def __post_init__(self) -> None:
         if self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError("zero_stage=0 keeps no float32 master weights: with bfloat16 use zero_stage 1, 2 or 3")
+
+    @property
+    def micro_batch(self) -> Size:
+        """What one micro-batch may take."""
+        unlimited = 2**62
+        return Size(
+            self.micro_batch_tokens, self.micro_batch_patches or unlimited, self.micro_batch_logits or unlimited
+        )
 
     @property
     def needs_reference(self) -> bool:

@@ -6,6 +6,7 @@ groups ─▶ encode prompts ─▶ rows ─▶ micro-batches ─▶ (reference 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +20,14 @@ from learner.divergence import KL_ESTIMATORS
 from learner.engine import MicroLoss, StepResult, TrainEngine
 from learner.losses import Clip
 from learner.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss, token_means
-from learner.packing import pack
-from learner.policy import attention_break_even
-from learner.samples import Row, Sample, collate, encode_prompts, make_rows, to_sample
+from learner.packing import GroupCost, balance, fewest_bins, pack_padded
+from learner.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
 from learner.types import LearnerOptions, NothingToLearnError
 from rollout.types import RolloutGroup
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+
+logger = logging.getLogger(__name__)
 
 
 class StalenessError(AssertionError):
@@ -74,7 +76,7 @@ def run_update(
     samples = [[sample for row in part for sample in row.samples] for part in rows]
     lag_sum, lag_max = check_staleness([s for part in samples for s in part], version, options.max_staleness)
     batches = [
-        [collate([part[i] for i in members], adapter) for members in plan_batches(engine, part, options)]
+        [collate([part[i] for i in members], adapter) for members in plan_batches(engine, part, adapter, options)]
         for part in rows
     ]
     computed = sum(batch.num_tokens for part in batches for batch in part)
@@ -182,15 +184,30 @@ def build_rows(
             if verdict.score is not None and not (options.mask_truncated and completion.finish_reason == "length")
         ]
         samples = [s for s in samples if s.trainable.any()]
-        rows.append(make_rows(prompt, samples, prompt_break_even(adapter), options.micro_batch_tokens))
+        rows.append(make_rows(prompt, samples, adapter, options.micro_batch))
+        _say_if_split(group, rows[-1], adapter)
     return rows
 
 
-def plan_batches(engine: TrainEngine, rows: Sequence[Row], options: LearnerOptions) -> list[list[int]]:
-    """Indices of the rows of each micro-batch, as many on every rank: those with fewer add empty ones. Collective."""
-    plan = pack([len(row) for row in rows], options.micro_batch_tokens)
-    most = int(engine.all_reduce_max([len(plan)])[0])
-    return plan + [[] for _ in range(most - len(plan))]
+def _say_if_split(group: RolloutGroup, rows: Sequence[Row], adapter: MultimodalAdapter) -> None:
+    if len(rows) > 1 and shares_prompts(adapter):
+        logger.warning(
+            "group %s does not fit a micro-batch: its prompt is computed %d times; raise learner.micro_batch_*",
+            *(group.prompt.ref, len(rows)),
+        )
+
+
+def plan_batches(
+    engine: TrainEngine, rows: Sequence[Row], adapter: MultimodalAdapter, options: LearnerOptions
+) -> list[list[int]]:
+    """Indices of the rows of each micro-batch, as many on every rank. Collective."""
+    limits, shared = options.micro_batch, shares_prompts(adapter)
+    sizes = np.array([size_of(row, adapter) for row in rows], np.int64).reshape(-1, len(limits))
+    bins = fewest_bins(sizes, limits) if shared else pack_padded(sizes, limits)
+    most = int(engine.all_reduce_max([len(bins)])[0])
+    cost = group_cost(adapter)
+    costs = [cost(len(row.prompt.input_ids), [len(s) for s in row.samples]) for row in rows]
+    return balance(bins, sizes, limits, costs, most, additive=shared)
 
 
 def check_staleness(samples: Sequence[Sample], version: int, max_staleness: int) -> tuple[int, int]:
@@ -222,15 +239,14 @@ def score_groups(
     samples: list[list[Sample]] = []
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
         samples.append([to_sample(completion) for completion in group.completions])
-        rows += make_rows(prompt, samples[-1], prompt_break_even(adapter), options.micro_batch_tokens)
+        rows += make_rows(prompt, samples[-1], adapter, options.micro_batch)
     scored: dict[int, np.ndarray] = {}
-    for members in plan_batches(engine, rows, options):
+    for members in plan_batches(engine, rows, adapter, options):
         batch = collate([rows[i] for i in members], adapter)
-        logprobs = engine.logprobs(batch, reference=reference)
-        for b, index in enumerate(members):
-            lengths = [int(s.trainable.sum()) for s in rows[index].samples]
-            parts = np.split(logprobs[b][batch.loss_mask[b]].numpy(), np.cumsum(lengths)[:-1])
-            scored |= {id(sample): part for sample, part in zip(rows[index].samples, parts, strict=True)}
+        logprobs = engine.logprobs(batch, reference=reference)[batch.loss_mask]
+        own = [sample for i in members for sample in rows[i].samples]
+        parts = logprobs.split([int(s.trainable.sum()) for s in own])
+        scored |= {id(sample): part.numpy() for sample, part in zip(own, parts, strict=True)}
     return [[scored[id(sample)] for sample in own] for own in samples]
 
 
@@ -260,9 +276,7 @@ def _metrics(results: Sequence[StepResult], tokens: float) -> dict[str, float]:
     return {**token_means(sums, tokens), **maxima}
 
 
-def prompt_break_even(adapter: MultimodalAdapter) -> int | None:
-    """None where a completion must have a row of its own: a window of attention would be counted over its siblings."""
-    text = adapter.model_config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    windowed = "sliding_attention" in kinds if kinds else getattr(text, "sliding_window", None) is not None
-    return attention_break_even(adapter.model_config) if adapter.shares_prompts and not windowed else None
+def group_cost(adapter: MultimodalAdapter) -> GroupCost:
+    """A token attends to four times the model's width at the price of its linear layers: 6 H^2 + 9 H I multiplications
+    against 2 H per token attended to and layer would say five to seven, at equal rates; attention's is the lower."""
+    return GroupCost(shares_prompts(adapter), 4 * int(adapter.model_config.get_text_config().hidden_size))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learner.model import load_policy
+from learner.packing import Size
 from learner.policy import PolicyModule
 from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
 from tests.learner_cases import adapter_of, expected_update, make_group, mixed_case, options
@@ -27,12 +28,15 @@ def policy(tiny_model: Path, adapter: MultimodalAdapter) -> PolicyModule:
     return load_policy(options(tiny_model, temperature=0.8), adapter)
 
 
-def all_rows(adapter: MultimodalAdapter, break_even: int | None) -> list[Row]:
+ROOM = Size(4096, 10**6, 10**6)
+
+
+def all_rows(adapter: MultimodalAdapter, shared: bool = True, room: Size = ROOM) -> list[Row]:
     case = mixed_case(adapter)
     prompts = encode_prompts(adapter, case.groups, case.media)
     rows = []
     for group, prompt in zip(case.groups, prompts, strict=True):
-        rows += make_rows(prompt, [to_sample(c) for c in group.completions], break_even, 4096)
+        rows += make_rows(prompt, [to_sample(c) for c in group.completions], adapter, room, shared=shared)
     return rows
 
 
@@ -40,15 +44,17 @@ def flat(batch: MultimodalBatch, values: Tensor) -> Tensor:
     return values[batch.loss_mask]
 
 
-@pytest.mark.parametrize("break_even", [None, 40, 10**9], ids=["one a row", "some share", "all share"])
+@pytest.mark.parametrize("layout", ["padded", "packed, not shared", "some in parts", "packed", "under a mask"])
 def test_every_layout_gives_the_models_own_logprobs(
-    tiny_model: Path, adapter: MultimodalAdapter, policy: PolicyModule, break_even: int | None
+    tiny_model: Path, adapter: MultimodalAdapter, policy: PolicyModule, layout: str, monkeypatch: pytest.MonkeyPatch
 ):
     case, chosen = mixed_case(adapter), options(tiny_model, temperature=0.8)
     expected = expected_update(tiny_model, case, chosen).logprobs
-    rows = all_rows(adapter, break_even)
-    batch = collate(rows, adapter)
-    assert (batch.segments is None) == (break_even is None)
+    room = Size(80, 10**6, 10**6) if layout == "some in parts" else ROOM
+    rows = all_rows(adapter, layout not in ("padded", "packed, not shared"), room)
+    assert len(rows) == {"packed": 4, "under a mask": 4, "some in parts": 6}.get(layout, 16)
+    batch = collate(rows, adapter, packed=layout != "padded")
+    monkeypatch.setattr(policy, "attention", "mask" if layout == "under a mask" else "blocks")
     with torch.no_grad():
         logprobs, entropy = policy(batch)
     assert (logprobs[~batch.loss_mask] == 0).all() and (entropy[~batch.loss_mask] == 0).all()
@@ -64,7 +70,7 @@ def test_every_layout_gives_the_models_own_logprobs(
 
 
 def test_the_image_matters(adapter: MultimodalAdapter, policy: PolicyModule):
-    batch = collate(all_rows(adapter, 10**9), adapter)
+    batch = collate(all_rows(adapter), adapter)
     assert batch.pixel_values is not None
     with torch.no_grad():
         seen, _ = policy(batch)
@@ -91,7 +97,7 @@ def test_every_parameter_is_in_the_graph_of_every_batch(adapter: MultimodalAdapt
     else:
         group = make_group(adapter, 1, images=0)
         (prompt,) = encode_prompts(adapter, [group], {})
-        batch = collate(make_rows(prompt, [to_sample(c) for c in group.completions], 10**9, 4096), adapter)
+        batch = collate(make_rows(prompt, [to_sample(c) for c in group.completions], adapter, ROOM), adapter)
     if kind == "nothing trained":
         batch = replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
     policy.zero_grad()
@@ -107,7 +113,7 @@ def test_every_parameter_is_in_the_graph_of_every_batch(adapter: MultimodalAdapt
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_model: Path, adapter: MultimodalAdapter):
-    batch = collate(all_rows(adapter, 10**9), adapter)
+    batch = collate(all_rows(adapter), adapter)
     gradients = []
     for on in (False, True):
         module = load_policy(options(tiny_model, gradient_checkpointing=on), adapter)
@@ -129,7 +135,7 @@ def test_lora_starts_as_the_base_and_its_reference_stays_so(tiny_model: Path, ad
     module, base = load_policy(chosen, adapter), load_policy(options(tiny_model), adapter)
     trained = [name for name, p in module.model.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in name and (".visual." not in name or ".merger." in name) for name in trained)
-    batch = collate(all_rows(adapter, 10**9), adapter)
+    batch = collate(all_rows(adapter), adapter)
     with torch.no_grad():
         expected = base(batch)[0]
         torch.testing.assert_close(module(batch)[0], expected)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
+from learner.packing import Size
+from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import StalenessError, check_staleness
 from rollout.types import Completion, Segment
@@ -29,6 +30,9 @@ def adapter(tiny_model: Path) -> MultimodalAdapter:
 @pytest.fixture
 def chosen(tiny_model: Path) -> LearnerOptions:
     return options(tiny_model)
+
+
+ROOM = Size(4096, 10**6, 10**6)
 
 
 def mixed_rows(adapter: MultimodalAdapter, chosen: LearnerOptions) -> list[Row]:
@@ -75,9 +79,11 @@ def test_rows_of_one_prompt_name_its_images_again(adapter: MultimodalAdapter):
     for seed, images in ((0, 1), (1, 0), (2, 2)):
         group = make_group(adapter, seed, images=images)
         (prompt,) = encode_prompts(adapter, [group], {m.digest: m.data for m in group.prompt.media})
-        rows += make_rows(prompt, [to_sample(c) for c in group.completions[:2]], None, 4096)
-    batch = collate(rows, adapter)
-    assert batch.segments is None and batch.num_rows == 6
+        rows += make_rows(prompt, [to_sample(c) for c in group.completions[:2]], adapter, ROOM, shared=False)
+    packed = collate(rows, adapter)
+    assert packed.num_rows == 1 and packed.media_index["image"].tolist() == [0, 0, 1, 2, 1, 2]
+    batch = collate(rows, adapter, packed=False)
+    assert batch.groups is None and batch.num_rows == 6
     assert batch.media_index["image"].tolist() == [0, 0, 1, 2, 1, 2]
     assert batch.extra_model_kwargs["image_grid_thw"].shape == (3, 3)
 
@@ -126,23 +132,18 @@ def test_a_batch_without_rows_is_one_padding_row(adapter: MultimodalAdapter):
     assert batch.num_rows == 1 and not batch.loss_mask.any() and batch.attention_mask.all()
 
 
-@given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=9),
-    st.integers(1, 20),
-    st.one_of(st.none(), st.integers(1, 1000)),
-    st.integers(0, 30),
-)
-def test_rows_hold_every_sample_once_within_the_budget(
-    lengths: list[int], prompt_length: int, break_even: int | None, spare: int
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.integers(1, 20), st.booleans(), st.integers(0, 30))
+def test_rows_hold_every_sample_once_within_the_limits(
+    adapter: MultimodalAdapter, lengths: list[int], prompt_length: int, shared: bool, spare: int
 ):
-    budget = prompt_length + max(lengths) + spare
+    limits = Size(prompt_length + max(lengths) + spare, 0, max(lengths) + spare)
     prompt = EncodedPrompt(torch.zeros(prompt_length, dtype=torch.int64))
     segments = [Segment(np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32)) for n in lengths]
     samples = [to_sample(Completion((s,), "", "stop", 0)) for s in segments]
-    rows = make_rows(prompt, samples, break_even, budget)
+    rows = make_rows(prompt, samples, adapter, limits, shared=shared)
     assert sorted(id(s) for row in rows for s in row.samples) == sorted(id(s) for s in samples)
-    assert all(len(row) <= budget and row.prompt is prompt for row in rows)
-    if break_even is None:
+    assert all((np.array(size_of(row, adapter)) <= limits).all() and row.prompt is prompt for row in rows)
+    if not shared:
         assert all(len(row.samples) == 1 for row in rows)
 
 

@@ -29,6 +29,7 @@ from vlm.encoded import (
     concatenate_padded,
     counts_of,
     for_engine,
+    patches_of,
     smallest,
 )
 
@@ -50,9 +51,9 @@ class MultimodalAdapter(ABC):  # noqa: B024
     stacks_videos: ClassVar[bool] = False
     """Whether the processor takes several videos in one call only if they have equally many frames."""
     shares_prompts: ClassVar[bool] = False
-    """Whether the model takes a 4-D boolean attention mask and given positions, so that several completions can be
-    laid behind one copy of their prompt. False where layers differ in what they attend to (sliding windows, image
-    tokens that see each other)."""
+    """Whether every layer of the language model is plainly causal, and hands its keyword arguments on to its attention:
+    completions can then be laid behind one copy of their prompt. Not so with sliding windows, or with image tokens that
+    see each other."""
     engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
     roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -104,7 +105,7 @@ class MultimodalAdapter(ABC):  # noqa: B024
     @property
     def pad_token_id(self) -> int:
         """What fills rows up; it is masked wherever it stands, so any id will do where a tokenizer has none."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        return self.tokenizer.pad_token_id or 0
 
     @property
     def has_vision(self) -> bool:
@@ -332,6 +333,12 @@ class MultimodalAdapter(ABC):  # noqa: B024
     def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
         """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
         return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
+
+    def patches(self, prompt: EncodedPrompt) -> int:
+        """What a prompt's media cost the towers."""
+        size = getattr(getattr(self.model_config, "vision_config", None), "patch_size", 1)
+        first = [m.inputs[0] for m in self.towers().values()]
+        return sum(patches_of(prompt.inputs[name], size) for name in first if name in prompt.inputs)
 
     def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
         """How many entries of the features belong to a prompt: one per item, or per tile."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+GroupLengths = tuple[int, tuple[int, ...]]
+"""Tokens of a group's prompt, and of each of the completions behind it."""
+
 _TOKEN_ALIGNED = (
     "attention_mask",
     "loss_mask",
-    "segments",
     "behavior_logprobs",
     "advantages",
     "rewards",
@@ -26,22 +28,22 @@ _TOKEN_ALIGNED = (
 
 @dataclass(frozen=True)
 class MultimodalBatch:
-    """A micro-batch of B rows padded on the right to L tokens. A row is a prompt with one completion, or with several
-    that share it (`segments`).
+    """A micro-batch, in one of two layouts. Packed (`groups` is set): one row `[1, L]` without padding, of groups end
+    to end, each a prompt and the completions that share it. Padded: B rows, each a prompt with one completion, filled
+    up on the right to L tokens.
 
     Token-aligned fields are aligned with `input_ids`: entry `[b, t]` speaks of the token *at* position t, which the
     model predicts from the position before it in its completion. `loss_mask[:, 0]` is therefore always False.
     """
 
     input_ids: Tensor
-    """int64 `[B, L]`: expanded prompt, then its completion(s), then padding."""
+    """int64 `[B, L]`: expanded prompt, then its completion(s)."""
     attention_mask: Tensor
     """int64 `[B, L]`: 1 for tokens, 0 for padding."""
     loss_mask: Tensor
     """bool `[B, L]`: sampled tokens of valid completions, the only ones with a gradient."""
-    segments: Tensor | None = None
-    """int64 `[B, L]`: 0 at the prompt, k at the row's k-th completion, which sees the prompt and itself alone, -1 at
-    padding. None: one completion a row."""
+    groups: tuple[GroupLengths, ...] | None = None
+    """Packed: what lies in the row. A completion sees its prompt and itself, and no more. None: padded."""
     position_ids: Tensor | None = None
     """int64 `[B, L]`, or `[3, B, L]` for M-RoPE, as the engine counts them; None: the model derives them."""
     behavior_logprobs: Tensor | None = None
@@ -72,6 +74,8 @@ class MultimodalBatch:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(shape)}")
+        if self.groups is not None and (sum(p + sum(own) for p, own in self.groups), 1) != (shape[1], shape[0]):
+            raise ValueError(f"groups of {self.groups} tokens in a batch of shape {tuple(shape)}")
         if bool(self.loss_mask[:, :1].any()):
             raise ValueError("loss_mask marks position 0, which no token predicts")
 
@@ -86,9 +90,11 @@ class MultimodalBatch:
 
     def completion_labels(self) -> Tensor:
         """int64 `[B, L]`: equal at the tokens of one completion, different between completions."""
-        within = torch.ones_like(self.input_ids) if self.segments is None else self.segments
-        rows = torch.arange(self.num_rows, device=self.input_ids.device)[:, None]
-        return rows * (self.input_ids.shape[1] + 1) + within
+        device = self.input_ids.device
+        if self.groups is None:
+            return torch.arange(self.num_rows, device=device)[:, None].expand_as(self.input_ids)
+        lengths = torch.tensor([n for prompt, own in self.groups for n in (prompt, *own)], device=device)
+        return torch.arange(len(lengths), device=device).repeat_interleave(lengths)[None]
 
     def model_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the Hugging Face model's forward."""

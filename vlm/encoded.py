@@ -49,6 +49,17 @@ class EncodedPrompt:
     counts: Counts = field(default_factory=dict)
 
 
+def patches_of(pixels: Tensor, patch_size: int | Sequence[int]) -> int:
+    """Patches that a tower computes for its first input: rows of patches `[P, D]`, images `[..., 3, H, W]`, or frames
+    of sound `[N, M, S]`."""
+    if pixels.ndim == 2:
+        return len(pixels)
+    if pixels.ndim == 3:
+        return len(pixels) * pixels.shape[-1]
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return pixels.numel() // (3 * height * width)
+
+
 def kind_of(item: Decoded) -> MediaKind:
     if isinstance(item, Image.Image):
         return "image"
