@@ -70,7 +70,7 @@ def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int
                 "learning_rate": 1e-4,
                 "micro_batch_tokens": 4096,
                 "zero_stage": 0,
-                "gradient_checkpointing": False,
+                "gradient_checkpointing": [],
                 "threads": threads,
             },
             "cluster": {"device": "cpu"},

@@ -92,6 +92,13 @@ class RunConfig(Section):
                 f"learner.micro_batch_tokens={learner.micro_batch_tokens} cannot hold one sample of up to "
                 f"data.max_prompt_length + rollout.max_completion_length = {longest} tokens"
             )
+        if learner.micro_batch_logits is not None and learner.micro_batch_logits < rollout.max_completion_length:
+            found.append(
+                f"learner.micro_batch_logits={learner.micro_batch_logits} cannot hold one completion of up to "
+                f"rollout.max_completion_length={rollout.max_completion_length} tokens"
+            )
+        if learner.attention == "flex" and self.cluster.device == "cpu":
+            found.append("learner.attention=flex has no backward pass on CPUs, but cluster.device=cpu; use auto")
         if learner.lr_schedule != "constant" and learner.warmup_steps >= self.steps:
             found.append(
                 f"learner.warmup_steps={learner.warmup_steps} leaves nothing of steps={self.steps} to decay over"

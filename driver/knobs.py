@@ -146,7 +146,13 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm to which gradients are clipped."""
     micro_batch_tokens: int = Field(8192, ge=1)
-    """Token budget of one micro-batch, padding included; gradients accumulate over micro-batches."""
+    """Language positions of one micro-batch; gradients accumulate over micro-batches."""
+    micro_batch_patches: int | None = Field(None, ge=1)
+    """Vision patches (and frames of sound) of one micro-batch; null: as many as its tokens bring."""
+    micro_batch_logits: int | None = Field(None, ge=1)
+    """Positions with a loss of one micro-batch; null: as many as its tokens bring."""
+    attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
+    """How packed groups attend; auto: blocks on CPU, flex_attention on GPUs; mask: sdpa with a mask written out."""
     logprob_chunk_rows: int = Field(1024, ge=1)
     """Rows of the vocabulary projection computed at once: bounds the [rows, V] logits held."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -155,8 +161,8 @@ class LearnerConfig(Section):
     """Keep optimizer state in CPU memory."""
     offload_parameters: bool = False
     """Keep parameters in CPU memory (ZeRO-3)."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: tuple[Literal["language", "vision", "audio"], ...] = ("language", "vision", "audio")
+    """Parts of the model whose activations are recomputed in the backward pass; [] keeps all."""
     threads: int = Field(1, ge=1)
     """Compute threads of one rank on CPU."""
     timeout: float = Field(1800.0, gt=0)

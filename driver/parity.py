@@ -111,7 +111,7 @@ def parity(
         dtype="float32",
         adapter=adapter,
         trust_remote_code=trust_remote_code,
-        gradient_checkpointing=False,
+        gradient_checkpointing=(),
         micro_batch_tokens=2**20,
     )
     learner = TorchEngine(learner_options, family)

@@ -19,6 +19,7 @@ from rewards.registry import COMPARING, check_rewards
 from rollout.prompts import DataError, PromptSource
 from rollout.types import MediaKind
 from vlm.adapter import AdapterError
+from vlm.patches import patches_per_token
 
 
 @dataclass
@@ -52,6 +53,14 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
         problems.append(
             f"data.max_prompt_length + rollout.max_completion_length = {needed} tokens, but the model at "
             f"{config.model.path} takes at most {longest}; lower one of them"
+        )
+    limit = config.learner.micro_batch_patches
+    most = max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0)
+    if limit is not None and limit < config.data.max_prompt_length * most:
+        problems.append(
+            f"learner.micro_batch_patches={limit} may not hold one prompt: data.max_prompt_length="
+            f"{config.data.max_prompt_length} tokens of images are {config.data.max_prompt_length * most:g} patches; "
+            "raise it, or lower data.max_prompt_length"
         )
     for files, key in ((config.data.train, "data.train"), (config.data.eval, "data.eval")):
         if not files:

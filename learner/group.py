@@ -1,6 +1,6 @@
 """LearnerGroup: the learner as the driver sees it. One Ray actor per rank; every method blocks, with a limit.
 
-    driver ── update(group refs, summaries, version) ──▶ advantages (here, from summaries) ─▶ shards by tokens
+    driver ── update(group refs, summaries, version) ──▶ advantages (here, from summaries) ─▶ shards by cost
                                                             └▶ LearnerWorker.update on every rank ─▶ UpdateStats
 
 The driver passes references: the workers fetch tokens and pixels themselves.
@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from learner.advantages import ADVANTAGES, contributes, has_baseline
-from learner.packing import shard
+from learner.packing import GroupCost, shard
 from learner.shaping import combined_rewards
 from learner.types import (
     LearnerError,
@@ -56,6 +56,7 @@ class LearnerGroup:
         self._transfer = transfer
         self._actor_options = [dict(o) for o in actor_options]
         self._workers: list[Any] = []
+        self._cost = GroupCost(shares_prompts=False, break_even=1)
 
     def start(self, timeout: float) -> None:
         """Create the actors, join them in a process group, load the model (and the reference).
@@ -68,9 +69,8 @@ class LearnerGroup:
                 for rank, given in enumerate(self._actor_options)
             ]
             where = self._wait("choosing an address", [self._workers[0].open_store.remote()], timeout)[0]
-            self._wait(
-                "loading the model", [w.setup.remote(*where) for w in self._workers], deadline - time.monotonic()
-            )
+            left = deadline - time.monotonic()
+            self._cost = self._wait("loading the model", [w.setup.remote(*where) for w in self._workers], left)[0]
         except BaseException:
             self.shutdown()
             raise
@@ -96,7 +96,8 @@ class LearnerGroup:
         kept = [i for i in order if used[i]]
         # Which group is trained in which step does not depend on the number of ranks.
         parts = [kept[m :: self.options.optimizer_steps] for m in range(self.options.optimizer_steps)]
-        deal = [shard([_cost(summaries[i]) for i in part], self.options.ranks) for part in parts]
+        costs = [self._cost(s.prompt_length, s.lengths) for s in summaries]
+        deal = [shard([costs[i] for i in part], self.options.ranks) for part in parts]
         if self.options.beta > 0 and self.options.kl_in == "reward":
             rewards -= self.options.beta * self._reference_kl(group_refs, parts, deal, rewards.shape)
         advantages = ADVANTAGES[self.options.advantage](rewards, valid)
@@ -215,11 +216,6 @@ class LearnerGroup:
                 except ray.exceptions.RayError as error:
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
         return results
-
-
-def _cost(summary: GroupSummary) -> int:
-    """Tokens through the model: the prompt once per completion."""
-    return summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
 
 
 def _why(summaries: Sequence[GroupSummary]) -> str:

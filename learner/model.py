@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,11 +27,10 @@ def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyMo
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_is_trained(name, options, adapter))
     _disable_dropout(model)
+    policy = _wrap(model, options, adapter).train()
     if options.gradient_checkpointing:
-        # Non-reentrant: the head and the tower may then run on inputs without a gradient, and ZeRO sees each
-        # gradient once.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return _wrap(model, options, adapter).train()
+        _checkpoint(policy.base, options.gradient_checkpointing, adapter)
+    return policy
 
 
 def load_reference(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
@@ -87,6 +87,17 @@ def _with_lora(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) 
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)  # the same A on every rank
         return get_peft_model(model, config)
+
+
+def _checkpoint(model: Any, roles: Collection[str], adapter: MultimodalAdapter) -> None:
+    """Recompute layers in the backward pass, those of the parts of the model with one of `roles`.
+
+    Non-reentrant: the head and the tower may then run on inputs without a gradient, and ZeRO sees each gradient
+    once."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, module in model.named_modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = adapter.role(f"{name}.") in roles
 
 
 def _disable_dropout(model: nn.Module) -> None:

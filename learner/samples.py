@@ -20,6 +20,7 @@ from rollout.types import Completion, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import GroupLengths, MultimodalBatch
 from vlm.clips import decode
+from vlm.patches import patches
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def make_rows(
     """Rows of one group: all completions behind one prompt if they fit a micro-batch of `limits`, else as few parts as
     do; one completion each unless `shared` (None: if the family can). Raises ValueError where one alone does not fit.
     """
-    first = Size(len(prompt.input_ids), adapter.patches(prompt))
+    first = Size(len(prompt.input_ids), patches(adapter, prompt))
     own = [Size(len(s), 0, int(s.trainable.sum())) for s in samples]
     parts = split_group(first, own, limits)
     if not (shares_prompts(adapter) if shared is None else shared):
@@ -131,7 +132,7 @@ def make_rows(
 
 
 def size_of(row: Row, adapter: MultimodalAdapter) -> Size:
-    return Size(len(row), adapter.patches(row.prompt), sum(int(s.trainable.sum()) for s in row.samples))
+    return Size(len(row), patches(adapter, row.prompt), sum(int(s.trainable.sum()) for s in row.samples))
 
 
 def collate(rows: Sequence[Row], adapter: MultimodalAdapter, *, packed: bool | None = None) -> MultimodalBatch:

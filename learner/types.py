@@ -110,7 +110,8 @@ class LearnerOptions:
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: tuple[str, ...] = ("language", "vision", "audio")
+    """Parts of the model whose layers are recomputed in the backward pass instead of kept."""
 
     ranks: int = 1
     threads: int = 1

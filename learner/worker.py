@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from learner.packing import GroupCost
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.types import RolloutGroup
 from weight_sync.protocols import EngineHandle, TransferReport
@@ -59,12 +60,13 @@ class LearnerWorker:
         self._store, port = open_store(host, self.options.timeout)
         return host, port
 
-    def setup(self, host: str, port: int) -> None:
-        """Join the process group, load adapter, model and optimizer."""
+    def setup(self, host: str, port: int) -> GroupCost:
+        """Join the process group, load adapter, model and optimizer. Returns what a group costs this model."""
         import torch
 
         from learner.deepspeed_engine import DeepSpeedEngine
         from learner.process_group import join
+        from learner.update import group_cost
         from vlm.registry import load_adapter
 
         # DeepSpeed calls collectives under names that torch has since replaced, and every call would say so.
@@ -77,6 +79,7 @@ class LearnerWorker:
             seeded(options.seed + self.rank)
         self._adapter = load_adapter(options.model, options.adapter, trust_remote_code=options.trust_remote_code)
         self._engine = DeepSpeedEngine(options, self._adapter)
+        return group_cost(self._adapter)
 
     def update(self, scored: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
         """One optimizer step; the fields of UpdateStats that are known here, reduced over ranks."""

@@ -42,7 +42,7 @@ def options(model: Path, **changes: object) -> LearnerOptions:
         "max_grad_norm": 1e9,
         "micro_batch_tokens": 4096,
         "logprob_chunk_rows": 7,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": (),
         "beta": 0.1,
         "timeout": 120.0,
     }

@@ -32,6 +32,7 @@ from vlm.encoded import AdapterError, counts_of
 from vlm.idefics3 import patch_places
 from vlm.media import ImageLimits, MediaError, check_image
 from vlm.mrope import mrope_positions
+from vlm.patches import patches, patches_per_token
 from vlm.registry import load_adapter
 from vlm.tiny import TINY, build_tiny
 from vlm.tiny.noise import noise
@@ -172,6 +173,26 @@ def test_features_computed_before_can_stand_in_for_pixels(family: str) -> None:
     assert features.keys() == adapter.towers().keys()
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=0)
     assert expected[batch.loss_mask].abs().min() > 0
+
+
+PATCHES = {"qwen2_5_vl": 4.0, "qwen3_vl": 4.0, "llava": 1.0, "internvl": 4.0, "qwen2_5_omni": 4.0}
+"""Of 56 x 56 pixels by hand: merged two by two; all patches of the tile; merged two by two."""
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_patches_are_those_that_the_tower_computes(family: str) -> None:
+    """Counted where the tower embeds them."""
+    adapter = adapter_of(family)
+    policy = load_policy(options(model_of(family)), adapter)
+    prompt = adapter.dummy_prompt("image")
+    seen: list[int] = []
+    tower = next(m for m in policy.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+    tower.register_forward_hook(lambda module, given, out: seen.append(out.numel() // module.out_channels))
+    policy.media_features(collate([Row(prompt, ())], adapter))
+    assert seen == [patches(adapter, prompt)]
+    assert patches_per_token(adapter, "image") == pytest.approx(
+        PATCHES.get(family, patches_per_token(adapter, "image"))
+    )
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)

@@ -112,13 +112,24 @@ def test_every_parameter_is_in_the_graph_of_every_batch(adapter: MultimodalAdapt
     assert learned == (kind == "text only")
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_model: Path, adapter: MultimodalAdapter):
+@pytest.mark.parametrize("roles", [("language",), ("vision",), ("language", "vision")], ids=" and ".join)
+def test_gradient_checkpointing_computes_the_chosen_layers_twice_and_the_same(
+    tiny_model: Path, adapter: MultimodalAdapter, roles: tuple[str, ...]
+):
     batch = collate(all_rows(adapter), adapter)
-    gradients = []
-    for on in (False, True):
-        module = load_policy(options(tiny_model, gradient_checkpointing=on), adapter)
+    gradients, calls = [], []
+    for chosen in ((), roles):
+        module = load_policy(options(tiny_model, gradient_checkpointing=chosen), adapter)
+        calls.append({"language": 0, "vision": 0})
+        layers = {
+            "language": module.model.model.language_model.layers[0],
+            "vision": module.model.model.visual.blocks[0],
+        }
+        for role, layer in layers.items():
+            layer.mlp.register_forward_pre_hook(lambda *_, r=role, c=calls[-1]: c.update({r: c[r] + 1}))
         module(batch)[0].sum().backward()
         gradients.append({name: p.grad for name, p in module.model.named_parameters()})
+    assert calls == [{"language": 1, "vision": 1}, {role: 1 + (role in roles) for role in ("language", "vision")}]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-7)
 

@@ -62,7 +62,7 @@ def test_engine_and_learner_agree_before_and_after_updates(family: str, tmp_path
         max_media_per_prompt=dict.fromkeys(adapter.modalities, 3),
         extra={"mm_processor_cache_gb": 0},
     )
-    chosen = LearnerOptions(model, total_steps=1, device="cpu", dtype="float32", gradient_checkpointing=False)
+    chosen = LearnerOptions(model, total_steps=1, device="cpu", dtype="float32", gradient_checkpointing=())
     learner = TorchEngine(chosen, adapter)
     sampling = SamplingParams(n=2, max_tokens=8, seed=1, ignore_eos=True, banned_token_ids=adapter.banned_token_ids)
     prompts = [case_prompt(adapter, name, parts, 0) for name, parts in cases(adapter, 3).items()]

@@ -56,7 +56,7 @@ VARIANTS = {
         "zero_stage": 3,
         "offload_optimizer": True,
         "offload_parameters": True,
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": ("language", "vision"),
     },
 }
 

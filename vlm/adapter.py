@@ -28,8 +28,8 @@ from vlm.encoded import (
     blank,
     concatenate_padded,
     counts_of,
+    dummy_messages,
     for_engine,
-    patches_of,
     smallest,
 )
 
@@ -318,8 +318,7 @@ class MultimodalAdapter(ABC):  # noqa: B024
     def dummy_prompt(self, kind: MediaKind) -> EncodedPrompt:
         """A smallest prompt with one item, for ranks whose micro-batch has none: under ZeRO-3 every rank must run the
         same towers."""
-        text = self.render([{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "."}]}])
-        return self.encode(text, [smallest(kind)])
+        return self.encode(self.render(dummy_messages(kind)), [smallest(kind)])
 
     # ------------------------------------------------------------------ learner side: the model
 
@@ -333,12 +332,6 @@ class MultimodalAdapter(ABC):  # noqa: B024
     def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
         """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
         return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
-
-    def patches(self, prompt: EncodedPrompt) -> int:
-        """What a prompt's media cost the towers."""
-        size = getattr(getattr(self.model_config, "vision_config", None), "patch_size", 1)
-        first = [m.inputs[0] for m in self.towers().values()]
-        return sum(patches_of(prompt.inputs[name], size) for name in first if name in prompt.inputs)
 
     def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
         """How many entries of the features belong to a prompt: one per item, or per tile."""

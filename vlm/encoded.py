@@ -49,17 +49,6 @@ class EncodedPrompt:
     counts: Counts = field(default_factory=dict)
 
 
-def patches_of(pixels: Tensor, patch_size: int | Sequence[int]) -> int:
-    """Patches that a tower computes for its first input: rows of patches `[P, D]`, images `[..., 3, H, W]`, or frames
-    of sound `[N, M, S]`."""
-    if pixels.ndim == 2:
-        return len(pixels)
-    if pixels.ndim == 3:
-        return len(pixels) * pixels.shape[-1]
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    return pixels.numel() // (3 * height * width)
-
-
 def kind_of(item: Decoded) -> MediaKind:
     if isinstance(item, Image.Image):
         return "image"
@@ -87,6 +76,11 @@ def smallest(kind: MediaKind) -> Decoded:
     if kind == "audio":
         return np.zeros(SOUND_RATE // 10, np.float32)
     return Video(np.zeros((2, 56, 56, 3), np.uint8), (0, 1), 2, 2.0)
+
+
+def dummy_messages(kind: MediaKind) -> list[dict[str, Any]]:
+    """A conversation about one item."""
+    return [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "."}]}]
 
 
 def for_engine(item: Decoded) -> Any:

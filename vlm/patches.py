@@ -1,0 +1,31 @@
+"""What media cost the towers, in patches (and in frames of sound)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rollout.types import MediaKind
+from vlm.adapter import EncodedPrompt, MultimodalAdapter
+from vlm.encoded import dummy_messages
+
+
+def patches(adapter: MultimodalAdapter, prompt: EncodedPrompt) -> int:
+    """Patches of all media of a prompt."""
+    size = getattr(getattr(adapter.model_config, "vision_config", None), "patch_size", 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    firsts = [modality.inputs[0] for modality in adapter.towers().values()]
+    return sum(_count(prompt.inputs[name], height * width) for name in firsts if name in prompt.inputs)
+
+
+def _count(inputs: Tensor, pixels: int) -> int:
+    """Of a tower's first input: rows of patches `[P, D]`, frames of sound `[N, M, S]`, or images `[..., 3, H, W]`."""
+    if inputs.ndim == 2:
+        return len(inputs)
+    return inputs.numel() // (inputs.shape[-2] if inputs.ndim == 3 else 3 * pixels)
+
+
+def patches_per_token(adapter: MultimodalAdapter, kind: MediaKind) -> float:
+    """Patches that one of an item's tokens in the prompt stands for, as the smallest item shows."""
+    prompt = adapter.dummy_prompt(kind)
+    with_one = len(prompt.input_ids) - len(adapter.tokenize(adapter.render(dummy_messages(kind)))) + 1
+    return patches(adapter, prompt) / with_one
