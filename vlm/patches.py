@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import Tensor
 
 from rollout.types import MediaKind
@@ -25,7 +27,10 @@ def _count(inputs: Tensor, pixels: int) -> int:
 
 
 def patches_per_token(adapter: MultimodalAdapter, kind: MediaKind) -> float:
-    """Patches that one of an item's tokens in the prompt stands for, as the smallest item shows."""
+    """Patches that one of an item's tokens stands for, as the smallest item shows: of the tokens that it expands to,
+    those of the most frequent kind stand for patches, others announce them."""
     prompt = adapter.dummy_prompt(kind)
-    with_one = len(prompt.input_ids) - len(adapter.tokenize(adapter.render(dummy_messages(kind)))) + 1
-    return patches(adapter, prompt) / with_one
+    expanded = Counter(prompt.input_ids.tolist())
+    expanded.subtract(adapter.tokenize(adapter.render(dummy_messages(kind))))
+    place = expanded[adapter.placeholder_ids[kind]] + 1
+    return patches(adapter, prompt) / max(place, *expanded.values())
