@@ -15,6 +15,7 @@ from driver import checkpoints
 from driver.config import ConfigError, RunConfig
 from driver.metrics import read_metrics
 from driver.wiring import config_adapter, data_options, reward_specs
+from learner.samples import layout
 from rewards.registry import COMPARING, check_rewards
 from rollout.prompts import DataError, PromptSource
 from rollout.types import MediaKind
@@ -54,6 +55,7 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
             f"data.max_prompt_length + rollout.max_completion_length = {needed} tokens, but the model at "
             f"{config.model.path} takes at most {longest}; lower one of them"
         )
+    choices.lines.append(f"learner: {layout(adapter)}")
     limit = config.learner.micro_batch_patches
     most = max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0)
     if limit is not None and limit < config.data.max_prompt_length * most:

@@ -112,6 +112,16 @@ def shares_prompts(adapter: MultimodalAdapter) -> bool:
     return adapter.shares_prompts and not windowed
 
 
+def layout(adapter: MultimodalAdapter) -> str:
+    """What becomes of a group, for the user."""
+    if shares_prompts(adapter):
+        return "packed micro-batches, each prompt once for all completions of its group"
+    return (
+        "padded micro-batches, the prompt once for each completion: not every layer of the model is plainly causal "
+        f"({type(adapter).__name__})"
+    )
+
+
 def make_rows(
     prompt: EncodedPrompt,
     samples: Sequence[Sample],

@@ -1,6 +1,6 @@
-"""The same update on one, two and three ranks: loss, gradients, statistics, checkpoints. Gloo, ZeRO-2 and ZeRO-3.
+"""The same update on one to four ranks: loss, gradients, statistics, checkpoints. Gloo, ZeRO-2 and ZeRO-3.
 
-Two processes are started, then three; each runs the scenarios it is given one after another.
+Two processes are started, then three, then four; each runs the scenarios it is given one after another.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.process_group import join, open_store
 from learner.torch_engine import TorchEngine
 from learner.update import reference_kl, run_update, score_groups
-from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options
+from tests.learner_cases import Case, adapter_of, expected_update, make_case, make_group, mixed_case, options
 from tests.train_engine_contract import assert_gradients_close, gradients_of
+from vlm.adapter import MultimodalAdapter
 
 pytestmark = pytest.mark.e2e
 
@@ -113,6 +114,32 @@ def three_ranks(rank: int, model: Path, out: Path) -> None:
         (out / "stats-three.json").write_text(json.dumps([first, second, *lora_stats]))
 
 
+FOUR = ([0, 4, 5], [1], [2, 3], [])
+"""Images in two micro-batches, text in one, videos and images, nothing at all."""
+MEDIA = {"media_kinds": ("image", "video"), "micro_batch_tokens": 110}
+
+
+def media_case(adapter: MultimodalAdapter) -> Case:
+    kinds = [["image"], [], ["video"], ["video", "image"], ["image", "image"], ["image"]]
+    return make_case([make_group(adapter, i, media=own, scores=[0.0, 1.0, 0.5]) for i, own in enumerate(kinds)])
+
+
+def four_ranks(rank: int, model: Path, out: Path) -> None:
+    """Every rank with another mix, two updates, with and without recomputation."""
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+    case = media_case(adapter_of(model)).part(FOUR[rank])
+    for roles in ((), ("language", "vision")):
+        chosen = options(model, ranks=4, zero_stage=3, gradient_checkpointing=roles, **MEDIA)
+        engine = DeepSpeedEngine(chosen, adapter_of(model))
+        first = update(engine, chosen, case)
+        gradients = gradients_of(engine, chosen)
+        second = update(engine, chosen, case)
+        if rank == 0:
+            save_file(gradients, out / f"gradients-four-{len(roles)}.safetensors")
+            (out / f"stats-four-{len(roles)}.json").write_text(json.dumps([first, second]))
+
+
 def on_rank(rank: int, scenario: Callable[[int, Path, Path], None], ranks: int, port: int, *paths: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_SIZE="1", DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
@@ -123,7 +150,7 @@ def on_rank(rank: int, scenario: Callable[[int, Path, Path], None], ranks: int, 
 @pytest.fixture(scope="module")
 def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
-    for scenario, ranks in ((two_ranks, 2), (three_ranks, 3)):
+    for scenario, ranks in ((two_ranks, 2), (three_ranks, 3), (four_ranks, 4)):
         store, port = open_store("127.0.0.1", 120.0)
         mp.spawn(on_rank, (scenario, ranks, port, tiny_model, out), nprocs=ranks)
         del store
@@ -161,6 +188,22 @@ def test_loss_and_gradients_do_not_depend_on_ranks(
     expected = expected_update(tiny_model, mixed_case(adapter_of(tiny_model)), options(tiny_model))
     assert first["loss"] == pytest.approx(expected.loss, abs=1e-5)
     assert_gradients_close(load_file(results / f"gradients-{name}.safetensors"), expected.gradients)
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_four_ranks_with_text_images_videos_and_nothing_are_as_one(
+    results: Path, tiny_model: Path, recomputed: int
+) -> None:
+    chosen = options(tiny_model, **MEDIA)
+    adapter = adapter_of(tiny_model)
+    case = media_case(adapter)
+    engine = TorchEngine(chosen, adapter)
+    expected = expected_update(tiny_model, case, chosen)
+    first, second = stats_of(results, f"four-{recomputed}")
+    assert first["micro_batches"] > 1  # of which a rank without groups has none, and others fewer
+    assert_same_update(first, update(engine, chosen, case))
+    assert_same_update(second, update(engine, chosen, case))
+    assert_gradients_close(load_file(results / f"gradients-four-{recomputed}.safetensors"), expected.gradients)
 
 
 @pytest.fixture(scope="module")
