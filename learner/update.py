@@ -123,8 +123,9 @@ def _with_other_policies(
             [replace(b, reference_logprobs=engine.logprobs(b, reference=True)) for b in part] for part in batches
         ]
         watch.split("reference")
-    if len(batches) > 1:
-        batches = [[replace(b, before_logprobs=engine.logprobs(b)) for b in part] for part in batches]
+    if len(batches) > 1:  # in the first step the policy before it is the current one
+        later = [[replace(b, before_logprobs=engine.logprobs(b)) for b in part] for part in batches[1:]]
+        batches = [batches[0], *later]
         watch.split("before")
     return batches
 
