@@ -1,209 +1,238 @@
-"""The learner's optimizer step against a bare transformers + AdamW loop, on the same samples, in one run.
+"""The learner's optimizer step against a bare transformers loop and TRL's, on the same samples, in one run.
 
-    python -m bench.learner --json runs/bench/learner.json
+    python -m bench.learner --json runs/bench/learner.json            (needs the extra `bench`)
 
-Three rows: the bare loop on padded batches; this learner on the very same padded batches; this learner as it runs, with
-each prompt computed once for its K completions. Float32, all cores, a vocabulary of at most 4k, one image a prompt.
-`tokens/s` counts completion tokens trained; the policy-gradient loss is the same.
+`bare`: what anybody would write with transformers. `TRL`: the training step of its GRPOTrainer. `padded`: this learner,
+one completion a row. `shared`: this learner as it runs. Float32, all cores, the same limit of positions per
+micro-batch; steps are taken in turn, so that what slows the machine slows all. A table is printed only if losses and
+gradient norms agree. `MFU`: FLOPs of what the system computes (`learner_work.model_flops`) per second, against a plain
+matrix product in the same run; `of bare's`: the same with the FLOPs that the bare loop needs for these samples. Last,
+the memory of a vocabulary of 152k (`bench.learner_memory`).
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.table import Table
-from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
-from bench.common import images, median, report
+from bench.common import median, report
+from bench.learner_memory import memory_table, run_memory
+from bench.learner_work import MODELS, SHAPES, Shape, batches_of, make_groups, model_flops, plain_batches, rows_of
+from bench.trl_step import LEARNING_RATE, MAX_GRAD_NORM, BareStep, TrlStep
 from learner.deepspeed_engine import DeepSpeedEngine
-from learner.engine import TrainEngine
 from learner.objective import GlobalCounts
-from learner.packing import pack
-from learner.policy import attention_break_even
 from learner.process_group import join, open_store
-from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
 from learner.types import LearnerOptions
 from learner.update import micro_loss
-from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.media import digest
 from vlm.registry import load_adapter
-from vlm.tiny import TinySizes, build_tiny
+
+TOLERANCE = 1e-3
+"""Relative, of losses and gradient norms."""
+MATMUL = 2048
+
+Outcome = tuple[float, float]
+"""(loss, gradient norm)"""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """B groups of K completions of `new` tokens behind a question of about `words` words."""
-
-    groups: int
-    K: int
-    words: int
-    new: int
-
-
-SHAPES = {
-    "short": Shape(groups=32, K=8, words=4, new=16),
-    "balanced": Shape(groups=8, K=8, words=12, new=64),
-    "prompt-heavy": Shape(groups=4, K=8, words=50, new=32),
-}
-
-
-def make_groups(adapter: MultimodalAdapter, shape: Shape) -> tuple[list[RolloutGroup], dict[str, bytes]]:
-    """Random completions of one length; sampled by nobody, so their log-probabilities say nothing."""
-    rng = np.random.default_rng(0)
-    media: dict[str, bytes] = {}
-    groups = []
-    for number, (image, _) in enumerate(images(shape.groups)):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        key = digest(buffer.getvalue())
-        media[key] = buffer.getvalue()
-        content = [{"type": "image"}, {"type": "text", "text": "what " * shape.words}]
-        text = adapter.render([{"role": "user", "content": content}])
-        ids = adapter.encode(text, [image]).input_ids.numpy().astype(np.int32)
-        prompt = Prompt(PromptRef(f"bench:{number}"), text, ids, len(ids), (Media("image", key, None),))
-        completions = tuple(_completion(rng, shape.new) for _ in range(shape.K))
-        verdicts = tuple(Verdict.scored(float(r)) for r in rng.random(shape.K))
-        groups.append(RolloutGroup(prompt, ids, completions, verdicts))
-    return groups, media
-
-
-def _completion(rng: np.random.Generator, new: int) -> Completion:
-    tokens = rng.integers(32, 200, new).astype(np.int32)
-    segment = Segment(tokens, np.full(new, -5.0, np.float32), np.zeros(new, np.int32))
-    return Completion((segment,), "", "length", 0)
-
-
-def rows_of(adapter: MultimodalAdapter, shape: Shape, break_even: int | None) -> list[Row]:
-    """`break_even` None: one completion a row."""
-    groups, media = make_groups(adapter, shape)
-    rows: list[Row] = []
-    for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
-        assert group.verdicts is not None
-        scored = zip(group.completions, group.verdicts, strict=True)
-        samples = [to_sample(c, advantage=(v.score or 0.0) - 0.5, reward=v.score or 0.0) for c, v in scored]
-        rows += make_rows(prompt, samples, break_even, budget=10**9)
-    return rows
-
-
-def batches_of(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) -> list[MultimodalBatch]:
-    return [collate([rows[i] for i in members], adapter) for members in pack([len(r) for r in rows], budget)]
-
-
-def bare_step(model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[MultimodalBatch], tokens: int) -> None:
-    """What anybody would write with transformers: forward, log-softmax, policy gradient, AdamW."""
-    for batch in batches:
-        kwargs = batch.model_kwargs()
-        if batch.media_index:
-            kwargs.update(_repeat_images(batch))
-        logits = model(**kwargs, use_cache=False).logits[:, :-1]
-        logprobs = F.log_softmax(logits.float(), -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-        assert batch.advantages is not None
-        loss = -(logprobs * batch.advantages[:, 1:] * batch.loss_mask[:, 1:]).sum() / tokens
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _repeat_images(batch: MultimodalBatch) -> dict[str, Tensor]:
-    """Pixels once per place, as a plain model takes them."""
-    assert batch.pixel_values is not None
-    grid, places = batch.extra_model_kwargs["image_grid_thw"], batch.media_index["image"]
-    patches = batch.pixel_values.split(grid.prod(-1).tolist())
-    return {"pixel_values": torch.cat([patches[p] for p in places.tolist()]), "image_grid_thw": grid[places]}
-
-
-def timed(step: Callable[[], object], repeats: int) -> float:
-    """Median seconds of `step`, after two unmeasured ones."""
-    seconds = []
-    for number in range(repeats + 2):
-        start = time.perf_counter()
-        step()
-        if number >= 2:
-            seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
-def measure(model_path: Path, repeats: int, budget: int) -> dict[str, Any]:
-    threads = os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    options = LearnerOptions(
+def learner_options(model_path: Path, budget: int) -> LearnerOptions:
+    return LearnerOptions(
         str(model_path),
         10_000,
         device="cpu",
         dtype="float32",
+        loss="cispo",
         old_policy="current",
         zero_stage=0,
         gradient_checkpointing=False,
-        threads=threads,
+        threads=os.cpu_count() or 1,
         micro_batch_tokens=budget,
-        learning_rate=1e-6,
+        learning_rate=LEARNING_RATE,
+        max_grad_norm=MAX_GRAD_NORM,
     )
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
-    store, port = open_store("127.0.0.1", 60.0)
-    join(options, 0, "127.0.0.1", port, store)
-    adapter = load_adapter(str(model_path))
+
+
+def make_engine(options: LearnerOptions, adapter: MultimodalAdapter) -> DeepSpeedEngine:
+    """This learner on one rank. Its ban of placeholder tokens is off: the others know none, and would differ by it."""
+    if not torch.distributed.is_initialized():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+        store, port = open_store("127.0.0.1", 60.0)
+        join(options, 0, "127.0.0.1", port, store)
     engine = DeepSpeedEngine(options, adapter)
-    bare = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).train()
-    return {name: measure_shape(shape, engine, bare, adapter, options, repeats) for name, shape in SHAPES.items()}
+    engine.policy.head.banned = None
+    return engine
 
 
-def measure_shape(
-    shape: Shape, engine: TrainEngine, bare: Any, adapter: MultimodalAdapter, options: LearnerOptions, repeats: int
-) -> dict[str, Any]:
-    """Seconds per step of each system on the same samples."""
-    tokens, budget = shape.groups * shape.K * shape.new, options.micro_batch_tokens
-    padded = batches_of(rows_of(adapter, shape, None), adapter, budget)
-    shared = batches_of(rows_of(adapter, shape, attention_break_even(adapter.model_config)), adapter, budget)
-    loss = micro_loss(options, GlobalCounts(tokens, shape.groups * shape.K))
-    optimizer = torch.optim.AdamW(bare.parameters(), lr=options.learning_rate)
-    seconds = {
-        "bare": timed(lambda: bare_step(bare, optimizer, padded, tokens), repeats),
-        "padded": timed(lambda: engine.train_step(padded, loss), repeats),
-        "shared": timed(lambda: engine.train_step(shared, loss), repeats),
+def matmul_flops(size: int = MATMUL, repeats: int = 5) -> float:
+    """FLOP/s of a plain float32 matrix product: the median of some, after one unmeasured."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / median(seconds[1:])
+
+
+def take_turns(
+    systems: dict[str, Callable[[], Outcome]], repeats: int, warmup: int
+) -> tuple[dict[str, list[float]], dict[str, list[Outcome]], float]:
+    """Seconds of each system's steps after the warm-up, the outcomes of all its steps, and the machine's FLOP/s."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in systems}
+    rates = []
+    for turn in range(warmup + repeats):
+        rates.append(matmul_flops())
+        for name, step in systems.items():
+            start = time.perf_counter()
+            outcomes[name].append(step())
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds, outcomes, median(rates)
+
+
+def check_agreement(outcomes: dict[str, list[Outcome]]) -> None:
+    """Raises SystemExit where a step of any system has another loss or gradient norm than the bare loop's first."""
+    loss, norm = outcomes["bare"][0]
+    print("  loss and gradient norm:", "; ".join(f"{n} {o[0][0]:.6f} {o[0][1]:.6f}" for n, o in outcomes.items()))
+    for name, steps in outcomes.items():
+        for other in steps:
+            if abs(other[0] - loss) > TOLERANCE * abs(loss) or abs(other[1] - norm) > TOLERANCE * norm:
+                raise SystemExit(f"{name} computes something else: loss, norm {other}, the bare loop {(loss, norm)}")
+
+
+@dataclass(frozen=True)
+class Systems:
+    """All of them with one model loaded."""
+
+    adapter: MultimodalAdapter
+    options: LearnerOptions
+    bare: BareStep
+    trl: TrlStep
+    engine: DeepSpeedEngine
+
+    @classmethod
+    def load(cls, path: Path, budget: int, work: Path) -> Systems:
+        adapter, options = load_adapter(str(path)), learner_options(path, budget)
+        # TRL's first: once a process group exists, accelerate would take the run for a distributed one.
+        trl = TrlStep(path, work, K=8)
+        systems = cls(adapter, options, BareStep(path), trl, make_engine(options, adapter))
+        torch.set_num_threads(options.threads)
+        return systems
+
+
+def measure_shape(systems: Systems, model: str, shape: Shape, repeats: int, warmup: int) -> dict[str, Any]:
+    """By system. Raises SystemExit where they do not compute the same."""
+    adapter, budget, engine = systems.adapter, systems.options.micro_batch_tokens, systems.engine
+    groups, media = make_groups(adapter, shape, shape.groups[model], MODELS[model].vocabulary)
+    single = rows_of(adapter, groups, media, share=False, budget=budget)
+    together = rows_of(adapter, groups, media, share=True, budget=budget)
+    plain = plain_batches(single, adapter, budget)
+    padded, shared = batches_of(single, adapter, budget), batches_of(together, adapter, budget)
+    completions = len(groups) * shape.K
+    tokens = completions * shape.new
+    loss = micro_loss(systems.options, GlobalCounts(tokens, completions))
+
+    def ours(batches: list[MultimodalBatch]) -> Outcome:
+        result = engine.train_step(batches, loss)
+        return result.loss, result.grad_norm
+
+    steps: dict[str, Callable[[], Outcome]] = {
+        "bare": partial(systems.bare, plain),
+        "TRL": partial(systems.trl, plain),
+        "padded": partial(ours, padded),
+        "shared": partial(ours, shared),
     }
+    seconds, outcomes, rate = take_turns(steps, repeats, warmup)
+    check_agreement(outcomes)
+    flops = partial(model_flops, systems.bare.model, adapter)
+    each_row, positions = flops(single, images_once=False), sum(map(len, single))
+    work = {
+        "bare": (each_row, positions, len(plain)),
+        "TRL": (each_row, positions, len(plain)),
+        "padded": (flops(single, images_once=True), sum(b.num_tokens for b in padded), len(padded)),
+        "shared": (flops(together, images_once=True), sum(b.num_tokens for b in shared), len(shared)),
+    }
+    middle = {name: median(values) for name, values in seconds.items()}
     return {
-        system: {
-            "seconds": value,
-            "tokens_per_second": tokens / value,
-            "against_bare": seconds["bare"] / value,
-            "positions": sum(b.num_tokens for b in (shared if system == "shared" else padded)),
+        name: {
+            "seconds": own,
+            "all_seconds": seconds[name],
+            "tokens_per_second": tokens / own,
+            "against_bare": middle["bare"] / own,
+            "against_trl": middle["TRL"] / own,
+            **dict(zip(("flops", "positions", "micro_batches"), work[name], strict=True)),
+            "matmul_flops": rate,
+            "mfu": work[name][0] / own / rate,
+            "mfu_of_bare": each_row / own / rate,
+            **dict(zip(("loss", "grad_norm"), outcomes[name][0], strict=True)),
         }
-        for system, value in seconds.items()
+        for name, own in middle.items()
     }
+
+
+def speed_table(results: dict[str, Any]) -> Table:
+    table = Table(title="learner step, same samples (median, systems in turn)")
+    columns = ("model", "shape", "system", "s/step", "tokens/s", "positions", "MFU", "of bare's", "vs bare", "vs TRL")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for model, shapes in results.items():
+        for shape, systems in shapes.items():
+            for system, r in systems.items():
+                table.add_row(
+                    *(model, shape, system, f"{r['seconds']:.3f}", f"{r['tokens_per_second']:.0f}"),
+                    *(str(r["positions"]), f"{r['mfu']:.0%}", f"{r['mfu_of_bare']:.0%}"),
+                    *(f"{r['against_bare']:.2f}x", f"{r['against_trl']:.2f}x"),
+                )
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="measured steps of each system; default: as the model has it")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of each system before them")
     parser.add_argument("--budget", type=int, default=8192, help="token positions of one micro-batch")
+    parser.add_argument("--only", choices=SHAPES, action="append", help="shapes; default: all")
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; empty: none")
+    parser.add_argument("--no-memory", action="store_true", help="leave the vocabulary of 152k out")
     arguments = parser.parse_args()
+    shapes = {name: SHAPES[name] for name in arguments.only or SHAPES}
+    results: dict[str, dict[str, Any]] = {}
+    memory: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
-        model = build_tiny("qwen2_5_vl", Path(folder) / "model", sizes=TinySizes(layers=4))
-        results = measure(model, arguments.repeats, arguments.budget)
-    table = Table(title="learner step against a bare transformers loop, same samples (median)")
-    for column in ("shape", "system", "s/step", "completion tokens/s", "token positions", "against bare"):
-        table.add_column(column, justify="right")
-    for name, systems in results.items():
-        for system, r in systems.items():
-            speed = (f"{r['seconds']:.3f}", f"{r['tokens_per_second']:.0f}", str(r["positions"]))
-            table.add_row(name, system, *speed, f"{r['against_bare']:.2f}x")
-    report("learner", {"shapes": {n: vars(s) for n, s in SHAPES.items()}, "results": results}, table, arguments.json)
+        for name in filter(None, arguments.models.split(",")):
+            path = MODELS[name].build(Path(folder) / name)
+            systems = Systems.load(path, arguments.budget, Path(folder) / "trl")
+            results[name] = {}
+            for label, shape in shapes.items():
+                print(f"{name}, {label}", flush=True)
+                repeats = arguments.repeats or MODELS[name].repeats
+                results[name][label] = measure_shape(systems, name, shape, repeats, arguments.warmup)
+            del systems
+        if not arguments.no_memory:
+            memory = run_memory(Path(folder))
+    if memory:
+        report("learner", {}, memory_table(memory), None)
+    written = {
+        "models": {name: asdict(model) for name, model in MODELS.items()},
+        "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},
+        "micro_batch_tokens": arguments.budget,
+        "results": results,
+        "vocabulary_152k": memory,
+    }
+    report("learner", written, speed_table(results), arguments.json)
 
 
 if __name__ == "__main__":
