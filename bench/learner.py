@@ -55,7 +55,7 @@ def learner_options(model_path: Path, budget: int) -> LearnerOptions:
         loss="cispo",
         old_policy="current",
         zero_stage=0,
-        gradient_checkpointing=False,
+        gradient_checkpointing=(),
         threads=os.cpu_count() or 1,
         micro_batch_tokens=budget,
         learning_rate=LEARNING_RATE,
@@ -139,7 +139,8 @@ def measure_shape(systems: Systems, model: str, shape: Shape, repeats: int, warm
     single = rows_of(adapter, groups, media, share=False, budget=budget)
     together = rows_of(adapter, groups, media, share=True, budget=budget)
     plain = plain_batches(single, adapter, budget)
-    padded, shared = batches_of(single, adapter, budget), batches_of(together, adapter, budget)
+    padded = batches_of(single, adapter, budget, packed=False)
+    shared = batches_of(together, adapter, budget)
     completions = len(groups) * shape.K
     tokens = completions * shape.new
     loss = micro_loss(systems.options, GlobalCounts(tokens, completions))

@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from learner.packing import pack
-from learner.policy import attention_break_even
-from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
+from learner.packing import Size, fewest_bins, pack_padded
+from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -127,19 +126,26 @@ def rows_of(
     budget: int,
 ) -> list[Row]:
     """Rows as the learner makes them if `share`, or one completion a row."""
-    break_even = attention_break_even(adapter.model_config) if share else None
     rows: list[Row] = []
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
         assert group.verdicts is not None
         scored = zip(group.completions, group.verdicts, strict=True)
         samples = [to_sample(c, advantage=(v.score or 0.0) - 0.5, reward=v.score or 0.0) for c, v in scored]
-        rows += make_rows(prompt, samples, break_even, budget)
+        rows += make_rows(prompt, samples, adapter, _limits(budget), shared=share)
     return rows
 
 
-def batches_of(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) -> list[MultimodalBatch]:
-    """Micro-batches of at most `budget` positions, as the learner makes them."""
-    return [collate([rows[i] for i in members], adapter) for members in pack([len(r) for r in rows], budget)]
+def batches_of(
+    rows: Sequence[Row], adapter: MultimodalAdapter, budget: int, *, packed: bool = True
+) -> list[MultimodalBatch]:
+    """Micro-batches of at most `budget` positions, as the learner makes them; or padded ones."""
+    sizes = np.array([size_of(row, adapter) for row in rows], np.int64)
+    bins = (fewest_bins if packed else pack_padded)(sizes, _limits(budget))
+    return [collate([rows[i] for i in members], adapter, packed=packed) for members in bins]
+
+
+def _limits(budget: int) -> Size:
+    return Size(budget, 2**62, 2**62)
 
 
 def plain_batches(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) -> list[dict[str, Any]]:

@@ -153,8 +153,8 @@ class LearnerConfig(Section):
     """Positions with a loss of one micro-batch; null: as many as its tokens bring."""
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed groups attend; auto: blocks on CPU, flex_attention on GPUs; mask: sdpa with a mask written out."""
-    logprob_chunk_rows: int = Field(1024, ge=1)
-    """Rows of the vocabulary projection computed at once: bounds the [rows, V] logits held."""
+    logprob_chunk_rows: int | None = Field(None, ge=1)
+    """Rows of the vocabulary projection computed at once, which bounds the logits held; null: 64 MiB of them."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     offload_optimizer: bool = False

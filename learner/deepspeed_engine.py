@@ -189,4 +189,4 @@ def _make_optimizer(parameters: list[nn.Parameter], options: LearnerOptions) -> 
     given: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas, "weight_decay": options.weight_decay}
     if options.offload_optimizer and options.device == "cuda":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **given)
-    return torch.optim.AdamW(parameters, **given)
+    return torch.optim.AdamW(parameters, fused=True, **given)

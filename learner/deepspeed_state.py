@@ -80,7 +80,7 @@ def set_step_count(zero: Any, optimizer: torch.optim.Optimizer, steps: int) -> N
     if not steps:
         return
     for flat in partitions:
-        count = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW) else steps
+        count = torch.tensor(float(steps), device=flat.device) if isinstance(optimizer, torch.optim.AdamW) else steps
         optimizer.state[flat] = {
             "step": count,
             "exp_avg": torch.zeros_like(flat),

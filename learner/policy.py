@@ -33,7 +33,7 @@ class PolicyModule(nn.Module):
         adapter: MultimodalAdapter,
         *,
         temperature: float,
-        chunk_rows: int,
+        chunk_rows: int | None,
         media_kinds: Sequence[MediaKind] = ("image",),
         attention: AttentionBackend = "auto",
     ) -> None:

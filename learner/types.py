@@ -105,8 +105,8 @@ class LearnerOptions:
     """Its positions with a loss; None: as many as come with the tokens."""
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed rows attend (`learner.attention`)."""
-    logprob_chunk_rows: int = 1024
-    """Rows of the vocabulary projection computed at once."""
+    logprob_chunk_rows: int | None = None
+    """Rows of the vocabulary projection computed at once; None: see `learner.logprobs.rows_per_chunk`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False
