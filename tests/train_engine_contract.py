@@ -282,7 +282,8 @@ class TrainEngineContract:
         assert [m.name for m in source.metadata()] == list(yielded)
         assert {name: p.shape for name, p in plain.named_parameters()} == {n: t.shape for n, t in yielded.items()}
         changed = {n for n, t in yielded.items() if not torch.equal(t, plain.get_parameter(n))}
-        assert changed and all(name.split(".")[-2] in chosen.lora_targets for name in changed)
+        layers = engine.adapter.linear_layers(plain)  # type: ignore[attr-defined]
+        assert changed == {f"{name}.weight" for role in chosen.lora_targets for name in layers[role]}
 
     def batch(self, engine: TrainEngine, chosen: LearnerOptions, case: Case) -> MultimodalBatch:
         adapter = engine.adapter  # type: ignore[attr-defined]
