@@ -268,7 +268,11 @@ class TrainEngineContract:
             from peft import PeftModel
 
             base = AutoModelForImageTextToText.from_pretrained(tiny_model)
-            merged = PeftModel.from_pretrained(base, directory / "adapter").merge_and_unload()
+            adapted, ids = PeftModel.from_pretrained(base, directory / "adapter"), torch.arange(50)[None]
+            with torch.no_grad():
+                ours, theirs = adapted(input_ids=ids).logits, loaded(input_ids=ids).logits
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+            merged = adapted.merge_and_unload()
             for name, parameter in merged.named_parameters():
                 torch.testing.assert_close(parameter, loaded.get_parameter(name), rtol=1e-5, atol=1e-6)
 

@@ -116,7 +116,8 @@ class ModelParts:
         wanted = [part_of(role) for role in lora_targets] or parts
         if not found and not [part for part in self.reached(kinds) if part in wanted and part not in freeze]:
             left = f"LoRA is on {', '.join(lora_targets)}" if lora_targets else f"frozen: {', '.join(freeze)}"
-            found.append(f"nothing would be trained: {left}; media of the data: {', '.join(kinds) or 'none'}")
+            media = ", ".join(kinds) or "none"
+            found.append(f"freeze or lora_targets: nothing would be trained: {left}; media of the data: {media}")
         return found
 
     def _targets(self) -> str:
