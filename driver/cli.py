@@ -1,4 +1,4 @@
-"""The command line: `saccade demo | train | eval | config | data | rewards | parity`, also as `python -m driver`."""
+"""The command line: `saccade demo | train | eval | config | data | rewards | parity | merge`, or `python -m driver`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ USER_ERRORS = {
     "DataError",
     "LearnerError",
     "LearnerTimeoutError",
+    "MergeError",
     "NothingToLearnError",
     "PlacementError",
     "RunError",
@@ -214,6 +215,24 @@ def parity(
     )
     if not agreed:
         raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A saved adapter, a model saved with one, or a checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    model: Annotated[str | None, typer.Option(help="The base model, if it is no longer where it was.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+) -> None:
+    """Merge a LoRA adapter into its base model, or a checkpoint's weights: a folder that transformers and vLLM load.
+
+    Examples:  saccade merge runs/mine/model/adapter merged
+               saccade merge runs/mine/checkpoints/step-000200 merged
+    """
+    from driver.merge import merge as run
+
+    run(adapter, output, model=model, trust_remote_code=trust_remote_code)
+    Console().print(f"model saved in {output}", soft_wrap=True, highlight=False)
 
 
 @app.command()

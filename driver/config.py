@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from driver.knobs import (
     Section,
     WeightSyncConfig,
 )
+from learner.types import quantization_problems
+from vlm.roles import role_problems
 
 REFUSED_KNOBS = {
     f"rollout.{name}": "the learner cannot reproduce a filtered distribution, so training samples with temperature only"
@@ -78,8 +81,15 @@ class RunConfig(Section):
     def problems(self) -> list[str]:
         """Violations that involve several fields; each names them and says what to do."""
         found = []
-        rollout, learner = self.rollout, self.learner
+        model, rollout, learner = self.model, self.rollout, self.learner
         found += algorithm_problems(self)
+        found += [f"model.{text}" for text in role_problems(model.freeze, model.lora_rank, model.lora_targets)]
+        found += [
+            f"model.{text}"
+            for text in quantization_problems(
+                model.quantize, model.lora_rank, learner.zero_stage, learner.offload_parameters
+            )
+        ]
         if learner.offload_parameters and learner.zero_stage != 3:
             found.append(f"learner.offload_parameters needs learner.zero_stage=3, not {learner.zero_stage}")
         if learner.offload_optimizer and learner.zero_stage == 0:
@@ -263,5 +273,10 @@ def _explain(detail: Any) -> str:
         return f"{where}: required, but not given"
     if "[key]" in detail["loc"]:
         return f"{where}: unknown role; there are {detail['ctx']['expected']}"
+    if detail["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        nearest = difflib.get_close_matches(str(detail["input"]), allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        return f"{where}={detail['input']!r}: {hint}input should be {detail['ctx']['expected']}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{where}={detail['input']!r}: {message[0].lower()}{message[1:]}"

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field, field_validator
 
 from driver.section import Section
 from rollout.columns import Role
+from vlm.roles import DEFAULT_LORA_TARGETS, LoraRole, Part
 
 ActorRole = Literal["rollout", "learner", "reward"]
 DEFAULT_CPUS: dict[ActorRole, float] = {"rollout": 1.0, "learner": 1.0, "reward": 0.5}
@@ -27,10 +28,14 @@ class ModelConfig(Section):
     the reference policy, so that no second copy of the model is held."""
     lora_alpha: float = Field(32.0, gt=0)
     """LoRA scale: updates count alpha / rank."""
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get a LoRA adapter."""
-    freeze_vision: bool = False
-    """Leave the vision tower as it is."""
+    lora_targets: tuple[LoraRole, ...] = DEFAULT_LORA_TARGETS
+    """Parts of the model whose linear layers get a LoRA adapter: language.attention, language.mlp, projector, vision,
+    audio. The family's adapter knows the layers."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: QLoRA. The base weights of the linear layers are held in 4 bits, and adapters trained over them; the engines
+    sample with the same rounded weights. Needs model.lora_rank and the package bitsandbytes."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that stay as they are when the full weights are trained: vision, projector, audio, language."""
 
 
 class DataConfig(Section):

@@ -6,6 +6,7 @@ rewards, precision, output folder.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Choices:
 def preflight(config: RunConfig, *, resume: bool = False) -> Choices:
     """Raises ConfigError listing all that would stop the run."""
     choices = Choices()
-    problems = [*_model_and_data(config, choices), *_rewards(config), *_output(config, resume)]
+    problems = [*_model_and_data(config, choices), *_quantization(config), *_rewards(config), *_output(config, resume)]
     if problems:
         raise ConfigError(problems, "what the configuration refers to")
     return choices
@@ -86,7 +87,16 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
                 f"data.train has {len(source)} rows, fewer than learner.prompts_per_step="
                 f"{config.learner.prompts_per_step}: a batch would hold a prompt twice"
             )
-    return problems
+    targets = config.model.lora_targets if config.model.lora_rank else ()
+    # Where files could not be read, what media they hold is not known.
+    reached = tuple(adapter.modalities) if problems else choices.media_kinds
+    return problems + [f"model.{text}" for text in adapter.part_problems(config.model.freeze, targets, reached)]
+
+
+def _quantization(config: RunConfig) -> list[str]:
+    if config.model.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        return [f"model.quantize={config.model.quantize} needs bitsandbytes: pip install -e '.[qlora]'"]
+    return []
 
 
 def _rewards(config: RunConfig) -> list[str]:

@@ -184,6 +184,8 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
             run = _assemble(config, actors, display, check_stop)
             if saved is not None:
                 _restore(run, *saved)
+            elif config.model.quantize != "none":
+                run.sync_weights()  # the engines have loaded the weights that the learner has rounded
             yield run
         finally:
             display.close()

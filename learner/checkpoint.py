@@ -76,6 +76,14 @@ def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
         torch.set_rng_state(generators[str(engine.rank)])
 
 
+def read_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """`(name, float32 tensor)` of every parameter that was trained. Raises CheckpointError for what is none."""
+    for name, file_name in _read_state(directory)["tensors"].items():
+        if name.startswith("param/"):
+            with safe_open(directory / file_name, framework="pt") as file:
+                yield name.removeprefix("param/"), file.get_tensor(name)
+
+
 def _read_state(directory: Path) -> dict[str, Any]:
     path = directory / "state.json"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,21 +11,28 @@ import torch
 from learner.checkpoint import atomic_directory
 from learner.policy import PolicyModule
 from vlm.adapter import MultimodalAdapter
+from vlm.registry import ADAPTERS
 from vlm.saved import publish_saved_model
 from weight_sync.source import PolicySource, gathered
 
+ADAPTER_ORIGIN = "saccade.json"
+"""Beside a saved adapter: what of its base peft's own configuration does not say."""
 
-def save_policy(policy: PolicyModule, adapter: MultimodalAdapter, directory: Path, *, rank: int) -> None:
+
+def save_policy(
+    policy: PolicyModule, adapter: MultimodalAdapter, directory: Path, *, rank: int, with_adapter: bool = True
+) -> None:
     """Write model (LoRA merged), configuration, tokenizer, processor and chat template into `directory`, replacing
-    what was there; with LoRA the peft adapter into `directory/adapter`. Collective: under ZeRO-3 every rank takes part
-    in gathering, parameter by parameter; rank 0 holds the whole model in CPU memory and writes."""
+    what was there; with LoRA the peft adapter into `directory/adapter`, unless `with_adapter` is False. Collective:
+    under ZeRO-3 every rank takes part in gathering, parameter by parameter; rank 0 holds the whole model in CPU memory
+    and writes."""
     with torch.no_grad():
         weights = {
             name: tensor.cpu().clone() if rank == 0 else torch.empty(0) for name, tensor in PolicySource(policy.model)
         }
         lora = {}
         for name, parameter in policy.model.named_parameters():
-            if ".lora_" in name:
+            if ".lora_" in name and with_adapter:
                 with gathered([parameter]):
                     lora[name] = parameter.detach().cpu().clone()
     with atomic_directory(directory) if rank == 0 else nullcontext() as partial:
@@ -35,3 +43,10 @@ def save_policy(policy: PolicyModule, adapter: MultimodalAdapter, directory: Pat
         adapter.processor.save_pretrained(partial)
         if lora:
             policy.model.save_pretrained(partial / "adapter", state_dict=lora)
+            family = type(adapter)
+            origin = {
+                "adapter": None if family in ADAPTERS.values() else f"{family.__module__}:{family.__qualname__}",
+                "dtype": str(policy.base.get_output_embeddings().weight.dtype).removeprefix("torch."),
+                "quantize": "nf4" if getattr(policy.base, "is_loaded_in_4bit", False) else "none",
+            }
+            (partial / "adapter" / ADAPTER_ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""Loading the model to train: precision, what is frozen, LoRA."""
+"""Loading the model to train: precision, what is frozen, LoRA and QLoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,24 +10,31 @@ from torch import nn
 
 from learner.attention import IMPLEMENTATION, register
 from learner.policy import PolicyModule
+from learner.quantize import quantize_linear_layers
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
+from vlm.roles import part_of
 
 
 def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
     """The policy to train, on the CPU (or partitioned, if DeepSpeed's ZeRO-3 configuration is in force).
 
-    Raises ValueError naming what LoRA or freezing did not find in the model."""
-    model = _load(options, adapter)
-    if options.freeze_vision and all(adapter.role(name) != "vision" for name, _ in model.named_parameters()):
-        raise ValueError(f"freeze_vision: {type(adapter).__name__} knows no vision tower in {type(model).__name__}")
+    Raises ValueError naming what LoRA or freezing did not find in the model, or that bitsandbytes is missing."""
+    targets = options.lora_targets if options.lora_rank else ()
+    if problems := adapter.part_problems(options.freeze, targets, options.media_kinds):
+        raise ValueError("; ".join(problems))
+    model = load_base(options, adapter)
+    parts = {adapter.role(name) for name, _ in model.named_parameters()}
+    if absent := set(options.freeze) - parts:
+        raise ValueError(f"freeze: {type(adapter).__name__} finds no {', '.join(absent)} in {type(model).__name__}")
     if options.lora_rank:
-        model = _with_lora(model, options, adapter)
+        chosen = _targets(model, options, adapter)
+        model = with_lora(model, chosen, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_is_trained(name, options, adapter))
     _disable_dropout(model)
-    policy = _wrap(model, options, adapter).train()
+    policy = wrap(model, options, adapter).train()
     if options.gradient_checkpointing:
         _checkpoint(policy.base, options.gradient_checkpointing, adapter)
     return policy
@@ -35,10 +42,11 @@ def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyMo
 
 def load_reference(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
     """The frozen initial policy."""
-    return _wrap(_load(options, adapter).requires_grad_(False), options, adapter).eval()
+    return wrap(load_base(options, adapter).requires_grad_(False), options, adapter).eval()
 
 
-def _load(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
+def load_base(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
+    """The Hugging Face model as it lies in `options.model`, quantized if that is asked for."""
     model = adapter.model_class().from_pretrained(
         options.model,
         dtype=getattr(torch, options.dtype),
@@ -50,10 +58,13 @@ def _load(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
         nested = "text_config" in type(model.config).sub_configs
         model.set_attn_implementation({"text_config": IMPLEMENTATION} if nested else IMPLEMENTATION)
     adapter.prepare_model(model)
+    if options.quantize == "nf4":
+        quantize_linear_layers(model, [name for names in adapter.linear_layers(model).values() for name in names])
     return model
 
 
-def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
+def wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
+    """`model`, or a peft model around it, as the module that gives log-probabilities."""
     return PolicyModule(
         model,
         adapter,
@@ -67,25 +78,28 @@ def _wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Po
 def _is_trained(name: str, options: LearnerOptions, adapter: MultimodalAdapter) -> bool:
     """Whether a parameter has a gradient: not what is frozen, nor what no batch or no output ever depends on."""
     role = adapter.role(name)
-    sees, hears = bool({"image", "video"} & set(options.media_kinds)), "audio" in options.media_kinds
-    reached = {"vision": sees and not options.freeze_vision, "projector": sees, "audio": hears}.get(role, True)
-    return reached and adapter.is_used(name)
+    return role not in options.freeze and role in adapter.reached(options.media_kinds) and adapter.is_used(name)
 
 
-def _with_lora(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
+def _targets(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> list[str]:
+    """Names of the linear layers that get adapters. Raises ValueError for a role that the model has no layer of."""
+    layers = adapter.linear_layers(model)
+    if absent := [role for role in options.lora_targets if role not in layers]:
+        raise ValueError(
+            f"lora_targets: {type(model).__name__} has no linear layers of {' or '.join(absent)}; there are "
+            f"{', '.join(layers)}"
+        )
+    reached = adapter.reached(options.media_kinds)
+    return [name for role in options.lora_targets if part_of(role) in reached for name in layers[role]]
+
+
+def with_lora(model: Any, layers: Sequence[str], *, rank: int, alpha: float, seed: int = 0) -> Any:
+    """A peft model with new LoRA adapters on `layers`; they alone are trained, and begin as a change of zero."""
     from peft import LoraConfig, get_peft_model
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    named = [name for name in linear if name.rpartition(".")[2] in options.lora_targets]
-    chosen = [name for name in named if _is_trained(f"{name}.weight", options, adapter)]
-    if not chosen:
-        have = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"no layer is called {' or '.join(options.lora_targets)} (lora_targets); there are {have}")
-    if any(model.get_submodule(name) is model.get_output_embeddings() for name in chosen):
-        raise ValueError("lora_targets names the output head, which log-probabilities are computed from directly")
-    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=chosen, lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers), lora_dropout=0.0)
     with torch.random.fork_rng():
-        torch.manual_seed(options.seed)  # the same A on every rank
+        torch.manual_seed(seed)  # the same A on every rank
         return get_peft_model(model, config)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from learner.packing import Size
 from rollout.types import MediaKind
+from vlm.roles import DEFAULT_LORA_TARGETS, role_problems
 
 Aggregation = Literal["token", "sequence", "constant"]
 
@@ -28,6 +29,21 @@ class EncodingMismatchError(ValueError):
     """Learner and engine expand a prompt to different tokens; names the family and the first position that differs."""
 
 
+def quantization_problems(quantize: str, lora_rank: int, zero_stage: int, offload_parameters: bool) -> list[str]:
+    """Combinations with quantized weights that do not work, or that nobody has seen work."""
+    found = []
+    if quantize != "none" and not lora_rank:
+        found.append(f"quantize={quantize} needs a lora_rank: weights in 4 bits are not trained themselves")
+    if quantize != "none" and zero_stage == 3:
+        found.append(
+            f"quantize={quantize} with zero_stage=3 was never verified: ZeRO-3 partitions weights, and would have to "
+            "do so with 4-bit blocks and their scales together; use zero_stage 0, 1 or 2"
+        )
+    if quantize != "none" and offload_parameters:
+        found.append(f"quantize={quantize} with offload_parameters was never verified: switch one of them off")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class LearnerOptions:
     """What a LearnerGroup is started with. The same on every rank."""
@@ -45,9 +61,12 @@ class LearnerOptions:
     lora_rank: int = 0
     """0 trains the full weights."""
     lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    freeze_vision: bool = False
-    """Leave the vision tower as it is; the projector behind it is trained."""
+    lora_targets: tuple[str, ...] = DEFAULT_LORA_TARGETS
+    """Whose linear layers get adapters: `vlm.roles.LoraRole`."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the linear layers that LoRA can be put on hold their weights in 4 bits (QLoRA)."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model (`vlm.roles.Part`) that stay as they are."""
     media_kinds: tuple[MediaKind, ...] = ("image",)
     """Kinds of media that the run's data may hold, if the model takes them: every rank runs their towers in every
     pass."""
@@ -124,6 +143,10 @@ class LearnerOptions:
     def __post_init__(self) -> None:
         if self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError("zero_stage=0 keeps no float32 master weights: with bfloat16 use zero_stage 1, 2 or 3")
+        problems = role_problems(self.freeze, self.lora_rank, self.lora_targets)
+        problems += quantization_problems(self.quantize, self.lora_rank, self.zero_stage, self.offload_parameters)
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def micro_batch(self) -> Size:

@@ -67,6 +67,33 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         ),
         ({"data": {"train": ["a"], "overlong_prompts": "cut"}}, "input should be 'refuse' or 'truncate'"),
         ({"learnr": {"lr": 1}}, "did you mean learner?"),
+        (
+            {"model": {"path": "m", "freeze": ["visoin"]}},
+            "model.freeze.0='visoin': did you mean vision? input should be",
+        ),
+        (
+            {"model": {"path": "m", "lora_targets": ["language.mpl"]}},
+            "model.lora_targets.0='language.mpl': did you mean language.mlp? input should be 'language.attention', ",
+        ),
+        (
+            {"model": {"path": "m", "freeze": ["vision", "projector", "audio", "language"]}},
+            "model.freeze names every part of a model",
+        ),
+        (
+            {"model": {"path": "m", "lora_rank": 4, "freeze": ["language"]}},
+            "model.lora_targets names language.attention, language.mlp, which freeze=language rules out",
+        ),
+        ({"model": {"path": "m", "lora_rank": 4, "lora_targets": []}}, "model.lora_targets is empty"),
+        ({"model": {"path": "m", "quantize": "nf4"}}, "model.quantize=nf4 needs a lora_rank"),
+        (
+            {"model": {"path": "m", "quantize": "nf4", "lora_rank": 4}, "learner": {"zero_stage": 3}},
+            "model.quantize=nf4 with zero_stage=3 was never verified",
+        ),
+        (
+            {"model": {"path": "m", "quantize": "nf4", "lora_rank": 4}, "learner": {"offload_parameters": True}},
+            "model.quantize=nf4 with offload_parameters was never verified",
+        ),
+        ({"model": {"path": "m", "quantize": "int3"}}, "model.quantize='int3': input should be 'none' or 'nf4'"),
         ({"cluster": {"resources": {"rolout": {}}}}, "cluster.resources.rolout: unknown role; there are 'rollout', "),
         ({"cluster": {"resources": {"reward": {"CPU": -1}}}}, "cluster.resources.reward.CPU=-1: input should be"),
     ],
@@ -160,7 +187,7 @@ def test_old_policy_follows_staleness():
 
 def test_knobs_are_few_and_documented():
     knobs = list(iter_knobs())
-    assert len(knobs) <= 102
+    assert len(knobs) <= 103
     assert [name for name, info in knobs if not info.description] == []
 
 

@@ -126,7 +126,7 @@ def test_dockerfiles_copy_what_exists_and_install_the_right_extra(device: str) -
             assert (ROOT / source).exists(), source
     for room in re.findall(r"mkdir ([\w ]+)", text):
         assert sorted([*room.split(), "deploy"]) == sorted(packages())
-    assert ("make venv" if device == "cpu" else "'.[gpu]'") in text
+    assert ("make venv" if device == "cpu" else "'.[gpu,qlora]'") in text
 
 
 def packages() -> list[str]:

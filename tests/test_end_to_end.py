@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from driver.config import ConfigError, parse_config
 from driver.loop import evaluate, train
+from driver.merge import merge
 from driver.metrics import read_metrics
 from driver.shapes import make_shapes
 from driver.wiring import config_adapter, data_options
@@ -161,7 +163,7 @@ def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(setti
                 **settings,
                 "output_dir": str(tmp_path / "lora"),
                 "steps": 3,
-                "model": {**settings["model"], "lora_rank": 4, "lora_targets": ["q_proj", "down_proj"]},
+                "model": {**settings["model"], "lora_rank": 4, "lora_targets": ["language.mlp", "vision"]},
                 "learner": {**settings["learner"], "learning_rate": 0.05},
             }
         )
@@ -176,7 +178,40 @@ def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(setti
     assert before.keys() == after.keys()
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed
-    assert all("q_proj" in name or "down_proj" in name for name in changed)
+    adapted = {name for name in changed if re.search(r"model\.layers.*\.mlp\.|visual\.blocks\.", name)}
+    assert changed == adapted and any("visual" in name for name in changed)
+
+
+def test_qlora_engines_sample_from_the_rounded_base_from_the_first_token_on(settings, tiny_model, tmp_path, local_ray):
+    pytest.importorskip("bitsandbytes")
+    result = train(
+        parse_config(
+            {
+                **settings,
+                "output_dir": str(tmp_path / "qlora"),
+                "steps": 2,
+                "model": {**settings["model"], "lora_rank": 4, "quantize": "nf4"},
+                "learner": {**settings["learner"], "ranks": 2, "zero_stage": 2, "learning_rate": 0.05},
+            }
+        )
+    )
+    steps = read_metrics(result.output_dir)
+    assert [s["step"] for s in steps] == [1, 2] and all(s["grad_norm"] > 0 for s in steps)
+    assert all(s["learner"]["mismatch_max"] < 1e-4 for s in steps)  # not 1e-2, as with what the engine loaded
+    assert steps[0]["learner"]["kl"] == pytest.approx(0.0, abs=1e-9) and steps[1]["learner"]["kl"] > 1e-6
+    assert result.model_dir is not None
+    before, after = weights(tiny_model), weights(result.model_dir)
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    # The saved model is what the engines were left with.
+    again = evaluate(
+        parse_config({**settings, "output_dir": "unused", "model": {"path": str(result.model_dir), "dtype": "float32"}})
+    )
+    assert again == result.evaluations[2]
+
+    # Its last checkpoint merges into the same model.
+    merge(result.output_dir / "checkpoints/step-000002", tmp_path / "merged")
+    merged = weights(tmp_path / "merged")
+    assert merged.keys() == after.keys() and all(merged[name].equal(after[name]) for name in after)
 
 
 def test_videos_sounds_images_and_text_train_together(settings, tmp_path, local_ray):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,17 +136,18 @@ def test_gradient_checkpointing_computes_the_chosen_layers_twice_and_the_same(
 
 
 def test_freezing_the_vision_tower(tiny_model: Path, adapter: MultimodalAdapter):
-    module = load_policy(options(tiny_model, freeze_vision=True), adapter)
+    module = load_policy(options(tiny_model, freeze=("vision",)), adapter)
     frozen = {name for name, p in module.model.named_parameters() if not p.requires_grad}
     tower = {name for name, _ in module.model.named_parameters() if ".visual." in name}
     assert frozen and frozen == {name for name in tower if ".visual.merger." not in name}  # the projector is trained
 
 
 def test_lora_starts_as_the_base_and_its_reference_stays_so(tiny_model: Path, adapter: MultimodalAdapter):
-    chosen = options(tiny_model, lora_rank=2, freeze_vision=True)
+    chosen = options(tiny_model, lora_rank=2, lora_targets=("projector", "language.mlp"))
     module, base = load_policy(chosen, adapter), load_policy(options(tiny_model), adapter)
     trained = [name for name, p in module.model.named_parameters() if p.requires_grad]
-    assert trained and all(".lora_" in name and (".visual." not in name or ".merger." in name) for name in trained)
+    assert trained and all(".lora_" in name and (".visual.merger." in name or ".mlp." in name) for name in trained)
+    assert not [name for name in trained if ".visual." in name and ".merger." not in name]
     batch = collate(all_rows(adapter), adapter)
     with torch.no_grad():
         expected = base(batch)[0]
@@ -157,14 +159,46 @@ def test_lora_starts_as_the_base_and_its_reference_stays_so(tiny_model: Path, ad
         torch.testing.assert_close(module(batch, reference=True)[0], expected)
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"), [(("none",), "no layer is called none"), (("lm_head",), "output head")]
-)
-def test_lora_targets_that_cannot_be(
-    tiny_model: Path, adapter: MultimodalAdapter, targets: tuple[str, ...], message: str
+REFUSED = {
+    "a part frozen that is adapted": (
+        {"freeze": ("language",), "lora_rank": 2},
+        "language.attention, language.mlp, which",
+    ),
+    "no targets": ({"lora_rank": 2, "lora_targets": ()}, "lora_targets is empty"),
+    "everything frozen": ({"freeze": ("vision", "projector", "audio", "language")}, "names every part"),
+    "all that is there frozen": ({"freeze": ("vision", "projector", "language")}, "nothing would be trained: frozen"),
+    "no such part": ({"freeze": ("audio",)}, "QwenVLAdapter has no audio; it has language, vision, projector"),
+    "no such role": (
+        {"lora_rank": 2, "lora_targets": ("audio",)},
+        "has no audio; there are language.attention, language.mlp, vision, projector",
+    ),
+    "a role that no data reach": (
+        {"lora_rank": 2, "lora_targets": ("vision",), "media_kinds": ()},
+        "nothing would be trained: LoRA is on vision; media of the data: none",
+    ),
+    "4 bits trained in full": ({"quantize": "nf4"}, "needs a lora_rank"),
+    "4 bits under ZeRO-3": ({"quantize": "nf4", "lora_rank": 2, "zero_stage": 3}, "zero_stage=3 was never verified"),
+    "4 bits offloaded": (
+        {"quantize": "nf4", "lora_rank": 2, "offload_parameters": True},
+        "offload_parameters was never verified",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_trained_is_refused_by_name(
+    tiny_model: Path, adapter: MultimodalAdapter, changes: dict[str, Any], message: str
 ):
     with pytest.raises(ValueError, match=message):
-        load_policy(options(tiny_model, lora_rank=2, lora_targets=targets), adapter)
+        load_policy(options(tiny_model, **changes), adapter)
+
+
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_each_part_can_be_frozen(tiny_model: Path, adapter: MultimodalAdapter, part: str):
+    module = load_policy(options(tiny_model, freeze=(part,)), adapter)
+    frozen = {adapter.role(name) for name, p in module.model.named_parameters() if not p.requires_grad}
+    trained = {adapter.role(name) for name, p in module.model.named_parameters() if p.requires_grad}
+    assert (frozen, trained) == ({part}, {"vision", "projector", "language"} - {part})
 
 
 def test_a_model_that_bends_its_logits_is_refused(tiny_model: Path, adapter: MultimodalAdapter):

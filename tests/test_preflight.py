@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -62,6 +63,51 @@ def test_a_reward_that_compares_with_answers_needs_their_column(settings: dict, 
     assert "data.train: the reward 'accuracy' compares with answers, and no column is known to hold them" in text
     assert "Not used are: gold" in text
     assert "compares with answers" not in problems(reward={"functions": [{"name": "format"}, {"name": "no_such"}]})
+
+
+def test_parts_and_roles_that_the_family_does_not_have_are_refused_by_name(settings: dict, tmp_path: Path) -> None:
+    def problems(**model: object) -> str:
+        config = parse_config(
+            {**settings, "model": {**settings["model"], **model}, "output_dir": str(tmp_path / "out")}
+        )
+        with pytest.raises(ConfigError) as caught:
+            preflight(config)
+        return str(caught.value)
+
+    assert "model.freeze: QwenVLAdapter has no audio; it has language, vision, projector" in problems(freeze=["audio"])
+    assert "model.nothing would" not in problems(freeze=["audio"])
+    assert "model.lora_targets: QwenVLAdapter has no audio; there are language.attention, language.mlp, vision, " in (
+        problems(lora_rank=4, lora_targets=["audio"])
+    )
+    everything = {"freeze": ["vision", "projector", "language"]}
+    assert "model.freeze or lora_targets: nothing would be trained: frozen: vision, projector, language" in problems(
+        **everything
+    )
+    both = problems(**everything, path=str(build_tiny("llama", tmp_path / "llama")))
+    assert "model.freeze: TextAdapter has no vision and no projector; it has language" in both
+    write_rows(tmp_path / "text.jsonl", [{"prompt": f"{i}?", "answer": "x"} for i in range(8)])
+    text = {**settings["data"], "train": [str(tmp_path / "text.jsonl")]}
+    config = parse_config(
+        {
+            **settings,
+            "data": text,
+            "model": {**settings["model"], "freeze": ["language"]},
+            "output_dir": str(tmp_path / "out"),
+        }
+    )
+    with pytest.raises(ConfigError, match="nothing would be trained: frozen: language; media of the data: none"):
+        preflight(config)
+
+
+def test_quantization_without_its_package_is_refused(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {**settings["model"], "lora_rank": 4, "quantize": "nf4"}
+    config = parse_config({**settings, "model": model, "output_dir": str(tmp_path / "out")})
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else there(name))
+    with pytest.raises(ConfigError, match="quantize=nf4 needs bitsandbytes: pip install"):
+        preflight(config)
 
 
 def test_nccl_is_refused_where_the_cluster_turns_out_to_have_no_gpu(settings: dict) -> None:

@@ -32,6 +32,7 @@ from vlm.encoded import (
     for_engine,
     smallest,
 )
+from vlm.parts import ModelParts
 
 __all__ = ["AdapterError", "EncodedPrompt", "Messages", "Modality", "MultimodalAdapter"]
 
@@ -39,8 +40,9 @@ Messages = Sequence[Mapping[str, Any]]
 _TOKEN_ALIGNED = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-class MultimodalAdapter(ABC):  # noqa: B024
-    """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface."""
+class MultimodalAdapter(ModelParts, ABC):
+    """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface. What
+    goes by names of parameters (parts, LoRA, the engine's names) is in `vlm/parts.py`."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
     """What the family takes besides text; empty for a text model."""
@@ -54,19 +56,6 @@ class MultimodalAdapter(ABC):  # noqa: B024
     """Whether every layer of the language model is plainly causal, and hands its keyword arguments on to its attention:
     completions can then be laid behind one copy of their prompt. Not so with sliding windows, or with image tokens that
     see each other."""
-    engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
-    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "vision": ("model.vision_tower.", "model.vision_model.", "model.visual."),
-        "projector": (
-            "model.multi_modal_projector.",
-            "model.connector.",
-            "model.image_newline",
-            "model.visual.merger.",
-            "model.visual.deepstack_merger_list.",
-        ),
-    }
-    """Part of the model -> beginnings of the names of its parameters; whatever has none of them is `language`."""
     untrainable_on: ClassVar[Mapping[str, str]] = {}
     """Device -> why a model of the family is not trained there: the engine would sample from something else than the
     learner computes, or nobody has seen that it does not."""
@@ -191,27 +180,6 @@ class MultimodalAdapter(ABC):  # noqa: B024
         """A prompt's media inputs on both sides, made alike where the engine has other names or another layout."""
         return learner, engine
 
-    def engine_weight_name(self, name: str) -> str | None:
-        """The engine's name of the trainer's parameter `name`; None for one that nothing the model computes depends on
-        and that the engine therefore does not have."""
-        return self.published_weight_name(name)
-
-    def is_used(self, name: str) -> bool:
-        """Whether anything the model computes depends on the parameter `name`."""
-        return self.engine_weight_name(name) is not None
-
-    def published_weight_name(self, name: str) -> str:
-        """The name of a parameter in published checkpoints of the family, which the engine loads."""
-        for trainer, engine in self.engine_name_parts:
-            if trainer in name and engine not in name:
-                return name.replace(trainer, engine, 1)
-        return name
-
-    def role(self, name: str) -> str:
-        """Which part of the model a parameter or module belongs to, by the longest beginning of its name in `roles`."""
-        fitting = [(len(p), role) for role, prefixes in self.roles.items() for p in prefixes if name.startswith(p)]
-        return max(fitting, default=(0, "language"))[1]
-
     def published_config(self, model: Any) -> Any | None:
         """The configuration of published checkpoints where it is not that of the model which is trained."""
         return None
@@ -326,7 +294,7 @@ class MultimodalAdapter(ABC):  # noqa: B024
         """The transformers class that `from_pretrained` is called on."""
         return AutoModelForImageTextToText if self.has_vision else AutoModelForCausalLM
 
-    def prepare_model(self, model: Any) -> None:  # noqa: B027
+    def prepare_model(self, model: Any) -> None:
         """Change the freshly loaded Hugging Face model where it computes something else than the engine does."""
 
     def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:

@@ -26,6 +26,11 @@ class AriaAdapter(MultimodalAdapter):
         "cuda": "that vLLM takes new experts there was never seen",
     }
 
+    not_adapted: ClassVar[Mapping[str, str]] = {
+        "language.mlp": "the experts' weights are stacked in one parameter a layer and no linear layers, so that "
+        "adapters would leave out all but the shared expert"
+    }
+
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
         return {k: v for k, v in super().without_bookkeeping(outputs).items() if k != "num_crops"}
 

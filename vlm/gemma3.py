@@ -26,6 +26,8 @@ class Gemma3Adapter(MultimodalAdapter):
         "cuda": "vLLM may let the tokens of an image see each other there, as it does not on CPU; compare the two first"
     }
 
+    not_adapted: ClassVar[Mapping[str, str]] = {"projector": "it is a bare matrix and no linear layer"}
+
     def render(self, messages: Messages) -> str:
         """An image brings blank lines of its own; further ones beside it are left out, or vLLM would not find it."""
         image = re.escape(self.modalities["image"].placeholder)

@@ -2,6 +2,8 @@
 
     parameters ──(peft prefixes stripped, tied head left out)──▶ entries ──buckets──▶ gather ─▶ (engine name, tensor)
 
+LoRA is merged on the way, and 4-bit weights are written out: the engine gets the names and shapes of the base model.
+
 Never the whole model on one rank: what is gathered at a time is one bucket (or the largest single tensor).
 """
 
@@ -37,13 +39,15 @@ class _Entry:
 
     @property
     def meta(self) -> ParamMeta:
+        if (quantized := _quantized(self.weight)) is not None:
+            return ParamMeta(self.name, quantized.dtype, tuple(quantized.shape))
         # Under ZeRO-3 a parameter outside its gather is an empty tensor; DeepSpeed keeps the full shape beside it.
         shape = getattr(self.weight, "ds_shape", self.weight.shape)
         return ParamMeta(self.name, self.weight.dtype, tuple(shape))
 
     def tensor(self) -> Tensor:
         """The full tensor; call while `parameters` are gathered. The merge is out of place: the base never changes."""
-        base = self.weight.detach()
+        base = dequantized(self.weight)
         if self.lora is None:
             return base
         a, b = (self.lora.lora_A[ADAPTER].weight.detach(), self.lora.lora_B[ADAPTER].weight.detach())
@@ -92,6 +96,21 @@ class PolicySource:
             size += entry.meta.nbytes
         if bucket:
             yield bucket
+
+
+def dequantized(weight: nn.Parameter) -> Tensor:
+    """`weight` itself, or what a layer of 4-bit weights computes with: `[out, in]` in the precision it computes in."""
+    quantized = _quantized(weight)
+    if quantized is None:
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, quantized)
+
+
+def _quantized(weight: nn.Parameter) -> Any:
+    """What bitsandbytes keeps beside the packed 4-bit values (shape, dtype, scales); None for a plain weight."""
+    return getattr(weight, "quant_state", None)
 
 
 def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:

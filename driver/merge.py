@@ -1,0 +1,126 @@
+"""`saccade merge`: a model directory that transformers and vLLM load, from a saved adapter or a checkpoint.
+
+ADAPTER ─┬─ adapter_config.json       an adapter in peft's format, of a run or of another program
+         ├─ adapter/                  a saved model with its adapter
+         └─ run.json, learner/        a checkpoint, of LoRA or of full weights
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from driver.config import ConfigError, parse_config
+from driver.wiring import config_adapter, learner_options
+from learner.checkpoint import CheckpointError, read_weights
+from learner.export import ADAPTER_ORIGIN, save_policy
+from learner.model import load_base, load_policy, wrap
+from learner.policy import PolicyModule
+from learner.types import LearnerOptions
+from vlm.adapter import MultimodalAdapter
+from vlm.registry import load_adapter
+
+
+class MergeError(ValueError):
+    """What cannot be merged, and why."""
+
+
+def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_code: bool = False) -> None:
+    """Write the model that `source` (see above) makes of its base into the new directory `output`, on the CPU.
+
+    `model`: the base, where it is no longer where it was. Weights are those that the run sent to its engines: of a base
+    in 4 bits, what it was rounded to. Raises MergeError, AdapterError for a base that is not there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MergeError(f"{output} exists already; name a new folder")
+    if not source.is_dir():
+        raise MergeError(f"{source}: there is no such folder")
+    if (source / "run.json").exists():
+        policy, family = _from_checkpoint(source, model, trust_remote_code)
+    else:
+        found = [d for d in (source, source / "adapter") if (d / "adapter_config.json").exists()]
+        if not found:
+            raise MergeError(
+                f"{source} holds neither adapter_config.json, nor a folder `adapter` with one, nor run.json: name an "
+                "adapter in peft's format, a model saved with LoRA, or a checkpoint (checkpoints/step-...)"
+            )
+        policy, family = _from_adapter(found[0], model, trust_remote_code)
+    try:
+        save_policy(policy, family, output, rank=0, with_adapter=False)
+    except (OSError, ValueError) as error:  # DoRA, adapters on embeddings; a full disk
+        raise MergeError(f"{source} cannot be merged into {output}: {error}") from error
+
+
+def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[PolicyModule, MultimodalAdapter]:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    config = _read(directory / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("modules_to_save"):
+        raise MergeError(f"{directory}: only plain LoRA is merged, without modules trained in full beside it")
+    origin = _read(directory / ADAPTER_ORIGIN) if (directory / ADAPTER_ORIGIN).exists() else {}
+    path = model or config.get("base_model_name_or_path")
+    if not path:
+        raise MergeError(f"{directory} does not say which model it was trained on; name it with --model")
+    family = load_adapter(path, origin.get("adapter"), trust_remote_code=trust)
+    stored = str(getattr(family.model_config, "dtype", None)).removeprefix("torch.")
+    options = LearnerOptions(
+        path,
+        total_steps=1,
+        device="cpu",
+        dtype=origin.get("dtype") or ("bfloat16" if stored in ("bfloat16", "float16") else "float32"),
+        lora_rank=int(config.get("r") or 1),
+        quantize=origin.get("quantize", "none"),
+        trust_remote_code=trust,
+    )
+    try:
+        adapted: Any = PeftModel.from_pretrained(load_base(options, family), str(directory))
+        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+            stray = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+        policy = wrap(adapted, options, family)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MergeError(f"{directory} is no LoRA adapter for the model at {path}: {error}") from error
+    if stray:
+        raise MergeError(
+            f"{directory} does not fit the model at {path}: {len(stray)} tensors belong to one of them only, first "
+            f"{min(stray)}"
+        )
+    return policy, family
+
+
+def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[PolicyModule, MultimodalAdapter]:
+    config = parse_config(_read(directory / "run.json").get("config", {}), str(directory / "run.json"))
+    changes = {"trust_remote_code": trust, **({"path": model} if model else {})}
+    config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    family = config_adapter(config)
+    # Every part is loaded as if it were reached: adapters that the run did not have stay a change of zero.
+    options = replace(
+        learner_options(config, "cpu", tuple(family.modalities)), ranks=1, zero_stage=2, offload_parameters=False
+    )
+    try:
+        policy = load_policy(options, family)
+        named = dict(policy.model.named_parameters())
+        with torch.no_grad():
+            for name, value in read_weights(directory / "learner"):
+                if name not in named or named[name].shape != value.shape:
+                    raise CheckpointError(f"the model at {config.model.path} has no {name} of shape {[*value.shape]}")
+                named[name].copy_(value)
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{directory}: {error}") from error
+    return policy.to(getattr(torch, options.dtype)), family  # adapters too, as the run's engines got them
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise MergeError(f"{path} holds no JSON object")
+    return content
+
+
+__all__ = ["ConfigError", "MergeError", "merge"]

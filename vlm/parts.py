@@ -1,0 +1,125 @@
+"""What the names of a model's parameters say: which part they belong to, and what the engine calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from rollout.types import MediaKind
+from vlm.encoded import AdapterError
+from vlm.roles import part_of
+
+THROUGH = {"vision": {"image", "video"}, "projector": {"image", "video"}, "audio": {"audio"}}
+"""Kinds of media that a part is for."""
+
+
+class ModelParts:
+    """The half of `MultimodalAdapter` that goes by names of parameters and modules."""
+
+    modalities: ClassVar[Mapping[MediaKind, Any]] = {}
+    engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
+    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("model.vision_tower.", "model.vision_model.", "model.visual."),
+        "projector": (
+            "model.multi_modal_projector.",
+            "model.connector.",
+            "model.image_newline",
+            "model.visual.merger.",
+            "model.visual.deepstack_merger_list.",
+        ),
+    }
+    """Part of the model -> beginnings of the names of its parameters; whatever has none of them is `language`."""
+    language_layers: ClassVar[Mapping[str, str]] = {"language.attention": ".self_attn.", "language.mlp": ".mlp."}
+    """LoRA role -> what the names of its linear layers in the language model contain."""
+    not_adapted: ClassVar[Mapping[str, str]] = {}
+    """LoRA role -> why there are no adapters for it in this family."""
+
+    # ------------------------------------------------------------------ the engine's names
+
+    def engine_weight_name(self, name: str) -> str | None:
+        """The engine's name of the trainer's parameter `name`; None for one that nothing the model computes depends on
+        and that the engine therefore does not have."""
+        return self.published_weight_name(name)
+
+    def is_used(self, name: str) -> bool:
+        """Whether anything the model computes depends on the parameter `name`."""
+        return self.engine_weight_name(name) is not None
+
+    def published_weight_name(self, name: str) -> str:
+        """The name of a parameter in published checkpoints of the family, which the engine loads."""
+        for trainer, engine in self.engine_name_parts:
+            if trainer in name and engine not in name:
+                return name.replace(trainer, engine, 1)
+        return name
+
+    # ------------------------------------------------------------------ parts of the model
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts that the family has: `language`, and those of `roles` that its media run through."""
+        return self.reached(self.modalities)
+
+    def reached(self, kinds: Collection[str]) -> tuple[str, ...]:
+        """Parts that prompts with media of `kinds` run through."""
+        there = set(kinds) & set(self.modalities)
+        return ("language", *(part for part in self.roles if part not in THROUGH or THROUGH[part] & there))
+
+    def role(self, name: str) -> str:
+        """Which part of the model a parameter or module belongs to, by the longest beginning of its name in `roles`."""
+        fitting = [(len(p), role) for role, prefixes in self.roles.items() for p in prefixes if name.startswith(p)]
+        return max(fitting, default=(0, "language"))[1]
+
+    def lora_role(self, name: str) -> str:
+        """The LoRA role (`vlm.roles.LoraRole`) of the linear layer called `name`.
+
+        Raises AdapterError for a layer of the language model that is neither attention nor mlp by its name."""
+        part = self.role(f"{name}.weight")
+        if part != "language":
+            return part
+        for role, mark in self.language_layers.items():
+            if mark in f".{name}.":
+                return role
+        raise AdapterError(
+            f"{type(self).__name__}: is the linear layer {name} of the language model's attention or of its mlp? Say "
+            "so in `language_layers`, or in `lora_role`"
+        )
+
+    def linear_layers(self, model: Any) -> dict[str, tuple[str, ...]]:
+        """LoRA role -> names of its linear layers in `model`, a Hugging Face model as loaded: all that anything
+        computed depends on, but the output head."""
+        found: dict[str, tuple[str, ...]] = {}
+        head = model.get_output_embeddings()
+        for name, module in model.named_modules():
+            # torch's own MultiheadAttention reads the weight of its output layer past the layer, so that an adapter in
+            # the layer's place would change what is merged and not what is computed. It marks the layer by this class.
+            bypassed = isinstance(module, NonDynamicallyQuantizableLinear)
+            if isinstance(module, nn.Linear) and not bypassed and module is not head and self.is_used(f"{name}.weight"):
+                role = self.lora_role(name)
+                found[role] = (*found.get(role, ()), name)
+        return found
+
+    def part_problems(self, freeze: Sequence[str], lora_targets: Sequence[str], kinds: Collection[str]) -> list[str]:
+        """Why this family cannot be trained with parts frozen and LoRA on `lora_targets` (empty: the full weights) by
+        data with media of `kinds`; one text each."""
+        family, parts, found = type(self).__name__, self.parts, []
+        if absent := [part for part in freeze if part not in parts]:
+            found.append(f"freeze: {family} has no {' and no '.join(absent)}; it has {', '.join(parts)}")
+        if absent := [role for role in lora_targets if part_of(role) not in parts]:
+            found.append(f"lora_targets: {family} has no {' and no '.join(absent)}; {self._targets()}")
+        for role in lora_targets:
+            if role in self.not_adapted:
+                found.append(f"lora_targets: {family}, {role}: {self.not_adapted[role]}; {self._targets()}")
+        wanted = [part_of(role) for role in lora_targets] or parts
+        if not found and not [part for part in self.reached(kinds) if part in wanted and part not in freeze]:
+            left = f"LoRA is on {', '.join(lora_targets)}" if lora_targets else f"frozen: {', '.join(freeze)}"
+            media = ", ".join(kinds) or "none"
+            found.append(f"freeze or lora_targets: nothing would be trained: {left}; media of the data: {media}")
+        return found
+
+    def _targets(self) -> str:
+        roles = (*self.language_layers, *(part for part in self.parts if part != "language"))
+        return f"there are {', '.join(role for role in roles if role not in self.not_adapted)}"
