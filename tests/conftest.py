@@ -67,3 +67,18 @@ def local_ray() -> Iterator[ModuleType]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def process_group(tiny_model: Path) -> Iterator[None]:
+    """A default group of this process alone. One for all modules: DeepSpeed keeps the first that it sees."""
+    import torch.distributed as dist
+
+    from learner.process_group import join, open_store
+    from tests.learner_cases import options
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    store, port = open_store("127.0.0.1", 60.0)
+    join(options(tiny_model), 0, "127.0.0.1", port, store)
+    yield
+    dist.destroy_process_group()

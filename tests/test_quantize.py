@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,7 +19,7 @@ from driver.config import parse_config
 from driver.merge import merge
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.model import load_base, load_policy
-from learner.process_group import join, open_store
+from learner.process_group import open_store
 from learner.quantize import quantize_linear_layers
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
@@ -186,16 +183,6 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 # --- DeepSpeed --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def process_group(tiny_model: Path) -> Iterator[None]:
-    """A default group of this process alone."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
-    store, port = open_store("127.0.0.1", 60.0)
-    join(options(tiny_model), 0, "127.0.0.1", port, store)
-    yield
-    dist.destroy_process_group()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -5,33 +5,19 @@ Several ranks are in test_learner_ranks.py.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.engine import TrainEngine
-from learner.process_group import join, open_store
 from learner.types import LearnerOptions
 from tests.learner_cases import adapter_of, expected_update, mixed_case, options
 from tests.train_engine_contract import Make, TrainEngineContract, assert_gradients_close, gradients_of
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def process_group(tiny_model: Path) -> Iterator[None]:
-    """A default group of this process alone."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
-    store, port = open_store("127.0.0.1", 60.0)
-    join(options(tiny_model), 0, "127.0.0.1", port, store)
-    yield
-    dist.destroy_process_group()
 
 
 class TestZero2(TrainEngineContract):
