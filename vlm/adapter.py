@@ -32,6 +32,7 @@ from vlm.encoded import (
     for_engine,
     smallest,
 )
+from vlm.features import TowerFeatures
 
 __all__ = ["AdapterError", "EncodedPrompt", "Messages", "Modality", "MultimodalAdapter"]
 
@@ -39,7 +40,7 @@ Messages = Sequence[Mapping[str, Any]]
 _TOKEN_ALIGNED = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-class MultimodalAdapter(ABC):  # noqa: B024
+class MultimodalAdapter(TowerFeatures, ABC):
     """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
@@ -326,21 +327,8 @@ class MultimodalAdapter(ABC):  # noqa: B024
         """The transformers class that `from_pretrained` is called on."""
         return AutoModelForImageTextToText if self.has_vision else AutoModelForCausalLM
 
-    def prepare_model(self, model: Any) -> None:  # noqa: B027
+    def prepare_model(self, model: Any) -> None:
         """Change the freshly loaded Hugging Face model where it computes something else than the engine does."""
-
-    def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
-        """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
-        return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
-
-    def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
-        """How many entries of the features belong to a prompt: one per item, or per tile."""
-        return prompt.counts.get(kind, 0)
-
-    def repeat_features(self, features: Any, index: Tensor) -> None:
-        """Replace features (of `media_features`) by those at `index` int64 `[n]`, in place."""
-        values = features.pooler_output
-        features.pooler_output = values[index] if isinstance(values, Tensor) else [values[i] for i in index]
 
     def hidden_states(self, model: Any, **inputs: Any) -> Tensor:
         """`[B, L, H]` that the head projects; `inputs` has features as `mm_encoder_outputs`, by kind."""
