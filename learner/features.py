@@ -1,16 +1,15 @@
 """FeatureCache: what towers made of media before, by content; the least recently used leaves first. No Ray here.
 
-    put ──▶ local memory, up to `limit` bytes ──oldest──▶ Spill, up to `spill_limit` bytes ──oldest──▶ dropped
-                       ▲────────────────── get ────────────────┘
-What was dropped is computed again by whoever misses it.
+put ─▶ memory of the rank, within `limit` ─▶ and the Store that all ranks share, within its own
+get ─▶ memory of the rank ─▶ Store ─▶ None: whoever asked computes it again
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,73 +20,121 @@ from vlm.encoded import FeatureRow
 Key = Hashable
 Features = tuple[FeatureRow, ...]
 """All rows of one item, on the CPU."""
+V = TypeVar("V")
 
 
-class Spill(Protocol):
-    """Where features go that local memory has no room for."""
+class BoundedLRU(Generic[V]):
+    """A dictionary of at most `limit` bytes, which drops what was used least recently."""
 
-    def put(self, data: np.ndarray) -> Any:
-        """Keep uint8 `[n]` as long as the handle that is returned."""
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._entries: OrderedDict[Key, tuple[V, int]] = OrderedDict()
 
-    def get(self, handle: Any) -> np.ndarray: ...
+    def get(self, key: Key) -> V | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: Key, value: V, size: int) -> None:
+        """What is larger than the limit is not kept."""
+        self.held -= self._entries.pop(key, (None, 0))[1]
+        if size > self.limit:
+            return
+        self._entries[key] = value, size
+        self.held += size
+        while self.held > self.limit:
+            self.held -= self._entries.popitem(last=False)[1][1]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keys(self) -> Iterator[Key]:
+        """Least recently used first."""
+        return iter(self._entries)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The features of an item for a store of bytes."""
+
+    data: np.ndarray
+    """uint8 `[n]`: all tensors end to end."""
+    layout: tuple[tuple[tuple[torch.dtype, tuple[int, ...]], ...], ...]
+    """Of each row and tensor: its type and shape."""
+
+    @classmethod
+    def of(cls, features: Features) -> Packed:
+        parts = [tensor.flatten().view(torch.uint8) for row in features for tensor in row]
+        data = torch.cat(parts).numpy() if parts else np.zeros(0, np.uint8)
+        return cls(data, tuple(tuple((t.dtype, tuple(t.shape)) for t in row) for row in features))
+
+    def unpack(self) -> Features:
+        at, rows = 0, []
+        for row in self.layout:
+            tensors = []
+            for dtype, shape in row:
+                end = at + torch.Size(shape).numel() * dtype.itemsize
+                # Copied: an object store's arrays are read-only, and one tensor must not keep the others.
+                tensors.append(torch.from_numpy(self.data[at:end].copy()).view(dtype).view(shape))
+                at = end
+            rows.append(tuple(tensors))
+        return tuple(rows)
+
+
+class Store(Protocol):
+    """Where all ranks leave features for each other, bounded as it sees fit."""
+
+    def put(self, items: Mapping[Key, Packed]) -> None: ...
+
+    def get(self, keys: Sequence[Key]) -> Mapping[Key, Packed]:
+        """Of `keys` those that are there (still)."""
 
 
 @dataclass
 class CacheCounts:
-    """What a cache did since they were last taken."""
+    """What a cache did since they were last taken, in items."""
 
     hits: int = 0
-    """Found, spilled ones included."""
-    spilled_hits: int = 0
+    """Found, in the store or in memory."""
+    store_hits: int = 0
     stored: int = 0
-    dropped: int = 0
-
-
-@dataclass(frozen=True)
-class _Spilled:
-    handle: Any
-    layout: tuple[tuple[tuple[torch.dtype, torch.Size], ...], ...]
-    """Of each row and tensor, in the order of their bytes."""
-    size: int
 
 
 class FeatureCache:
-    """Maps a key to the features of an item. Not thread-safe."""
+    """The features of items by key, for one rank. Not thread-safe."""
 
-    def __init__(self, limit: int, spill: Spill | None = None, spill_limit: int = 0) -> None:
-        """`limit` bytes in local memory; `spill_limit` bytes of further ones in `spill`, if there is one."""
-        self.limit, self.spill_limit = limit, spill_limit if spill is not None else 0
-        self._spill = spill
-        self._local: OrderedDict[Key, Features] = OrderedDict()
-        self._spilled: OrderedDict[Key, _Spilled] = OrderedDict()
-        self.local_bytes = self.spilled_bytes = 0
+    def __init__(self, limit: int, store: Store | None = None) -> None:
+        """`limit`: bytes in the rank's memory."""
+        self._local: BoundedLRU[Features] = BoundedLRU(limit)
+        self._store = store
         self._counts = CacheCounts()
 
-    def __len__(self) -> int:
-        return len(self._local) + len(self._spilled)
+    @property
+    def local_bytes(self) -> int:
+        return self._local.held
 
-    def get(self, key: Key) -> Features | None:
-        """The features put under `key`, now the most recently used; None if there are none (any more)."""
-        if key in self._local:
-            self._local.move_to_end(key)
-            self._counts.hits += 1
-            return self._local[key]
-        if key in self._spilled and self._spill is not None:
-            spilled = self._spilled.pop(key)
-            self.spilled_bytes -= spilled.size
-            features = _unpack(self._spill.get(spilled.handle), spilled.layout)
-            self._counts.hits += 1
-            self._counts.spilled_hits += 1
-            self._keep(key, features)
-            return features
-        return None
+    def get(self, keys: Sequence[Key]) -> dict[Key, Features]:
+        """Of distinct `keys` the features of those that are there; they now are the most recently used."""
+        looked_up = {key: self._local.get(key) for key in keys}
+        found = {key: features for key, features in looked_up.items() if features is not None}
+        absent = [key for key in keys if key not in found]
+        if self._store is not None and absent:
+            for key, packed in self._store.get(absent).items():
+                found[key] = packed.unpack()
+                self._local.put(key, found[key], size_of(found[key]))
+                self._counts.store_hits += 1
+        self._counts.hits += len(found)
+        return found
 
-    def put(self, key: Key, features: Features) -> Features:
-        """Store the features of an item; returns them, in memory of their own."""
-        self._forget(key)
-        self._counts.stored += 1
-        own = tuple(tuple(_of_its_own(tensor) for tensor in row) for row in features)
-        self._keep(key, own)
+    def put(self, items: Mapping[Key, Features]) -> dict[Key, Features]:
+        """Keep the features of items; returns them, in memory of their own."""
+        own = {key: tuple(tuple(map(_of_its_own, row)) for row in features) for key, features in items.items()}
+        for key, features in own.items():
+            self._local.put(key, features, size_of(features))
+        if self._store is not None and own:
+            self._store.put({key: Packed.of(features) for key, features in own.items()})
+        self._counts.stored += len(own)
         return own
 
     def take_counts(self) -> CacheCounts:
@@ -95,62 +142,12 @@ class FeatureCache:
         counts, self._counts = self._counts, CacheCounts()
         return counts
 
-    def _keep(self, key: Key, features: Features) -> None:
-        self._local[key] = features
-        self.local_bytes += size_of(features)
-        while self.local_bytes > self.limit:
-            oldest, leaving = self._local.popitem(last=False)
-            self.local_bytes -= size_of(leaving)
-            self._give_away(oldest, leaving)
-
-    def _give_away(self, key: Key, features: Features) -> None:
-        size = size_of(features)
-        if self._spill is None or size > self.spill_limit:
-            self._counts.dropped += 1
-            return
-        while self.spilled_bytes + size > self.spill_limit:
-            self.spilled_bytes -= self._spilled.popitem(last=False)[1].size
-            self._counts.dropped += 1
-        layout = tuple(tuple((t.dtype, t.shape) for t in row) for row in features)
-        self._spilled[key] = _Spilled(self._spill.put(_pack(features)), layout, size)
-        self.spilled_bytes += size
-
-    def _forget(self, key: Key) -> None:
-        if key in self._local:
-            self.local_bytes -= size_of(self._local.pop(key))
-        if key in self._spilled:
-            self.spilled_bytes -= self._spilled.pop(key).size
-
 
 def size_of(features: Features) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(features))
-
-
-def _tensors(features: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
-    return (tensor for row in features for tensor in row)
+    return sum(tensor.nbytes for row in features for tensor in row)
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:
     """A row that shares memory with others of its batch would keep all of them."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _pack(features: Features) -> np.ndarray:
-    """uint8 `[n]`: the bytes of all tensors end to end."""
-    parts = [tensor.flatten().view(torch.uint8) for tensor in _tensors(features)]
-    return torch.cat(parts).numpy() if parts else np.zeros(0, np.uint8)
-
-
-def _unpack(data: np.ndarray, layout: Sequence[Sequence[tuple[torch.dtype, torch.Size]]]) -> Features:
-    at = 0
-    rows = []
-    for row in layout:
-        tensors = []
-        for dtype, shape in row:
-            end = at + shape.numel() * dtype.itemsize
-            # Copied: an object store's arrays are read-only, and one tensor must not keep the others.
-            tensors.append(torch.from_numpy(data[at:end].copy()).view(dtype).view(shape))
-            at = end
-        rows.append(tuple(tensors))
-    return tuple(rows)

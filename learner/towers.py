@@ -6,14 +6,15 @@ groups ─▶ items without cached features ─▶ tower batches, as many on eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from learner.engine import TrainEngine
-from learner.features import FeatureCache, Features, Key, Spill
+from learner.features import FeatureCache, Features, Key, Store
 from learner.samples import encode_prompts
 from learner.types import LearnerOptions
 from rollout.types import Media, MediaKind, RolloutGroup
@@ -23,18 +24,23 @@ from vlm.clips import decode
 from vlm.encoded import FeatureRow
 from vlm.patches import patches, patches_per_token
 
-SPILLED = 4
-"""Bytes in the spill for one in memory."""
+IN_STORE = 4
+"""Bytes in the store that ranks share, for one in their memory."""
 
 
 def make_towers(
-    engine: TrainEngine, adapter: MultimodalAdapter, options: LearnerOptions, spill: Spill | None = None
+    engine: TrainEngine,
+    adapter: MultimodalAdapter,
+    options: LearnerOptions,
+    connect: Callable[[int], Store] | None = None,
 ) -> ConstantTowers | None:
-    """None if nothing is to be cached: the cache is off, or every tower of the run's media is trained."""
+    """None if nothing is to be cached: the cache is off, or every tower of the run's media is trained. `connect` gives
+    the store of so many bytes that the ranks share."""
     limit = round(options.feature_cache_gib * 2**30)
     if not limit or not engine.constant_kinds():
         return None
-    return ConstantTowers(engine, adapter, options, FeatureCache(limit, spill, SPILLED * limit))
+    store = connect(IN_STORE * limit * options.ranks) if connect is not None else None
+    return ConstantTowers(engine, adapter, options, FeatureCache(limit, store))
 
 
 class ConstantTowers:
@@ -59,19 +65,17 @@ class ConstantTowers:
 
         Raises EncodingMismatchError, as `encode_prompts` does."""
         prompts = encode_prompts(self._adapter, groups, media)
-        found: dict[Key, Features] = {}
+        wanted = {_key(m) for group in groups for m in group.prompt.media if m.kind in self._tower_of}
+        found = self._cache.get(sorted(wanted))
         missing: dict[MediaKind, dict[Key, EncodedPrompt | Media]] = {kind: {} for kind in self.kinds}
         for group, prompt in zip(groups, prompts, strict=True):
             for item in group.prompt.media:
-                if item.kind not in self._tower_of or _key(item) in found:
-                    continue
-                features = self._cache.get(_key(item))
-                if features is not None:
-                    found[_key(item)] = features
-                elif len(group.prompt.media) == 1:
-                    missing[self._tower_of[item.kind]][_key(item)] = prompt
-                else:
-                    missing[self._tower_of[item.kind]].setdefault(_key(item), item)
+                if item.kind in self._tower_of and _key(item) not in found:
+                    of_kind = missing[self._tower_of[item.kind]]
+                    if len(group.prompt.media) == 1:
+                        of_kind[_key(item)] = prompt
+                    else:
+                        of_kind.setdefault(_key(item), item)
         self._compute({kind: self._alone(items, media) for kind, items in missing.items()}, found)
         return [
             self._carrying(prompt, group.prompt.media, found) for group, prompt in zip(groups, prompts, strict=True)
@@ -98,11 +102,9 @@ class ConstantTowers:
                 own = [missing[kind][key] for key in keys]
                 rows = self._engine.media_features(self._tower_batch(kind, own or [self._dummy(kind)]))[kind]
                 _check_constant(rows, kind)
-                start = 0
-                for key, prompt in zip(keys, own, strict=True):
-                    end = start + self._adapter.feature_rows(prompt, kind)
-                    found[key] = self._cache.put(key, tuple(rows[start:end]))
-                    start = end
+                ends = list(accumulate(self._adapter.feature_rows(prompt, kind) for prompt in own))
+                spans = zip([0, *ends], ends, strict=False)
+                found |= self._cache.put({k: tuple(rows[i:j]) for k, (i, j) in zip(keys, spans, strict=True)})
 
     def _cut(self, kind: MediaKind, items: Mapping[Key, EncodedPrompt]) -> list[list[Key]]:
         """Keys of each tower batch: within the limit of patches, or as many as the tokens of a micro-batch bring."""
@@ -151,17 +153,17 @@ class ConstantTowers:
     def take_metrics(self) -> dict[str, float]:
         """Over all ranks and since the last call. Collective."""
         counts = self._cache.take_counts()
-        mine = [counts.stored, counts.hits, counts.spilled_hits, self._cache.local_bytes + self._cache.spilled_bytes]
-        stored, hits, spilled, held = self._engine.all_reduce_sum(mine)
+        mine = [counts.stored, counts.hits, counts.store_hits, self._cache.local_bytes]
+        stored, hits, store_hits, held = self._engine.all_reduce_sum(mine)
         return {
             "features_computed": stored,
             "features_reused": hits,
-            "features_from_store": spilled,
+            "features_from_store": store_hits,
             "feature_cache_gib": held / 2**30,
         }
 
 
-def _key(item: Media) -> Key:
+def _key(item: Media) -> tuple[str, str, tuple[int, ...]]:
     """What the features of an item follow from: of a video also which of its frames are shown."""
     return item.kind, item.digest, item.frames
 

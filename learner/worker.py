@@ -39,16 +39,6 @@ class ScoredGroup:
     """In which optimizer step of the update it is trained."""
 
 
-class ObjectStore:
-    """A `learner.features.Spill`: Ray's object store, where an object lives as long as its reference."""
-
-    def put(self, data: np.ndarray) -> ray.ObjectRef:
-        return ray.put(data)
-
-    def get(self, handle: ray.ObjectRef) -> np.ndarray:
-        return ray.get(handle)
-
-
 class LearnerWorker:
     """Every method but `open_store` is collective: the group calls it on all ranks."""
 
@@ -77,6 +67,7 @@ class LearnerWorker:
         import torch
 
         from learner.deepspeed_engine import DeepSpeedEngine
+        from learner.feature_actor import ObjectStore
         from learner.process_group import join
         from learner.towers import make_towers
         from learner.update import group_cost
@@ -92,7 +83,12 @@ class LearnerWorker:
             seeded(options.seed + self.rank)
         self._adapter = load_adapter(options.model, options.adapter, trust_remote_code=options.trust_remote_code)
         self._engine = DeepSpeedEngine(options, self._adapter)
-        self._towers = make_towers(self._engine, self._adapter, options, ObjectStore())
+        self._towers = make_towers(
+            self._engine,
+            self._adapter,
+            options,
+            lambda limit: ObjectStore(f"features-{host}:{port}", limit, options.timeout),
+        )
         return group_cost(self._adapter)
 
     def update(self, scored: Sequence[ScoredGroup], version: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,13 +22,15 @@ import learner.deepspeed_engine as deepspeed_engine
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.engine import TrainEngine
 from learner.features import FeatureCache
+from learner.group import LearnerGroup
 from learner.process_group import open_store
 from learner.torch_engine import TorchEngine
 from learner.towers import ConstantTowers, make_towers
 from learner.types import LearnerOptions
 from learner.update import reference_kl, run_update, score_groups
-from tests.learner_cases import Case, adapter_of, make_case, make_group, options
-from tests.test_features import Store
+from tests.learner_cases import Case, adapter_of, make_case, make_group, mixed_case, options
+from tests.test_features import MemoryStore
+from tests.test_learner_group import store
 from tests.test_learner_ranks import on_rank
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 from vlm.adapter import MultimodalAdapter
@@ -198,18 +201,18 @@ def test_tower_batches_are_limited(patches: int | None) -> None:
     assert (max(sizes) <= 100 and len(sizes) > 1) if patches else len(sizes) == 1
 
 
-@pytest.mark.parametrize(("spilled", "computed"), [(0, 5), (2**30, 0)])
-def test_what_has_left_memory_comes_back_or_is_computed_again(spilled: int, computed: int) -> None:
+@pytest.mark.parametrize(("in_store", "computed"), [(0, 5), (2**30, 0)])
+def test_what_has_left_memory_comes_back_or_is_computed_again(in_store: int, computed: int) -> None:
     adapter, chosen = without(adapter_of(model_of("qwen3_vl"))), options_of(model_of("qwen3_vl"))
     plain, _ = make(chosen, adapter, cached=False)
     engine, _ = make(chosen, adapter)
-    towers = ConstantTowers(engine, adapter, chosen, FeatureCache(0, Store(), spilled))
+    towers = ConstantTowers(engine, adapter, chosen, FeatureCache(0, MemoryStore(in_store)))
     case = case_of(adapter)
     for number in range(3):
         stats = update(engine, chosen, case, towers)
         assert_same(strip(stats), update(plain, chosen, case, None))
         assert stats["metrics"]["features_computed"] == (computed if number else 5)
-        assert stats["metrics"]["features_from_store"] == (0 if spilled == 0 or not number else 5)
+        assert stats["metrics"]["features_from_store"] == (0 if in_store == 0 or not number else 5)
 
 
 def test_there_is_no_cache_where_a_tower_or_its_projector_is_trained() -> None:
@@ -263,7 +266,7 @@ PARTS = ([0, 2, 3], [1])
 def three_updates(engine: TrainEngine, chosen: LearnerOptions, members: Sequence[int]) -> list[Any]:
     """Images that are all new; the same again, none of them new; new ones, all on the rank that so far had none."""
     adapter: Any = engine.adapter  # type: ignore[attr-defined]
-    towers = make_towers(engine, adapter, chosen, Store())
+    towers = make_towers(engine, adapter, chosen, MemoryStore)
     assert towers is not None
     turned = [i for i in range(4) if i not in members] if chosen.ranks > 1 else members
     results: list[Any] = []
@@ -289,7 +292,7 @@ def two_ranks(rank: int, models: Path, out: Path) -> None:
     for model in sorted(models.iterdir()):
         adapter = without(adapter_of(model))
         for stage in (2, 3):
-            chosen = options_of(model, ranks=2, zero_stage=stage)
+            chosen = options_of(model, ranks=2, zero_stage=stage, learning_rate=1e-4)
             engine = deepspeed_engine.DeepSpeedEngine(chosen, adapter)
             results = three_updates(engine, chosen, PARTS[rank])
             state = {f"{stage}/{name}": value.detach().clone() for name, value in engine.state_tensors()}
@@ -304,9 +307,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "out").mkdir()
     for family in ("qwen2_5_omni", "internvl"):
         build_tiny(family, folder / "models" / family)
-    store, port = open_store("127.0.0.1", 120.0)
+    meeting, port = open_store("127.0.0.1", 120.0)
     mp.spawn(on_rank, (two_ranks, 2, port, folder / "models", folder / "out"), nprocs=2)
-    del store
+    del meeting
     return folder
 
 
@@ -315,7 +318,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_with_and_without_new_images_train_as_one_rank_does(results: Path, family: str, stage: int) -> None:
     adapter = without(adapter_of(results / "models" / family))
-    chosen = options_of(results / "models" / family)
+    chosen = options_of(results / "models" / family, learning_rate=1e-4)
     engine = TorchEngine(chosen, adapter)
     expected = three_updates(engine, chosen, range(4))
     ours = json.loads((results / "out" / f"{family}-{stage}.json").read_text())
@@ -328,3 +331,27 @@ def test_ranks_with_and_without_new_images_train_as_one_rank_does(results: Path,
     state = load_file(results / "out" / f"{family}-{stage}.safetensors")
     moments = {name: value for name, value in engine.state_tensors() if name.startswith("exp_avg/")}
     assert_gradients_close({name: state[f"{stage}/{name}"] for name in moments}, moments)
+
+
+@pytest.mark.e2e
+def test_ranks_find_in_the_object_store_what_others_computed(local_ray: ModuleType, tiny_model: Path) -> None:
+    """Groups are dealt to the ranks in another way to be scored than to be trained; memory holds one image."""
+    adapter = f"{FrozenQwenVL.__module__}:{FrozenQwenVL.__name__}"
+    case = mixed_case(adapter_of(tiny_model))
+    wide = {"old_policy": "behavior", "clip_eps_high": 100.0, "max_staleness": 1}
+    chosen = options(tiny_model, adapter=adapter, feature_cache_gib=2e-6, **wide)
+    group = LearnerGroup(replace(chosen, ranks=2, zero_stage=3), [{"num_cpus": 0}] * 2)
+    group.start(timeout=300.0)
+    try:
+        refs, summaries = store(local_ray, case.groups)
+        group.score(refs)
+        stats = [group.update(refs, summaries, version) for version in (0, 1)]
+    finally:
+        group.shutdown()
+    engine = TorchEngine(chosen, without(adapter_of(tiny_model)))
+    exact = [update(engine, chosen, case, None) for _ in range(2)]
+    for ours, expected in zip(stats, exact, strict=True):
+        assert ours.loss == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+        assert ours.grad_norm == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert [s.metrics["features_computed"] for s in stats] == [4, 0]  # by `score`
+    assert [s.metrics["features_reused"] for s in stats] == [4, 4]
