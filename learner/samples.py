@@ -82,10 +82,15 @@ def encode_prompts(
         [g.prompt.text for g in groups], [[decode(m, media[m.digest]) for m in g.prompt.media] for g in groups]
     )
     for group, prompt in zip(groups, encoded, strict=True):
-        ours, theirs = prompt.input_ids.numpy(), adapter.ids_from_engine(np.asarray(group.prompt_token_ids))
-        if not np.array_equal(ours, theirs):
-            raise EncodingMismatchError(_describe_mismatch(adapter, group, ours, theirs))
+        check_expansion(adapter, group, prompt)
     return encoded
+
+
+def check_expansion(adapter: MultimodalAdapter, group: RolloutGroup, prompt: EncodedPrompt) -> None:
+    """Raises EncodingMismatchError unless `prompt` has the tokens that the engine attended to."""
+    ours, theirs = prompt.input_ids.numpy(), adapter.ids_from_engine(np.asarray(group.prompt_token_ids))
+    if not np.array_equal(ours, theirs):
+        raise EncodingMismatchError(_describe_mismatch(adapter, group, ours, theirs))
 
 
 def _describe_mismatch(adapter: MultimodalAdapter, group: RolloutGroup, ours: np.ndarray, theirs: np.ndarray) -> str:

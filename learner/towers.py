@@ -14,8 +14,8 @@ from itertools import accumulate
 import torch
 
 from learner.engine import TrainEngine
-from learner.features import FeatureCache, Features, Key, Store
-from learner.samples import encode_prompts
+from learner.features import BoundedLRU, FeatureCache, Features, Key, Store
+from learner.samples import check_expansion, encode_prompts
 from learner.types import LearnerOptions
 from rollout.types import Media, MediaKind, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
@@ -26,6 +26,10 @@ from vlm.patches import patches, patches_per_token
 
 IN_STORE = 4
 """Bytes in the store that ranks share, for one in their memory."""
+
+
+PROMPTS_BYTES = 2**26
+"""Memory for prompts as they were encoded, without pixels: where all features are there, no image is even decoded."""
 
 
 def make_towers(
@@ -58,15 +62,16 @@ class ConstantTowers:
         kept = {name for m in adapter.modalities.values() for name in m.positions}
         self._replaced = {n for kind in self.kinds for n in adapter.modalities[kind].inputs} - kept
         self._dummies: dict[MediaKind, EncodedPrompt] = {}
+        self._prompts: BoundedLRU[EncodedPrompt] = BoundedLRU(PROMPTS_BYTES)
 
     def encode(self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes]) -> list[EncodedPrompt]:
         """Each group's prompt, with features in place of what the constant towers take. Collective: every rank calls
         it, with or without groups. `media`: encoded bytes by digest.
 
         Raises EncodingMismatchError, as `encode_prompts` does."""
-        prompts = encode_prompts(self._adapter, groups, media)
         wanted = {_key(m) for group in groups for m in group.prompt.media if m.kind in self._tower_of}
         found = self._cache.get(sorted(wanted))
+        prompts = self._encode(groups, media, found)
         missing: dict[MediaKind, dict[Key, EncodedPrompt | Media]] = {kind: {} for kind in self.kinds}
         for group, prompt in zip(groups, prompts, strict=True):
             for item in group.prompt.media:
@@ -77,9 +82,33 @@ class ConstantTowers:
                     else:
                         of_kind.setdefault(_key(item), item)
         self._compute({kind: self._alone(items, media) for kind, items in missing.items()}, found)
-        return [
-            self._carrying(prompt, group.prompt.media, found) for group, prompt in zip(groups, prompts, strict=True)
-        ]
+        done = [self._carrying(p, group.prompt.media, found) for group, p in zip(groups, prompts, strict=True)]
+        for group, prompt in zip(groups, done, strict=True):
+            self._remember(group, prompt)
+        return done
+
+    def _encode(
+        self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes], found: Mapping[Key, Features]
+    ) -> list[EncodedPrompt]:
+        """Prompts as the processor makes them; without pixels where it made them before and all features are there."""
+        prompts = {i: self._prompts.get(_prompt_key(group)) for i, group in enumerate(groups)}
+        known = {
+            i: prompt
+            for i, prompt in prompts.items()
+            if prompt is not None and all(_key(item) in found for item in groups[i].prompt.media)
+        }
+        for i, prompt in known.items():
+            check_expansion(self._adapter, groups[i], prompt)
+        others = [i for i in prompts if i not in known]
+        encoded = encode_prompts(self._adapter, [groups[i] for i in others], media)
+        made = {**known, **dict(zip(others, encoded, strict=True))}
+        return [made[i] for i in range(len(groups))]
+
+    def _remember(self, group: RolloutGroup, prompt: EncodedPrompt) -> None:
+        """Keep a prompt that the processor need not see again."""
+        if all(item.kind in self._tower_of for item in group.prompt.media):
+            size = sum(tensor.nbytes for tensor in (prompt.input_ids, *prompt.inputs.values()))
+            self._prompts.put(_prompt_key(group), replace(prompt, features={}), size)
 
     def _alone(
         self, items: Mapping[Key, EncodedPrompt | Media], media: Mapping[str, bytes]
@@ -166,6 +195,10 @@ class ConstantTowers:
 def _key(item: Media) -> tuple[str, str, tuple[int, ...]]:
     """What the features of an item follow from: of a video also which of its frames are shown."""
     return item.kind, item.digest, item.frames
+
+
+def _prompt_key(group: RolloutGroup) -> Key:
+    return group.prompt.text, *map(_key, group.prompt.media)
 
 
 def _check_constant(rows: Sequence[FeatureRow], kind: MediaKind) -> None:

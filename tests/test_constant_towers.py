@@ -18,7 +18,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import learner.deepspeed_engine as deepspeed_engine
+import learner.samples
+import learner.towers
+from learner import deepspeed_engine
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.engine import TrainEngine
 from learner.features import FeatureCache
@@ -26,7 +28,7 @@ from learner.group import LearnerGroup
 from learner.process_group import open_store
 from learner.torch_engine import TorchEngine
 from learner.towers import ConstantTowers, make_towers
-from learner.types import LearnerOptions
+from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import reference_kl, run_update, score_groups
 from tests.learner_cases import Case, adapter_of, make_case, make_group, mixed_case, options
 from tests.test_features import MemoryStore
@@ -34,6 +36,7 @@ from tests.test_learner_group import store
 from tests.test_learner_ranks import on_rank
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 from vlm.adapter import MultimodalAdapter
+from vlm.clips import decode
 from vlm.qwen_vl import QwenVLAdapter
 from vlm.tiny import TINY, build_tiny
 
@@ -182,6 +185,22 @@ def test_the_tower_runs_once_for_each_distinct_image_of_a_run() -> None:
     metrics = [update(engine, chosen, case, towers)["metrics"] for case in cases]
     assert sum(computed) == len(distinct_items(*cases)) == sum(m["features_computed"] for m in metrics)
     assert [m["features_computed"] for m in metrics] == [5, 5, 0]
+
+
+def test_an_image_whose_features_are_there_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, chosen = without(adapter_of(model_of("qwen2_5_vl"))), options_of(model_of("qwen2_5_vl"))
+    engine, towers = make(chosen, adapter)
+    case, decoded = case_of(adapter), list[str]()
+    for module in (learner.samples, learner.towers):
+        monkeypatch.setattr(module, "decode", lambda item, data: decoded.append(item.digest) or decode(item, data))
+    update(engine, chosen, case, towers)
+    assert set(decoded) == distinct_items(case)
+    decoded.clear()
+    update(engine, chosen, case, towers)
+    assert not decoded
+    wrong = replace(case.groups[0], prompt_token_ids=case.groups[0].prompt_token_ids[::-1].copy())
+    with pytest.raises(EncodingMismatchError):
+        update(engine, chosen, replace(case, groups=[wrong, *case.groups[1:]]), towers)
 
 
 @pytest.mark.parametrize("patches", [100, None])
