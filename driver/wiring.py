@@ -169,6 +169,7 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         micro_batch_patches=learner.micro_batch_patches,
         micro_batch_logits=learner.micro_batch_logits,
         attention=learner.attention,
+        feature_cache_gib=learner.feature_cache_gib,
         logprob_chunk_rows=learner.logprob_chunk_rows,
         zero_stage=learner.zero_stage,
         offload_optimizer=learner.offload_optimizer,

@@ -19,15 +19,17 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learner.deepspeed_state import read_full, read_weight, set_step_count, write_full, write_weight
-from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals
+from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.policy import PolicyModule
 from learner.process_group import all_reduce
 from learner.schedule import learning_rate
 from learner.types import LearnerOptions
+from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.encoded import FeatureRow
 from weight_sync.protocols import WeightSource
 from weight_sync.source import PolicySource
 
@@ -63,6 +65,12 @@ class DeepSpeedEngine:
         if module is None:
             raise RuntimeError("no reference policy was loaded: beta is 0")
         return module(batch)[0].cpu()
+
+    def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
+        return on_cpu(self._engine(self._place(batch), features_only=True))
+
+    def constant_kinds(self) -> tuple[MediaKind, ...]:
+        return self.policy.constant_kinds()
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         totals = StepTotals()

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from learner.objective import LossTerms
+from rollout.types import MediaKind
 from vlm.batch import MultimodalBatch
+from vlm.encoded import FeatureRow
 from weight_sync.protocols import WeightSource
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,6 +56,13 @@ class TrainEngine(Protocol):
         """float32 `[B, L]` on the CPU, no gradient; under the frozen reference policy if `reference`.
 
         Raises RuntimeError if a reference is asked for that the options did not load."""
+
+    def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
+        """What the towers make of the batch's media, by kind and row by row, on the CPU; no language model runs. They
+        have a gradient if something trained is in them, which `constant_kinds` denies."""
+
+    def constant_kinds(self) -> tuple[MediaKind, ...]:
+        """Kinds of media that the run may hold and whose features no optimizer step changes."""
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches
@@ -103,6 +112,10 @@ class StepTotals:
         sums = dict(zip(self._sums, engine.all_reduce_sum(_read(self._sums)), strict=True))
         maxima = dict(zip(self._maxima, engine.all_reduce_max(_read(self._maxima)), strict=True))
         return sums.pop("loss"), sums, maxima
+
+
+def on_cpu(features: Mapping[MediaKind, Sequence[FeatureRow]]) -> dict[MediaKind, list[FeatureRow]]:
+    return {kind: [tuple(tensor.cpu() for tensor in row) for row in rows] for kind, rows in features.items()}
 
 
 def _read(values: Mapping[str, Tensor]) -> list[float]:

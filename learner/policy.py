@@ -22,6 +22,7 @@ from learner.logprobs import LogprobHead
 from rollout.types import MediaKind
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.encoded import FeatureRow
 
 
 class PolicyModule(nn.Module):
@@ -58,11 +59,18 @@ class PolicyModule(nn.Module):
         """The Hugging Face model itself."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, batch: MultimodalBatch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: MultimodalBatch, *, reference: bool = False, features_only: bool = False
+    ) -> tuple[Tensor, Tensor] | dict[MediaKind, list[FeatureRow]]:
         """`(log-probabilities, entropies)`, float32 `[B, L]`, aligned with `batch.input_ids`; 0 outside `loss_mask`.
 
         `reference`: with the LoRA adapter switched off. The result always hangs on every parameter that the model
-        uses, vision tower included, be there an image, a trained token, or not."""
+        uses, vision tower included, be there an image, a trained token, or not.
+
+        `features_only`: no language model; what the towers make of the batch's media, row by row."""
+        if features_only:
+            features = self.media_features(batch)
+            return {kind: self.adapter.cut_features(of_kind) for kind, of_kind in features.items()}
         rows, length = batch.input_ids.shape
         inputs = self._with_all_media(batch)
         off = self.model.disable_adapter() if reference and hasattr(self.model, "disable_adapter") else nullcontext()
@@ -75,22 +83,36 @@ class PolicyModule(nn.Module):
         zeros = logprobs.new_zeros(rows, length)
         return zeros.index_put(place, logprobs), zeros.index_put(place, entropy)
 
-    def media_features(self, batch: MultimodalBatch) -> dict[str, Any]:
+    def media_features(self, batch: MultimodalBatch) -> dict[Any, Any]:
         """Outputs of the towers by kind, for the batch's distinct media; those it carries already as they are.
 
         Every tower that the batch has inputs for runs once, in the adapter's order."""
         given = batch.model_kwargs()
-        features = dict(given.get("mm_encoder_outputs", {}))
+        carried = given.get("mm_encoder_outputs", {})
+        features = {kind: of_kind for kind, of_kind in carried.items() if of_kind is not None}
         for kind, modality in self.adapter.towers().items():
             if modality.inputs[0] in given:
                 own = {name: given[name] for name in modality.inputs}
                 features[kind] = self.adapter.media_features(self.base.base_model, kind, own)
         return features
 
+    def constant_kinds(self) -> tuple[MediaKind, ...]:
+        """Kinds of media that the run may hold and whose features no optimizer step changes: neither their tower nor a
+        projector has a parameter that is trained."""
+        roles: dict[str, bool] = {}
+        for name, parameter in self.base.named_parameters():
+            role = self.adapter.role(name)
+            roles[role] = roles.get(role, False) or parameter.requires_grad
+        towers = {kind: "audio" if kind == "audio" else "vision" for kind in self._dummies}
+        projected = roles.get("projector", False)
+        # A tower that no parameter is said to belong to may hide among those of the language model.
+        return tuple(kind for kind, role in towers.items() if not roles.get(role, True) and not projected)
+
     def _with_all_media(self, batch: MultimodalBatch) -> MultimodalBatch:
         """`batch` as it is, or with more rows, small prompts with media that it lacks and that nothing is trained on.
 
-        Under ZeRO-3 every rank must run the same towers in every pass, or the others wait for it for ever."""
+        Under ZeRO-3 every rank must run the same towers in every pass, or the others wait for it for ever. Where the
+        batch carries features of a kind, or says that it would (None), no rank runs that tower."""
         given = batch.model_kwargs()
         carried = given.get("mm_encoder_outputs", {})
         for kind, (dummy, positions) in self._dummies.items():
@@ -106,7 +128,9 @@ class PolicyModule(nn.Module):
         for kind, index in batch.media_index.items():
             features[kind] = copy(features[kind])
             self.adapter.repeat_features(features[kind], index)
-        consumed = {name for m in self.adapter.modalities.values() for name in (*m.inputs, *m.positions)}
+        consumed = {"mm_encoder_outputs"} | {
+            name for m in self.adapter.modalities.values() for name in (*m.inputs, *m.positions)
+        }
         kwargs = {name: value for name, value in batch.model_kwargs().items() if name not in consumed}
         if features:
             kwargs["mm_encoder_outputs"] = features

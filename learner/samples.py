@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from learner.attention import position_shift
 from learner.packing import Size, split_group
 from learner.types import EncodingMismatchError
-from rollout.types import Completion, RolloutGroup
+from rollout.types import Completion, MediaKind, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import GroupLengths, MultimodalBatch
 from vlm.clips import decode
@@ -81,10 +82,15 @@ def encode_prompts(
         [g.prompt.text for g in groups], [[decode(m, media[m.digest]) for m in g.prompt.media] for g in groups]
     )
     for group, prompt in zip(groups, encoded, strict=True):
-        ours, theirs = prompt.input_ids.numpy(), adapter.ids_from_engine(np.asarray(group.prompt_token_ids))
-        if not np.array_equal(ours, theirs):
-            raise EncodingMismatchError(_describe_mismatch(adapter, group, ours, theirs))
+        check_expansion(adapter, group, prompt)
     return encoded
+
+
+def check_expansion(adapter: MultimodalAdapter, group: RolloutGroup, prompt: EncodedPrompt) -> None:
+    """Raises EncodingMismatchError unless `prompt` has the tokens that the engine attended to."""
+    ours, theirs = prompt.input_ids.numpy(), adapter.ids_from_engine(np.asarray(group.prompt_token_ids))
+    if not np.array_equal(ours, theirs):
+        raise EncodingMismatchError(_describe_mismatch(adapter, group, ours, theirs))
 
 
 def _describe_mismatch(adapter: MultimodalAdapter, group: RolloutGroup, ours: np.ndarray, theirs: np.ndarray) -> str:
@@ -145,9 +151,15 @@ def size_of(row: Row, adapter: MultimodalAdapter) -> Size:
     return Size(len(row), patches(adapter, row.prompt), sum(int(s.trainable.sum()) for s in row.samples))
 
 
-def collate(rows: Sequence[Row], adapter: MultimodalAdapter, *, packed: bool | None = None) -> MultimodalBatch:
+def collate(
+    rows: Sequence[Row],
+    adapter: MultimodalAdapter,
+    *,
+    packed: bool | None = None,
+    precomputed: Sequence[MediaKind] = (),
+) -> MultimodalBatch:
     """Rows end to end if `packed` (None: if the family can), else padded on the right to the longest. Prompts that are
-    the same object contribute their images once.
+    the same object contribute their images once. `precomputed`: kinds whose features the prompts carry.
 
     No rows: a batch of two padding tokens without loss, for ranks that have fewer micro-batches than others."""
     shape = (max(1, len(rows)), max((len(row) for row in rows), default=2))
@@ -193,8 +205,17 @@ def collate(rows: Sequence[Row], adapter: MultimodalAdapter, *, packed: bool | N
         policy_versions=versions,
         pixel_values=inputs.pop("pixel_values", None),
         media_index=index,
-        extra_model_kwargs={**inputs, **adapter.token_inputs(ids)},
+        extra_model_kwargs={**inputs, **adapter.token_inputs(ids), **_features(distinct, precomputed, adapter)},
     )
+
+
+def _features(
+    distinct: Mapping[int, EncodedPrompt], precomputed: Sequence[MediaKind], adapter: MultimodalAdapter
+) -> dict[str, Any]:
+    """What the batch carries in place of pixels."""
+    rows = {kind: [row for p in distinct.values() for row in p.features.get(kind, ())] for kind in precomputed}
+    joined = {kind: adapter.join_features(own) if own else None for kind, own in rows.items()}
+    return {"mm_encoder_outputs": joined} if precomputed else {}
 
 
 def _media_index(

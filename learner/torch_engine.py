@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals
+from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.schedule import learning_rate
 from learner.types import LearnerOptions
+from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.encoded import FeatureRow
 from weight_sync.protocols import WeightSource
 from weight_sync.source import PolicySource
 
@@ -48,6 +50,12 @@ class TorchEngine:
         if module is None:
             raise RuntimeError("no reference policy was loaded: beta is 0")
         return module(batch)[0].cpu()
+
+    def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
+        return on_cpu(self.policy(batch.to(self.options.device), features_only=True))
+
+    def constant_kinds(self) -> tuple[MediaKind, ...]:
+        return self.policy.constant_kinds()
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         totals = StepTotals()

@@ -22,9 +22,10 @@ from learner.losses import Clip
 from learner.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss, token_means
 from learner.packing import GroupCost, balance, fewest_bins, pack_padded
 from learner.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
+from learner.towers import ConstantTowers
 from learner.types import LearnerOptions, NothingToLearnError
 from rollout.types import RolloutGroup
-from vlm.adapter import MultimodalAdapter
+from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 
 logger = logging.getLogger(__name__)
@@ -61,22 +62,28 @@ def run_update(
     version: int,
     fetch_seconds: float = 0.0,
     minibatches: Sequence[int] | None = None,
+    towers: ConstantTowers | None = None,
 ) -> dict[str, Any]:
     """Train on this rank's share of the sealed batch (which may be empty); collective.
 
     `advantages[i][k]`: of completion k of group i, ignored where its verdict is not a score. `media`: encoded bytes by
     digest. `minibatches[i]`: in which of the `options.optimizer_steps` group i is trained; None: all in the first.
+    `towers`: those that run ahead of all this, where features are cached.
     Returns those fields of UpdateStats that the group does not know, the same on every rank.
     Raises EncodingMismatchError, StalenessError, NothingToLearnError."""
     watch = Stopwatch.start(fetch=fetch_seconds)
     rows: list[list[Row]] = [[] for _ in range(options.optimizer_steps)]
-    own = build_rows(adapter, options, groups, advantages, media)
+    own = build_rows(adapter, options, groups, advantages, media, towers)
     for i, part in enumerate(own):
         rows[0 if minibatches is None else minibatches[i]] += part
     samples = [[sample for row in part for sample in row.samples] for part in rows]
     lag_sum, lag_max = check_staleness([s for part in samples for s in part], version, options.max_staleness)
+    kinds = towers.kinds if towers is not None else ()
     batches = [
-        [collate([part[i] for i in members], adapter) for members in plan_batches(engine, part, adapter, options)]
+        [
+            collate([part[i] for i in members], adapter, precomputed=kinds)
+            for members in plan_batches(engine, part, adapter, options)
+        ]
         for part in rows
     ]
     computed = sum(batch.num_tokens for part in batches for batch in part)
@@ -108,7 +115,7 @@ def run_update(
         "micro_batches": sum(map(len, batches)),
         "staleness_mean": reduced[1] / trained,
         "staleness_max": int(engine.all_reduce_max([lag_max])[0]),
-        "metrics": _metrics(results, trained),
+        "metrics": {**_metrics(results, trained), **(towers.take_metrics() if towers is not None else {})},
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
 
@@ -173,10 +180,11 @@ def build_rows(
     groups: Sequence[RolloutGroup],
     advantages: Sequence[Sequence[float]],
     media: Mapping[str, bytes],
+    towers: ConstantTowers | None = None,
 ) -> list[list[Row]]:
-    """Rows of the scored completions of each group; each prompt is encoded once."""
+    """Rows of the scored completions of each group; each prompt is encoded once. Collective if there are `towers`."""
     rows = []
-    for group, own, prompt in zip(groups, advantages, encode_prompts(adapter, groups, media), strict=True):
+    for group, own, prompt in zip(groups, advantages, _encode(adapter, groups, media, towers), strict=True):
         if group.verdicts is None:
             raise ValueError(f"group {group.prompt.ref} was not scored")
         samples = [
@@ -188,6 +196,15 @@ def build_rows(
         rows.append(make_rows(prompt, samples, adapter, options.micro_batch))
         _say_if_split(group, rows[-1], adapter)
     return rows
+
+
+def _encode(
+    adapter: MultimodalAdapter,
+    groups: Sequence[RolloutGroup],
+    media: Mapping[str, bytes],
+    towers: ConstantTowers | None,
+) -> list[EncodedPrompt]:
+    return encode_prompts(adapter, groups, media) if towers is None else towers.encode(groups, media)
 
 
 def _say_if_split(group: RolloutGroup, rows: Sequence[Row], adapter: MultimodalAdapter) -> None:
@@ -233,17 +250,19 @@ def score_groups(
     media: Mapping[str, bytes],
     *,
     reference: bool = False,
+    towers: ConstantTowers | None = None,
 ) -> list[list[np.ndarray]]:
     """Log-probabilities under the current weights (or the reference's) of each completion's trainable tokens, float32
     `[T]`; collective."""
     rows: list[Row] = []
     samples: list[list[Sample]] = []
-    for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
+    for group, prompt in zip(groups, _encode(adapter, groups, media, towers), strict=True):
         samples.append([to_sample(completion) for completion in group.completions])
         rows += make_rows(prompt, samples[-1], adapter, options.micro_batch)
     scored: dict[int, np.ndarray] = {}
     for members in plan_batches(engine, rows, adapter, options):
-        batch = collate([rows[i] for i in members], adapter)
+        precomputed = towers.kinds if towers is not None else ()
+        batch = collate([rows[i] for i in members], adapter, precomputed=precomputed)
         logprobs = engine.logprobs(batch, reference=reference)[batch.loss_mask]
         own = [sample for i in members for sample in rows[i].samples]
         parts = logprobs.split([int(s.trainable.sum()) for s in own])
@@ -257,11 +276,13 @@ def reference_kl(
     options: LearnerOptions,
     groups: Sequence[RolloutGroup],
     media: Mapping[str, bytes],
+    *,
+    towers: ConstantTowers | None = None,
 ) -> list[list[float]]:
     """Of each group and completion: the estimated KL of the policy that sampled it to the reference, summed over its
     trainable tokens; collective."""
     estimate = KL_ESTIMATORS[options.kl_estimator]
-    scored = score_groups(engine, adapter, options, groups, media, reference=True)
+    scored = score_groups(engine, adapter, options, groups, media, reference=True, towers=towers)
     result = []
     for group, own in zip(groups, scored, strict=True):
         sampled = [to_sample(completion) for completion in group.completions]

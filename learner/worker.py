@@ -24,6 +24,7 @@ from weight_sync.protocols import EngineHandle, TransferReport
 
 if TYPE_CHECKING:
     from learner.engine import TrainEngine
+    from learner.towers import ConstantTowers
     from vlm.adapter import MultimodalAdapter
     from weight_sync.sender import WeightSender
 
@@ -50,6 +51,7 @@ class LearnerWorker:
         self._store: Any = None
         self._engine: TrainEngine
         self._adapter: MultimodalAdapter
+        self._towers: ConstantTowers | None
         self._sender: WeightSender | None = None
 
     def open_store(self) -> tuple[str, int]:
@@ -65,7 +67,9 @@ class LearnerWorker:
         import torch
 
         from learner.deepspeed_engine import DeepSpeedEngine
+        from learner.feature_actor import ObjectStore
         from learner.process_group import join
+        from learner.towers import make_towers
         from learner.update import group_cost
         from vlm.registry import load_adapter
 
@@ -79,6 +83,12 @@ class LearnerWorker:
             seeded(options.seed + self.rank)
         self._adapter = load_adapter(options.model, options.adapter, trust_remote_code=options.trust_remote_code)
         self._engine = DeepSpeedEngine(options, self._adapter)
+        self._towers = make_towers(
+            self._engine,
+            self._adapter,
+            options,
+            lambda limit: ObjectStore(f"features-{host}:{port}", limit, options.timeout),
+        )
         return group_cost(self._adapter)
 
     def update(self, scored: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
@@ -97,6 +107,7 @@ class LearnerWorker:
             version,
             fetch_seconds=time.perf_counter() - start,
             minibatches=[s.minibatch for s in scored],
+            towers=self._towers,
         )
 
     def reference_kl(self, refs: Sequence[ray.ObjectRef]) -> list[list[float]]:
@@ -104,7 +115,7 @@ class LearnerWorker:
         from learner.update import reference_kl
 
         groups, media = self._fetch(refs)
-        return reference_kl(self._engine, self._adapter, self.options, groups, media)
+        return reference_kl(self._engine, self._adapter, self.options, groups, media, towers=self._towers)
 
     def refresh_reference(self) -> None:
         self._engine.refresh_reference()
@@ -114,7 +125,7 @@ class LearnerWorker:
         from learner.update import score_groups
 
         groups, media = self._fetch(refs)
-        return score_groups(self._engine, self._adapter, self.options, groups, media)
+        return score_groups(self._engine, self._adapter, self.options, groups, media, towers=self._towers)
 
     def save_checkpoint(self, directory: str) -> None:
         from learner.checkpoint import save_checkpoint

@@ -32,6 +32,7 @@ from vlm.encoded import (
     for_engine,
     smallest,
 )
+from vlm.features import TowerFeatures
 from vlm.parts import ModelParts
 
 __all__ = ["AdapterError", "EncodedPrompt", "Messages", "Modality", "MultimodalAdapter"]
@@ -40,9 +41,10 @@ Messages = Sequence[Mapping[str, Any]]
 _TOKEN_ALIGNED = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-class MultimodalAdapter(ModelParts, ABC):
+class MultimodalAdapter(ModelParts, TowerFeatures, ABC):
     """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface. What
-    goes by names of parameters (parts, LoRA, the engine's names) is in `vlm/parts.py`."""
+    goes by names of parameters (parts, LoRA, the engine's names) is in `vlm/parts.py`, what towers give in
+    `vlm/features.py`."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
     """What the family takes besides text; empty for a text model."""
@@ -296,19 +298,6 @@ class MultimodalAdapter(ModelParts, ABC):
 
     def prepare_model(self, model: Any) -> None:
         """Change the freshly loaded Hugging Face model where it computes something else than the engine does."""
-
-    def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
-        """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
-        return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
-
-    def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
-        """How many entries of the features belong to a prompt: one per item, or per tile."""
-        return prompt.counts.get(kind, 0)
-
-    def repeat_features(self, features: Any, index: Tensor) -> None:
-        """Replace features (of `media_features`) by those at `index` int64 `[n]`, in place."""
-        values = features.pooler_output
-        features.pooler_output = values[index] if isinstance(values, Tensor) else [values[i] for i in index]
 
     def hidden_states(self, model: Any, **inputs: Any) -> Tensor:
         """`[B, L, H]` that the head projects; `inputs` has features as `mm_encoder_outputs`, by kind."""

@@ -66,7 +66,8 @@ class MultimodalBatch:
     extra_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the model takes, by its own names: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`;
     `pixel_values_videos`, `video_grid_thw`; `input_features`, `feature_attention_mask`; token-aligned inputs `[B, L]`;
-    and, in place of pixels, features computed before: `mm_encoder_outputs`, what `PolicyModule.media_features` gave."""
+    and, in place of pixels, features computed before: `mm_encoder_outputs`, by kind what `PolicyModule.media_features`
+    gave, or None where the batch has no item of a kind whose features are always computed before."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape

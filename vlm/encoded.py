@@ -19,6 +19,11 @@ Counts = Mapping[MediaKind, int]
 """Media items of a prompt by kind."""
 
 
+FeatureRow = tuple[Tensor, ...]
+"""Features of an item, or of one of its tiles: what takes the places of its tokens, `[tokens, H]` (`[1, tokens, H]`
+where a family has all rows in one tensor), then what enters later layers, if the family has such."""
+
+
 class AdapterError(ValueError):
     """The model's files and the adapter do not fit, or a prompt cannot be encoded; says which and why."""
 
@@ -47,6 +52,8 @@ class EncodedPrompt:
     """Media inputs by the model's own names (`pixel_values`, `image_grid_thw`, ...); empty without media. Token-aligned
     inputs are not here: `MultimodalAdapter.token_inputs` derives them from the padded ids."""
     counts: Counts = field(default_factory=dict)
+    features: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
+    """By kind of tower, of all its items in their order: in place of the inputs that they were computed from."""
 
 
 def kind_of(item: Decoded) -> MediaKind:

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.encoded import Counts, Modality
+from vlm.encoded import Counts, FeatureRow, Modality
 from vlm.mrope import Item, mrope_positions
 
 GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
@@ -102,3 +103,10 @@ class Qwen3VLAdapter(QwenVLAdapter):
         """`deepstack_features`: per layer one tensor `[tokens, H]` an item."""
         features.deepstack_features = [[layer[i] for i in index] for layer in features.deepstack_features]
         super().repeat_features(features, index)
+
+    def cut_features(self, features: Any) -> list[FeatureRow]:
+        return [*zip(features.pooler_output, *features.deepstack_features, strict=True)]
+
+    def join_features(self, rows: Sequence[FeatureRow]) -> Any:
+        pooled, *deep = (list(values) for values in zip(*rows, strict=True))
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deep)

@@ -1,0 +1,47 @@
+"""What a tower makes of media, as the language model takes it: computed, repeated, cut into rows and joined again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from rollout.types import MediaKind
+from vlm.encoded import EncodedPrompt, FeatureRow, Modality
+
+
+class TowerFeatures:
+    """The part of `MultimodalAdapter` that is about outputs of towers. `pooler_output` has one entry per row; a row is
+    an item, or one of its tiles."""
+
+    modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
+
+    def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
+        """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
+        return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
+
+    def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
+        """How many entries of the features belong to a prompt: one per item, or per tile."""
+        return prompt.counts.get(kind, 0)
+
+    def repeat_features(self, features: Any, index: Tensor) -> None:
+        """Replace features (of `media_features`) by those at `index` int64 `[n]`, in place."""
+        values = features.pooler_output
+        features.pooler_output = values[index] if isinstance(values, Tensor) else [values[i] for i in index]
+
+    def cut_features(self, features: Any) -> list[FeatureRow]:
+        """Features (of `media_features`) row by row, without whatever else the output holds."""
+        values = features.pooler_output
+        return [(row,) for row in (values.split(1) if isinstance(values, Tensor) else values)]
+
+    def join_features(self, rows: Sequence[FeatureRow]) -> Any:
+        """The inverse of `cut_features`, for one row or more."""
+        return BaseModelOutputWithPooling(pooler_output=join_entries([row[0] for row in rows]))
+
+
+def join_entries(values: Sequence[Tensor]) -> Any:
+    """Entries as a tower gives them: `[1, tokens, H]`, of one tensor, or each `[tokens, H]` of its own length."""
+    return torch.cat(list(values)) if values[0].ndim == 3 else list(values)
