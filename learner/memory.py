@@ -135,6 +135,7 @@ def _phases(
     matrix = size * shape.vocabulary * shape.hidden
     waiting = matrix if shape.tied and shape.head_trained else 0.0
     return {
+        "forward": passing + states.gathering + text.saved * load.tokens + vision,
         "logits": passing + text.saved * load.tokens + vision + device["logits chunk"],
         "language layers": passing + device["activations"] + vision + waiting,
         "vision": passing + device["vision"] + waiting,

@@ -6,20 +6,22 @@ whatever the model's precision. Bytes per trained element and rank, for R ranks 
     stage  gradients        master  moments  reduction of gradients                      step
     0      4                -       8 (*)    a flat copy 4                               Adam on one tensor at a time
     1      4                4 / R   8 / R    bucket 4, its copy 4 (+), partition 4 / R   partition 4 / R, Adam 8 / R
+    1 (§)  4, and D         4 / R   8 / R    a flat copy 4                               Adam 8 / R
     2      4 / R            4 / R   8 / R    bucket D, its copy D (+), partition (#)     partition 4 / R, Adam 8 / R
     3      4 / R, bucket D  4 / R   8 / R    a copy D, in float32 4 / R (#)              partition 4 / R, Adam 8 / R
 
-(*) not divided. (+) between several ranks. (#) stage 2 makes the partition anew for each micro-batch in float32, and
-adds into a standing one in bfloat16; stage 3 casts what is not float32. The float32 master exists beside float32
-weights too. A bucket holds at most 5e8 elements: on a GPU it is allocated whole, on a CPU what was never written takes
-nothing. Adam of torch makes two temporaries of the tensor it works on (one for many tensors together on a GPU), and a
-ZeRO stage gives it the whole partition as one.
+(*) not divided. (§) in bfloat16 stage 1 is another optimizer, which keeps the model's own gradients beside the float32
+ones, and both whole until the step is over. (+) between several ranks. (#) stage 2 makes the partition anew for each
+micro-batch in float32, and adds into a standing one in bfloat16; stage 3 casts what is not float32. The float32 master
+exists beside float32 weights too. A bucket holds at most 5e8 elements: on a GPU it is allocated whole, on a CPU what
+was never written takes nothing. Adam of torch makes two temporaries of the tensor it works on (one for many tensors
+together on a GPU), and a ZeRO stage gives it the whole partition as one (ZeRO-3 at most 1e9 elements of it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from learner.model_shape import ModelShape
 from learner.types import LearnerOptions
@@ -27,24 +29,30 @@ from learner.types import LearnerOptions
 F32 = 4
 BUCKET = 500_000_000
 """DeepSpeed's `reduce_bucket_size`, in elements."""
+PREFETCH = 50_000_000
+"""DeepSpeed's `stage3_prefetch_bucket_size`: elements that ZeRO-3 gathers at once."""
+SUB_GROUP = 1_000_000_000
+"""DeepSpeed's `sub_group_size`: elements of a partition that ZeRO-3 takes a step with at once."""
 LIVE = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`, in elements: under ZeRO-3 so much stays gathered, through forward and
 backward, as it will be used again within `stage3_max_reuse_distance`, which is as large."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class States:
     """Bytes on the device, but `host`."""
 
     parameters: float
     """A rank's part of policy and reference."""
-    gathered: float
+    gathered: float = 0.0
     """Whole parameters of ZeRO-3, in forward and backward."""
+    gathering: float = 0.0
+    """The buffer that they are gathered into and copied from: it stays until the last of them was used."""
     gradients: float
     """Held from one micro-batch to the next."""
-    standing: float
+    standing: float = 0.0
     """Of these, what exists before the first gradient does."""
-    bucket: float
+    bucket: float = 0.0
     """What is allocated beside them as soon as a gradient arrives."""
     optimizer: float
     reduction: float
@@ -68,29 +76,54 @@ def zero_states(shape: ModelShape, options: LearnerOptions) -> States:
 
 
 def _without_offload(shape: ModelShape, options: LearnerOptions) -> States:
-    size, ranks, stage, n = element_bytes(options), options.ranks, options.zero_stage, shape.total_trained
+    size, n, stage, gpu = element_bytes(options), shape.total_trained, options.zero_stage, options.device == "cuda"
     copies = 2 if options.needs_reference and not options.lora_rank else 1
-    whole = copies * size * shape.total
-    part, several, full = n / ranks, ranks > 1, options.device == "cuda"
-    bucket = BUCKET if full else min(n, BUCKET)
-    adam = (F32 if full else 2 * F32) * part
-    if stage == 0:
-        temporaries = F32 * n if full else 2 * F32 * shape.largest_trained
-        held = F32 * n
-        return States(whole, 0, held, 0, 0, 2 * F32 * n, held + F32 * min(n, BUCKET), held + temporaries)
+    whole, part = float(copies * size * shape.total), n / options.ranks
+    full, bucket = float(F32 * n), min(n, BUCKET)
+    adam = (F32 if gpu else 2 * F32) * part
     optimizer, step = 3 * F32 * part, F32 * part + adam
-    if stage == 1:
-        beyond = F32 * max(0, n - BUCKET)
-        reduction = F32 * bucket + (F32 * min(n, BUCKET) if several else 0) + F32 * part + beyond
-        return States(whole, 0, F32 * n, 0, F32 * BUCKET if full else 0, optimizer, reduction, step)
-    if stage == 2:
-        again = F32 * part if size == F32 else 0
-        reduction = F32 * part + size * bucket + (size * min(n, BUCKET) if several else 0) + again
-        return States(whole, 0, F32 * part, 0, size * BUCKET if full else 0, optimizer, reduction, step)
-    standing = F32 * part + size * bucket
-    reduction = standing + size * min(n, BUCKET) + (0 if size == F32 else F32 * part)
-    gathered = size * min(shape.total, LIVE) if several else 0
-    return States(whole / ranks, gathered, standing, standing, 0, optimizer, reduction + gathered, standing + step)
+    if stage == 0:
+        temporaries = full if gpu else 2 * F32 * shape.largest_trained
+        reduction = full + F32 * bucket
+        return States(
+            parameters=whole, gradients=full, optimizer=2 * full, reduction=reduction, step=full + temporaries
+        )
+    if stage == 1 and size != F32:
+        held = full + size * n
+        reduction = held + F32 * bucket
+        return States(
+            parameters=whole, gradients=held, standing=full, optimizer=optimizer, reduction=reduction, step=held + adam
+        )
+    if stage < 3:
+        return _two_stages(
+            States(parameters=whole, gradients=0, optimizer=optimizer, reduction=0, step=step), n, options
+        )
+    gathered = float(size * min(shape.total, LIVE)) if options.ranks > 1 else 0.0
+    standing = F32 * part + size * (BUCKET if gpu else bucket)
+    return States(
+        parameters=whole / options.ranks,
+        gathered=gathered,
+        gathering=min(gathered, float(size * PREFETCH)),
+        gradients=standing,
+        standing=standing,
+        optimizer=optimizer,
+        reduction=gathered + standing + size * bucket + (0 if size == F32 else F32 * part),
+        step=standing + step * min(1.0, SUB_GROUP / max(part, 1)),
+    )
+
+
+def _two_stages(states: States, n: int, options: LearnerOptions) -> States:
+    """Stage 1 in float32, and stage 2: the same code of DeepSpeed, which differs in what a bucket holds and when."""
+    size, gpu, part = element_bytes(options), options.device == "cuda", n / options.ranks
+    bucket = size * (BUCKET if gpu else min(n, BUCKET))
+    copy = size * min(n, BUCKET) if options.ranks > 1 else 0
+    again = F32 * part if size == F32 else 0  # the partition, of this micro-batch
+    if options.zero_stage == 1:
+        left = F32 * max(0, n - BUCKET)
+        held, reduction = F32 * n, bucket + copy + again + left
+    else:
+        held, reduction = F32 * part, F32 * part + bucket + copy + again
+    return replace(states, gradients=float(held), bucket=float(bucket) if gpu else 0.0, reduction=float(reduction))
 
 
 def _offloaded(states: States, shape: ModelShape, options: LearnerOptions) -> States:
@@ -110,4 +143,5 @@ def _offloaded(states: States, shape: ModelShape, options: LearnerOptions) -> St
         host["parameters"] = states.parameters
         values["parameters"] = 0.0
         values["gathered"] = float(size * min(shape.total, LIVE))
+        values["gathering"] = min(values["gathered"], float(size * PREFETCH))
     return States(**values, host=host)

@@ -138,6 +138,8 @@ def test_states_by_stage(models: Callable[[str], Path]) -> None:
     assert (zero.parameters, zero.gradients, zero.optimizer) == (4 * n, 4 * n, 8 * n)
     assert (two.parameters, two.gradients, two.optimizer) == (4 * n, 2 * n, 6 * n)
     assert (three.parameters, three.gathered, three.gradients, three.optimizer) == (n, 2 * n, 2 * n + 2 * n, 6 * n)
+    one = states(zero_stage=1, dtype="bfloat16", ranks=2)
+    assert (one.parameters, one.gradients, one.optimizer) == (2 * n, 6 * n, 6 * n)
     with_reference = states(zero_stage=0, beta=0.1)
     assert with_reference.parameters == 8 * n
     assert states(zero_stage=0, beta=0.1, lora_rank=8).parameters == 4 * n, "the adapter switched off is the reference"
