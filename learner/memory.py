@@ -41,10 +41,13 @@ class UnitBytes:
     A micro-batch takes `token * tokens + patch * patches + row * rows + fixed`."""
 
     token: float
+    """A position of the language model: what its layers keep (checkpointed: their inputs, and one layer recomputed)."""
     patch: float
+    """A position of the vision tower, likewise, with its share of the projector; if frozen, while it runs."""
     row: float
+    """A trained token: its hidden state in the head, and the gradient of that. Logits are chunked, so not in it."""
     fixed: float
-    """Whatever the micro-batch: the chunk of logits, the head's gradient, and a layer gathered."""
+    """The chunk of logits and the head's gradient, which no budget of a micro-batch lowers once a chunk is full."""
 
     def of(self, load: Load) -> float:
         return self.token * load.tokens + self.patch * load.patches + self.row * load.rows + self.fixed

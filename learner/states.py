@@ -120,7 +120,7 @@ def _two_stages(states: States, n: int, options: LearnerOptions) -> States:
     again = F32 * part if size == F32 else 0  # the partition, of this micro-batch
     if options.zero_stage == 1:
         left = F32 * max(0, n - BUCKET)
-        held, reduction = F32 * n, bucket + copy + again + left
+        held, reduction = float(F32 * n), bucket + copy + again + left
     else:
         held, reduction = F32 * part, F32 * part + bucket + copy + again
     return replace(states, gradients=float(held), bucket=float(bucket) if gpu else 0.0, reduction=float(reduction))

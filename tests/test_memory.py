@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from driver.cli import app
 from learner.activations import projector_bytes, tower_bytes
-from learner.memory import Load, behind_bytes, logits_bytes, plan_memory
+from learner.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory
 from learner.model import load_policy
 from learner.model_shape import ModelShape, describe
 from learner.states import element_bytes, zero_states
@@ -184,6 +184,7 @@ def test_what_changes_the_plan(models: Callable[[str], Path]) -> None:
 
     whole = plan()
     assert whole.peak == whole.phases[whole.phase] == max(whole.phases.values())
+    assert tuple(whole.device) == KINDS
     text, image = plan(checkpoint_language=True), plan(checkpoint_vision=True)
     assert text.device["activations"] < whole.device["activations"] and text.device["vision"] == whole.device["vision"]
     assert image.device["vision"] < whole.device["vision"]
