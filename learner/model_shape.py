@@ -23,7 +23,7 @@ from vlm.adapter import MultimodalAdapter
 
 Part = Literal["language", "vision"]
 PARTS: tuple[Part, ...] = ("language", "vision")
-QKV = ("q_proj", "k_proj", "v_proj", "qkv")
+QKV = ("q_proj", "k_proj", "v_proj", "q", "k", "v", "qkv")
 """Linear layers that read one tensor, the normed hidden states; `qkv` makes all three at once."""
 GATE = ("gate_proj", "up_proj")
 """Those of a gated MLP that read one tensor."""
@@ -125,10 +125,10 @@ def meta_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> nn.Modul
     """The model as it would be trained, without storage: LoRA and freezing applied, nothing loaded.
 
     Raises ValueError for LoRA targets or frozen parts that the model does not have."""
+    kind = adapter.model_class()
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config  # Auto..., or a model's own class
     with torch.device("meta"):
-        model = adapter.model_class().from_config(
-            adapter.model_config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
-        )
+        model = make(adapter.model_config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa")
     if options.lora_rank:
         with torch.device("meta"):
             return loading._with_lora(model, options, adapter)
@@ -196,20 +196,20 @@ def _towers(model: nn.Module, adapter: MultimodalAdapter, trained: Mapping[str, 
 def _layer(layer: nn.Module) -> LayerShape:
     linears = dict(_own_linears(layer))
     leaf = {name.rpartition(".")[2]: module for name, module in linears.items()}
-    fused = "qkv" in leaf
-    try:
-        hidden = leaf["qkv" if fused else "q_proj"].in_features
-        query = hidden if fused else leaf["q_proj"].out_features
-        key_value = hidden if fused else leaf["k_proj"].out_features
-    except KeyError as error:
-        raise ValueError(f"{type(layer).__name__}: no projections q, k and v, but {', '.join(leaf)}") from error
+    first = next((leaf[name] for name in ("qkv", "q_proj", "q") if name in leaf), None)
+    if first is None:
+        raise ValueError(f"{type(layer).__name__}: no projections q, k and v, but {', '.join(leaf)}")
+    fused, hidden = "qkv" in leaf, int(first.in_features)
+    query = hidden if fused else int(first.out_features)
+    key_value = hidden if fused else int(leaf["k_proj" if "k_proj" in leaf else "k"].out_features)
     gated = all(name in leaf for name in GATE)
-    attention = next(m for m in layer.modules() if any(c is leaf["qkv" if fused else "q_proj"] for c in m.children()))
+    attention = next(m for m in layer.modules() if any(c is first for c in m.children()))
     inside = {id(m) for m in attention.modules()}
     mlp = [m for m in linears.values() if id(m) not in inside]
     widths = [leaf["gate_proj"].out_features] if gated else [m.out_features for m in mlp]
-    if not widths:
-        raise ValueError(f"{type(layer).__name__}: its MLP has no linear layers (experts?), which is not planned for")
+    others = [p for m in layer.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)]
+    if not widths or any(p.ndim > 1 for p in others):
+        raise ValueError(f"{type(layer).__name__}: its MLP is not of linear layers alone (experts?): not planned for")
     return LayerShape(
         hidden=hidden,
         query=query,

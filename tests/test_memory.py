@@ -28,7 +28,18 @@ from vlm.tiny import TinySizes, build_tiny
 from vlm.tiny.noise import noise_image
 
 SIZES = TinySizes(hidden=128, intermediate=352, layers=3, vision_hidden=64, vision_intermediate=176)
-FAMILIES = ("llama", "qwen3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "idefics3")
+FAMILIES = (
+    "llama",
+    "qwen3",
+    "gemma3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen2_5_omni",
+    "llava",
+    "internvl",
+    "idefics3",
+)
 TOKENS = 192
 KEPT = 0.15
 """Largest relative difference between predicted and counted bytes."""
@@ -123,6 +134,12 @@ def test_counts_of_a_tiny_llama_by_hand(models: Callable[[str], Path]) -> None:
     added = layers * 8 * (2 * (H + H) + 2 * (H + H // 2) + 3 * (H + wide))
     assert adapted.total_trained == added
     assert adapted.total == shape.total + added
+
+
+def test_experts_are_refused(models: Callable[[str], Path]) -> None:
+    path = models("aria")
+    with pytest.raises(ValueError, match="not of linear layers alone"):
+        describe(options_of(path), adapter_of(path))
 
 
 def test_states_by_stage(models: Callable[[str], Path]) -> None:
