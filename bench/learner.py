@@ -123,10 +123,8 @@ class Systems:
     engine: DeepSpeedEngine
 
     @classmethod
-    def load(cls, path: Path, budget: int, work: Path) -> Systems:
+    def load(cls, path: Path, budget: int, trl: TrlStep) -> Systems:
         adapter, options = load_adapter(str(path)), learner_options(path, budget)
-        # TRL's first: once a process group exists, accelerate would take the run for a distributed one.
-        trl = TrlStep(path, work, K=8)
         systems = cls(adapter, options, BareStep(path), trl, make_engine(options, adapter))
         torch.set_num_threads(options.threads)
         return systems
@@ -213,9 +211,11 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     memory: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
-        for name in filter(None, arguments.models.split(",")):
-            path = MODELS[name].build(Path(folder) / name)
-            systems = Systems.load(path, arguments.budget, Path(folder) / "trl")
+        paths = {name: MODELS[name].build(Path(folder) / name) for name in filter(None, arguments.models.split(","))}
+        # TRL's first: once a process group exists, accelerate would take the run for a distributed one.
+        trainers = {name: TrlStep(path, Path(folder) / "trl", K=8) for name, path in paths.items()}
+        for name, path in paths.items():
+            systems = Systems.load(path, arguments.budget, trainers.pop(name))
             results[name] = {}
             for label, shape in shapes.items():
                 print(f"{name}, {label}", flush=True)

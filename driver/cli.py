@@ -1,4 +1,4 @@
-"""The command line: `saccade demo | train | eval | config | data | rewards | parity | merge`, or `python -m driver`."""
+"""The command line: `saccade demo | train | eval | plan | config | data | rewards | parity | merge`."""
 
 from __future__ import annotations
 
@@ -103,6 +103,24 @@ def evaluate(
     display = TerminalDisplay(errors)
     results = run(load_config(config, changes), address=address, display=display)
     typer.echo(json.dumps(results, indent=2, allow_nan=False))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Predict a learner rank's memory by kind and a step's operations, without loading weights.
+
+    Takes full micro-batches, prompts as long as those of data.train on average (or data.max_prompt_length, where the
+    files cannot be read), and completions at their limit. Says what takes most, and which knob lowers it.
+
+    Example:  saccade plan mine.yaml learner.zero_stage=3 learner.ranks=8 cluster.device=cuda
+    """
+    from driver.planning import plan_run
+
+    plan_run(load_config(config, overrides or []), Console(), json_file)
 
 
 @app.command("config")

@@ -27,17 +27,23 @@ def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyMo
     parts = {adapter.role(name) for name, _ in model.named_parameters()}
     if absent := set(options.freeze) - parts:
         raise ValueError(f"freeze: {type(adapter).__name__} finds no {', '.join(absent)} in {type(model).__name__}")
-    if options.lora_rank:
-        chosen = _targets(model, options, adapter)
-        model = with_lora(model, chosen, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
-    else:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_is_trained(name, options, adapter))
+    model = select_trained(model, options, adapter)
     _disable_dropout(model)
     policy = wrap(model, options, adapter).train()
     if options.gradient_checkpointing:
         _checkpoint(policy.base, options.gradient_checkpointing, adapter)
     return policy
+
+
+def select_trained(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
+    """`model` with gradients where they are wanted, or a peft model around it whose adapters alone have them. Raises
+    ValueError for LoRA targets that it has no layers of."""
+    if options.lora_rank:
+        chosen = _targets(model, options, adapter)
+        return with_lora(model, chosen, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_trained(name, options, adapter))
+    return model
 
 
 def load_reference(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:
