@@ -132,7 +132,7 @@ class Systems:
 
 def measure_shape(systems: Systems, model: str, shape: Shape, repeats: int, warmup: int) -> dict[str, Any]:
     """By system. Raises SystemExit where they do not compute the same."""
-    adapter, budget, engine = systems.adapter, systems.options.micro_batch_tokens, systems.engine
+    adapter, budget, engine = systems.adapter, systems.options.micro_batch.tokens, systems.engine
     groups, media = make_groups(adapter, shape, shape.groups[model], MODELS[model].vocabulary)
     single = rows_of(adapter, groups, media, share=False, budget=budget)
     together = rows_of(adapter, groups, media, share=True, budget=budget)

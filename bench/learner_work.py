@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from learner.packing import Size, fewest_bins, pack_padded
+from learner.packing import fewest_bins, pack_padded
 from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
+from learner.types import LearnerOptions
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -131,7 +132,7 @@ def rows_of(
         assert group.verdicts is not None
         scored = zip(group.completions, group.verdicts, strict=True)
         samples = [to_sample(c, advantage=(v.score or 0.0) - 0.5, reward=v.score or 0.0) for c, v in scored]
-        rows += make_rows(prompt, samples, adapter, _limits(budget), shared=share)
+        rows += make_rows(prompt, samples, adapter, _options(budget), shared=share)
     return rows
 
 
@@ -139,13 +140,14 @@ def batches_of(
     rows: Sequence[Row], adapter: MultimodalAdapter, budget: int, *, packed: bool = True
 ) -> list[MultimodalBatch]:
     """Micro-batches of at most `budget` positions, as the learner makes them; or padded ones."""
-    sizes = np.array([size_of(row, adapter) for row in rows], np.int64)
-    bins = (fewest_bins if packed else pack_padded)(sizes, _limits(budget))
+    options = _options(budget)
+    sizes = np.array([size_of(row, adapter, options) for row in rows], np.int64)
+    bins = (fewest_bins if packed else pack_padded)(sizes, options.micro_batch)
     return [collate([rows[i] for i in members], adapter, packed=packed) for members in bins]
 
 
-def _limits(budget: int) -> Size:
-    return Size(budget, 2**62, 2**62)
+def _options(budget: int) -> LearnerOptions:
+    return LearnerOptions("", 1, micro_batch_tokens=budget)
 
 
 def plain_batches(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) -> list[dict[str, Any]]:

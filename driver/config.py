@@ -32,7 +32,7 @@ from driver.knobs import (
     Section,
     WeightSyncConfig,
 )
-from learner.types import quantization_problems
+from learner.types import DEFAULT_TOKENS, quantization_problems
 from vlm.roles import role_problems
 
 REFUSED_KNOBS = {
@@ -97,9 +97,12 @@ class RunConfig(Section):
         if learner.zero_stage == 0 and self.model.dtype == "bfloat16":
             found.append("learner.zero_stage=0 keeps no float32 master weights; use stage 1 or more with bfloat16")
         longest = self.data.max_prompt_length + rollout.max_completion_length
-        if longest > learner.micro_batch_tokens:
+        tokens = learner.micro_batch_tokens
+        if tokens is None and learner.micro_batch_gib is None:
+            tokens = DEFAULT_TOKENS
+        if tokens is not None and longest > tokens:
             found.append(
-                f"learner.micro_batch_tokens={learner.micro_batch_tokens} cannot hold one sample of up to "
+                f"learner.micro_batch_tokens={tokens} cannot hold one sample of up to "
                 f"data.max_prompt_length + rollout.max_completion_length = {longest} tokens"
             )
         if learner.micro_batch_logits is not None and learner.micro_batch_logits < rollout.max_completion_length:

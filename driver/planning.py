@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from driver.config import ConfigError, RunConfig
 from driver.placement import Device
 from driver.wiring import config_adapter, data_options, learner_options
 from learner.flops import Flops, GroupShape, step_flops
-from learner.memory import Load, MemoryPlan, plan_memory
+from learner.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
 from learner.model_shape import ModelShape, describe
+from learner.samples import shares_prompts
 from learner.types import LearnerOptions
 from rollout.prompts import DataError, PromptSource
 from rollout.types import MediaKind
 from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.patches import patches_per_token
 
 LOOKED_AT = 256
 """Rows of the training data whose lengths are measured."""
@@ -68,14 +70,16 @@ def make_plan(config: RunConfig) -> Plan:
     except AdapterError as error:
         raise ConfigError([f"model.path: {error}"], "what the configuration refers to") from error
     group, kinds, assumed = _typical_group(config, adapter)
-    options = learner_options(config, device, kinds)
     try:
+        options = with_unit_bytes(learner_options(config, device, kinds), adapter)
         shape = describe(options, adapter)
     except ValueError as error:
         raise ConfigError([f"model: {error}"], "what the configuration refers to") from error
     if shape.vision is not None:
         group = GroupShape(group.prompt, group.completions, [round(n * shape.patches_per_token) for n in group.images])
-    load = micro_batch(config, options, group)
+    shared = shares_prompts(adapter)
+    groups = [group] if shared else [GroupShape(group.prompt, [n], group.images) for n in group.completions]
+    load = micro_batch(config, options, groups)
     return Plan(
         device,
         options,
@@ -83,7 +87,7 @@ def make_plan(config: RunConfig) -> Plan:
         group,
         load,
         plan_memory(shape, options, load),
-        step_flops(shape, options, [group] * config.learner.prompts_per_step),
+        step_flops(shape, options, groups * config.learner.prompts_per_step),
         assumed,
     )
 
@@ -121,17 +125,37 @@ def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[Group
     return GroupShape(length, completions, [each] * count), kinds, f"{basis}; {told}"
 
 
-def micro_batch(config: RunConfig, options: LearnerOptions, group: GroupShape) -> Load:
-    """A micro-batch full of such groups, and how many of them a rank has in a step."""
-    budget, tokens = options.micro_batch_tokens, group.tokens
-    share = budget / tokens
-    step = config.learner.prompts_per_step * tokens / options.ranks / options.optimizer_steps
+def micro_batch(config: RunConfig, options: LearnerOptions, groups: Sequence[GroupShape]) -> Load:
+    """A micro-batch as full of `groups`, which are alike, as its limits allow, and how many of them a rank has in a
+    step; `groups` are what is laid out of one prompt."""
+    group = groups[0]
+    size = options.size(group.tokens, sum(group.images), sum(group.completions))
+    share = min(limit / each for each, limit in zip(size, options.micro_batch, strict=True) if each)
+    step = config.learner.prompts_per_step * len(groups) / options.ranks / options.optimizer_steps
     return Load(
-        tokens=budget,
-        rows=math.ceil(share * sum(group.completions)),
-        patches=math.ceil(share * sum(group.images)),
-        micro_batches=max(1, math.ceil(step / budget)),
+        tokens=round(share * size.tokens),
+        rows=math.ceil(share * size.logits),
+        patches=math.ceil(share * size.patches),
+        micro_batches=max(1, math.ceil(step / share)),
     )
+
+
+def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequence[MediaKind]) -> list[str]:
+    """Why micro-batches limited in bytes cannot be made for a run."""
+    try:
+        options = with_unit_bytes(learner_options(config, planned_device(config), kinds), adapter)
+    except ValueError as error:
+        return [f"learner.micro_batch_gib: {error}"]
+    tokens, longest = config.data.max_prompt_length, config.rollout.max_completion_length
+    patches = math.ceil(tokens * max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0))
+    needed = options.size(tokens + longest, patches, longest).bytes + options.unit_bytes[3]
+    if options.micro_batch_bytes is None or needed <= options.micro_batch_bytes:
+        return []
+    return [
+        f"learner.micro_batch_gib={config.learner.micro_batch_gib} cannot hold one sample of up to "
+        f"data.max_prompt_length + rollout.max_completion_length = {tokens + longest} tokens, which takes "
+        f"{needed / GIB:.2f} GiB"
+    ]
 
 
 def _head(plan: Plan) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from driver import checkpoints
 from driver.config import ConfigError, RunConfig
 from driver.metrics import read_metrics
+from driver.planning import memory_problems
 from driver.wiring import config_adapter, data_options, reward_specs
 from learner.samples import layout
 from rewards.registry import COMPARING, check_rewards
@@ -90,7 +91,10 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
     targets = config.model.lora_targets if config.model.lora_rank else ()
     # Where files could not be read, what media they hold is not known.
     reached = tuple(adapter.modalities) if problems else choices.media_kinds
-    return problems + [f"model.{text}" for text in adapter.part_problems(config.model.freeze, targets, reached)]
+    problems += [f"model.{text}" for text in adapter.part_problems(config.model.freeze, targets, reached)]
+    if config.learner.micro_batch_gib is not None and not problems:
+        problems = memory_problems(config, adapter, choices.media_kinds)
+    return problems
 
 
 def _quantization(config: RunConfig) -> list[str]:

@@ -168,6 +168,7 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         micro_batch_tokens=learner.micro_batch_tokens,
         micro_batch_patches=learner.micro_batch_patches,
         micro_batch_logits=learner.micro_batch_logits,
+        micro_batch_bytes=None if learner.micro_batch_gib is None else round(learner.micro_batch_gib * 2**30),
         attention=learner.attention,
         feature_cache_gib=learner.feature_cache_gib,
         logprob_chunk_rows=learner.logprob_chunk_rows,

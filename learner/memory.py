@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 from learner.activations import F32, TowerBytes, final_norm_bytes, projector_bytes, tower_bytes
 from learner.logprobs import rows_per_chunk
-from learner.model_shape import ModelShape
+from learner.model_shape import ModelShape, describe
 from learner.states import States, element_bytes, zero_states
 from learner.types import LearnerOptions
+from vlm.adapter import MultimodalAdapter
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "logits chunk", "vision", "inputs", "workspace")
 
@@ -186,3 +187,21 @@ def behind_bytes(shape: ModelShape, size: int) -> float:
     """Per language token, beside the layers: the last norm and its output, rotary cosines and sines, the token's id."""
     layer = shape.language.layer
     return final_norm_bytes(shape, size) + 2 * size * layer.query / max(layer.heads, 1) + 8
+
+
+def with_unit_bytes(options: LearnerOptions, adapter: MultimodalAdapter) -> LearnerOptions:
+    """`options` that can tell what groups take, if they limit micro-batches in bytes. The same on every rank.
+
+    Raises ValueError for a model that cannot be described (see `describe`), or a limit below what any micro-batch
+    takes."""
+    if options.micro_batch_bytes is None:
+        return options
+    # A chunk of logits, and the head's gradient, are part of every micro-batch.
+    full = Load(tokens=0, rows=2**20)
+    units = plan_memory(describe(options, adapter), options, full).units
+    if units.fixed >= options.micro_batch_bytes:
+        raise ValueError(
+            f"any micro-batch takes {units.fixed / 2**30:.2f} GiB, for a chunk of logits and the gradient of the head; "
+            f"learner.micro_batch_gib={options.micro_batch_bytes / 2**30:g} leaves nothing for tokens"
+        )
+    return replace(options, unit_bytes=(units.token, units.patch, units.row, units.fixed))

@@ -2,8 +2,9 @@
 
     groups ─ shard ─▶ ranks ─ fewest_bins ─▶ micro-batches ─ balance ─▶ as many on every rank, of like cost
 
-Pure functions of sizes. Sizes are rows of an int array `[n, 3]`: language tokens, vision patches, logits rows (tokens
-with a loss). A micro-batch is a list of indices whose sizes sum up to at most the limits, in each of the three.
+Pure functions of sizes. Sizes are rows of an int array `[n, 4]`: language tokens, vision patches, logits rows (tokens
+with a loss), and the bytes that these take. A micro-batch is a list of indices whose sizes sum up to at most the limits,
+in each of the four.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ORDERS = 20
 """Orders in which more groups are packed, unless one reaches the bound."""
 MICRO_BATCH_OVERHEAD = 256
 """What a micro-batch costs beyond its tokens, in tokens: its operators are launched, and its gradients added, once."""
-_DIMENSIONS = ("tokens", "patches", "logits rows")
+_DIMENSIONS = ("tokens", "patches", "logits rows", "bytes")
 
 
 class Size(NamedTuple):
@@ -33,6 +34,8 @@ class Size(NamedTuple):
     """Inputs of the vision (and audio) towers."""
     logits: int = 0
     """Positions whose logits are computed."""
+    bytes: int = 0
+    """Memory, where a limit is given in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +135,8 @@ def pack_padded(sizes: np.ndarray, limits: Size) -> list[list[int]]:
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i))
     for i in order:
         _check_fits(sizes[i], limits)
-    ordered = np.array([sizes[i] for i in order], np.int64).reshape(-1, 3)
-    before = np.cumsum(np.vstack([np.zeros((1, 3), np.int64), ordered]), 0)
+    ordered = np.array([sizes[i] for i in order], np.int64).reshape(-1, len(limits))
+    before = np.cumsum(np.vstack([np.zeros((1, len(limits)), np.int64), ordered]), 0)
 
     def cost(end: int) -> np.ndarray:
         padded = ordered[:end, 0] * np.arange(end, 0, -1)

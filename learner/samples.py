@@ -16,7 +16,7 @@ from torch import Tensor
 
 from learner.attention import position_shift
 from learner.packing import Size, split_group
-from learner.types import EncodingMismatchError
+from learner.types import EncodingMismatchError, LearnerOptions
 from rollout.types import Completion, MediaKind, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import GroupLengths, MultimodalBatch
@@ -132,23 +132,23 @@ def make_rows(
     prompt: EncodedPrompt,
     samples: Sequence[Sample],
     adapter: MultimodalAdapter,
-    limits: Size,
+    options: LearnerOptions,
     *,
     shared: bool | None = None,
 ) -> list[Row]:
-    """Rows of one group: all completions behind one prompt if they fit a micro-batch of `limits`, else as few parts as
+    """Rows of one group: all completions behind one prompt if they fit a micro-batch of `options`, else as few parts as
     do; one completion each unless `shared` (None: if the family can). Raises ValueError where one alone does not fit.
     """
-    first = Size(len(prompt.input_ids), patches(adapter, prompt))
-    own = [Size(len(s), 0, int(s.trainable.sum())) for s in samples]
-    parts = split_group(first, own, limits)
+    first = options.size(len(prompt.input_ids), patches(adapter, prompt), 0)
+    own = [options.size(len(s), 0, int(s.trainable.sum())) for s in samples]
+    parts = split_group(first, own, options.micro_batch)
     if not (shares_prompts(adapter) if shared is None else shared):
         parts = [[i] for i in range(len(samples))]
     return [Row(prompt, tuple(samples[i] for i in members)) for members in parts]
 
 
-def size_of(row: Row, adapter: MultimodalAdapter) -> Size:
-    return Size(len(row), patches(adapter, row.prompt), sum(int(s.trainable.sum()) for s in row.samples))
+def size_of(row: Row, adapter: MultimodalAdapter, options: LearnerOptions) -> Size:
+    return options.size(len(row), patches(adapter, row.prompt), sum(int(s.trainable.sum()) for s in row.samples))
 
 
 def collate(

@@ -16,7 +16,7 @@ import torch
 from learner.engine import TrainEngine
 from learner.features import BoundedLRU, FeatureCache, Features, Key, Store
 from learner.samples import check_expansion, encode_prompts
-from learner.types import LearnerOptions
+from learner.types import DEFAULT_TOKENS, LearnerOptions
 from rollout.types import Media, MediaKind, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -54,7 +54,7 @@ class ConstantTowers:
         self, engine: TrainEngine, adapter: MultimodalAdapter, options: LearnerOptions, cache: FeatureCache
     ) -> None:
         self._engine, self._adapter, self._cache = engine, adapter, cache
-        self._micro_batch_patches, self._micro_batch_tokens = options.micro_batch_patches, options.micro_batch_tokens
+        self._options = options
         self.kinds: tuple[MediaKind, ...] = engine.constant_kinds()
         """Of `MultimodalAdapter.towers`: all batches carry the features of these."""
         firsts = {m.inputs[0]: kind for kind, m in adapter.towers().items() if kind in self.kinds}
@@ -138,7 +138,8 @@ class ConstantTowers:
     def _cut(self, kind: MediaKind, items: Mapping[Key, EncodedPrompt]) -> list[list[Key]]:
         """Keys of each tower batch: within the limit of patches, or as many as the tokens of a micro-batch bring."""
         sizes = {key: patches(self._adapter, prompt) for key, prompt in items.items()}
-        limit = self._micro_batch_patches or self._micro_batch_tokens * self._per_token[kind]
+        tokens = self._options.tokens_limit or DEFAULT_TOKENS
+        limit = self._options.micro_batch_patches or tokens * self._per_token[kind]
         batches: list[list[Key]] = []
         room = 0.0
         for key in sorted(items, key=lambda k: -sizes[k]):  # padding is least among items of like size

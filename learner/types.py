@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,10 @@ from typing import Literal
 from learner.packing import Size
 from rollout.types import MediaKind
 from vlm.roles import DEFAULT_LORA_TARGETS, role_problems
+
+DEFAULT_TOKENS = 8192
+"""Of a micro-batch, if no limit is given."""
+UNLIMITED = 2**62
 
 Aggregation = Literal["token", "sequence", "constant"]
 
@@ -116,12 +121,18 @@ class LearnerOptions:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
-    micro_batch_tokens: int = 8192
-    """Language positions of one micro-batch, padding included. No prompt with one completion may have more."""
+    micro_batch_tokens: int | None = None
+    """Language positions of one micro-batch, padding included. No prompt with one completion may have more. None: 8192,
+    or as many as fit `micro_batch_bytes`."""
     micro_batch_patches: int | None = None
     """Its vision patches (and frames of sound); None: as many as come with the tokens."""
     micro_batch_logits: int | None = None
     """Its positions with a loss; None: as many as come with the tokens."""
+    micro_batch_bytes: int | None = None
+    """Memory that it may take beside the states of the model, as `learner.memory` predicts it; None: no such limit."""
+    unit_bytes: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Bytes of a language position, of a vision patch, of a position with a loss, and of any micro-batch: filled in by
+    `learner.memory.with_unit_bytes` where there is a limit in bytes."""
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed rows attend (`learner.attention`)."""
     feature_cache_gib: float = 1.0
@@ -154,10 +165,19 @@ class LearnerOptions:
     @property
     def micro_batch(self) -> Size:
         """What one micro-batch may take."""
-        unlimited = 2**62
-        return Size(
-            self.micro_batch_tokens, self.micro_batch_patches or unlimited, self.micro_batch_logits or unlimited
-        )
+        limits = (self.tokens_limit, self.micro_batch_patches, self.micro_batch_logits, self.micro_batch_bytes)
+        *counts, held = (UNLIMITED if limit is None else limit for limit in limits)
+        return Size(*counts, held - math.ceil(self.unit_bytes[3]))
+
+    @property
+    def tokens_limit(self) -> int | None:
+        default = DEFAULT_TOKENS if self.micro_batch_bytes is None else None
+        return default if self.micro_batch_tokens is None else self.micro_batch_tokens
+
+    def size(self, tokens: int, patches: int, logits: int) -> Size:
+        """With the bytes that so much takes."""
+        counts = (tokens, patches, logits)
+        return Size(*counts, math.ceil(sum(n * each for n, each in zip(counts, self.unit_bytes, strict=False))))
 
     @property
     def needs_reference(self) -> bool:

@@ -193,7 +193,7 @@ def build_rows(
             if verdict.score is not None and not (options.mask_truncated and completion.finish_reason == "length")
         ]
         samples = [s for s in samples if s.trainable.any()]
-        rows.append(make_rows(prompt, samples, adapter, options.micro_batch))
+        rows.append(make_rows(prompt, samples, adapter, options))
         _say_if_split(group, rows[-1], adapter)
     return rows
 
@@ -220,7 +220,7 @@ def plan_batches(
 ) -> list[list[int]]:
     """Indices of the rows of each micro-batch, as many on every rank. Collective."""
     limits, shared = options.micro_batch, shares_prompts(adapter)
-    sizes = np.array([size_of(row, adapter) for row in rows], np.int64).reshape(-1, len(limits))
+    sizes = np.array([size_of(row, adapter, options) for row in rows], np.int64).reshape(-1, len(limits))
     bins = fewest_bins(sizes, limits) if shared else pack_padded(sizes, limits)
     most = int(engine.all_reduce_max([len(bins)])[0])
     cost = group_cost(adapter)
@@ -258,7 +258,7 @@ def score_groups(
     samples: list[list[Sample]] = []
     for group, prompt in zip(groups, _encode(adapter, groups, media, towers), strict=True):
         samples.append([to_sample(completion) for completion in group.completions])
-        rows += make_rows(prompt, samples[-1], adapter, options.micro_batch)
+        rows += make_rows(prompt, samples[-1], adapter, options)
     scored: dict[int, np.ndarray] = {}
     for members in plan_batches(engine, rows, adapter, options):
         precomputed = towers.kinds if towers is not None else ()

@@ -68,6 +68,7 @@ class LearnerWorker:
 
         from learner.deepspeed_engine import DeepSpeedEngine
         from learner.feature_actor import ObjectStore
+        from learner.memory import with_unit_bytes
         from learner.process_group import join
         from learner.towers import make_towers
         from learner.update import group_cost
@@ -82,6 +83,7 @@ class LearnerWorker:
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(options.seed + self.rank)
         self._adapter = load_adapter(options.model, options.adapter, trust_remote_code=options.trust_remote_code)
+        self.options = options = with_unit_bytes(options, self._adapter)
         self._engine = DeepSpeedEngine(options, self._adapter)
         self._towers = make_towers(
             self._engine,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from learner.model import load_policy
-from learner.packing import Size
 from learner.policy import PolicyModule
 from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
+from learner.types import LearnerOptions
 from tests.learner_cases import adapter_of, expected_update, make_group, mixed_case, options
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -29,10 +29,10 @@ def policy(tiny_model: Path, adapter: MultimodalAdapter) -> PolicyModule:
     return load_policy(options(tiny_model, temperature=0.8), adapter)
 
 
-ROOM = Size(4096, 10**6, 10**6)
+ROOM = LearnerOptions("", 1)
 
 
-def all_rows(adapter: MultimodalAdapter, shared: bool = True, room: Size = ROOM) -> list[Row]:
+def all_rows(adapter: MultimodalAdapter, shared: bool = True, room: LearnerOptions = ROOM) -> list[Row]:
     case = mixed_case(adapter)
     prompts = encode_prompts(adapter, case.groups, case.media)
     rows = []
@@ -51,7 +51,7 @@ def test_every_layout_gives_the_models_own_logprobs(
 ):
     case, chosen = mixed_case(adapter), options(tiny_model, temperature=0.8)
     expected = expected_update(tiny_model, case, chosen).logprobs
-    room = Size(80, 10**6, 10**6) if layout == "some in parts" else ROOM
+    room = LearnerOptions("", 1, micro_batch_tokens=80) if layout == "some in parts" else ROOM
     rows = all_rows(adapter, layout not in ("padded", "packed, not shared"), room)
     assert len(rows) == {"packed": 4, "under a mask": 4, "some in parts": 6}.get(layout, 16)
     batch = collate(rows, adapter, packed=layout != "padded")

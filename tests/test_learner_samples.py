@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.packing import Size
 from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import StalenessError, check_staleness
@@ -32,7 +31,7 @@ def chosen(tiny_model: Path) -> LearnerOptions:
     return options(tiny_model)
 
 
-ROOM = Size(4096, 10**6, 10**6)
+ROOM = LearnerOptions("", 1)
 
 
 def mixed_rows(adapter: MultimodalAdapter, chosen: LearnerOptions) -> list[Row]:
@@ -136,13 +135,16 @@ def test_a_batch_without_rows_is_one_padding_row(adapter: MultimodalAdapter):
 def test_rows_hold_every_sample_once_within_the_limits(
     adapter: MultimodalAdapter, lengths: list[int], prompt_length: int, shared: bool, spare: int
 ):
-    limits = Size(prompt_length + max(lengths) + spare, 0, max(lengths) + spare)
+    most = prompt_length + max(lengths) + spare
+    limits = LearnerOptions("", 1, micro_batch_tokens=most, micro_batch_logits=max(lengths) + spare)
     prompt = EncodedPrompt(torch.zeros(prompt_length, dtype=torch.int64))
     segments = [Segment(np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32)) for n in lengths]
     samples = [to_sample(Completion((s,), "", "stop", 0)) for s in segments]
     rows = make_rows(prompt, samples, adapter, limits, shared=shared)
     assert sorted(id(s) for row in rows for s in row.samples) == sorted(id(s) for s in samples)
-    assert all((np.array(size_of(row, adapter)) <= limits).all() and row.prompt is prompt for row in rows)
+    assert all(
+        (np.array(size_of(row, adapter, limits)) <= limits.micro_batch).all() and row.prompt is prompt for row in rows
+    )
     if not shared:
         assert all(len(row.samples) == 1 for row in rows)
 

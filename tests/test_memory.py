@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from driver.cli import app
 from learner.activations import projector_bytes, tower_bytes
-from learner.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory
+from learner.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory, with_unit_bytes
 from learner.model import load_policy
 from learner.model_shape import ModelShape, describe
 from learner.states import element_bytes, zero_states
@@ -214,6 +214,23 @@ def test_what_changes_the_plan(models: Callable[[str], Path]) -> None:
     assert whole.units.of(load) >= whole.phases["language layers"] - static
 
 
+def test_a_limit_in_bytes_is_one_of_tokens_patches_and_rows(models: Callable[[str], Path]) -> None:
+    """Micro-batches that fill it are planned to take as much, whatever they are made of."""
+    path = models("qwen2_5_vl")
+    adapter, limit = adapter_of(path), 64 * 2**20
+    options = with_unit_bytes(options_of(path, micro_batch_bytes=limit), adapter)
+    room = options.micro_batch
+    for tokens, patches, rows in ((700, 0, 350), (500, 800, 100), (100, 2000, 4)):
+        size = options.size(tokens, patches, rows)
+        share = room.bytes / size.bytes
+        load = Load(int(share * tokens), int(share * rows), int(share * patches), micro_batches=1)
+        units = plan_memory(describe(options, adapter), options, load).units
+        assert replace(units, fixed=options.unit_bytes[3]).of(load) == pytest.approx(limit, rel=0.02)
+    assert with_unit_bytes(options_of(path), adapter) == options_of(path)
+    with pytest.raises(ValueError, match="leaves nothing for tokens"):
+        with_unit_bytes(options_of(path, micro_batch_bytes=2**20), adapter)
+
+
 CONFIG = """
 output_dir: {folder}/run
 steps: 2
@@ -239,6 +256,12 @@ def test_the_command(models: Callable[[str], Path], tmp_path: Path) -> None:
     assert written["device"]["parameters"] == 4 * n
     assert written["device"]["optimizer"] == 12 * n
     assert written["micro_batch"]["tokens"] == 512
+    limited = ["learner.micro_batch_tokens=null", "learner.micro_batch_gib=0.1", "--json", str(figures)]
+    result = CliRunner().invoke(app, ["plan", str(config), *limited])
+    assert result.exit_code == 0, result.output
+    units, load = (json.loads(figures.read_text())[name] for name in ("units", "micro_batch"))
+    taken = sum(load[n] * units[u] for n, u in (("tokens", "token"), ("patches", "patch"), ("rows", "row")))
+    assert taken + units["fixed"] == pytest.approx(0.1 * 2**30, rel=0.05)
     assert written["peak"] == max(written["phases"].values())
     assert written["flops"]["total"] == pytest.approx(sum(v for k, v in written["flops"].items() if k != "total"))
 

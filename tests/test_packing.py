@@ -20,16 +20,16 @@ from learner.packing import (
     split_group,
 )
 
-LIMITS = Size(100, 60, 40)
+LIMITS = Size(100, 60, 40, 1000)
 
 
-def table(*sizes: tuple[int, int, int]) -> np.ndarray:
-    return np.array(sizes, np.int64).reshape(-1, 3)
+def table(*sizes: tuple[int, ...]) -> np.ndarray:
+    return np.array([Size(*size) for size in sizes], np.int64).reshape(-1, len(LIMITS))
 
 
 def within(largest: float) -> st.SearchStrategy[tuple[int, int, int]]:
     """Sizes of at most that part of the limits."""
-    return st.tuples(*(st.integers(0 if d else 1, int(limit * largest)) for d, limit in enumerate(LIMITS)))
+    return st.tuples(*(st.integers(0 if d else 1, int(limit * largest)) for d, limit in enumerate(LIMITS[:3])))
 
 
 def check(bins: list[list[int]], sizes: np.ndarray, limits: Size = LIMITS) -> None:
@@ -94,8 +94,9 @@ def test_many_groups_are_within_five_percent_of_the_lower_bound(count: int, larg
     random = np.random.default_rng(seed)
     tokens = random.integers(1, int(1000 * largest) + 1, count)
     patches = random.integers(0, 4, count) * tokens // 4
-    sizes = np.stack([tokens, patches, (tokens * random.uniform(0.0, 0.5, count)).astype(int)], 1)
-    limits = Size(1000, 700, 400)
+    logits = (tokens * random.uniform(0.0, 0.5, count)).astype(int)
+    sizes = np.stack([tokens, patches, logits, 3 * tokens + patches + 2 * logits], 1)
+    limits = Size(1000, 700, 400, 4000)
     bins = fewest_bins(sizes, limits)
     check(bins, sizes, limits)
     assert len(bins) <= math.ceil(1.05 * lower_bound(sizes, limits))
@@ -132,6 +133,7 @@ def test_each_limit_counts():
     assert len(fewest_bins(table((51, 0, 0), (50, 0, 0)), LIMITS)) == 2
     assert len(fewest_bins(table((1, 31, 0), (1, 30, 0)), LIMITS)) == 2
     assert len(fewest_bins(table((1, 0, 21), (1, 0, 20)), LIMITS)) == 2
+    assert len(fewest_bins(table((1, 0, 0, 501), (1, 0, 0, 500)), LIMITS)) == 2
     assert fewest_bins(table(), LIMITS) == []
 
 
@@ -170,7 +172,7 @@ lengths_and_budget = st.lists(st.integers(1, 60), max_size=40).flatmap(
 
 
 def padded(lengths: list[int], budget: int) -> list[list[int]]:
-    return pack_padded(table(*((n, 0, 0) for n in lengths)), Size(budget, 0, 0))
+    return pack_padded(table(*((n, 0, 0) for n in lengths)), Size(budget))
 
 
 @given(lengths_and_budget)

@@ -133,3 +133,18 @@ def test_a_model_without_tokenizer_is_said_to_be_unusable(tiny_model: Path, tmp_
     shutil.copy(tiny_model / "config.json", tmp_path)
     with pytest.raises(AdapterError, match="no usable tokenizer or processor at"):
         load_adapter(str(tmp_path))
+
+
+def test_limits_of_a_micro_batch_that_hold_no_sample_are_said(settings: dict, tmp_path: Path) -> None:
+    def problems(**limits: object) -> str:
+        learner = {**settings["learner"], **limits}
+        config = parse_config({**settings, "learner": learner, "output_dir": str(tmp_path / "run")})
+        with pytest.raises(ConfigError) as caught:
+            preflight(config)
+        return str(caught.value)
+
+    assert "micro_batch_patches=1023 may not hold one prompt" in problems(micro_batch_patches=1023)  # 256 tokens x 4
+    assert "leaves nothing for tokens" in problems(micro_batch_gib=0.001)
+    assert "micro_batch_gib=0.01 cannot hold one sample of up to" in problems(micro_batch_gib=0.01)
+    enough = {**settings["learner"], "micro_batch_gib": 1.0, "micro_batch_patches": 1024}
+    preflight(parse_config({**settings, "learner": enough, "output_dir": str(tmp_path / "run")}))
