@@ -151,7 +151,7 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm to which gradients are clipped."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Language positions of one micro-batch, over which gradients accumulate; null: 8192, or what micro_batch_gib allows."""
+    """Language positions of one micro-batch; null: 8192, or what micro_batch_gib allows."""
     micro_batch_gib: float | None = Field(None, gt=0)
     """Memory of one micro-batch beside the model's states, as `saccade plan` predicts it; null: no such limit."""
     micro_batch_patches: int | None = Field(None, ge=1)

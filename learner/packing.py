@@ -3,8 +3,8 @@
     groups ─ shard ─▶ ranks ─ fewest_bins ─▶ micro-batches ─ balance ─▶ as many on every rank, of like cost
 
 Pure functions of sizes. Sizes are rows of an int array `[n, 4]`: language tokens, vision patches, logits rows (tokens
-with a loss), and the bytes that these take. A micro-batch is a list of indices whose sizes sum up to at most the limits,
-in each of the four.
+with a loss), and the bytes that these take. A micro-batch is a list of indices whose sizes sum up to at most the
+limits, in each of the four.
 """
 
 from __future__ import annotations
@@ -78,13 +78,16 @@ def split_group(prompt: Size, completions: Sequence[Size], limits: Size) -> list
         return []
     for completion in completions:
         _check_fits(Size(*np.add(prompt, completion)), limits)
+    if (np.sum(completions, 0) + prompt <= limits).all():
+        return [list(range(len(completions)))]
     room = Size(*np.subtract(limits, prompt))
     return fewest_bins(np.array(completions), room)
 
 
 def fewest_bins(sizes: np.ndarray, limits: Size) -> list[list[int]]:
-    """As few micro-batches as possible: exactly for up to 10 groups; for more, the best of several first-fit packings,
-    of which the first is by descending size. Raises ValueError for a size over the limits."""
+    """As few micro-batches as possible: exactly for up to 10 groups; for more, the best of several packings in which
+    each group, by descending size, goes to the fullest micro-batch with room for it. They end where one needs no more
+    than the sums allow. Raises ValueError for a size over the limits."""
     if not len(sizes):
         return []
     for size in sizes[(sizes > limits).any(1)][:1]:
@@ -95,7 +98,7 @@ def fewest_bins(sizes: np.ndarray, limits: Size) -> list[list[int]]:
     bound = math.ceil(share.sum(0).max() - 1e-9)
     best: list[list[int]] = []
     for order in _orders(share):
-        found = _first_fit(share, order)
+        found = _best_fit(share, order)
         if not best or len(found) < len(best):
             best = found
         if len(best) <= bound:
@@ -139,20 +142,25 @@ def pack_padded(sizes: np.ndarray, limits: Size) -> list[list[int]]:
     before = np.cumsum(np.vstack([np.zeros((1, len(limits)), np.int64), ordered]), 0)
 
     def cost(end: int) -> np.ndarray:
-        padded = ordered[:end, 0] * np.arange(end, 0, -1)
-        fits = (padded <= limits.tokens) & ((before[end] - before[:end])[:, 1:] <= limits[1:]).all(1)
+        # No more rows than fit if all were as short as the last, which is the shortest.
+        first = max(0, end - limits.tokens // max(1, int(ordered[end - 1, 0])))
+        padded = ordered[first:end, 0] * np.arange(end - first, 0, -1)
+        fits = (padded <= limits.tokens) & ((before[end] - before[first:end])[:, 1:] <= limits[1:]).all(1)
         return np.where(fits, padded + MICRO_BATCH_OVERHEAD, np.inf)
 
     return [[order[i] for i in run] for run in cheapest_runs(len(order), cost)]
 
 
 def cheapest_runs(count: int, cost: Callable[[int], np.ndarray]) -> list[range]:
-    """0..count-1 cut into consecutive runs of the least total cost; `cost(end)[start]` is that of start..end-1."""
+    """0..count-1 cut into consecutive runs of the least total cost. `cost(end)`: of start..end-1 for the last so many
+    starts before `end`, which are all that there need be."""
     best, cut = np.zeros(count + 1), np.zeros(count + 1, np.int64)
     for end in range(1, count + 1):
-        total = best[:end] + cost(end)
-        cut[end] = total.argmin()
-        best[end] = total[cut[end]]
+        costs = cost(end)
+        first = end - len(costs)
+        total = best[first:end] + costs
+        cut[end] = first + total.argmin()
+        best[end] = total[cut[end] - first]
     runs, end = [], count
     while end:
         runs.append(range(int(cut[end]), end))
@@ -195,30 +203,42 @@ def _all_ways(share: np.ndarray) -> list[list[int]]:
 
 
 def _orders(share: np.ndarray) -> Iterator[np.ndarray]:
-    """Descending by the largest share, by the sum, by each dimension; then the first of them, shuffled a little."""
+    """Descending by the largest share; for up to a thousand groups also by the sum, by each dimension, and by the
+    largest share shuffled a little."""
     largest = share.max(1)
-    for key in (largest, share.sum(1), *share.T):
+    yield np.argsort(-largest, kind="stable")
+    if len(share) > 1000:
+        return
+    for key in (share.sum(1), *share.T):
         yield np.argsort(-key, kind="stable")
     random = np.random.default_rng(0)
-    for _ in range(ORDERS if len(share) <= 1000 else 0):
+    for _ in range(ORDERS):
         yield np.argsort(-largest * random.uniform(0.8, 1.0, len(share)), kind="stable")
 
 
-def _first_fit(share: np.ndarray, order: np.ndarray) -> list[list[int]]:
-    """Every group into the first bin with room for it."""
-    room = np.zeros((0, share.shape[1]))
+def _best_fit(share: np.ndarray, order: np.ndarray) -> list[list[int]]:
+    """Every group into the open bin that it fills most, all dimensions summed up. Bins without room for the smallest
+    group are closed, so that few are looked at."""
+    smallest = share.min(0)
+    room = np.zeros((16, share.shape[1]))
+    numbers = np.zeros(16, np.int64)  # of the open bins
     used, bins = 0, []
     for index in order:
-        fitting = (room[:used] >= share[index] - 1e-9).all(1)
-        at = int(fitting.argmax()) if fitting.any() else used
-        if at == used:
-            if used == len(room):
-                room = np.vstack([room, np.ones((max(8, used), share.shape[1]))])
-            bins.append([int(index)])
-            used += 1
+        left = room[:used] - share[index]
+        fitting = np.flatnonzero((left >= -1e-9).all(1))
+        if len(fitting):
+            at = int(fitting[left[fitting].sum(1).argmin()])
+            bins[numbers[at]].append(int(index))
         else:
-            bins[at].append(int(index))
+            if used == len(room):
+                room, numbers = np.vstack([room, room]), np.concatenate([numbers, numbers])
+            at, used = used, used + 1
+            room[at], numbers[at] = 1.0, len(bins)
+            bins.append([int(index)])
         room[at] -= share[index]
+        if (room[at] < smallest - 1e-9).any():  # closed: the last one takes its place
+            used -= 1
+            room[at], numbers[at] = room[used], numbers[used]
     return bins
 
 

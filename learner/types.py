@@ -166,8 +166,8 @@ class LearnerOptions:
     def micro_batch(self) -> Size:
         """What one micro-batch may take."""
         limits = (self.tokens_limit, self.micro_batch_patches, self.micro_batch_logits, self.micro_batch_bytes)
-        *counts, held = (UNLIMITED if limit is None else limit for limit in limits)
-        return Size(*counts, held - math.ceil(self.unit_bytes[3]))
+        tokens, patches, logits, held = (UNLIMITED if limit is None else limit for limit in limits)
+        return Size(tokens, patches, logits, held - math.ceil(self.unit_bytes[3]))
 
     @property
     def tokens_limit(self) -> int | None:
@@ -176,8 +176,8 @@ class LearnerOptions:
 
     def size(self, tokens: int, patches: int, logits: int) -> Size:
         """With the bytes that so much takes."""
-        counts = (tokens, patches, logits)
-        return Size(*counts, math.ceil(sum(n * each for n, each in zip(counts, self.unit_bytes, strict=False))))
+        token, patch, row, _ = self.unit_bytes
+        return Size(tokens, patches, logits, math.ceil(token * tokens + patch * patches + row * logits))
 
     @property
     def needs_reference(self) -> bool:
