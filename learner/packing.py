@@ -9,8 +9,7 @@ limits, in each of the four.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +17,9 @@ import numpy as np
 
 EXACT_UP_TO = 10
 """As many groups are packed by trying all ways."""
-ORDERS = 20
-"""Orders in which more groups are packed, unless one reaches the bound."""
+LOOKED_AT = 1000
+"""As many groups are looked at to fill a micro-batch. No more than that are packed in two ways, and dealt out to
+micro-batches of like cost; the sums of more even out by themselves."""
 MICRO_BATCH_OVERHEAD = 256
 """What a micro-batch costs beyond its tokens, in tokens: its operators are launched, and its gradients added, once."""
 _DIMENSIONS = ("tokens", "patches", "logits rows", "bytes")
@@ -85,9 +85,8 @@ def split_group(prompt: Size, completions: Sequence[Size], limits: Size) -> list
 
 
 def fewest_bins(sizes: np.ndarray, limits: Size) -> list[list[int]]:
-    """As few micro-batches as possible: exactly for up to 10 groups; for more, the best of several packings in which
-    each group, by descending size, goes to the fullest micro-batch with room for it. They end where one needs no more
-    than the sums allow. Raises ValueError for a size over the limits."""
+    """As few micro-batches as possible: exactly for up to 10 groups; for more, the better of two heuristics, or for
+    thousands the faster. Raises ValueError for a size over the limits."""
     if not len(sizes):
         return []
     for size in sizes[(sizes > limits).any(1)][:1]:
@@ -95,15 +94,9 @@ def fewest_bins(sizes: np.ndarray, limits: Size) -> list[list[int]]:
     share = sizes / np.maximum(limits, 1)
     if len(sizes) <= EXACT_UP_TO:
         return _all_ways(share)
-    bound = math.ceil(share.sum(0).max() - 1e-9)
-    best: list[list[int]] = []
-    for order in _orders(share):
-        found = _best_fit(share, order)
-        if not best or len(found) < len(best):
-            best = found
-        if len(best) <= bound:
-            break
-    return best
+    if len(sizes) > LOOKED_AT:
+        return _fill_one_by_one(share)
+    return min(_best_fit(share), _fill_one_by_one(share), key=len)
 
 
 def balance(
@@ -120,7 +113,8 @@ def balance(
 
     `additive`: any groups whose sizes sum up to no more than the limits may be together. False (padding): only groups
     that are together in `bins`."""
-    dealt = (_deal(sizes, limits, costs, count) if additive else None) or [list(members) for members in bins]
+    dealt = _deal(sizes, limits, costs, count) if additive and len(sizes) <= LOOKED_AT else None
+    dealt = dealt or [list(members) for members in bins]
     while len(dealt) < count:
         dealt.sort(key=lambda members: (len(members) > 1, sum(costs[i] for i in members)))
         costliest = dealt.pop() if dealt and len(dealt[-1]) > 1 else []
@@ -202,43 +196,40 @@ def _all_ways(share: np.ndarray) -> list[list[int]]:
     return found
 
 
-def _orders(share: np.ndarray) -> Iterator[np.ndarray]:
-    """Descending by the largest share; for up to a thousand groups also by the sum, by each dimension, and by the
-    largest share shuffled a little."""
-    largest = share.max(1)
-    yield np.argsort(-largest, kind="stable")
-    if len(share) > 1000:
-        return
-    for key in (share.sum(1), *share.T):
-        yield np.argsort(-key, kind="stable")
-    random = np.random.default_rng(0)
-    for _ in range(ORDERS):
-        yield np.argsort(-largest * random.uniform(0.8, 1.0, len(share)), kind="stable")
-
-
-def _best_fit(share: np.ndarray, order: np.ndarray) -> list[list[int]]:
-    """Every group into the open bin that it fills most, all dimensions summed up. Bins without room for the smallest
-    group are closed, so that few are looked at."""
-    smallest = share.min(0)
-    room = np.zeros((16, share.shape[1]))
-    numbers = np.zeros(16, np.int64)  # of the open bins
-    used, bins = 0, []
-    for index in order:
-        left = room[:used] - share[index]
+def _best_fit(share: np.ndarray) -> list[list[int]]:
+    """Every group, by descending size, into the bin that it fills most, all dimensions summed up."""
+    room = np.ones((len(share), share.shape[1]))
+    bins: list[list[int]] = []
+    for index in np.argsort(-share.max(1), kind="stable"):
+        left = room[: len(bins)] - share[index]
         fitting = np.flatnonzero((left >= -1e-9).all(1))
-        if len(fitting):
-            at = int(fitting[left[fitting].sum(1).argmin()])
-            bins[numbers[at]].append(int(index))
-        else:
-            if used == len(room):
-                room, numbers = np.vstack([room, room]), np.concatenate([numbers, numbers])
-            at, used = used, used + 1
-            room[at], numbers[at] = 1.0, len(bins)
-            bins.append([int(index)])
+        at = int(fitting[left[fitting].sum(1).argmin()]) if len(fitting) else len(bins)
+        if at == len(bins):
+            bins.append([])
+        bins[at].append(int(index))
         room[at] -= share[index]
-        if (room[at] < smallest - 1e-9).any():  # closed: the last one takes its place
-            used -= 1
-            room[at], numbers[at] = room[used], numbers[used]
+    return bins
+
+
+def _fill_one_by_one(share: np.ndarray) -> list[list[int]]:
+    """One bin after the other, each filled with the group whose size points most where there is room: the largest dot
+    product, dimensions weighed by what all groups take of them (Panigrahy et al., 2011, "Heuristics for vector bin
+    packing"). Only so many groups are looked at, drawn at random."""
+    queue = np.random.default_rng(0).permutation(len(share))
+    seen, queue = queue[:LOOKED_AT], queue[LOOKED_AT:]
+    weight = share.mean(0)
+    bins: list[list[int]] = []
+    while len(seen):
+        candidates, room = share[seen], np.ones(share.shape[1])
+        chosen: list[int] = []
+        while (fits := (candidates <= room + 1e-9).all(1)).any():
+            at = int(np.where(fits, candidates @ (weight * room), -1.0).argmax())
+            chosen.append(at)
+            room = room - candidates[at]
+            candidates[at] = 2.0  # more than any bin has
+        bins.append(seen[chosen].tolist())
+        seen = np.concatenate([np.delete(seen, chosen), queue[: len(chosen)]])
+        queue = queue[len(chosen) :]
     return bins
 
 

@@ -88,12 +88,10 @@ def test_up_to_ten_groups_are_packed_exactly(sizes: list[tuple[int, int, int]]):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(11, 400), st.sampled_from([0.05, 0.1, 0.2, 0.25]), st.booleans(), st.integers(0, 2**32 - 1))
-def test_many_groups_are_within_five_percent_of_the_lower_bound(
-    count: int, largest: float, together: bool, seed: int
-):
-    """Several groups fit a micro-batch, in each dimension; the dimensions go together, or have nothing to do with each
-    other. A bin more than 5 % is granted, for a bound that is rounded up."""
+@given(st.integers(11, 400), st.sampled_from([0.05, 0.1, 0.2]), st.booleans(), st.integers(0, 2**32 - 1))
+def test_many_groups_are_within_five_percent_of_the_lower_bound(count: int, largest: float, together: bool, seed: int):
+    """Five groups and more fit a micro-batch, in each dimension; the dimensions go together, or have nothing to do
+    with each other. A bin more than 5 % is granted, for a bound that is rounded up."""
     random = np.random.default_rng(seed)
     limits = Size(100_000, 70_000, 40_000, 400_000)
     parts = random.uniform(0.0, largest, (count, 4))
