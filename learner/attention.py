@@ -9,7 +9,8 @@ Of the T x T pairs only those that count are computed, in one of three ways:
 
     blocks    CPU: every segment by itself (causal), every completion over its prompt (all pairs), both with PyTorch's
               flash kernel, put together by their log-sum-exps; no mask, no padding, no copies of keys
-    flex      CUDA: `flex_attention` with a block mask, compiled once per shape
+    flex      CUDA: `flex_attention` with a block mask; rows are filled up to one of a few lengths, for each of which it
+              is compiled once
     mask      anywhere: `sdpa` with the `[T, T]` mask written out; for GPUs that flex_attention does not support
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -78,7 +80,9 @@ class GroupAttention:
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query `[1, H, T, D]`, key and value `[1, H', T, D]` -> `[1, T, H, D]`."""
         if self.backend == "flex":
-            return flex_attention_forward(module, query, key, value, self.block_mask, scaling=scaling)[0]
+            length = query.shape[2]
+            filled = (pad(x, (0, 0, 0, flex_length(length) - length)) for x in (query, key, value))
+            return flex_attention_forward(module, *filled, self.block_mask, scaling=scaling)[0][:, :length]
         if self.backend == "mask":
             return sdpa_attention_forward(module, query, key, value, self.mask, scaling=scaling)[0]
         rows = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -92,21 +96,23 @@ class GroupAttention:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        segment, group = (x.to(self.device) for x in labels(self.groups))
+        """Of the row filled up to `flex_length` with tokens that see themselves alone."""
+        length = sum(prompt + sum(own) for prompt, own in self.groups)
+        fill = (0, (1,) * (flex_length(length) - length))
+        segment, group = (x.to(self.device) for x in labels((*self.groups, fill)))
 
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return _visible(segment, group, query, key)
 
-        length = len(segment)
-        return create_block_mask(seen, None, None, length, length, device=self.device.type)
+        return create_block_mask(seen, None, None, len(segment), len(segment), device=self.device.type)
 
     @cached_property
     def blocks(self) -> tuple[list[Block], list[Block]]:
         """Segments over themselves, and completions over their prompts."""
         own, shared = [], []
         for prompt, completions in _places(self.groups):
-            own += [prompt, *completions]
-            if completions:
+            own += [span for span in (prompt, *completions) if span]
+            if prompt and any(completions):
                 shared.append((range(completions[0].start, completions[-1].stop), prompt))
         alone = _alike([(span, span) for span in own], causal=True)
         by_keys: dict[int, list[tuple[range, range]]] = {}
@@ -140,6 +146,12 @@ def packed_kwargs(groups: Sequence[GroupLengths], device: torch.device, backend:
     return {"attention_mask": mask, "group_attention": GroupAttention(groups, device, backend)}
 
 
+def flex_length(tokens: int) -> int:
+    """Tokens rounded up, by at most a quarter: four lengths from each power of two to the next, 512 the first."""
+    step = max(512, 2 ** (tokens - 1).bit_length() // 8)
+    return -(-tokens // step) * step
+
+
 def labels(groups: Sequence[GroupLengths]) -> tuple[Tensor, Tensor]:
     """Segment and group of each token, int64 `[T]`. The segment is 0 in prompts, and k in a group's k-th completion."""
     lengths = [[prompt, *completions] for prompt, completions in groups]
@@ -153,7 +165,7 @@ def predicting_position(groups: Sequence[GroupLengths]) -> Tensor:
     the first of each completion. That of a prompt's first token, which nothing predicts, means nothing."""
     before = np.arange(-1, sum(p + sum(c) for p, c in groups) - 1)
     for prompt, completions in _places(groups):
-        for span in completions:
+        for span in filter(len, completions):
             before[span.start] = prompt.stop - 1
     return torch.from_numpy(before).clamp(min=0)
 
@@ -188,7 +200,8 @@ class _BlockAttention(Function):
             o, norm = _attend(block, q, k, v, scale)
             first, former = _take(out, block.queries), _take(lse, block.queries)
             total = torch.logaddexp(former, norm)
-            both = first * (former - total).exp()[..., None] + o * (norm - total).exp()[..., None]
+            both = first * (former - total).exp()[..., None]
+            both.addcmul_(o, (norm - total).exp()[..., None])
             _put(out, block.queries, both.to(out.dtype))
             _put(lse, block.queries, total)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -199,17 +212,18 @@ class _BlockAttention(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        totals = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         for block in (*ctx.blocks[0], *ctx.blocks[1]):
+            collect = _put if block.causal else _add  # every token is in one segment
             do, norm = _take(grad, block.queries), _take(lse, block.queries)
             if block.queries.filled is not None:  # of no weight, whatever stands there
                 do = do.masked_fill(block.queries.filled[..., None, None], 0.0)
                 norm = norm.masked_fill(block.queries.filled[..., None], torch.inf)
             given = (do, *_inputs(block, q, k, v), _take(out, block.queries), norm)
             parts = _flash_backward(*(x.transpose(1, 2) for x in given), 0.0, block.causal, scale=ctx.scale)
-            for total, part, places in zip((dq, dk, dv), parts, (block.queries, block.keys, block.keys), strict=True):
-                _add(total, places, part.transpose(1, 2))
-        return dq, dk, dv, None, None
+            for total, part, places in zip(totals, parts, (block.queries, block.keys, block.keys), strict=True):
+                collect(total, places, part.transpose(1, 2))
+        return *totals, None, None
 
 
 def _attend(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

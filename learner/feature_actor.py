@@ -6,11 +6,15 @@ rank ── ray.put(features) ──▶ object store ◀── ray.get ── an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import ray
+from ray.exceptions import RayError
 
 from learner.features import BoundedLRU, Key, Packed
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureDirectory:
@@ -40,12 +44,34 @@ class ObjectStore:
         """Connect to the directory called `name`, or start it: it lives as long as the process that did."""
         actor = ray.remote(FeatureDirectory).options(name=name, get_if_exists=True, num_cpus=0)
         self._directory, self._timeout = actor.remote(limit), timeout
+        self._lost = False
 
     def put(self, items: Mapping[Key, Packed]) -> None:
-        entries = [(key, [ray.put(packed)], packed.data.nbytes) for key, packed in items.items()]
-        ray.get(self._directory.put.remote(entries), timeout=self._timeout)
+        if self._lost:
+            return
+        try:
+            entries = [(key, [ray.put(packed)], packed.data.nbytes) for key, packed in items.items()]
+            ray.get(self._directory.put.remote(entries), timeout=self._timeout)
+        except RayError as error:
+            self._leave(error)
 
     def get(self, keys: Sequence[Key]) -> Mapping[Key, Packed]:
-        found = ray.get(self._directory.find.remote(list(keys)), timeout=self._timeout)
-        values = ray.get(list(found.values()), timeout=self._timeout)
+        if self._lost:
+            return {}
+        try:
+            found = ray.get(self._directory.find.remote(list(keys)), timeout=self._timeout)
+            values = ray.get(list(found.values()), timeout=self._timeout)
+        except RayError as error:
+            self._leave(error)
+            return {}
         return dict(zip(found, values, strict=True))
+
+    def _leave(self, error: RayError) -> None:
+        """What is in the store can be computed again: without it the run goes on, and waits for it only once."""
+        self._lost = True
+        logger.warning(
+            "the features that learner ranks share in Ray's object store are lost (%s: %s); from now on this rank "
+            "computes those that are not in its own memory again",
+            type(error).__name__,
+            str(error).splitlines()[0] if str(error) else "no reason given",
+        )

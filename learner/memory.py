@@ -145,7 +145,7 @@ def logits_bytes(shape: ModelShape, options: LearnerOptions, rows: int) -> float
     the gradient behind. If the head is trained, its gradient is summed in float32 (4 V H), in bfloat16 with that of
     one chunk beside it (2 V H). And the gradient of the hidden rows beside the rows themselves."""
     size, V = element_bytes(options), shape.vocabulary
-    c = min(rows, rows_per_chunk(options.logprob_chunk_rows, V))
+    c = min(rows, rows_per_chunk(options.logprob_chunk_rows, V, options.device))
     cast = 0 if options.dtype == "float32" else 2
     backward = ((8 if options.entropy_bonus else 4) + cast) * c * V
     if shape.head_trained:

@@ -110,12 +110,12 @@ def _describe_mismatch(adapter: MultimodalAdapter, group: RolloutGroup, ours: np
 
 
 def shares_prompts(adapter: MultimodalAdapter) -> bool:
-    """Whether completions are laid behind one copy of their prompt. Not where a window of attention would be counted
-    over siblings."""
+    """Whether completions are laid behind one copy of their prompt. Not where a window or chunk of attention would be
+    counted over siblings."""
     text = adapter.model_config.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    windowed = "sliding_attention" in kinds if kinds else getattr(text, "sliding_window", None) is not None
-    return adapter.shares_prompts and not windowed
+    plain = {*kinds} == {"full_attention"} if kinds else getattr(text, "sliding_window", None) is None
+    return adapter.shares_prompts and plain
 
 
 def layout(adapter: MultimodalAdapter) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.attention import GroupAttention, _forward, labels, position_shift, predicting_position
+from learner.attention import GroupAttention, _forward, flex_length, labels, position_shift, predicting_position
 from vlm.batch import GroupLengths
 
 GROUPS: tuple[GroupLengths, ...] = ((3, (2, 3)), (2, (1,)), (1, ()))
@@ -19,7 +19,7 @@ GROUPS: tuple[GroupLengths, ...] = ((3, (2, 3)), (2, (1,)), (1, ()))
 CPU = torch.device("cpu")
 
 groups_strategy = st.lists(
-    st.tuples(st.integers(1, 7), st.lists(st.integers(1, 9), max_size=4).map(tuple)), min_size=1, max_size=5
+    st.tuples(st.integers(1, 7), st.lists(st.integers(0, 9), max_size=4).map(tuple)), min_size=1, max_size=5
 )
 
 
@@ -103,6 +103,24 @@ def test_blocks_of_alike_and_of_very_different_lengths():
     assert sorted(tuple(block.queries.index.shape) for block in far) == [(1, 900), (4, 5)]
     (even,), _ = GroupAttention(((4, (4, 4)), (4, (4,))), CPU).blocks
     assert even.queries.start == 0 and even.queries.filled is None
+
+
+def test_rows_for_flex_attention_take_few_lengths():
+    lengths = [flex_length(tokens) for tokens in range(1, 2**14 + 1)]
+    assert all(n <= m <= max(512, n * 5 / 4 + 1, n + 512) for n, m in enumerate(lengths, 1))
+    assert sorted(set(lengths)) == [
+        *(512, 1024, 1536, 2048, 2560, 3072, 3584, 4096),
+        *(5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384),
+    ]
+
+
+def test_completions_without_tokens_are_seen_by_nobody():
+    groups = ((3, (2, 0)), (2, (0,)))
+    assert predicting_position(groups).tolist() == [0, 0, 1, 2, 3, 4, 5]
+    inputs = random_inputs(groups, 2, 1, torch.float64, 0)
+    attend = GroupAttention(groups, CPU, "blocks")
+    module = SimpleNamespace(num_key_value_groups=2, training=False)
+    torch.testing.assert_close(attend(module, *inputs, 0.3), written_out(*inputs, attend.mask, 0.3))
 
 
 @pytest.mark.parametrize("backend", ["mask", "flex"])

@@ -146,3 +146,17 @@ def test_rays_object_store_is_shared_and_bounded(local_ray: ModuleType) -> None:
     assert [*found] == [0, 2]
     assert_equal(found[2].unpack(), features(2))
     assert local_ray.get(one._directory.held.remote()) == 128
+
+
+@pytest.mark.e2e
+def test_a_run_goes_on_without_a_store_that_is_lost(local_ray: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    cache = FeatureCache(2**20, ObjectStore("features-lost", 2**20, 60.0))
+    cache.put({0: features(0)})
+    local_ray.kill(local_ray.get_actor("features-lost"))
+    assert_equal(cache.put({1: features(1)})[1], features(1))
+    assert [*cache.get([0, 1, 2])] == [0, 1]  # from the rank's own memory
+    assert [record.message for record in caplog.records if "object store are lost" in record.message] == [
+        "the features that learner ranks share in Ray's object store are lost (ActorDiedError: The actor died "
+        "unexpectedly before finishing this task.); from now on this rank computes those that are not in its own "
+        "memory again"
+    ]
