@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from learner.packing import fewest_bins, pack_padded
+from learner.packing import balance, fewest_bins, pack_padded
 from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from learner.types import LearnerOptions
+from learner.update import group_cost
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -140,9 +141,11 @@ def batches_of(
     rows: Sequence[Row], adapter: MultimodalAdapter, budget: int, *, packed: bool = True
 ) -> list[MultimodalBatch]:
     """Micro-batches of at most `budget` positions, as the learner makes them; or padded ones."""
-    options = _options(budget)
+    options, cost = _options(budget), group_cost(adapter)
     sizes = np.array([size_of(row, adapter, options) for row in rows], np.int64)
     bins = (fewest_bins if packed else pack_padded)(sizes, options.micro_batch)
+    costs = [cost(len(row.prompt.input_ids), [len(s) for s in row.samples]) for row in rows]
+    bins = balance(bins, sizes, options.micro_batch, costs, len(bins), additive=packed)
     return [collate([rows[i] for i in members], adapter, packed=packed) for members in bins]
 
 

@@ -1,6 +1,6 @@
 """PolicyModule: from a MultimodalBatch to the log-probabilities of its tokens. The one forward that engines wrap.
 
-    batch ─▶ vision tower (each distinct image once) ─▶ language model ─▶ hidden rows of trained tokens ─▶ head
+    batch ─▶ vision tower (each prompt's images once) ─▶ language model ─▶ hidden rows of trained tokens ─▶ head
 
 Everything happens inside `forward`, because a wrapper such as DeepSpeed gathers and releases parameters around it:
 nobody calls an inner module past it.

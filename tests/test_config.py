@@ -52,6 +52,8 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         ({"cluster": {"device": "cpu"}, "weight_sync": {"backend": "nccl"}}, "needs GPUs"),
         ({"learner": {"zero_stage": 0}}, "keeps no float32 master weights"),
         ({"learner": {"micro_batch_tokens": 4096}}, "cannot hold one sample of up to"),
+        ({"learner": {"attention": "blocks"}, "cluster": {"device": "cuda"}}, "attention=blocks is a kernel of CPUs"),
+        ({"learner": {"attention": "flex"}, "cluster": {"device": "cpu"}}, "attention=flex has no backward pass"),
         ({"reward": {"functions": []}}, "nothing would be learned"),
         ({"num_generations": 4}, "did you mean rollout.num_generations?"),
         ({"learner": {"lrr": 1}}, "did you mean learner.lr?"),

@@ -59,7 +59,7 @@ class MultimodalBatch:
     policy_versions: Tensor | None = None
     """int32 `[B, L]`: weights that sampled each token; -1 outside `loss_mask`."""
     pixel_values: Tensor | None = None
-    """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`): each *distinct* image once."""
+    """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`): each prompt's images once."""
     media_index: Mapping[str, Tensor] = field(default_factory=dict)
     """By kind, int64 `[N]`: which of the distinct items' features (one per item, or per tile) stands at the n-th place,
     in the order of the rows. A kind that is not here has one place for each, in their order."""
