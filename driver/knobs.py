@@ -161,8 +161,8 @@ class LearnerConfig(Section):
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed groups attend; auto: blocks on CPU, flex_attention on GPUs; mask: sdpa with a mask written out."""
     feature_cache_gib: float = Field(1.0, ge=0)
-    """Memory of a rank for features of media whose tower and projector stay as they are; 4 times that in
-    the object store; 0: no cache."""
+    """Memory of a rank for what frozen towers make of media, so that they run once for each item; 4 times that in the
+    object store; 0: no cache, and they run in every pass."""
     logprob_chunk_rows: int | None = Field(None, ge=1)
     """Rows of the vocabulary projection computed at once, which bounds the logits held; null: 64 MiB of them."""
     zero_stage: Literal[0, 1, 2, 3] = 2

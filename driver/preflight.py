@@ -15,9 +15,10 @@ from rich.console import Console
 from driver import checkpoints
 from driver.config import ConfigError, RunConfig
 from driver.metrics import read_metrics
-from driver.planning import memory_problems
-from driver.wiring import config_adapter, data_options, reward_specs
+from driver.planning import memory_problems, planned_device
+from driver.wiring import config_adapter, data_options, learner_options, reward_specs
 from learner.samples import layout
+from learner.towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
 from rollout.prompts import DataError, PromptSource
 from rollout.types import MediaKind
@@ -30,7 +31,7 @@ class Choices:
     """What the files decide, and the configuration leaves open."""
 
     lines: list[str] = field(default_factory=list)
-    """For the user: the columns of each set of files."""
+    """For the user: the columns of each set of files, and what the learner does with prompts and their media."""
     media_kinds: tuple[MediaKind, ...] = ()
     """What prompts may hold, training and held-out ones together."""
 
@@ -92,6 +93,9 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
     # Where files could not be read, what media they hold is not known.
     reached = tuple(adapter.modalities) if problems else choices.media_kinds
     problems += [f"model.{text}" for text in adapter.part_problems(config.model.freeze, targets, reached)]
+    if not problems:
+        options = learner_options(config, planned_device(config), choices.media_kinds)
+        choices.lines += [f"learner: {line}" for line in once_per_run(adapter, options)]
     if config.learner.micro_batch_gib is not None and not problems:
         problems = memory_problems(config, adapter, choices.media_kinds)
     return problems

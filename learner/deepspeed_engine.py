@@ -72,6 +72,9 @@ class DeepSpeedEngine:
     def constant_kinds(self) -> tuple[MediaKind, ...]:
         return self.policy.constant_kinds()
 
+    def recorded_kinds(self) -> tuple[MediaKind, ...]:
+        return self.policy.recorded_kinds()
+
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         totals = StepTotals()
         for batch in batches:

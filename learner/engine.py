@@ -59,10 +59,14 @@ class TrainEngine(Protocol):
 
     def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
         """What the towers make of the batch's media, by kind and row by row, on the CPU; no language model runs. They
-        have a gradient if something trained is in them, which `constant_kinds` denies."""
+        have a gradient if something trained is in them, which `constant_kinds` denies. Of `recorded_kinds`: what the
+        tower gives to the projector, in one row; the batch then has to be one item."""
 
     def constant_kinds(self) -> tuple[MediaKind, ...]:
         """Kinds of media that the run may hold and whose features no optimizer step changes."""
+
+    def recorded_kinds(self) -> tuple[MediaKind, ...]:
+        """Kinds of media that the run may hold and whose tower no optimizer step changes, but their projector."""
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches

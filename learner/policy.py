@@ -23,6 +23,7 @@ from rollout.types import MediaKind
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.encoded import FeatureRow
+from vlm.parts import THROUGH, tower_part
 
 
 class PolicyModule(nn.Module):
@@ -53,6 +54,7 @@ class PolicyModule(nn.Module):
         self._dummies = {kind: _dummy(adapter, kind) for kind, m in adapter.towers().items() if m.inputs[0] in used}
         # Kept here because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.
         self._dtype = head.weight.dtype
+        self._recorded = self.recorded_kinds()
 
     @property
     def base(self) -> Any:
@@ -67,8 +69,11 @@ class PolicyModule(nn.Module):
         `reference`: with the LoRA adapter switched off. The result always hangs on every parameter that the model
         uses, vision tower included, be there an image, a trained token, or not.
 
-        `features_only`: no language model; what the towers make of the batch's media, row by row."""
+        `features_only`: no language model; what the towers make of the batch's media, row by row. Of a kind in
+        `recorded_kinds` what they give to the projector, in one row: the batch then has to be one item."""
         if features_only:
+            if recorded := [kind for kind in self._recorded if self._inputs_of(kind, batch)]:
+                return {kind: [self._tower_outputs(batch)] for kind in recorded}
             features = self.media_features(batch)
             return {kind: self.adapter.cut_features(of_kind) for kind, of_kind in features.items()}
         rows, length = batch.input_ids.shape
@@ -86,27 +91,56 @@ class PolicyModule(nn.Module):
     def media_features(self, batch: MultimodalBatch) -> dict[Any, Any]:
         """Outputs of the towers by kind, for the batch's distinct media; those it carries already as they are.
 
-        Every tower that the batch has inputs for runs once, in the adapter's order."""
+        Every tower that the batch has inputs for runs once, in the adapter's order; if the batch carries what one gives
+        to its projector, the projector alone."""
         given = batch.model_kwargs()
-        carried = given.get("mm_encoder_outputs", {})
+        carried, replayed = given.get("mm_encoder_outputs", {}), given.get("tower_outputs", {})
+        backbone = self.base.base_model
         features = {kind: of_kind for kind, of_kind in carried.items() if of_kind is not None}
-        for kind, modality in self.adapter.towers().items():
-            if modality.inputs[0] in given:
-                own = {name: given[name] for name in modality.inputs}
-                features[kind] = self.adapter.media_features(self.base.base_model, kind, own)
+        for kind in self.adapter.towers():
+            if own := self._inputs_of(kind, batch):
+                end = self.adapter.tower_end(backbone) if kind in replayed else None
+                with end.replaying(replayed[kind]) if end is not None else nullcontext():
+                    features[kind] = self.adapter.media_features(backbone, kind, own)
         return features
+
+    def _inputs_of(self, kind: MediaKind, batch: MultimodalBatch) -> dict[str, Any]:
+        """What the tower of a kind takes; empty if the batch has none of that kind."""
+        given, names = batch.model_kwargs(), self.adapter.modalities[kind].inputs
+        return {name: given[name] for name in names} if names[0] in given else {}
+
+    @torch.no_grad()
+    def _tower_outputs(self, batch: MultimodalBatch) -> FeatureRow:
+        end = self.adapter.tower_end(self.base.base_model)
+        assert end is not None
+        with end.recording() as outputs:
+            self.media_features(batch)
+        return tuple(outputs)
 
     def constant_kinds(self) -> tuple[MediaKind, ...]:
         """Kinds of media that the run may hold and whose features no optimizer step changes: neither their tower nor a
         projector has a parameter that is trained."""
+        return tuple(kind for kind, projected in self._frozen_towers().items() if not projected)
+
+    def recorded_kinds(self) -> tuple[MediaKind, ...]:
+        """Kinds of media that the run may hold whose projector optimizer steps change, but not their tower, where the
+        adapter knows its end: what the one gives to the other can be recorded."""
+        end = self.adapter.tower_end(self.base.base_model)
+        if end is None or end.is_trained():
+            return ()
+        return tuple(kind for kind, projected in self._frozen_towers().items() if projected)
+
+    def _frozen_towers(self) -> dict[MediaKind, bool]:
+        """Kinds of media that the run may hold and whose tower has no parameter that is trained, and whether their
+        projector has one."""
         roles: dict[str, bool] = {}
         for name, parameter in self.base.named_parameters():
             role = self.adapter.role(name)
             roles[role] = roles.get(role, False) or parameter.requires_grad
-        towers = {kind: "audio" if kind == "audio" else "vision" for kind in self._dummies}
         projected = roles.get("projector", False)
         # A tower that no parameter is said to belong to may hide among those of the language model.
-        return tuple(kind for kind, role in towers.items() if not roles.get(role, True) and not projected)
+        frozen = [kind for kind in self._dummies if not roles.get(tower_part(kind), True)]
+        return {kind: projected and kind in THROUGH["projector"] for kind in frozen}
 
     def _with_all_media(self, batch: MultimodalBatch) -> MultimodalBatch:
         """`batch` as it is, or with more rows, small prompts with media that it lacks and that nothing is trained on.
@@ -128,7 +162,7 @@ class PolicyModule(nn.Module):
         for kind, index in batch.media_index.items():
             features[kind] = copy(features[kind])
             self.adapter.repeat_features(features[kind], index)
-        consumed = {"mm_encoder_outputs"} | {
+        consumed = {"mm_encoder_outputs", "tower_outputs"} | {
             name for m in self.adapter.modalities.values() for name in (*m.inputs, *m.positions)
         }
         kwargs = {name: value for name, value in batch.model_kwargs().items() if name not in consumed}

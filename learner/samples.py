@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from rollout.types import Completion, MediaKind, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import GroupLengths, MultimodalBatch
 from vlm.clips import decode
+from vlm.encoded import FeatureRow
 from vlm.patches import patches
 
 
@@ -157,9 +159,12 @@ def collate(
     *,
     packed: bool | None = None,
     precomputed: Sequence[MediaKind] = (),
+    replayed: Mapping[MediaKind, FeatureRow] = MappingProxyType({}),
 ) -> MultimodalBatch:
     """Rows end to end if `packed` (None: if the family can), else padded on the right to the longest. Prompts that are
-    the same object contribute their images once. `precomputed`: kinds whose features the prompts carry.
+    the same object contribute their images once. `precomputed`: kinds whose features the prompts carry. `replayed`:
+    kinds of which they carry, beside pixels, what the tower gives to the projector; and what it gives for the dummy
+    that a batch without that kind will get.
 
     No rows: a batch of two padding tokens without loss, for ranks that have fewer micro-batches than others."""
     shape = (max(1, len(rows)), max((len(row) for row in rows), default=2))
@@ -205,17 +210,33 @@ def collate(
         policy_versions=versions,
         pixel_values=inputs.pop("pixel_values", None),
         media_index=index,
-        extra_model_kwargs={**inputs, **adapter.token_inputs(ids), **_features(distinct, precomputed, adapter)},
+        extra_model_kwargs={
+            **inputs,
+            **adapter.token_inputs(ids),
+            **_features(distinct, precomputed, replayed, adapter),
+        },
     )
 
 
 def _features(
-    distinct: Mapping[int, EncodedPrompt], precomputed: Sequence[MediaKind], adapter: MultimodalAdapter
+    distinct: Mapping[int, EncodedPrompt],
+    precomputed: Sequence[MediaKind],
+    replayed: Mapping[MediaKind, FeatureRow],
+    adapter: MultimodalAdapter,
 ) -> dict[str, Any]:
-    """What the batch carries in place of pixels."""
-    rows = {kind: [row for p in distinct.values() for row in p.features.get(kind, ())] for kind in precomputed}
-    joined = {kind: adapter.join_features(own) if own else None for kind, own in rows.items()}
-    return {"mm_encoder_outputs": joined} if precomputed else {}
+    """What the batch carries in place of pixels, and beside them."""
+
+    def rows(kind: MediaKind) -> list[FeatureRow]:
+        return [row for prompt in distinct.values() for row in prompt.features.get(kind, ())]
+
+    carried: dict[str, Any] = {}
+    if precomputed:
+        carried["mm_encoder_outputs"] = {
+            k: adapter.join_features(own) if (own := rows(k)) else None for k in precomputed
+        }
+    if replayed:
+        carried["tower_outputs"] = {k: adapter.join_outputs(rows(k) or [dummy]) for k, dummy in replayed.items()}
+    return carried
 
 
 def _media_index(

@@ -2,6 +2,8 @@
 
 groups ─▶ items without cached features ─▶ tower batches, as many on every rank ─▶ FeatureCache ─▶ prompts that
           carry features in place of pixels: no tower runs in any pass of the language model, the reference's included
+
+Where the projector is trained, prompts carry beside pixels what the tower gives to it, and in every pass it alone runs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.clips import decode
 from vlm.encoded import FeatureRow
+from vlm.parts import THROUGH, tower_part
 from vlm.patches import patches, patches_per_token
+from vlm.roles import part_of
 
 IN_STORE = 4
 """Bytes in the store that ranks share, for one in their memory."""
@@ -38,17 +42,40 @@ def make_towers(
     options: LearnerOptions,
     connect: Callable[[int], Store] | None = None,
 ) -> ConstantTowers | None:
-    """None if nothing is to be cached: the cache is off, or every tower of the run's media is trained. `connect` gives
+    """None if nothing is to be cached: the cache is off, or no tower of the run's media is constant. `connect` gives
     the store of so many bytes that the ranks share."""
     limit = round(options.feature_cache_gib * 2**30)
-    if not limit or not engine.constant_kinds():
+    if not limit or not (engine.constant_kinds() or engine.recorded_kinds()):
         return None
     store = connect(IN_STORE * limit * options.ranks) if connect is not None else None
     return ConstantTowers(engine, adapter, options, FeatureCache(limit, store))
 
 
+def once_per_run(adapter: MultimodalAdapter, options: LearnerOptions) -> list[str]:
+    """What a run computes once for each distinct item of media, for the user; nothing of towers that are trained."""
+    lora = {part_of(role) for role in options.lora_targets}
+    trained = lora if options.lora_rank else {*adapter.parts} - {*options.freeze}
+    held = f"as far as {options.feature_cache_gib:g} GiB a rank hold what it gives"
+    said: dict[str, list[MediaKind]] = {}
+    for kind in options.media_kinds:
+        if kind in adapter.modalities and tower_part(kind) not in trained:
+            projected = "projector" in trained and kind in THROUGH["projector"]
+            if not options.feature_cache_gib:
+                what = "the frozen tower runs in every pass: feature_cache_gib is 0"
+            elif not projected:
+                what = f"features are computed once per run for each distinct item, {held}"
+            elif adapter.tower is not None:
+                what = f"the frozen tower runs once per run for each distinct item, {held}; its projector in every pass"
+            else:
+                family = type(adapter).__name__
+                what = f"the frozen tower runs in every pass: {family} does not say where its projector begins"
+            said.setdefault(what, []).append(kind)
+    return [f"{' and '.join(kinds)}: {what}" for what, kinds in said.items()]
+
+
 class ConstantTowers:
-    """One per rank, for a whole run. Holds features only of kinds whose towers are constant."""
+    """One per rank, for a whole run. Holds features only of kinds whose towers are constant: what comes out of their
+    projector or, if that is trained, what goes into it."""
 
     def __init__(
         self, engine: TrainEngine, adapter: MultimodalAdapter, options: LearnerOptions, cache: FeatureCache
@@ -57,7 +84,12 @@ class ConstantTowers:
         self._options = options
         self.kinds: tuple[MediaKind, ...] = engine.constant_kinds()
         """Of `MultimodalAdapter.towers`: all batches carry the features of these."""
-        firsts = {m.inputs[0]: kind for kind, m in adapter.towers().items() if kind in self.kinds}
+        self.replayed: dict[MediaKind, FeatureRow] = {}
+        """Kinds of which all batches carry what goes into the projector, and that of the dummy. Filled by the first
+        `encode`: every rank records each dummy once."""
+        self._recorded = engine.recorded_kinds()
+        cached = {*self.kinds, *self._recorded}
+        firsts = {m.inputs[0]: kind for kind, m in adapter.towers().items() if kind in cached}
         self._tower_of = {k: firsts[m.inputs[0]] for k, m in adapter.modalities.items() if m.inputs[0] in firsts}
         kept = {name for m in adapter.modalities.values() for name in m.positions}
         self._replaced = {n for kind in self.kinds for n in adapter.modalities[kind].inputs} - kept
@@ -65,14 +97,15 @@ class ConstantTowers:
         self._prompts: BoundedLRU[EncodedPrompt] = BoundedLRU(PROMPTS_BYTES)
 
     def encode(self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes]) -> list[EncodedPrompt]:
-        """Each group's prompt, with features in place of what the constant towers take. Collective: every rank calls
-        it, with or without groups. `media`: encoded bytes by digest.
+        """Each group's prompt, with features in place of what the constant towers take, or beside it what these give to
+        a projector that is trained. Collective: every rank calls it, with or without groups. `media`: encoded bytes by
+        digest.
 
         Raises EncodingMismatchError, as `encode_prompts` does."""
         wanted = {_key(m) for group in groups for m in group.prompt.media if m.kind in self._tower_of}
         found = self._cache.get(sorted(wanted))
         prompts = self._encode(groups, media, found)
-        missing: dict[MediaKind, dict[Key, EncodedPrompt | Media]] = {kind: {} for kind in self.kinds}
+        missing: dict[MediaKind, dict[Key, EncodedPrompt | Media]] = {k: {} for k in (*self.kinds, *self._recorded)}
         for group, prompt in zip(groups, prompts, strict=True):
             for item in group.prompt.media:
                 if item.kind in self._tower_of and _key(item) not in found:
@@ -106,7 +139,7 @@ class ConstantTowers:
 
     def _remember(self, group: RolloutGroup, prompt: EncodedPrompt) -> None:
         """Keep a prompt that the processor need not see again."""
-        if all(item.kind in self._tower_of for item in group.prompt.media):
+        if all(self._tower_of.get(item.kind) in self.kinds for item in group.prompt.media):
             size = sum(tensor.nbytes for tensor in (prompt.input_ids, *prompt.inputs.values()))
             self._prompts.put(_prompt_key(group), replace(prompt, features={}), size)
 
@@ -123,20 +156,33 @@ class ConstantTowers:
     def _compute(self, missing: Mapping[MediaKind, Mapping[Key, EncodedPrompt]], found: dict[Key, Features]) -> None:
         """Add the features of missing items to `found` and to the cache. Every rank runs the tower of a kind as often
         as the rank with the most batches, on a dummy where it has no more: under ZeRO-3 they wait for each other."""
+        for kind in self._recorded:
+            if kind not in self.replayed:
+                self.replayed[kind] = self._run(kind, [self._dummy(kind)])[0]
         batches = {kind: self._cut(kind, items) for kind, items in missing.items()}
-        counts = self._engine.all_reduce_max([len(batches[kind]) for kind in self.kinds])
-        for kind, count in zip(self.kinds, counts, strict=True):
+        counts = self._engine.all_reduce_max([len(own) for own in batches.values()])
+        for kind, count in zip(batches, counts, strict=True):
             for index in range(int(count)):
                 keys = batches[kind][index] if index < len(batches[kind]) else []
                 own = [missing[kind][key] for key in keys]
-                rows = self._engine.media_features(self._tower_batch(kind, own or [self._dummy(kind)]))[kind]
-                _check_constant(rows, kind)
-                ends = list(accumulate(self._adapter.feature_rows(prompt, kind) for prompt in own))
+                rows = self._run(kind, own or [self._dummy(kind)])
+                ends = list(accumulate(self._rows(prompt, kind) for prompt in own))
                 spans = zip([0, *ends], ends, strict=False)
                 found |= self._cache.put({k: tuple(rows[i:j]) for k, (i, j) in zip(keys, spans, strict=True)})
 
+    def _run(self, kind: MediaKind, prompts: Sequence[EncodedPrompt]) -> list[FeatureRow]:
+        rows = self._engine.media_features(self._tower_batch(kind, prompts))[kind]
+        _check_constant(rows, kind)
+        return rows
+
+    def _rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
+        return 1 if kind in self._recorded else self._adapter.feature_rows(prompt, kind)
+
     def _cut(self, kind: MediaKind, items: Mapping[Key, EncodedPrompt]) -> list[list[Key]]:
-        """Keys of each tower batch: within the limit of patches, or as many as the tokens of a micro-batch bring."""
+        """Keys of each tower batch: within the limit of patches, or as many as the tokens of a micro-batch bring. What
+        goes into a projector is recorded item by item: families differ in how it lies in a batch of several."""
+        if kind in self._recorded:
+            return [[key] for key in items]
         sizes = {key: patches(self._adapter, prompt) for key, prompt in items.items()}
         tokens = self._options.tokens_limit or DEFAULT_TOKENS
         limit = self._options.micro_batch_patches or tokens * self._per_token[kind]

@@ -136,8 +136,8 @@ class LearnerOptions:
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed rows attend (`learner.attention`)."""
     feature_cache_gib: float = 1.0
-    """Memory of a rank for features of media whose towers no step changes; for each rank four times as much in the
-    object store, where all find them. 0: those towers run in every pass."""
+    """Memory of a rank for what towers that no step changes make of media; for each rank four times as much in the
+    object store, where all find it. 0: those towers run in every pass."""
     logprob_chunk_rows: int | None = None
     """Rows of the vocabulary projection computed at once; None: see `learner.logprobs.rows_per_chunk`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -228,7 +228,7 @@ class UpdateStats:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Token means: `policy_loss`, `entropy`, `clip_fraction`, `ratio`, `mismatch_mean` (|log-probability of the
     learner - of the engine|), with a reference also `kl`; and the maxima `mismatch_max`, `ratio_max`. Where a tower is
-    constant and its features are cached: items `features_computed` and `features_reused` (of those
+    constant and what it makes of media is cached: items `features_computed` and `features_reused` (of those
     `features_from_store`) since the last update, and `feature_cache_gib`, what all ranks hold in memory."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall time of the slowest rank: `fetch` (object store), `encode`, `reference`, `train`, `total`."""

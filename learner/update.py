@@ -78,10 +78,9 @@ def run_update(
         rows[0 if minibatches is None else minibatches[i]] += part
     samples = [[sample for row in part for sample in row.samples] for part in rows]
     lag_sum, lag_max = check_staleness([s for part in samples for s in part], version, options.max_staleness)
-    kinds = towers.kinds if towers is not None else ()
     batches = [
         [
-            collate([part[i] for i in members], adapter, precomputed=kinds)
+            _collate([part[i] for i in members], adapter, towers)
             for members in plan_batches(engine, part, adapter, options)
         ]
         for part in rows
@@ -207,6 +206,12 @@ def _encode(
     return encode_prompts(adapter, groups, media) if towers is None else towers.encode(groups, media)
 
 
+def _collate(rows: Sequence[Row], adapter: MultimodalAdapter, towers: ConstantTowers | None) -> MultimodalBatch:
+    if towers is None:
+        return collate(rows, adapter)
+    return collate(rows, adapter, precomputed=towers.kinds, replayed=towers.replayed)
+
+
 def _say_if_split(group: RolloutGroup, rows: Sequence[Row], adapter: MultimodalAdapter) -> None:
     if len(rows) > 1 and shares_prompts(adapter):
         logger.warning(
@@ -261,8 +266,7 @@ def score_groups(
         rows += make_rows(prompt, samples[-1], adapter, options)
     scored: dict[int, np.ndarray] = {}
     for members in plan_batches(engine, rows, adapter, options):
-        precomputed = towers.kinds if towers is not None else ()
-        batch = collate([rows[i] for i in members], adapter, precomputed=precomputed)
+        batch = _collate([rows[i] for i in members], adapter, towers)
         logprobs = engine.logprobs(batch, reference=reference)[batch.loss_mask]
         own = [sample for i in members for sample in rows[i].samples]
         parts = logprobs.split([int(s.trainable.sum()) for s in own])

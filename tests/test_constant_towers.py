@@ -234,11 +234,24 @@ def test_what_has_left_memory_comes_back_or_is_computed_again(in_store: int, com
         assert stats["metrics"]["features_from_store"] == (0 if in_store == 0 or not number else 5)
 
 
-def test_there_is_no_cache_where_a_tower_or_its_projector_is_trained() -> None:
+@pytest.mark.parametrize("choice", [{"freeze": ("vision", "projector")}, {"lora_rank": 2}])
+def test_what_the_options_leave_untrained_is_constant(choice: dict[str, Any]) -> None:
+    adapter, chosen = adapter_of(model_of("llava_next")), options_of(model_of("llava_next"), **choice)
+    plain, _ = make(chosen, adapter, cached=False)
+    engine, towers = make(chosen, adapter)
+    assert towers is not None and towers.kinds == ("image",)
+    for _ in range(2):
+        stats = update(engine, chosen, case_of(adapter), towers)
+        assert_same(strip(stats), update(plain, chosen, case_of(adapter), None))
+    trained = {adapter.role(name) for name, p in engine.policy.base.named_parameters() if p.requires_grad}
+    assert trained == {"language"} and stats["metrics"]["features_reused"] == len(distinct_items(case_of(adapter)))
+
+
+def test_there_is_no_cache_where_a_tower_is_trained() -> None:
     model = model_of("qwen2_5_vl")
     adapter, chosen = adapter_of(model), options_of(model)
-    for roles in ((), ("vision",), ("projector",)):
-        assert make(chosen, without(adapter, roles))[1] is None, roles
+    for frozen in ((), ("projector",), ("language",)):
+        assert make(replace(chosen, freeze=frozen), adapter)[1] is None, frozen
     assert make(replace(chosen, feature_cache_gib=0.0), without(adapter))[1] is None
     assert make(replace(chosen, media_kinds=()), without(adapter))[1] is None
 

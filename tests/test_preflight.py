@@ -50,6 +50,21 @@ def test_figures_without_a_checkpoint_and_checkpoints_are_not_written_over(setti
     preflight(config, resume=True)
 
 
+def test_it_says_what_of_the_media_is_computed_once(settings: dict, tmp_path: Path) -> None:
+    def said(**model: object) -> list[str]:
+        config = parse_config({**settings, "model": {**settings["model"], **model}, "output_dir": str(tmp_path)})
+        return [line for line in preflight(config).lines if line.startswith("learner: image")]
+
+    assert said() == said(freeze=["projector"]) == []
+    held = "as far as 1 GiB a rank hold what it gives"
+    (features,) = said(freeze=["vision", "projector"])
+    assert features == f"learner: image: features are computed once per run for each distinct item, {held}"
+    (tower,) = said(freeze=["vision"])
+    runs = f"the frozen tower runs once per run for each distinct item, {held}; its projector in every pass"
+    assert tower == f"learner: image: {runs}"
+    assert said(lora_rank=2) == [features]
+
+
 def test_a_reward_that_compares_with_answers_needs_their_column(settings: dict, tmp_path: Path) -> None:
     def problems(**change: object) -> str:
         path = write_rows(tmp_path / "a.parquet", [{"problem": f"{n}", "gold": n} for n in range(4)])

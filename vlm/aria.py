@@ -20,6 +20,7 @@ class AriaAdapter(MultimodalAdapter):
         "image": Modality("<|img|>", ("pixel_values", "pixel_mask")),
     }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<|img|>",)
+    tower: ClassVar[str | None] = "vision_tower"
     shares_prompts: ClassVar[bool] = True
     untrainable_on: ClassVar[Mapping[str, str]] = {
         "cpu": "vLLM goes on with the former experts after an update",

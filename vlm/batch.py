@@ -67,7 +67,8 @@ class MultimodalBatch:
     """Whatever else the model takes, by its own names: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`;
     `pixel_values_videos`, `video_grid_thw`; `input_features`, `feature_attention_mask`; token-aligned inputs `[B, L]`;
     and, in place of pixels, features computed before: `mm_encoder_outputs`, by kind what `PolicyModule.media_features`
-    gave, or None where the batch has no item of a kind whose features are always computed before."""
+    gave, or None where the batch has no item of a kind whose features are always computed before; or, beside pixels,
+    `tower_outputs`: by kind what the tower gave to the projector (`vlm.cut.TowerEnd`), and does not compute again."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape

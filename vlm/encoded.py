@@ -21,7 +21,8 @@ Counts = Mapping[MediaKind, int]
 
 FeatureRow = tuple[Tensor, ...]
 """Features of an item, or of one of its tiles: what takes the places of its tokens, `[tokens, H]` (`[1, tokens, H]`
-where a family has all rows in one tensor), then what enters later layers, if the family has such."""
+where a family has all rows in one tensor), then what enters later layers, if the family has such. Or what the
+tower gives to a projector that is trained, of a whole item (`vlm.cut.TowerEnd`)."""
 
 
 class AdapterError(ValueError):
@@ -53,7 +54,8 @@ class EncodedPrompt:
     inputs are not here: `MultimodalAdapter.token_inputs` derives them from the padded ids."""
     counts: Counts = field(default_factory=dict)
     features: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
-    """By kind of tower, of all its items in their order: in place of the inputs that they were computed from."""
+    """By kind of tower, of all its items in their order: in place of the inputs that they were computed from, or
+    beside them, if the projector is trained."""
 
 
 def kind_of(item: Decoded) -> MediaKind:

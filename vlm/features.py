@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rollout.types import MediaKind
+from vlm.cut import TowerEnd
 from vlm.encoded import EncodedPrompt, FeatureRow, Modality
 
 
@@ -17,11 +18,31 @@ class TowerFeatures:
     """The part of `MultimodalAdapter` that is about outputs of towers. `pooler_output` has one entry per row; a row is
     an item, or one of its tiles."""
 
+    model_config: Any
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
+    tower: ClassVar[str | None] = None
+    """The module of the backbone that images and videos go through before the projector; of what it gives only the last
+    hidden state is used, or those of `vision_feature_layer`. None: not known, and the tower runs in every pass unless
+    its projector is frozen too."""
+    tower_dimension: ClassVar[int] = 0
+    """Of what the tower gives: the dimension along which items (or their tiles, or patches) lie one after another."""
 
     def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
         """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
         return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
+
+    def tower_end(self, backbone: Any) -> TowerEnd | None:
+        """Where the tower of images and videos gives over to the projector; None: not known (`tower`)."""
+        if self.tower is None:
+            return None
+        layers = getattr(self.model_config, "vision_feature_layer", -1)
+        chosen = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
+        return TowerEnd((getattr(backbone, self.tower),), layers=chosen)
+
+    def join_outputs(self, rows: Sequence[FeatureRow]) -> FeatureRow:
+        """What the tower gives to the projector (`TowerEnd.recording`) for several items together, from that for each
+        alone."""
+        return tuple(torch.cat(parts, self.tower_dimension) for parts in zip(*rows, strict=True))
 
     def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
         """How many entries of the features belong to a prompt: one per item, or per tile."""

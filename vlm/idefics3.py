@@ -48,6 +48,7 @@ class Idefics3Adapter(MultimodalAdapter):
     }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<fake_token_around_image>", "<global-img>")
     nested_images: ClassVar[bool] = True
+    tower: ClassVar[str | None] = "vision_model"
     shares_prompts: ClassVar[bool] = True
 
     @property

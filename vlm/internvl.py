@@ -23,6 +23,7 @@ class InternVLAdapter(MultimodalAdapter):
         "video": Modality("<video>"),
     }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    tower: ClassVar[str | None] = "vision_tower"
     shares_prompts: ClassVar[bool] = True
     stacks_videos: ClassVar[bool] = True
 

@@ -19,6 +19,7 @@ class LlavaAdapter(MultimodalAdapter):
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("<image>")}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
+    tower: ClassVar[str | None] = "vision_tower"
     shares_prompts: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
 

@@ -16,6 +16,11 @@ THROUGH = {"vision": {"image", "video"}, "projector": {"image", "video"}, "audio
 """Kinds of media that a part is for."""
 
 
+def tower_part(kind: MediaKind) -> str:
+    """The part that is the tower of a kind of media."""
+    return "audio" if kind in THROUGH["audio"] else "vision"
+
+
 class ModelParts:
     """The half of `MultimodalAdapter` that goes by names of parameters and modules."""
 

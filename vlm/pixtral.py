@@ -19,6 +19,8 @@ class PixtralAdapter(MultimodalAdapter):
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("[IMG]", ("pixel_values", "image_sizes"))}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     nested_images: ClassVar[bool] = True
+    tower: ClassVar[str | None] = "vision_tower"
+    tower_dimension: ClassVar[int] = 1
     shares_prompts: ClassVar[bool] = True
 
     def media_lengths(self, media: Sequence[Media]) -> list[int]:

@@ -11,6 +11,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
+from vlm.cut import TowerEnd
 from vlm.encoded import Counts, FeatureRow, Modality
 from vlm.mrope import Item, mrope_positions
 
@@ -37,6 +38,7 @@ class QwenVLAdapter(MultimodalAdapter):
         "<|vision_start|>",
         "<|vision_end|>",
     )
+    tower: ClassVar[str | None] = "visual"
     shares_prompts: ClassVar[bool] = True
     seconds_input: ClassVar[str] = "second_per_grid_ts"
     """How long one step in time of each video's grid lasts."""
@@ -62,6 +64,14 @@ class QwenVLAdapter(MultimodalAdapter):
     def _kinds(self, input_ids: Tensor) -> Tensor:
         image, video = self.placeholder_ids["image"], self.placeholder_ids["video"]
         return (input_ids == image).long() + 2 * (input_ids == video).long()
+
+    def tower_end(self, backbone: Any) -> TowerEnd:
+        """The mergers are in the tower's module: one takes what the last block gives, those of deepstack what others
+        give."""
+        visual = backbone.visual
+        used = {len(visual.blocks) - 1, *getattr(visual, "deepstack_visual_indexes", ())}
+        recorded = tuple(block for i, block in enumerate(visual.blocks) if i in used)
+        return TowerEnd(recorded, tuple(block for i, block in enumerate(visual.blocks) if i not in used))
 
     def positions_per_second(self) -> float:
         return float(getattr(self.model_config.vision_config, "tokens_per_second", 1.0))
