@@ -152,14 +152,14 @@ def test_a_model_without_tokenizer_is_said_to_be_unusable(tiny_model: Path, tmp_
 
 def test_limits_of_a_micro_batch_that_hold_no_sample_are_said(settings: dict, tmp_path: Path) -> None:
     def problems(**limits: object) -> str:
-        learner = {**settings["learner"], **limits}
+        learner = {**settings["learner"], "logprob_chunk_rows": 64, **limits}
         config = parse_config({**settings, "learner": learner, "output_dir": str(tmp_path / "run")})
         with pytest.raises(ConfigError) as caught:
             preflight(config)
         return str(caught.value)
 
     assert "micro_batch_patches=1023 may not hold one prompt" in problems(micro_batch_patches=1023)  # 256 tokens x 4
-    assert "leaves nothing for tokens" in problems(micro_batch_gib=0.001)
-    assert "micro_batch_gib=0.01 cannot hold one sample of up to" in problems(micro_batch_gib=0.01)
+    assert "leaves nothing for tokens" in problems(micro_batch_gib=0.01, logprob_chunk_rows=10_000)
+    assert "micro_batch_gib=0.001 cannot hold one sample of up to" in problems(micro_batch_gib=0.001)
     enough = {**settings["learner"], "micro_batch_gib": 1.0, "micro_batch_patches": 1024}
     preflight(parse_config({**settings, "learner": enough, "output_dir": str(tmp_path / "run")}))
