@@ -112,10 +112,8 @@ class RunConfig(Section):
             )
         if learner.attention == "flex" and self.cluster.device == "cpu":
             found.append("learner.attention=flex has no backward pass on CPUs, but cluster.device=cpu; use auto")
-        if learner.attention == "blocks" and self.cluster.device != "cpu":
-            found.append(
-                f"learner.attention=blocks is a kernel of CPUs, but cluster.device={self.cluster.device}; use auto"
-            )
+        if learner.attention == "blocks" and self.cluster.device == "cuda":
+            found.append("learner.attention=blocks is a kernel of CPUs, but cluster.device=cuda; use auto")
         if learner.lr_schedule != "constant" and learner.warmup_steps >= self.steps:
             found.append(
                 f"learner.warmup_steps={learner.warmup_steps} leaves nothing of steps={self.steps} to decay over"

@@ -164,7 +164,8 @@ class LearnerConfig(Section):
     """Memory of a rank for what frozen towers make of media, so that they run once for each item; 4 times that in the
     object store; 0: no cache, and they run in every pass."""
     logprob_chunk_rows: int | None = Field(None, ge=1)
-    """Rows of the vocabulary projection computed at once, which bounds the logits held; null: 64 MiB of them."""
+    """Rows of the vocabulary projection computed at once, which bounds the logits held; null: 64 MiB of them on CPUs,
+    512 MiB on GPUs."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     offload_optimizer: bool = False

@@ -147,7 +147,8 @@ def packed_kwargs(groups: Sequence[GroupLengths], device: torch.device, backend:
 
 
 def flex_length(tokens: int) -> int:
-    """Tokens rounded up, by at most a quarter: four lengths from each power of two to the next, 512 the first."""
+    """Tokens rounded up: to a multiple of 512 or, beyond 4096, to one of four lengths from each power of two to the
+    next."""
     step = max(512, 2 ** (tokens - 1).bit_length() // 8)
     return -(-tokens // step) * step
 
@@ -275,8 +276,7 @@ def _alike(pairs: Sequence[tuple[range, range]], *, causal: bool) -> list[Block]
     blocks = []
     for run in cheapest_runs(len(order), cost):
         members = sorted(order[i] for i in run)  # back in the order of the row, in which they may be one run
-        if len(pairs[members[0]][0]):
-            blocks.append(_block([pairs[i] for i in members], causal))
+        blocks.append(_block([pairs[i] for i in members], causal))
     return blocks
 
 

@@ -41,7 +41,8 @@ class ObjectStore:
     """A `learner.features.Store`."""
 
     def __init__(self, name: str, limit: int, timeout: float) -> None:
-        """Connect to the directory called `name`, or start it: it lives as long as the process that did."""
+        """Connect to the directory called `name`, or start it: it lives as long as the process that did. `timeout`:
+        seconds for each of its answers."""
         actor = ray.remote(FeatureDirectory).options(name=name, get_if_exists=True, num_cpus=0)
         self._directory, self._timeout = actor.remote(limit), timeout
         self._lost = False

@@ -9,7 +9,7 @@ nobody calls an inner module past it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -99,10 +99,14 @@ class PolicyModule(nn.Module):
         features = {kind: of_kind for kind, of_kind in carried.items() if of_kind is not None}
         for kind in self.adapter.towers():
             if own := self._inputs_of(kind, batch):
-                end = self.adapter.tower_end(backbone) if kind in replayed else None
-                with end.replaying(replayed[kind]) if end is not None else nullcontext():
+                with self._replaying(replayed[kind]) if kind in replayed else nullcontext():
                     features[kind] = self.adapter.media_features(backbone, kind, own)
         return features
+
+    def _replaying(self, rows: Sequence[FeatureRow]) -> AbstractContextManager[None]:
+        end = self.adapter.tower_end(self.base.base_model)
+        assert end is not None
+        return end.replaying(self.adapter.join_outputs(rows))
 
     def _inputs_of(self, kind: MediaKind, batch: MultimodalBatch) -> dict[str, Any]:
         """What the tower of a kind takes; empty if the batch has none of that kind."""
@@ -125,10 +129,9 @@ class PolicyModule(nn.Module):
     def recorded_kinds(self) -> tuple[MediaKind, ...]:
         """Kinds of media that the run may hold whose projector optimizer steps change, but not their tower, where the
         adapter knows its end: what the one gives to the other can be recorded."""
-        end = self.adapter.tower_end(self.base.base_model)
-        if end is None or end.is_trained():
-            return ()
-        return tuple(kind for kind, projected in self._frozen_towers().items() if projected)
+        kinds = tuple(kind for kind, projected in self._frozen_towers().items() if projected)
+        end = self.adapter.tower_end(self.base.base_model) if kinds else None
+        return () if end is None or end.is_trained() else kinds
 
     def _frozen_towers(self) -> dict[MediaKind, bool]:
         """Kinds of media that the run may hold and whose tower has no parameter that is trained, and whether their

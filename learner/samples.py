@@ -235,7 +235,7 @@ def _features(
             k: adapter.join_features(own) if (own := rows(k)) else None for k in precomputed
         }
     if replayed:
-        carried["tower_outputs"] = {k: adapter.join_outputs(rows(k) or [dummy]) for k, dummy in replayed.items()}
+        carried["tower_outputs"] = {kind: rows(kind) or [dummy] for kind, dummy in replayed.items()}
     return carried
 
 

@@ -89,7 +89,8 @@ class LearnerWorker:
             self._engine,
             self._adapter,
             options,
-            lambda limit: ObjectStore(f"features-{host}:{port}", limit, options.timeout),
+            # Far less than anybody waits for this rank.
+            lambda limit: ObjectStore(f"features-{host}:{port}", limit, min(60.0, options.timeout / 10)),
         )
         return group_cost(self._adapter)
 

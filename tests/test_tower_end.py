@@ -211,6 +211,24 @@ def test_a_run_says_what_it_does(family: str, changes: dict[str, Any]) -> None:
     assert bool(in_every_pass) == (changes.get("feature_cache_gib") == 0.0)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "internvl"])
+def test_a_tower_may_give_the_states_of_all_its_layers(tmp_path: Path, family: str) -> None:
+    """What these families use is behind the norm that follows the last layer."""
+    model = build_tiny(family, tmp_path / family)
+    config = json.loads((model / "config.json").read_text())
+    config["vision_config"]["output_hidden_states"] = True
+    (model / "config.json").write_text(json.dumps(config))
+    assert_updates_are_the_same(options_of(model, **VISION), case_of(adapter_of(model)))
+
+
+def test_what_is_trained_before_a_frozen_tower_is_an_error() -> None:
+    adapter, chosen = adapter_of(model_of("qwen2_5_vl")), options_of(model_of("qwen2_5_vl"), **VISION)
+    engine, towers = make(chosen, adapter)
+    engine.policy.base.model.visual.patch_embed.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="depends on a parameter that is trained, but its tower counts as frozen"):
+        update(engine, chosen, case_of(adapter), towers)
+
+
 def test_a_family_may_not_say_where_its_tower_ends() -> None:
     adapter = copy(adapter_of(model_of("internvl")))
     adapter.tower = None  # type: ignore[misc]

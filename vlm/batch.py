@@ -68,7 +68,7 @@ class MultimodalBatch:
     `pixel_values_videos`, `video_grid_thw`; `input_features`, `feature_attention_mask`; token-aligned inputs `[B, L]`;
     and, in place of pixels, features computed before: `mm_encoder_outputs`, by kind what `PolicyModule.media_features`
     gave, or None where the batch has no item of a kind whose features are always computed before; or, beside pixels,
-    `tower_outputs`: by kind what the tower gave to the projector (`vlm.cut.TowerEnd`), and does not compute again."""
+    `tower_outputs`: by kind, item by item, what the tower gave to the projector and does not compute again."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape

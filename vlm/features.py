@@ -35,9 +35,13 @@ class TowerFeatures:
         """Where the tower of images and videos gives over to the projector; None: not known (`tower`)."""
         if self.tower is None:
             return None
-        layers = getattr(self.model_config, "vision_feature_layer", -1)
-        chosen = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
-        return TowerEnd((getattr(backbone, self.tower),), layers=chosen)
+        return TowerEnd((getattr(backbone, self.tower),), layers=self.tower_layers())
+
+    def tower_layers(self) -> tuple[int, ...]:
+        """Layers of the tower whose hidden states go to the projector; none: its last hidden state does, which may have
+        been normalised once more."""
+        layers = getattr(self.model_config, "vision_feature_layer", ())
+        return tuple(layers) if isinstance(layers, list | tuple) else (layers,)
 
     def join_outputs(self, rows: Sequence[FeatureRow]) -> FeatureRow:
         """What the tower gives to the projector (`TowerEnd.recording`) for several items together, from that for each

@@ -32,6 +32,10 @@ class InternVLAdapter(MultimodalAdapter):
     ) -> list[int]:
         return [self._tiles(ids) for ids in input_ids]
 
+    def tower_layers(self) -> tuple[int, ...]:
+        layers = super().tower_layers()
+        return () if layers == (-1,) else layers
+
     def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
         return self._tiles(prompt.input_ids)
 
