@@ -113,8 +113,10 @@ def _checkpoint(model: Any, roles: Collection[str], adapter: MultimodalAdapter) 
     """Recompute layers in the backward pass, those of the parts of the model with one of `roles`.
 
     Non-reentrant: the head and the tower may then run on inputs without a gradient, and ZeRO sees each gradient
-    once."""
+    once. Outputs of embeddings and of the tower's first layer need none either: with one, as transformers then gives
+    them, a backward pass would go through towers that are frozen."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
     for name, module in model.named_modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = adapter.role(f"{name}.") in roles

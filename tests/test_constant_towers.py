@@ -268,6 +268,19 @@ def test_one_tower_may_be_trained_beside_another_that_is_not() -> None:
         )
 
 
+@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"freeze": ("vision", "projector")}], ids=["lora", "frozen"])
+def test_checkpointed_layers_leave_a_tower_constant(changes: dict[str, Any]) -> None:
+    adapter = adapter_of(model_of("qwen2_5_vl"))
+    chosen = options_of(model_of("qwen2_5_vl"), gradient_checkpointing=("language", "vision"), **changes)
+    engine, towers = make(chosen, adapter)
+    assert towers is not None and towers.kinds == ("image", "video")
+    plain, _ = make(chosen, adapter, cached=False)
+    for _ in range(2):
+        assert_same(
+            strip(update(engine, chosen, case_of(adapter), towers)), update(plain, chosen, case_of(adapter), None)
+        )
+
+
 def test_a_tower_that_is_trained_against_what_the_roles_say_is_an_error() -> None:
     adapter = without(adapter_of(model_of("qwen2_5_vl")))
     engine, _ = make(options_of(model_of("qwen2_5_vl")), adapter)

@@ -131,7 +131,7 @@ def test_what_was_given_for_another_item_is_another_loss(family: str) -> None:
 
 
 def test_layers_of_the_tower_may_be_checkpointed() -> None:
-    for family in ("qwen3_vl", "internvl"):
+    for family in ("qwen2_5_vl", "qwen3_vl", "internvl"):
         chosen = options_of(model_of(family), **VISION, gradient_checkpointing=("language", "vision"))
         assert_updates_are_the_same(chosen, case_of(adapter_of(model_of(family))))
 
