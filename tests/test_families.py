@@ -293,8 +293,9 @@ def test_packed_groups_give_the_loss_and_gradients_of_padded_rows(family: str, d
     assert found.keys() == exact.keys()
     scale = max(float(g.abs().max()) for g in exact.values())
     for name, gradient in exact.items():
-        difference = (found[name] - gradient).norm() / max(float(gradient.norm()), 1e-3 * scale)
-        assert difference < tolerance * (3 if dtype == torch.float32 else 1), name
+        # Some are zero but for rounding: a bias of keys moves all scores of a query alike.
+        difference = (found[name] - gradient).norm() / max(float(gradient.norm()), 1e-2 * scale)
+        assert difference < tolerance, name
 
 
 def several_turns(random: np.random.Generator, length: int) -> Sample:
