@@ -41,6 +41,18 @@ def describe(record: StepRecord) -> str:
     return "  ".join(shown)
 
 
+class SilentDisplay:
+    """For use as a library: prints nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, record: StepRecord, total: int) -> None: ...
+
+    def evaluation(self, step: int, results: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class TerminalDisplay:
     """Rich progress on a terminal; plain lines into a file."""

@@ -5,8 +5,6 @@ open_run: preflight ─▶ Ray ─▶ placement ─▶ actors start side by side
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +16,8 @@ from driver import checkpoints
 from driver.actors import Actors, start_actors
 from driver.cluster import connect
 from driver.config import ConfigError, RunConfig, dump_config
-from driver.display import Display
-from driver.errors import RunError, RunStopped
+from driver.display import Display, SilentDisplay
+from driver.errors import RunError
 from driver.evaluate import Evaluator, Results
 from driver.ledger import Ledger
 from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
@@ -27,6 +25,7 @@ from driver.placement import place
 from driver.preflight import preflight
 from driver.rollouts import RolloutPipeline, SealedBatch
 from driver.selection import Difficulty
+from driver.signals import stop_on_signals
 from driver.timing import union_seconds
 from driver.wiring import config_adapter, evaluation_sampling, sampling_params
 from learner.group import LearnerGroup
@@ -305,46 +304,6 @@ def _busy(batch: SealedBatch, update: UpdateStats) -> dict[str, float]:
     busy = {f"generate/{engine}": union_seconds(times) for engine, times in sorted(spans.items())}
     busy["reward"] = sum(s.reward_seconds for s in batch.summaries)
     return busy | {f"learn/{name}": value for name, value in update.seconds.items()}
-
-
-class SilentDisplay:
-    """For use as a library: prints nothing."""
-
-    def phase(self, text: str) -> None: ...
-
-    def step(self, record: StepRecord, total: int) -> None: ...
-
-    def evaluation(self, step: int, results: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@contextmanager
-def stop_on_signals(display: Display) -> Iterator[Any]:
-    """Turn the first SIGINT or SIGTERM into RunStopped at the next safe point; a second one interrupts at once.
-
-    Yields the function that raises. Outside the main thread signals are left alone."""
-    requested = threading.Event()
-
-    def request(number: int, frame: Any) -> None:
-        if requested.is_set():
-            raise KeyboardInterrupt
-        requested.set()
-        display.phase("stopping: the state is saved first; once more to stop at once")
-
-    def check() -> None:
-        if requested.is_set():
-            raise RunStopped
-
-    if threading.current_thread() is not threading.main_thread():
-        yield check
-        return
-    former = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield check
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 __all__ = ["Run", "RunError", "RunResult", "open_run"]
