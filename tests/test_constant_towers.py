@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,15 +24,14 @@ from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.engine import TrainEngine
 from learner.features import FeatureCache
 from learner.group import LearnerGroup
-from learner.process_group import open_store
 from learner.torch_engine import TorchEngine
 from learner.towers import ConstantTowers, make_towers
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import reference_kl, run_update, score_groups
 from tests.learner_cases import Case, adapter_of, make_case, make_group, mixed_case, options
+from tests.ranks import run_ranks
 from tests.test_features import MemoryStore
 from tests.test_learner_group import store
-from tests.test_learner_ranks import on_rank
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 from vlm.adapter import MultimodalAdapter
 from vlm.clips import decode
@@ -352,9 +350,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "out").mkdir()
     for family in ("qwen2_5_omni", "internvl"):
         build_tiny(family, folder / "models" / family)
-    meeting, port = open_store("127.0.0.1", 120.0)
-    mp.spawn(on_rank, (two_ranks, 2, port, folder / "models", folder / "out"), nprocs=2)
-    del meeting
+    run_ranks(two_ranks, 2, folder / "models", folder / "out")
     return folder
 
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from learner.process_group import open_store
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import run_update
 from tests.learner_cases import Case, Expected, adapter_of, expected_update, make_case, make_group, options
-from tests.test_learner_ranks import on_rank
+from tests.ranks import run_ranks
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 from vlm.adapter import MultimodalAdapter
 from vlm.tiny import TINY, build_tiny
@@ -72,9 +70,7 @@ def on_two_ranks(families: tuple[str, ...] | list[str], folder: Path) -> Path:
     out.mkdir(parents=True)
     for family in families:
         build_tiny(family, models / family)
-    store, port = open_store("127.0.0.1", 120.0)
-    mp.spawn(on_rank, (two_ranks, 2, port, models, out), nprocs=2)
-    del store
+    run_ranks(two_ranks, 2, models, out)
     return folder
 
 

@@ -6,22 +6,19 @@ Two processes are started, then three, then four; each runs the scenarios it is 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from learner.checkpoint import load_checkpoint, save_checkpoint
-from learner.process_group import join, open_store
 from learner.torch_engine import TorchEngine
 from learner.update import reference_kl, run_update, score_groups
 from tests.learner_cases import Case, adapter_of, expected_update, make_case, make_group, mixed_case, options
+from tests.ranks import run_ranks
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 from vlm.adapter import MultimodalAdapter
 
@@ -140,20 +137,11 @@ def four_ranks(rank: int, model: Path, out: Path) -> None:
             (out / f"stats-four-{len(roles)}.json").write_text(json.dumps([first, second]))
 
 
-def on_rank(rank: int, scenario: Callable[[int, Path, Path], None], ranks: int, port: int, *paths: Path) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_SIZE="1", DS_ACCELERATOR="cpu")
-    torch.set_num_threads(1)
-    join(options(paths[0], ranks=ranks), rank, "127.0.0.1", port)
-    scenario(rank, *paths)
-
-
 @pytest.fixture(scope="module")
 def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     for scenario, ranks in ((two_ranks, 2), (three_ranks, 3), (four_ranks, 4)):
-        store, port = open_store("127.0.0.1", 120.0)
-        mp.spawn(on_rank, (scenario, ranks, port, tiny_model, out), nprocs=ranks)
-        del store
+        run_ranks(scenario, ranks, tiny_model, out)
     return out
 
 

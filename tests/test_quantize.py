@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -19,13 +18,13 @@ from driver.config import parse_config
 from driver.merge import merge
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.model import load_base, load_policy
-from learner.process_group import open_store
 from learner.quantize import quantize_linear_layers
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import run_update
 from tests.learner_cases import adapter_of, mixed_case, options
-from tests.test_learner_ranks import TWO, assert_same_update, on_rank
+from tests.ranks import run_ranks
+from tests.test_learner_ranks import TWO, assert_same_update
 from tests.test_roles import FAMILIES, batch_of, model_of, options_of
 from weight_sync.source import PolicySource
 
@@ -267,9 +266,7 @@ def two_ranks(rank: int, model: Path, out: Path) -> None:
 
 @pytest.mark.e2e
 def test_two_ranks_train_as_one(tiny_model: Path, tmp_path: Path) -> None:
-    store, port = open_store("127.0.0.1", 120.0)
-    mp.spawn(on_rank, (two_ranks, 2, port, tiny_model, tmp_path), nprocs=2)
-    del store
+    run_ranks(two_ranks, 2, tiny_model, tmp_path)
     engine = TorchEngine(options(tiny_model, **QLORA, **TEN), adapter_of(tiny_model))
     expected = [update(engine) for _ in range(2)]
     weights = dict(engine.weight_source(1 << 16))

@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from learner import deepspeed_engine
 from learner.features import FeatureCache
-from learner.process_group import open_store
 from learner.torch_engine import TorchEngine
 from learner.towers import ConstantTowers, make_towers, once_per_run
 from learner.types import LearnerOptions
 from tests.learner_cases import Case, adapter_of
+from tests.ranks import run_ranks
 from tests.test_constant_towers import (
     PARTS,
     assert_same,
@@ -35,7 +34,6 @@ from tests.test_constant_towers import (
     three_updates,
     update,
 )
-from tests.test_learner_ranks import on_rank
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 from vlm.registry import ADAPTERS
 from vlm.tiny import TINY, build_tiny
@@ -275,9 +273,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "out").mkdir()
     for family in RANKED:
         build_tiny(family, folder / "models" / family)
-    meeting, port = open_store("127.0.0.1", 120.0)
-    mp.spawn(on_rank, (two_ranks, 2, port, folder / "models", folder / "out"), nprocs=2)
-    del meeting
+    run_ranks(two_ranks, 2, folder / "models", folder / "out")
     return folder
 
 
