@@ -7,7 +7,7 @@ Linear layers: 2 per weight and token. Attention: 4 per pair that sees each othe
 L P + L^2 / 2, so a prompt is counted once for its group. In the vision tower an image's patches all see each other.
 
 A pass forward counts 1, its backward 2 where weights are trained (gradients of inputs and of weights), else 1;
-recomputation under checkpointing 1 more.
+recomputation under checkpointing 1 more. A frozen tower whose outputs are kept counts once: all items are new to it.
 """
 
 from __future__ import annotations
@@ -49,19 +49,26 @@ class Flops:
     attention: float = 0.0
     """Of the language model."""
     vision: float = 0.0
-    """Tower, its attention included, and projector."""
+    """The tower, its attention included."""
+    projector: float = 0.0
     head: float = 0.0
     """Rows of the vocabulary projection."""
 
     @property
     def total(self) -> float:
-        return self.language + self.attention + self.vision + self.head
+        return sum(getattr(self, f.name) for f in fields(self))
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def times(self, language: float, vision: float, head: float) -> Flops:
-        return Flops(self.language * language, self.attention * language, self.vision * vision, self.head * head)
+    def times(self, language: float, vision: float, projector: float, head: float) -> Flops:
+        return Flops(
+            language=self.language * language,
+            attention=self.attention * language,
+            vision=self.vision * vision,
+            projector=self.projector * projector,
+            head=self.head * head,
+        )
 
 
 def forward_flops(shape: ModelShape, groups: Iterable[GroupShape]) -> Flops:
@@ -69,13 +76,16 @@ def forward_flops(shape: ModelShape, groups: Iterable[GroupShape]) -> Flops:
     total = Flops()
     linear, text = shape.language.layers * _weights(shape.language.layer), shape.language
     for group in groups:
-        vision = 0.0
+        vision = projector = 0.0
         if shape.vision is not None:
             vision = sum(_image(shape, shape.vision, patches) for patches in group.images)
+            weights = sum(m.inputs * m.outputs for m in shape.projector)
+            projector = 2.0 * weights * sum(group.images) / shape.patches_per_token
         total += Flops(
             language=2.0 * linear * group.tokens,
             attention=4.0 * text.layers * text.layer.query * group.pairs,
             vision=vision,
+            projector=projector,
             head=2.0 * shape.vocabulary * shape.hidden * sum(group.completions),
         )
     return total
@@ -88,15 +98,22 @@ def step_flops(shape: ModelShape, options: LearnerOptions, groups: Iterable[Grou
     language, vision = (part in options.gradient_checkpointing for part in ("language", "vision"))
     # Attention has no weights of its own: its backward computes five products where its forward has two; counted as 2.
     back = 2 if any(linear.trained for linear in shape.language.layer.linears) else 1
-    seen = shape.vision is not None and shape.vision.differentiable
-    seen_back = 2 if shape.trained.get("vision") and not options.lora_rank else 1
+    tower = shape.vision is not None and shape.vision.differentiable
+    projector = bool(shape.trained.get("projector"))
     train = once.times(
         language=1 + back + language,
-        vision=1 + seen_back + vision if seen else 1,
+        vision=1 + _back(tower, options) + vision if tower else 1,
+        projector=1 + (_back(projector, options) if tower or projector else 0),
         head=2 + 1 + shape.head_trained,  # the backward pass projects each chunk again
     )
     scored = options.needs_reference + (1 - 1 / options.optimizer_steps)  # the first of several steps needs none
-    return train + once.times(scored, scored, scored)
+    kept = shape.vision is not None and shape.vision.once
+    return train + once.times(scored, 0 if kept else scored, 0 if kept and not projector else scored, scored)
+
+
+def _back(trained: bool, options: LearnerOptions) -> int:
+    """Of a part that a gradient passes through."""
+    return 2 if trained and not options.lora_rank else 1
 
 
 def _weights(layer: LayerShape) -> int:
@@ -106,6 +123,4 @@ def _weights(layer: LayerShape) -> int:
 
 def _image(shape: ModelShape, tower: Tower, patches: int) -> float:
     layers = tower.layers * (2.0 * _weights(tower.layer) * patches + 4.0 * tower.layer.query * patches**2)
-    projector = sum(m.inputs * m.outputs for m in shape.projector)
-    embedding = 2.0 * shape.patch * tower.layer.hidden * patches
-    return layers + embedding + 2.0 * projector * patches / shape.patches_per_token
+    return layers + 2.0 * shape.patch * tower.layer.hidden * patches

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -85,6 +85,8 @@ class Tower:
     layer: LayerShape
     differentiable: bool
     """Whether a gradient passes through, so that its activations are kept."""
+    once: bool = False
+    """Whether it runs once per run for each distinct item, and what it gives is kept."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,9 @@ def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
     towers = _towers(model, adapter, trained)
     if "language" not in towers:
         raise ValueError(f"{type(base).__name__}: found no layers of a language model")
+    if "vision" in towers and not towers["vision"].differentiable and options.feature_cache_gib:
+        once = not trained.get("projector") or adapter.knows_tower_end()
+        towers["vision"] = replace(towers["vision"], once=once)
     projector = [
         (name, module)
         for name, module in model.named_modules()

@@ -64,7 +64,7 @@ def once_per_run(adapter: MultimodalAdapter, options: LearnerOptions) -> list[st
                 what = "the frozen tower runs in every pass: feature_cache_gib is 0"
             elif not projected:
                 what = f"features are computed once per run for each distinct item, {held}"
-            elif adapter.tower is not None or type(adapter).tower_end is not MultimodalAdapter.tower_end:
+            elif adapter.knows_tower_end():
                 what = f"the frozen tower runs once per run for each distinct item, {held}; its projector in every pass"
             else:
                 family = type(adapter).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,34 @@ def test_by_hand(model: Path) -> None:
     group = GroupShape(10, [4, 6])
     weights = 2 * H * H + H * H + 3 * H * wide
     once = forward_flops(shape, [group])
-    assert once == Flops(2 * layers * weights * 20, 4 * layers * H * group.pairs, 0.0, 2 * V * H * 10)
+    assert once == Flops(2 * layers * weights * 20, 4 * layers * H * group.pairs, head=2 * V * H * 10)
     step = step_flops(shape, options, [group])
-    assert step == once.times(language=3, vision=1, head=4)
+    assert step == once.times(language=3, vision=1, projector=1, head=4)
     recomputed = replace(options, gradient_checkpointing=("language",))
     assert step_flops(shape, recomputed, [group]).language == 4 * once.language
     several = LearnerOptions(str(model), 1, device="cpu", beta=0.1, optimizer_steps=2, gradient_checkpointing=())
     assert step_flops(shape, several, [group]).total == pytest.approx(step.total + 1.5 * once.total)
+
+
+def test_a_frozen_tower_whose_outputs_are_kept_counts_once(tmp_path: Path) -> None:
+    """In units of a pass forward; all with a reference, which is one pass more."""
+    model = build_tiny("qwen2_5_vl", tmp_path / "model", sizes=TinySizes(layers=1))
+
+    def counted(**changes: Any) -> tuple[float, float]:
+        options = LearnerOptions(
+            str(model), 1, device="cpu", dtype="float32", beta=0.1, gradient_checkpointing=("vision",), **changes
+        )
+        shape = describe(options, adapter_of(model))
+        group = GroupShape(80, [4, 6], images=[256])
+        once, step = forward_flops(shape, [group]), step_flops(shape, options, [group])
+        return step.vision / once.vision, step.projector / once.projector
+
+    assert counted() == (1 + 2 + 1 + 1, 1 + 2 + 1)  # the tower is computed again in its backward
+    assert counted(freeze=("vision",)) == (1, 1 + 2 + 1)
+    assert counted(freeze=("vision",), feature_cache_gib=0) == (2, 1 + 2 + 1)
+    assert counted(freeze=("vision", "projector")) == (1, 1)
+    assert counted(freeze=("vision", "projector"), feature_cache_gib=0) == (2, 2)
+    assert counted(freeze=("projector",)) == (1 + 2 + 1 + 1, 1 + 1 + 1)
 
 
 def test_torch_counts_as_many(model: Path) -> None:

@@ -37,6 +37,10 @@ class TowerFeatures:
             return None
         return TowerEnd((getattr(backbone, self.tower),), layers=self.tower_layers())
 
+    def knows_tower_end(self) -> bool:
+        """Whether `tower_end` will tell, without a model to ask."""
+        return self.tower is not None or type(self).tower_end is not TowerFeatures.tower_end
+
     def tower_layers(self) -> tuple[int, ...]:
         """Layers of the tower whose hidden states go to the projector; none: its last hidden state does, which may have
         been normalised once more."""
