@@ -106,7 +106,8 @@ def step_flops(shape: ModelShape, options: LearnerOptions, groups: Iterable[Grou
         projector=1 + (_back(projector, options) if tower or projector else 0),
         head=2 + 1 + shape.head_trained,  # the backward pass projects each chunk again
     )
-    scored = options.needs_reference + (1 - 1 / options.optimizer_steps)  # the first of several steps needs none
+    behind_first = 1 - 1 / options.optimizer_steps
+    scored = options.needs_reference + (behind_first if options.needs_policy_before else 0)
     kept = shape.vision is not None and shape.vision.once
     return train + once.times(scored, 0 if kept else scored, 0 if kept and not projector else scored, scored)
 

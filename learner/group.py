@@ -210,8 +210,8 @@ class LearnerGroup:
                 try:
                     results[rank_of[call]] = ray.get(call)
                 except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, WeightSyncError):
-                        raise error.cause from None  # an engine's failure, not the learner's
+                    if isinstance(error.cause, WeightSyncError | NothingToLearnError):
+                        raise error.cause from None  # an engine's failure or the data's, not the learner's
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
                 except ray.exceptions.RayError as error:
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error

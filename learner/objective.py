@@ -89,7 +89,9 @@ def policy_update_loss(terms: TokenTerms, objective: Objective, counts: GlobalCo
 
     token = LOSSES[objective.loss](logprobs, old, advantages, sequences, objective.clip)
     correction = CORRECTIONS[objective.correction](before, behavior, sequences, *objective.correction_range)
-    values = correction * token.loss - objective.entropy_bonus * entropy
+    values = correction * token.loss
+    if objective.entropy_bonus:  # else the head is spared the entropy's gradient, though it would be zero
+        values = values - objective.entropy_bonus * entropy
     sums = {
         "policy_loss": token.loss.detach().sum(),
         "entropy": entropy.detach().sum(),
@@ -107,6 +109,9 @@ def policy_update_loss(terms: TokenTerms, objective: Objective, counts: GlobalCo
     weights = token_weights(sequences, objective.aggregation, counts.tokens, counts.completions, objective.max_length)
     maxima = {"mismatch_max": _largest((before - behavior).abs()), "ratio_max": _largest(token.ratio)}
     return LossTerms((weights.to(values.dtype) * values).sum(), sums, maxima)
+
+
+MISMATCH = ("mismatch_mean", "mismatch_kl", "importance_weight", "importance_weight_squared")
 
 
 def _mismatch(before: Tensor, behavior: Tensor) -> dict[str, Tensor]:

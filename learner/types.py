@@ -183,6 +183,11 @@ class LearnerOptions:
     def needs_reference(self) -> bool:
         return self.beta > 0
 
+    @property
+    def needs_policy_before(self) -> bool:
+        """Whether steps behind the first are computed against the policy before it: by the ratio, or a correction."""
+        return self.optimizer_steps > 1 and (self.old_policy == "current" or self.correction != "none")
+
 
 @dataclass(frozen=True, slots=True)
 class WeightTransferOptions:

@@ -19,7 +19,7 @@ from torch import Tensor
 from learner.divergence import KL_ESTIMATORS
 from learner.engine import MicroLoss, StepResult, TrainEngine
 from learner.losses import Clip
-from learner.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss, token_means
+from learner.objective import MISMATCH, GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss, token_means
 from learner.packing import GroupCost, balance, fewest_bins, pack_padded
 from learner.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
 from learner.towers import ConstantTowers
@@ -103,6 +103,8 @@ def run_update(
         if count.tokens
     ]
     watch.split("train")
+    stepped = [c.tokens for c in counts if c.tokens]
+    known = len(stepped) if options.needs_policy_before else 1
     seconds = dict(zip(watch.seconds, engine.all_reduce_max(list(watch.seconds.values())), strict=True))
     return {
         "loss": float(np.mean([r.loss for r in results])),
@@ -114,7 +116,7 @@ def run_update(
         "micro_batches": sum(map(len, batches)),
         "staleness_mean": reduced[1] / trained,
         "staleness_max": int(engine.all_reduce_max([lag_max])[0]),
-        "metrics": {**_metrics(results, trained), **(towers.take_metrics() if towers is not None else {})},
+        "metrics": {**_metrics(results, stepped, known), **(towers.take_metrics() if towers is not None else {})},
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
 
@@ -122,14 +124,14 @@ def run_update(
 def _with_other_policies(
     engine: TrainEngine, options: LearnerOptions, batches: list[list[MultimodalBatch]], watch: Stopwatch
 ) -> list[list[MultimodalBatch]]:
-    """The batches with log-probabilities under the reference, and, if there are several steps, under the policy before
-    the first of them."""
+    """The batches with log-probabilities under the reference and, behind the first step, under the policy before it,
+    as far as the objective asks for them."""
     if options.beta > 0 and options.kl_in == "loss":
         batches = [
             [replace(b, reference_logprobs=engine.logprobs(b, reference=True)) for b in part] for part in batches
         ]
         watch.split("reference")
-    if len(batches) > 1:  # in the first step the policy before it is the current one
+    if options.needs_policy_before:  # in the first step that is the current one
         later = [[replace(b, before_logprobs=engine.logprobs(b)) for b in part] for part in batches[1:]]
         batches = [batches[0], *later]
         watch.split("before")
@@ -295,11 +297,16 @@ def reference_kl(
     return result
 
 
-def _metrics(results: Sequence[StepResult], tokens: float) -> dict[str, float]:
-    """Over all steps of an update."""
+def _metrics(results: Sequence[StepResult], tokens: Sequence[float], known: int) -> dict[str, float]:
+    """Over all steps of an update, of `tokens` each. The mismatch is between the engines and the policy before the
+    update, which only the first `known` steps have."""
     sums = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
     maxima = {name: max(r.maxima[name] for r in results) for name in results[0].maxima}
-    return {**token_means(sums, tokens), **maxima}
+    if known < len(results):
+        share = sum(tokens) / sum(tokens[:known])
+        sums |= {name: share * sum(r.sums[name] for r in results[:known]) for name in MISMATCH}
+        maxima["mismatch_max"] = max(r.maxima["mismatch_max"] for r in results[:known])
+    return {**token_means(sums, sum(tokens)), **maxima}
 
 
 def group_cost(adapter: MultimodalAdapter) -> GroupCost:

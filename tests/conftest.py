@@ -26,8 +26,11 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# No deadline: a busy machine must not fail a property that holds.
-settings.register_profile("saccade", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+# No deadline: a busy machine must not fail a property that holds. The same examples in every run, so that a failure is
+# of the change that shows it; `pytest --hypothesis-profile explore -m hypothesis` looks for new ones.
+_alike = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("saccade", max_examples=40, derandomize=True, **_alike)
+settings.register_profile("explore", max_examples=400, **_alike)
 settings.load_profile("saccade")
 
 

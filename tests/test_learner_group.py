@@ -75,6 +75,24 @@ def test_a_batch_without_a_baseline_is_refused_before_any_work(
         learner.update(refs, summaries, 2)
 
 
+def test_a_batch_of_which_every_rank_finds_nothing_to_train_leaves_the_learner_usable(
+    local_ray: ModuleType, tiny_model: Path
+):
+    chosen = options(tiny_model, ranks=2, zero_stage=2, mask_truncated=True)
+    case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0]) for seed in range(2)])
+    cut = [
+        replace(g, completions=tuple(replace(c, finish_reason="length") for c in g.completions)) for g in case.groups
+    ]
+    group = LearnerGroup(chosen, PLACES)
+    group.start(timeout=300.0)
+    try:
+        with pytest.raises(NothingToLearnError, match="cut off"):
+            group.update(*store(local_ray, cut), 0)
+        assert group.update(*store(local_ray, case.groups), 0).samples == 4
+    finally:
+        group.shutdown()
+
+
 def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, learner: LearnerGroup, tmp_path: Path):
     """Last: the failure leaves the group unusable."""
     case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0]) for seed in range(4)])

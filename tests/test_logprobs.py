@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.logprobs import BAN, LogprobHead, chunked_logprobs
+from learner.objective import GlobalCounts, Objective, TokenTerms, policy_update_loss
 
 
 def plain(
@@ -110,7 +111,9 @@ def test_bfloat16_is_summed_in_float32():
     torch.testing.assert_close(weight.grad.float(), expected)
 
 
-def test_never_holds_all_logits():
+@pytest.mark.parametrize(("bonus", "in_backward"), [(0.0, 1), (0.01, 2)])
+def test_never_holds_all_logits(bonus: float, in_backward: int):
+    """With the loss of a training step; the entropy's gradient takes a second tensor, so only who wants it pays."""
     rows, vocabulary, chunk = 512, 4096, 16
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight = torch.randn(vocabulary, 8, requires_grad=True)
@@ -132,10 +135,13 @@ def test_never_holds_all_logits():
             return result
 
     with Watch():
-        logprobs, _ = chunked_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.int64), chunk_rows=chunk)
+        logprobs, entropy = chunked_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.int64), chunk_rows=chunk)
         during = "backward"
-        logprobs.sum().backward()
-    assert most == {"forward": 2, "backward": 1}
+        terms = TokenTerms(
+            logprobs, entropy, logprobs.detach(), torch.ones(rows), torch.ones(rows) > 0, torch.arange(rows)
+        )
+        policy_update_loss(terms, Objective(entropy_bonus=bonus), GlobalCounts(rows, rows)).loss.backward()
+    assert most == {"forward": 2, "backward": in_backward}
 
 
 def test_the_head_shares_the_models_weight():

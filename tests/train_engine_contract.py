@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +156,24 @@ class TrainEngineContract:
         # On-policy, the ratio's gradient is that of log pi: the second step alone, from where the first ended.
         second = self.update(alone, replace(chosen, optimizer_steps=1, loss="reinforce"), parts[1])
         assert stats["grad_norm"] == pytest.approx((first["grad_norm"] + second["grad_norm"]) / 2, rel=0.05)
+
+    def test_steps_against_what_was_sampled_take_no_pass_more(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, optimizer_steps=2, old_policy="behavior", beta=0.0)
+        engine: Any = make(chosen)
+
+        def not_needed(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("a pass that is not needed")
+
+        engine.logprobs = not_needed
+        stats = run_update(
+            engine, engine.adapter, chosen, case.groups, case.advantages, case.media, 0, minibatches=[0, 1, 1, 0]
+        )
+        alone = replace(chosen, optimizer_steps=1)
+        first = self.update(make(alone), alone, case.part([0, 3]))
+        # Behind a step the policy has moved: what is between it and the engines' says nothing of how they agree.
+        for name in ("mismatch_mean", "mismatch_max", "mismatch_kl", "effective_sample_size"):
+            assert stats["metrics"][name] == pytest.approx(first["metrics"][name], rel=1e-3, abs=1e-6), name
+        assert stats["metrics"]["ratio_max"] > first["metrics"]["ratio_max"]
 
     def test_completions_that_were_cut_off_are_left_out(self, make: Make, tiny_model: Path, case: Case):
         cut = [
