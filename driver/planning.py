@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from driver.wiring import config_adapter, data_options, learner_options
 from learner.flops import Flops, GroupShape, step_flops
 from learner.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
 from learner.model_shape import ModelShape, describe
+from learner.packing import balance, fewest_bins, pack_padded, split_group
 from learner.samples import shares_prompts
 from learner.types import LearnerOptions
 from rollout.prompts import DataError, PromptSource
@@ -78,8 +79,13 @@ def make_plan(config: RunConfig) -> Plan:
     if shape.vision is not None:
         group = GroupShape(group.prompt, group.completions, [round(n * shape.patches_per_token) for n in group.images])
     shared = shares_prompts(adapter)
-    groups = [group] if shared else [GroupShape(group.prompt, [n], group.images) for n in group.completions]
-    load = micro_batch(config, options, groups)
+    try:
+        rows = rows_of(group, options, shared)
+    except ValueError as error:
+        raise ConfigError([f"learner.micro_batch_*: {error}"], "what the configuration refers to") from error
+    load = micro_batch(config, options, rows, shared)
+    if not shared:  # siblings follow each other, and their images are encoded once
+        rows = [replace(row, images=row.images if i == 0 else ()) for i, row in enumerate(rows)]
     return Plan(
         device,
         options,
@@ -87,7 +93,7 @@ def make_plan(config: RunConfig) -> Plan:
         group,
         load,
         plan_memory(shape, options, load),
-        step_flops(shape, options, groups * config.learner.prompts_per_step),
+        step_flops(shape, options, rows * config.learner.prompts_per_step),
         assumed,
     )
 
@@ -125,19 +131,32 @@ def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[Group
     return GroupShape(length, completions, [each] * count), kinds, f"{basis}; {told}"
 
 
-def micro_batch(config: RunConfig, options: LearnerOptions, groups: Sequence[GroupShape]) -> Load:
-    """A micro-batch as full of `groups`, which are alike, as its limits allow, and how many of them a rank has in a
-    step; `groups` are what is laid out of one prompt."""
-    group = groups[0]
-    size = options.size(group.tokens, sum(group.images), sum(group.completions))
-    share = min(limit / each for each, limit in zip(size, options.micro_batch, strict=True) if each)
-    step = config.learner.prompts_per_step * len(groups) / options.ranks / options.optimizer_steps
-    return Load(
-        tokens=round(share * size.tokens),
-        rows=math.ceil(share * size.logits),
-        patches=math.ceil(share * size.patches),
-        micro_batches=max(1, math.ceil(step / share)),
-    )
+def rows_of(group: GroupShape, options: LearnerOptions, shared: bool) -> list[GroupShape]:
+    """What is laid out of one group: all of it, parts where it exceeds a micro-batch, or, padded, each completion by
+    itself. Raises ValueError where the prompt with one completion does not fit a micro-batch."""
+    own = [options.size(n, 0, n) for n in group.completions]
+    parts = split_group(options.size(group.prompt, sum(group.images), 0), own, options.micro_batch)
+    members = parts if shared else [[i] for i in range(len(own))]
+    return [GroupShape(group.prompt, [group.completions[i] for i in part], group.images) for part in members]
+
+
+def micro_batch(config: RunConfig, options: LearnerOptions, rows: Sequence[GroupShape], shared: bool) -> Load:
+    """The largest micro-batch of a rank, and how many of them it has in a step, all groups being laid out as `rows`."""
+    groups = math.ceil(config.learner.prompts_per_step / options.ranks / options.optimizer_steps)
+    laid = [row for _ in range(groups) for row in rows]
+    sizes = np.array([options.size(row.tokens, sum(row.images), sum(row.completions)) for row in laid], np.int64)
+    limits = options.micro_batch
+    bins = fewest_bins(sizes, limits) if shared else pack_padded(sizes, limits)
+    bins = balance(bins, sizes, limits, [row.tokens for row in laid], len(bins), additive=shared)
+
+    def load(members: Sequence[int]) -> Load:
+        tokens, patches, trained, _ = sizes[list(members)].sum(0).tolist()
+        if not shared:  # filled up to the longest, and siblings in one micro-batch have their images encoded once
+            tokens = len(members) * int(sizes[list(members), 0].max())
+            patches = sum(laid[0].images) * len({i // len(rows) for i in members})
+        return Load(tokens, trained, patches, len(bins))
+
+    return max(map(load, bins), key=lambda each: (each.tokens, each.patches))
 
 
 def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequence[MediaKind]) -> list[str]:

@@ -15,6 +15,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from driver.cli import app
+from driver.config import load_config
+from driver.planning import make_plan
 from learner.activations import projector_bytes, tower_bytes
 from learner.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory, with_unit_bytes
 from learner.model import load_policy
@@ -255,10 +257,10 @@ def test_the_command(models: Callable[[str], Path], tmp_path: Path) -> None:
     n = describe(options_of(model), adapter_of(model)).total
     assert written["device"]["parameters"] == 4 * n
     assert written["device"]["optimizer"] == 12 * n
-    assert written["micro_batch"]["tokens"] == 512
+    assert written["micro_batch"] == {"tokens": 384, "rows": 256, "patches": 512, "micro_batches": 2}
     limited = [
         "learner.micro_batch_tokens=null",
-        "learner.micro_batch_gib=0.05",
+        "learner.micro_batch_gib=0.012",
         "learner.logprob_chunk_rows=16",
         "--json",
         str(figures),
@@ -267,9 +269,34 @@ def test_the_command(models: Callable[[str], Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     units, load = (json.loads(figures.read_text())[name] for name in ("units", "micro_batch"))
     taken = sum(load[n] * units[u] for n, u in (("tokens", "token"), ("patches", "patch"), ("rows", "row")))
-    assert taken + units["fixed"] == pytest.approx(0.05 * 2**30, rel=0.05)
+    groups = load["tokens"] / 192
+    assert groups == round(groups) < 4 and taken * (1 + 1 / groups) + units["fixed"] > 0.012 * 2**30
+    assert taken + units["fixed"] <= 0.012 * 2**30
     assert written["peak"] == max(written["phases"].values())
     assert written["flops"]["total"] == pytest.approx(sum(v for k, v in written["flops"].items() if k != "total"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        # A group is 64 tokens of prompt, an image's 256 patches, and 4 completions of 32; a step has 4 of them.
+        ("qwen2_5_vl", [], Load(4 * 192, 4 * 128, 4 * 256, 1)),
+        ("qwen2_5_vl", ["learner.micro_batch_tokens=300"], Load(192, 128, 256, 4)),
+        ("qwen2_5_vl", ["learner.micro_batch_tokens=600"], Load(2 * 192, 2 * 128, 2 * 256, 2)),  # 3 and 1, balanced
+        ("qwen2_5_vl", ["learner.micro_batch_tokens=130"], Load(128, 64, 256, 8)),  # the prompt twice
+        ("qwen2_5_vl", ["learner.ranks=3"], Load(2 * 192, 2 * 128, 2 * 256, 1)),  # of one rank that has two of them
+        ("gemma3", ["learner.micro_batch_tokens=512"], Load(5 * 96, 5 * 32, 0, 4)),  # padded: images of two prompts
+    ],
+)
+def test_micro_batches_are_those_of_the_run(
+    models: Callable[[str], Path], tmp_path: Path, family: str, changes: list[str], expected: Load
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path, model=models(family)).replace("512", "8192"))
+    plan = make_plan(load_config(config, changes))
+    if family == "gemma3":
+        expected = replace(expected, patches=2 * sum(plan.group.images))
+    assert plan.load == expected
 
 
 def test_the_command_reports_all_problems(tmp_path: Path) -> None:
