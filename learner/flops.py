@@ -4,7 +4,8 @@
 
 Linear layers: 2 per weight and token. Attention: 4 per pair that sees each other and element of the queries' width
 (scores, and the mix of values): a prompt of P tokens has P^2 / 2 pairs, a completion of L tokens behind it
-L P + L^2 / 2, so a prompt is counted once for its group. In the vision tower an image's patches all see each other.
+L P + L^2 / 2, so a prompt is counted once for its group. In the vision tower an image's patches all see each other,
+or those of their window.
 
 A pass forward counts 1, its backward 2 where weights are trained (gradients of inputs and of weights), else 1;
 recomputation under checkpointing 1 more. A frozen tower whose outputs are kept counts once: all items are new to it.
@@ -123,5 +124,7 @@ def _weights(layer: LayerShape) -> int:
 
 
 def _image(shape: ModelShape, tower: Tower, patches: int) -> float:
-    layers = tower.layers * (2.0 * _weights(tower.layer) * patches + 4.0 * tower.layer.query * patches**2)
-    return layers + 2.0 * shape.patch * tower.layer.hidden * patches
+    full = tower.layers if tower.window is None else tower.full_layers
+    seen = full * patches + (tower.layers - full) * min(patches, tower.window or patches)
+    layers = tower.layers * 2.0 * _weights(tower.layer) + 4.0 * tower.layer.query * seen
+    return (layers + 2.0 * shape.patch * tower.layer.hidden) * patches

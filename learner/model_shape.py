@@ -87,6 +87,9 @@ class Tower:
     """Whether a gradient passes through, so that its activations are kept."""
     once: bool = False
     """Whether it runs once per run for each distinct item, and what it gives is kept."""
+    window: int | None = None
+    """Positions that a layer attends over, but for `full_layers` of them; None: all layers see all of an image."""
+    full_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,12 @@ def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
     towers = _towers(model, adapter, trained)
     if "language" not in towers:
         raise ValueError(f"{type(base).__name__}: found no layers of a language model")
-    if "vision" in towers and not towers["vision"].differentiable and options.feature_cache_gib:
-        once = not trained.get("projector") or adapter.knows_tower_end()
-        towers["vision"] = replace(towers["vision"], once=once)
+    if "vision" in towers:
+        kept = not towers["vision"].differentiable and options.feature_cache_gib > 0
+        once = kept and (not trained.get("projector") or adapter.knows_tower_end())
+        towers["vision"] = replace(
+            towers["vision"], once=once, **_windows(getattr(adapter.model_config, "vision_config", None))
+        )
     projector = [
         (name, module)
         for name, module in model.named_modules()
@@ -285,6 +291,12 @@ def _patch_elements(model: nn.Module, adapter: MultimodalAdapter) -> int:
         if isinstance(module, nn.Linear) and adapter.role(name) == "vision":
             return module.in_features
     return 0
+
+
+def _windows(config: Any) -> dict[str, Any]:
+    """Of a vision tower's configuration, in Qwen2.5-VL's names: the side of a window in pixels, the layers without."""
+    full = getattr(config, "fullatt_block_indexes", None)
+    return {} if full is None else {"window": (config.window_size // config.patch_size) ** 2, "full_layers": len(full)}
 
 
 def _patches_per_token(config: Any) -> float:

@@ -68,6 +68,22 @@ def test_a_frozen_tower_whose_outputs_are_kept_counts_once(tmp_path: Path) -> No
     assert counted(freeze=("projector",)) == (1 + 2 + 1 + 1, 1 + 1 + 1)
 
 
+def test_layers_with_windows_see_less(tmp_path: Path) -> None:
+    model = build_tiny("qwen2_5_vl", tmp_path / "model", sizes=TinySizes(layers=1))
+    shape = describe(LearnerOptions(str(model), 1, device="cpu", dtype="float32"), adapter_of(model))
+    tower = shape.vision
+    assert tower is not None and tower.layers > tower.full_layers == 1 and tower.window == 64
+
+    def vision(window: int | None, patches: int) -> float:
+        seen = replace(shape, vision=replace(tower, window=window))
+        return forward_flops(seen, [GroupShape(8, [1], images=[patches])]).vision
+
+    # 64 patches are one window; of 256 each sees 64 instead of 256, in all layers but one.
+    assert vision(64, 64) == vision(None, 64)
+    fewer = 4 * tower.layer.query * (tower.layers - 1) * 256 * (256 - 64)
+    assert vision(None, 256) - vision(64, 256) == fewer
+
+
 def test_torch_counts_as_many(model: Path) -> None:
     """Linear layers, forward and backward; attention's kernels on a CPU are not in torch's table."""
     adapter = adapter_of(model)
