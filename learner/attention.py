@@ -16,7 +16,7 @@ Of the T x T pairs only those that count are computed, in one of three ways:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -40,6 +40,8 @@ from vlm.batch import GroupLengths
 AttentionBackend = Literal["auto", "blocks", "flex", "mask"]
 IMPLEMENTATION = "saccade_groups"
 """The name under which transformers' language models find `_forward`."""
+FLEX_BLOCK = 128
+"""Side of the blocks of pairs that flex_attention skips or takes whole."""
 CALL_OVERHEAD = 2**14
 """What one more call of the kernel costs, in pairs of tokens."""
 
@@ -104,7 +106,7 @@ class GroupAttention:
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return _visible(segment, group, query, key)
 
-        return create_block_mask(seen, None, None, len(segment), len(segment), device=self.device.type)
+        return block_mask_of(seen, len(segment), self.device)
 
     @cached_property
     def blocks(self) -> tuple[list[Block], list[Block]]:
@@ -144,6 +146,24 @@ def packed_kwargs(groups: Sequence[GroupLengths], device: torch.device, backend:
     """What the model is called with for a packed row. The mask of one entry only keeps it from making one itself."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return {"attention_mask": mask, "group_attention": GroupAttention(groups, device, backend)}
+
+
+def block_mask_of(seen: Callable[..., Tensor], length: int, device: torch.device) -> BlockMask:
+    """Which blocks of FLEX_BLOCK x FLEX_BLOCK pairs have some, and which all pairs that see each other; `length` is a
+    multiple of it. `torch`'s `create_block_mask` gives the same, and holds all `length`^2 pairs at once for that."""
+    blocks = length // FLEX_BLOCK
+    some, every = torch.zeros(2, 1, 1, blocks, blocks, dtype=torch.bool, device=device)
+    places, none = torch.arange(length, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    for i, queries in enumerate(places.split(FLEX_BLOCK)):
+        pairs = seen(none, none, queries[:, None], places).view(FLEX_BLOCK, blocks, FLEX_BLOCK)
+        some[0, 0, i], every[0, 0, i] = pairs.any(2).any(0), pairs.all(2).all(0)
+    ordered = [
+        (kind.sum(-1, dtype=torch.int32), kind.int().argsort(dim=-1, descending=True, stable=True).int())
+        for kind in (some & ~every, every)
+    ]
+    return BlockMask.from_kv_blocks(
+        *ordered[0], *ordered[1], BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(length, length)
+    )
 
 
 def flex_length(tokens: int) -> int:

@@ -10,8 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.attention import GroupAttention, _forward, flex_length, labels, position_shift, predicting_position
+from learner.attention import (
+    FLEX_BLOCK,
+    GroupAttention,
+    _forward,
+    flex_length,
+    labels,
+    position_shift,
+    predicting_position,
+)
 from vlm.batch import GroupLengths
 
 GROUPS: tuple[GroupLengths, ...] = ((3, (2, 3)), (2, (1,)), (1, ()))
@@ -112,6 +122,29 @@ def test_rows_for_flex_attention_take_few_lengths():
         *(512, 1024, 1536, 2048, 2560, 3072, 3584, 4096),
         *(5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384),
     ]
+
+
+def test_the_mask_of_blocks_is_torchs_own_made_a_row_of_blocks_at_a_time():
+    groups = ((700, (130, 3, 260)), (5, (900,)), (128, (128, 128)))
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    attend = GroupAttention(groups, CPU, "flex")
+    with Largest() as largest:
+        ours = attend.block_mask
+    length = ours.seq_lengths[0]
+    assert length == 2560 and largest.numel == FLEX_BLOCK * length
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert int(ours.full_kv_num_blocks.sum()) > 0
 
 
 def test_completions_without_tokens_are_seen_by_nobody():
