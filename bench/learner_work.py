@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from learner.packing import balance, fewest_bins, pack_padded
 from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from learner.types import LearnerOptions
-from learner.update import group_cost
+from learner.update import row_costs
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -141,10 +141,10 @@ def batches_of(
     rows: Sequence[Row], adapter: MultimodalAdapter, budget: int, *, packed: bool = True
 ) -> list[MultimodalBatch]:
     """Micro-batches of at most `budget` positions, as the learner makes them; or padded ones."""
-    options, cost = _options(budget), group_cost(adapter)
+    options = _options(budget)
     sizes = np.array([size_of(row, adapter, options) for row in rows], np.int64)
     bins = (fewest_bins if packed else pack_padded)(sizes, options.micro_batch)
-    costs = [cost(len(row.prompt.input_ids), [len(s) for s in row.samples]) for row in rows]
+    costs = row_costs(rows, adapter, media_cost=0.0)  # they are alike
     bins = balance(bins, sizes, options.micro_batch, costs, len(bins), additive=packed)
     return [collate([rows[i] for i in members], adapter, packed=packed) for members in bins]
 

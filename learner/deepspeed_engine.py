@@ -75,6 +75,9 @@ class DeepSpeedEngine:
     def recorded_kinds(self) -> tuple[MediaKind, ...]:
         return self.policy.recorded_kinds()
 
+    def media_cost(self) -> float:
+        return self.policy.media_cost()
+
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         totals = StepTotals()
         for batch in batches:

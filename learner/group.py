@@ -96,7 +96,7 @@ class LearnerGroup:
         kept = [i for i in order if used[i]]
         # Which group is trained in which step does not depend on the number of ranks.
         parts = [kept[m :: self.options.optimizer_steps] for m in range(self.options.optimizer_steps)]
-        costs = [self._cost(s.prompt_length, s.lengths) for s in summaries]
+        costs = [self._cost(s.prompt_length, s.lengths, s.media_length) for s in summaries]
         deal = [shard([costs[i] for i in part], self.options.ranks) for part in parts]
         if self.options.beta > 0 and self.options.kl_in == "reward":
             rewards -= self.options.beta * self._reference_kl(group_refs, parts, deal, rewards.shape)

@@ -45,13 +45,16 @@ class GroupCost:
     shares_prompts: bool
     break_even: int
     """Tokens attended to that cost a token as much as its linear layers."""
+    media: float = 0.0
+    """What the towers take for a token of an image, a video or a sound; 0 where they run ahead of all this."""
 
-    def __call__(self, prompt: int, lengths: Sequence[int]) -> float:
-        """Of a prompt with completions of `lengths`. A token attends to half of its own sequence on average."""
+    def __call__(self, prompt: int, lengths: Sequence[int], media: float = 0.0) -> float:
+        """Of a prompt with completions of `lengths`; `media` of its tokens are media's, which are encoded once. A token
+        attends to half of its own sequence on average."""
         copies = 1 if self.shares_prompts else len(lengths)
         tokens = copies * prompt + sum(lengths)
         pairs = copies * prompt**2 / 2 + sum(n * prompt + n * n / 2 for n in lengths)
-        return tokens + pairs / self.break_even
+        return tokens + pairs / self.break_even + self.media * media
 
 
 def shard(costs: Sequence[float], ranks: int) -> list[list[int]]:

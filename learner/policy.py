@@ -8,6 +8,7 @@ nobody calls an inner module past it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -24,6 +25,8 @@ from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.encoded import FeatureRow
 from vlm.parts import THROUGH, tower_part
+from vlm.patches import patches_per_token
+from vlm.roles import part_of
 
 
 class PolicyModule(nn.Module):
@@ -132,6 +135,17 @@ class PolicyModule(nn.Module):
         kinds = tuple(kind for kind, projected in self._frozen_towers().items() if projected)
         end = self.adapter.tower_end(self.base.base_model) if kinds else None
         return () if end is None or end.is_trained() else kinds
+
+    def media_cost(self) -> float:
+        """What the towers take for a token of media, in tokens through the language model, by the elements of their
+        linear layers; of the costliest kind that the run may hold and that runs in every pass. 0 if none does."""
+        passed: Counter[str] = Counter()
+        for name, module in self.base.named_modules():
+            if isinstance(module, nn.Linear) and module is not self.base.get_output_embeddings():
+                passed[part_of(self.adapter.role(f"{name}.weight"))] += module.in_features * module.out_features
+        kinds = set(self._dummies) - {*self.constant_kinds(), *self._recorded}
+        costs = [passed[tower_part(k)] * patches_per_token(self.adapter, k) / passed["language"] for k in kinds]
+        return max(costs, default=0.0)
 
     def _frozen_towers(self) -> dict[MediaKind, bool]:
         """Kinds of media that the run may hold and whose tower has no parameter that is trained, and whether their

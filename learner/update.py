@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -230,9 +231,7 @@ def plan_batches(
     sizes = np.array([size_of(row, adapter, options) for row in rows], np.int64).reshape(-1, len(limits))
     bins = fewest_bins(sizes, limits) if shared else pack_padded(sizes, limits)
     most = int(engine.all_reduce_max([len(bins)])[0])
-    cost = group_cost(adapter)
-    costs = [cost(len(row.prompt.input_ids), [len(s) for s in row.samples]) for row in rows]
-    return balance(bins, sizes, limits, costs, most, additive=shared)
+    return balance(bins, sizes, limits, row_costs(rows, adapter, engine.media_cost()), most, additive=shared)
 
 
 def check_staleness(samples: Sequence[Sample], version: int, max_staleness: int) -> tuple[int, int]:
@@ -309,7 +308,23 @@ def _metrics(results: Sequence[StepResult], tokens: Sequence[float], known: int)
     return {**token_means(sums, sum(tokens)), **maxima}
 
 
-def group_cost(adapter: MultimodalAdapter) -> GroupCost:
+def row_costs(rows: Sequence[Row], adapter: MultimodalAdapter, media_cost: float) -> list[float]:
+    """Time of each row; `media_cost` is the engine's."""
+    cost, places = group_cost(adapter, media_cost), list(adapter.placeholder_ids.values())
+    # Padded siblings have their images encoded once.
+    siblings = Counter({} if shares_prompts(adapter) else (id(row.prompt) for row in rows))
+    return [
+        cost(
+            len(row.prompt.input_ids),
+            [len(s) for s in row.samples],
+            np.isin(row.prompt.input_ids, places).sum() / max(1, siblings[id(row.prompt)]),
+        )
+        for row in rows
+    ]
+
+
+def group_cost(adapter: MultimodalAdapter, media_cost: float) -> GroupCost:
     """A token attends to four times the model's width at the price of its linear layers: 6 H^2 + 9 H I multiplications
     against 2 H per token attended to and layer would say five to seven, at equal rates; attention's is the lower."""
-    return GroupCost(shares_prompts(adapter), 4 * int(adapter.model_config.get_text_config().hidden_size))
+    hidden = int(adapter.model_config.get_text_config().hidden_size)
+    return GroupCost(shares_prompts(adapter), 4 * hidden, media_cost)

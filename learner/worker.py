@@ -92,7 +92,7 @@ class LearnerWorker:
             # Far less than anybody waits for this rank.
             lambda limit: ObjectStore(f"features-{host}:{port}", limit, min(60.0, options.timeout / 10)),
         )
-        return group_cost(self._adapter)
+        return group_cost(self._adapter, self._engine.media_cost())
 
     def update(self, scored: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
         """One optimizer step; the fields of UpdateStats that are known here, reduced over ranks."""

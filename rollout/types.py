@@ -220,6 +220,7 @@ class GroupSummary:
     lengths: tuple[int, ...]
     finish_reasons: tuple[FinishReason, ...]
     prompt_length: int
+    """In tokens, all expanded."""
     oldest_version: int
     """Minimum policy version over all trainable tokens; decides staleness. -1 for a failure."""
     generate_started: float = 0.0
@@ -233,6 +234,8 @@ class GroupSummary:
     part_seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds of scoring by reward name."""
     failure: RolloutFailure | None = None
+    media_length: int = 0
+    """Tokens that the placeholders of the prompt's media expanded to."""
 
     @classmethod
     def of(cls, group: RolloutGroup) -> GroupSummary:
@@ -254,6 +257,7 @@ class GroupSummary:
             reward_seconds=group.reward_seconds,
             engine=group.engine,
             invalid_reasons=tuple(f"{v.status}: {v.reason}" for v in verdicts if not v.valid),
+            media_length=len(group.prompt_token_ids) - len(group.prompt.token_ids) + len(group.prompt.media),
         )
 
     @classmethod

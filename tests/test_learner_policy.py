@@ -14,6 +14,8 @@ from learner.model import load_policy
 from learner.policy import PolicyModule
 from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
 from learner.types import LearnerOptions
+from learner.update import row_costs
+from rollout.types import GroupSummary
 from tests.learner_cases import adapter_of, expected_update, make_group, mixed_case, options
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -206,3 +208,22 @@ def test_a_model_that_bends_its_logits_is_refused(tiny_model: Path, adapter: Mul
     module.base.config.get_text_config().final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
         PolicyModule(module.base, adapter, temperature=1.0, chunk_rows=8)
+
+
+def test_a_token_of_an_image_costs_its_share_of_the_tower(
+    tiny_model: Path, adapter: MultimodalAdapter, policy: PolicyModule
+):
+    """Of the linear layers that a token passes: four patches each, one token, and no embedding or head."""
+    linear = {n: p.numel() for n, p in policy.base.named_parameters() if p.ndim == 2 and "embed" not in n}
+    tower = sum(size for n, size in linear.items() if n.startswith("model.visual.blocks."))
+    language = sum(size for n, size in linear.items() if n.startswith("model.language_model."))
+    assert policy.media_cost() == pytest.approx(4 * tower / language)
+    assert load_policy(options(tiny_model, freeze=("vision",)), adapter).media_cost() == 0
+
+    case = mixed_case(adapter)
+    rows = [row for row in all_rows(adapter) if row.prompt.counts.get("image", 0) == 1][:1]
+    tokens = int((rows[0].prompt.input_ids == adapter.placeholder_ids["image"]).sum())
+    summary = next(s for g in case.groups if len(g.prompt.media) == 1 for s in [GroupSummary.of(g)])
+    assert summary.media_length == tokens > 1
+    with_tower, without = row_costs(rows, adapter, 0.5), row_costs(rows, adapter, 0.0)
+    assert with_tower[0] - without[0] == pytest.approx(0.5 * tokens)

@@ -176,6 +176,9 @@ def test_the_cost_of_a_group_by_hand():
     assert GroupCost(True, 100)(10, [4, 6]) == 20 + 176 / 100
     # the prompt twice: 30 tokens, 50 pairs more
     assert GroupCost(False, 100)(10, [4, 6]) == 30 + 226 / 100
+    # 8 of the prompt's tokens are an image's, which is encoded once
+    assert GroupCost(True, 100, 0.5)(10, [4, 6], 8) == pytest.approx(20 + 176 / 100 + 4)
+    assert GroupCost(False, 100, 0.5)(10, [4, 6], 8) == pytest.approx(30 + 226 / 100 + 4)
 
 
 lengths_and_budget = st.lists(st.integers(1, 60), max_size=40).flatmap(
