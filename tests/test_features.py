@@ -3,6 +3,8 @@ hold; and what one rank put away another finds."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -160,3 +162,20 @@ def test_a_run_goes_on_without_a_store_that_is_lost(local_ray: ModuleType, caplo
         "unexpectedly before finishing this task.); from now on this rank computes those that are not in its own "
         "memory again"
     ]
+
+
+@pytest.mark.e2e
+def test_a_store_that_hangs_is_waited_for_once(local_ray: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    cache = FeatureCache(2**20, ObjectStore("features-hanging", 2**20, 3.0))
+    cache.put({0: features(0)})
+    actor = local_ray.get_actor("features-hanging")
+    pid = local_ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert [*cache.get([0, 1])] == [0]
+        assert [*cache.get([0, 1])] == [0]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        local_ray.kill(actor)
+    lost = [record.message for record in caplog.records if "object store are lost" in record.message]
+    assert len(lost) == 1 and "GetTimeoutError" in lost[0]
