@@ -1,6 +1,6 @@
-# make demo        train a tiny model on this machine's CPU and show that it learned to see (about 8 minutes)
+# make demo        train a tiny model on this machine's CPU and show that it learned to see (4 to 6 minutes)
 # make demo-seeds  the same for seeds 0, 1 and 2
-# make test        the tests (under 15 minutes on 2 cores); make test-all adds the slow ones
+# make test        the tests (20 to 30 minutes on 2 cores); make test-all adds the slow ones
 # make lint        style, format and types
 # Each of them first creates .venv and installs the pinned versions, if that has not been done (see deploy/venv.sh).
 
