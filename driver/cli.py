@@ -73,12 +73,9 @@ def train(
     from driver.display import TerminalDisplay
     from driver.loop import train as run
 
-    settings = load_config(config, overrides or [])
-    try:
-        result = run(settings, resume=resume, address=address, display=TerminalDisplay(Console()))
-    except KeyboardInterrupt:
-        errors.print(f"stopped at once; only what {settings.output_dir}/checkpoints holds is saved", soft_wrap=True)
-        raise typer.Exit(130) from None
+    result = run(
+        load_config(config, overrides or []), resume=resume, address=address, display=TerminalDisplay(Console())
+    )
     if result.interrupted:
         joined = f" --address {address}" if address else ""
         path = result.output_dir / "config.yaml"  # with the overrides

@@ -24,6 +24,7 @@ def stop_on_signals(display: Display) -> Iterator[Callable[[], None]]:
     def request(number: int, frame: Any) -> None:
         nonlocal requested
         if requested:
+            said.put("stopping at once: only what is saved already remains")
             raise KeyboardInterrupt
         requested = True
         said.put("stopping: the state is saved first; once more to stop at once")

@@ -76,7 +76,7 @@ class DeepSpeedEngine:
         return self.policy.recorded_kinds()
 
     def media_cost(self) -> float:
-        return self.policy.media_cost()
+        return self.policy.media_cost
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         totals = StepTotals()

@@ -69,8 +69,8 @@ class TrainEngine(Protocol):
         """Kinds of media that the run may hold and whose tower no optimizer step changes, but their projector."""
 
     def media_cost(self) -> float:
-        """What the towers take for a token of media, in tokens through the language model; 0 if no tower runs in every
-        pass."""
+        """What the towers take for a token of media, in tokens through the language model; those of `constant_kinds`
+        and `recorded_kinds` nothing."""
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches

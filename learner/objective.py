@@ -111,6 +111,7 @@ def policy_update_loss(terms: TokenTerms, objective: Objective, counts: GlobalCo
     return LossTerms((weights.to(values.dtype) * values).sum(), sums, maxima)
 
 
+# What `_mismatch` sums up.
 MISMATCH = ("mismatch_mean", "mismatch_kl", "importance_weight", "importance_weight_squared")
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -136,9 +137,10 @@ class PolicyModule(nn.Module):
         end = self.adapter.tower_end(self.base.base_model) if kinds else None
         return () if end is None or end.is_trained() else kinds
 
+    @cached_property
     def media_cost(self) -> float:
         """What the towers take for a token of media, in tokens through the language model, by the elements of their
-        linear layers; of the costliest kind that the run may hold and that runs in every pass. 0 if none does."""
+        linear layers; of the costliest kind that the run may hold. Towers that can be kept count nothing."""
         passed: Counter[str] = Counter()
         for name, module in self.base.named_modules():
             if isinstance(module, nn.Linear) and module is not self.base.get_output_embeddings():

@@ -61,7 +61,7 @@ class TorchEngine:
         return self.policy.recorded_kinds()
 
     def media_cost(self) -> float:
-        return self.policy.media_cost()
+        return self.policy.media_cost
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         totals = StepTotals()

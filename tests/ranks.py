@@ -28,13 +28,8 @@ PRELOADED = [
 def run_ranks(scenario: Callable[[int, Path, Path], None], ranks: int, model: Path, out: Path) -> None:
     """`scenario(rank, model, out)` in `ranks` processes. Raises when one of them fails."""
     multiprocessing.set_forkserver_preload(PRELOADED)
-    store, port = open_store("127.0.0.1", 120.0)
-    try:
-        mp.start_processes(
-            _on_rank, (scenario, ranks, port, model, out), nprocs=ranks, join=True, start_method="forkserver"
-        )
-    finally:
-        del store
+    _store, port = open_store("127.0.0.1", 120.0)  # there until all are done
+    mp.start_processes(_on_rank, (scenario, ranks, port, model, out), nprocs=ranks, start_method="forkserver")
 
 
 def _on_rank(rank: int, scenario: Callable[[int, Path, Path], None], ranks: int, port: int, *paths: Path) -> None:

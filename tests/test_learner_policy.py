@@ -217,8 +217,8 @@ def test_a_token_of_an_image_costs_its_share_of_the_tower(
     linear = {n: p.numel() for n, p in policy.base.named_parameters() if p.ndim == 2 and "embed" not in n}
     tower = sum(size for n, size in linear.items() if n.startswith("model.visual.blocks."))
     language = sum(size for n, size in linear.items() if n.startswith("model.language_model."))
-    assert policy.media_cost() == pytest.approx(4 * tower / language)
-    assert load_policy(options(tiny_model, freeze=("vision",)), adapter).media_cost() == 0
+    assert policy.media_cost == pytest.approx(4 * tower / language)
+    assert load_policy(options(tiny_model, freeze=("vision",)), adapter).media_cost == 0
 
     case = mixed_case(adapter)
     rows = [row for row in all_rows(adapter) if row.prompt.counts.get("image", 0) == 1][:1]

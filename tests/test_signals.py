@@ -42,13 +42,15 @@ def test_ctrl_c_while_a_line_is_printed_prints_that_line_once():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_interrupts_and_the_former_handlers_come_back(number):
     former = signal.getsignal(number)
-    with stop_on_signals(SilentDisplay()) as check:
+    terminal = io.StringIO()
+    with stop_on_signals(TerminalDisplay(Console(file=terminal, width=200))) as check:
         check()
         signal.raise_signal(number)
         with pytest.raises(RunStopped):
             check()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert terminal.getvalue().splitlines()[-1] == "stopping at once: only what is saved already remains"
     assert signal.getsignal(number) is former
     assert not [t for t in threading.enumerate() if t.name == "announces a stop"]
 
