@@ -15,9 +15,9 @@ from rich.table import Table
 
 from driver.config import ConfigError, RunConfig
 from driver.wiring import config_adapter, data_options, reward_specs
-from rewards.accuracy import gold_forms
 from rewards.base import ScoringRequest
 from rewards.format import shown
+from rewards.golds import gold_forms
 from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load_reward
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker

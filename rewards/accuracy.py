@@ -13,7 +13,6 @@ goes on with numbers is judged by those.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import ClassVar, get_args
 
 from rewards.base import ScoringRequest, unscorable
 from rewards.format import Scope, check_scope, judged_text, one_of
+from rewards.golds import gold_forms
 from rewards.mathematics import expressions_equal, is_mathematics, numbers_equal, prose_equals, value_of
 from rewards.quantities import Units, quantities_equal
 from rollout.types import Verdict
@@ -67,20 +67,6 @@ class AccuracyReward:
     def warm_up(self) -> None:
         """Imports math-verify and runs it once (1-2 s), so that no completion has to wait for that."""
         matches("\\frac{x+1}{2}", "$0.5(x + 1)$")
-
-
-def gold_forms(answer: str | None) -> list[str]:
-    """All texts that count as the gold answer: those of a JSON list of texts, else the answer itself."""
-    if answer is None or not answer.strip():
-        return []
-    if answer.lstrip().startswith('["'):
-        try:
-            forms = json.loads(answer)
-        except ValueError:
-            return [answer]
-        if all(isinstance(form, str) for form in forms):
-            return [form for form in forms if form.strip()]
-    return [answer]
 
 
 @lru_cache(maxsize=4096)

@@ -18,9 +18,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from rewards.accuracy import gold_forms
 from rewards.base import ScoringRequest, unscorable
 from rewards.format import Scope, check_scope, judged_text
+from rewards.golds import gold_forms
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 20_000
