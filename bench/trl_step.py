@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForImageTextToText
 
 from bench.learner_work import chosen_logprobs
@@ -29,23 +30,34 @@ class BareStep:
 
     Better than most would: only the completion's logits are asked for, and positions were computed beforehand."""
 
-    def __init__(self, model_path: Path) -> None:
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).train()
+    def __init__(
+        self,
+        model_path: Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype).to(device).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
     def __call__(self, batches: Sequence[dict[str, Any]]) -> tuple[float, float]:
         total = 0.0
         for batch in batches:
+            self._add_positions(batch)
+            batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), batch)
             completions, tokens = batch["completion_ids"], batch["num_items_in_batch"]
-            ids = torch.cat([batch["prompt_ids"], completions], 1)
-            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+            ids, mask = _whole(batch)
             logits = self.model(
                 input_ids=ids,
                 attention_mask=mask,
-                pixel_values=batch["pixel_values"],
+                pixel_values=batch["pixel_values"].to(self.model.dtype),
                 image_grid_thw=batch["image_grid_thw"],
                 mm_token_type_ids=batch["mm_token_type_ids"],
-                position_ids=self._positions(batch, ids, mask),
+                position_ids=batch["bare_positions"],
                 logits_to_keep=completions.shape[1] + 1,
                 use_cache=False,
             ).logits[:, :-1]
@@ -58,12 +70,18 @@ class BareStep:
         self.optimizer.zero_grad()
         return total, float(norm)
 
-    def _positions(self, batch: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _add_positions(self, batch: dict[str, Any]) -> None:
         """As the model derives them; kept with the batch, where the unmeasured steps leave them."""
         if "bare_positions" not in batch:
+            ids, mask = _whole(batch)
             given = {"image_grid_thw": batch["image_grid_thw"], "mm_token_type_ids": batch["mm_token_type_ids"]}
             batch["bare_positions"] = self.model.model.get_rope_index(input_ids=ids, attention_mask=mask, **given)[0]
-        return batch["bare_positions"]
+
+
+def _whole(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of prompts and completions together, each `[B, L]`."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
 
 
 class TrlStep:

@@ -1,0 +1,162 @@
+"""The learner on the device against the learner on the CPU, on tiny models: gradients, ZeRO stages, precisions, resume.
+
+The reference is TorchEngine in float32 on the CPU. AdamW's first moment after one step is the gradient times 1 - beta1,
+so that every engine's gradients can be read from its state, whatever partitions them. In bfloat16 ZeRO-3 is compared
+with ZeRO-2, whose buffers are loaded plainly.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_parts.common import Setting, join_alone
+from bench.memory_process import Case, make_batches
+from learner.deepspeed_engine import DeepSpeedEngine
+from learner.engine import TrainEngine
+from learner.objective import GlobalCounts
+from learner.torch_engine import TorchEngine
+from learner.types import LearnerOptions
+from learner.update import micro_loss
+from vlm.adapter import MultimodalAdapter
+from vlm.batch import MultimodalBatch
+from vlm.registry import load_adapter
+from vlm.tiny import TinySizes, build_tiny
+
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "pixtral", "internvl", "gemma3", "llama")
+"""Gemma3's layers have windows: its rows are padded, not packed."""
+TOLERANCE = 1e-4
+"""Of float32 gradients, as a share of the largest of their tensor."""
+LONG = 2048
+"""Tokens of the row on which positions in bfloat16 are compared."""
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    families = FAMILIES[:1] if setting.small else FAMILIES
+    found: dict[str, Any] = {}
+    checks: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
+        for number, family in enumerate(families):
+            path = build_tiny(family, Path(folder) / family)
+            adapter, options = load_adapter(str(path)), _options(path)
+            if number == 0:
+                join_alone(replace(options, device=setting.device))
+            found[family], own = _family(setting, adapter, options, every_stage=number == 0)
+            checks |= {f"{family}: {what}": holds for what, holds in own.items()}
+        path = build_tiny("qwen2_5_vl", Path(folder) / "long", sizes=TinySizes(max_positions=2 * LONG))
+        found["long"], own = _long_positions(setting, load_adapter(str(path)), _options(path))
+    return {**found, "checks": checks | own}
+
+
+def _options(path: Path) -> LearnerOptions:
+    return LearnerOptions(
+        str(path),
+        100,
+        device="cpu",
+        dtype="float32",
+        loss="cispo",
+        zero_stage=0,
+        learning_rate=1e-3,
+        max_grad_norm=1e9,
+        gradient_checkpointing=(),
+    )
+
+
+def _family(
+    setting: Setting, adapter: MultimodalAdapter, options: LearnerOptions, *, every_stage: bool
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Errors of gradients by engine, for one family; for the first one every stage, resume, LoRA and the rest."""
+    on_device = replace(options, device=setting.device)
+    kinds = ("image",) if "image" in adapter.modalities else ()
+    batches, counts = work_of(adapter, image=bool(kinds))
+    options, on_device = (replace(o, media_kinds=kinds) for o in (options, on_device))
+    exact = gradients(TorchEngine(options, adapter), batches, counts, options)
+    engines: dict[str, Any] = {"ZeRO-2": replace(on_device, zero_stage=2)}
+    if every_stage:
+        engines |= {f"ZeRO-{stage}": replace(on_device, zero_stage=stage) for stage in (0, 1, 3)}
+        engines["checkpointed"] = replace(on_device, gradient_checkpointing=("language", "vision"))
+    errors = {}
+    for name, own in engines.items():
+        errors[name] = worst(gradients(DeepSpeedEngine(own, adapter), batches, counts, own), exact)
+    checks = {f"{name}: gradients of the CPU": error <= TOLERANCE for name, error in errors.items()}
+    found: dict[str, Any] = {"errors": errors}
+    if every_stage:
+        for name, changed in (
+            ("LoRA", replace(on_device, zero_stage=2, lora_rank=4)),
+            ("reference", replace(on_device, zero_stage=2, beta=0.1)),
+            ("bfloat16, ZeRO-2", replace(on_device, zero_stage=2, dtype="bfloat16")),
+            ("bfloat16, ZeRO-3", replace(on_device, zero_stage=3, dtype="bfloat16")),
+        ):
+            checks[f"{name}: resumes with the identical next step"] = _resumes(adapter, batches, counts, changed)
+    return found, checks
+
+
+def work_of(adapter: MultimodalAdapter, *, image: bool) -> tuple[list[MultimodalBatch], GlobalCounts]:
+    """Two micro-batches with completions of unequal groups, an image each where the family takes one."""
+    case = Case("tiny", rows=2, prompt=160, completion=24, image=56 if image else 0)
+    batches = make_batches(case, adapter)
+    completions = case.micro_batches * case.rows * case.completions
+    return batches, GlobalCounts(float(completions * case.completion), float(completions))
+
+
+def gradients(
+    engine: TrainEngine, batches: Sequence[MultimodalBatch], counts: GlobalCounts, options: LearnerOptions
+) -> dict[str, Tensor]:
+    """By parameter, on the CPU in float64, of one step."""
+    engine.train_step(batches, micro_loss(options, counts))
+    moments = ((name, tensor) for name, tensor in engine.state_tensors() if name.startswith("exp_avg/"))
+    return {name: tensor.detach().double().cpu() / (1 - options.betas[0]) for name, tensor in moments}
+
+
+def worst(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """Largest error of a tensor, as a share of its largest entry; of tensors that are next to nothing, of the largest
+    entry of all."""
+    assert found.keys() == exact.keys(), sorted(found.keys() ^ exact.keys())[:5]
+    largest = max(float(tensor.abs().max()) for tensor in exact.values())
+    return max(
+        float((found[name] - tensor).abs().max()) / max(float(tensor.abs().max()), 1e-3 * largest)
+        for name, tensor in exact.items()
+    )
+
+
+def _resumes(
+    adapter: MultimodalAdapter, batches: Sequence[MultimodalBatch], counts: GlobalCounts, options: LearnerOptions
+) -> bool:
+    """A step, its state into another engine, and one step more of both: the states are equal to the bit."""
+    loss, first = micro_loss(options, counts), DeepSpeedEngine(options, adapter)
+    if options.needs_reference:
+        batches = [replace(b, reference_logprobs=first.logprobs(b, reference=True)) for b in batches]
+    first.train_step(batches, loss)
+    saved = {name: tensor.detach().clone().cpu() for name, tensor in first.state_tensors()}
+    second = DeepSpeedEngine(options, adapter)
+    second.load_state_tensors(lambda name, shape: saved[name].view(*shape), 1)
+    for engine in (first, second):
+        engine.train_step(batches, loss)
+    states = [dict(engine.state_tensors()) for engine in (first, second)]
+    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def _long_positions(
+    setting: Setting, adapter: MultimodalAdapter, options: LearnerOptions
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Rotary positions far from the start of a row: bfloat16 under ZeRO-3 as near float32 as under ZeRO-2."""
+    case = Case("long", rows=1, prompt=LONG - 64, completion=64, completions=1, image=56, micro_batches=1)
+    batch = make_batches(case, adapter)[0]
+    mask = batch.loss_mask
+    exact = TorchEngine(options, adapter).logprobs(batch)[mask]
+    distances: dict[str, float] = {}
+    buffers: dict[str, bool] = {}
+    for stage in (2, 3):
+        own = replace(options, device=setting.device, dtype="bfloat16", zero_stage=stage)
+        engine = DeepSpeedEngine(own, adapter)
+        distances[f"ZeRO-{stage}"] = float((engine.logprobs(batch)[mask] - exact).abs().mean())
+        rotary = [b for name, b in engine.policy.named_buffers() if name.endswith("inv_freq")]
+        buffers[f"ZeRO-{stage}: rotary buffers in float32"] = all(b.dtype == torch.float32 for b in rotary)
+    near = distances["ZeRO-3"] <= 1.25 * distances["ZeRO-2"]
+    return {"mean_difference": distances}, {**buffers, "ZeRO-3 as near float32 as ZeRO-2": near}

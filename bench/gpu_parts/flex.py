@@ -1,0 +1,154 @@
+"""Packed attention on the device: flex_attention's values and gradients against float64, beside the dense mask.
+
+Heads, key heads and widths are those of Qwen2.5-VL 3B and 7B and of Qwen2.5 0.5B. The error in bfloat16 may be twice that
+of `sdpa` with the mask written out, in the same precision. A CPU has no backward pass of flex_attention: there values
+alone are compared, in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_parts.common import Setting, error_of
+from learner.attention import GroupAttention
+from vlm.batch import GroupLengths
+
+HEADS = ((16, 2, 128), (28, 4, 128), (14, 2, 64))
+LENGTHS = (700, 2000, 2048, 9000, 16_384)
+COMPARED = 2048
+"""Longest row whose exact values are computed: all pairs of all heads, in float64."""
+MAX_GRAPHS = 6
+"""Variants of the kernel that all shapes of a run may take together, by (heads, key heads, width)."""
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    lengths = (300, 700) if setting.small else LENGTHS
+    heads = HEADS[2:] if setting.small else HEADS
+    cases: list[dict[str, Any]] = []
+    graphs: dict[str, int] = {}
+    for number, key_heads, width in heads:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for length in lengths:
+            cases.append(_case(setting, length, number, key_heads, width))
+        graphs[f"{number}x{key_heads}x{width}"] = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    compared = [case for case in cases if "errors" in case]
+    return {
+        "cases": cases,
+        "graphs": graphs,
+        "checks": {
+            "values as near float64 as twice the error of sdpa": all(_near(c, "output") for c in compared),
+            "gradients as near float64 as twice the error of sdpa": all(
+                _near(c, name) for c in compared for name in ("query", "key", "value") if name in c["errors"]["flex"]
+            ),
+            f"at most {MAX_GRAPHS} graphs for one kind of heads": all(n <= MAX_GRAPHS for n in graphs.values()),
+        },
+    }
+
+
+def groups_of(length: int) -> list[GroupLengths]:
+    """Groups of a prompt and eight completions of unlike lengths that fill a row of `length` tokens."""
+    groups: list[GroupLengths] = []
+    left = length
+    for prompt in itertools.cycle((300, 1100, 40)):
+        completions = tuple(min(max(1, prompt // 4 + 17 * k), 512) for k in range(8))
+        if prompt + sum(completions) > left:
+            groups.append((left, ()))
+            return groups
+        groups.append((prompt, completions))
+        left -= prompt + sum(completions)
+    return groups
+
+
+def _case(setting: Setting, length: int, heads: int, key_heads: int, width: int) -> dict[str, Any]:
+    """Seconds, peak memory and, for rows that are short enough, errors of `flex` and `mask`."""
+    torch.manual_seed(0)
+    device = torch.device(setting.device)
+    made = [torch.randn(1, n, length, width, device=device) for n in (heads, key_heads, key_heads)]
+    inputs = [x.to(setting.dtype) for x in made]
+    groups, wanted = groups_of(length), torch.randn(1, length, heads, width, device=device)
+    found: dict[str, Any] = {"tokens": length, "heads": heads, "key_heads": key_heads, "width": width}
+    ours = {name: GroupAttention(groups, device, name) for name in ("flex", "mask")}  # type: ignore[arg-type]
+    if length <= COMPARED:
+        exact = _outputs(ours["mask"], [x.double() for x in inputs], wanted.double(), gradient=setting.cuda)
+        found["errors"] = {
+            name: {
+                kind: error_of(value, exact[kind])
+                for kind, value in _outputs(attend, inputs, wanted.to(setting.dtype), gradient=setting.cuda).items()
+            }
+            for name, attend in ours.items()
+        }
+        del exact
+    for name, attend in ours.items():
+        found[name] = _cost(setting, attend, inputs, wanted)
+    if setting.cuda:
+        found["varlen"] = _varlen(setting, groups, inputs, wanted)
+    return found
+
+
+def _outputs(attend: GroupAttention, inputs: list[Tensor], wanted: Tensor, *, gradient: bool) -> Mapping[str, Tensor]:
+    query, key, value = (x.clone().requires_grad_(gradient) for x in inputs)
+    with torch.set_grad_enabled(gradient):
+        output = attend(_layer(query, key), query, key, value, query.shape[-1] ** -0.5)
+    if not gradient:
+        return {"output": output}
+    grads = torch.autograd.grad((output * wanted).sum(), (query, key, value))
+    return {"output": output.detach(), **dict(zip(("query", "key", "value"), grads, strict=True))}
+
+
+def _layer(query: Tensor, key: Tensor) -> Any:
+    """As much of a language model's attention layer as transformers' functions look at."""
+    return SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], training=True, is_causal=True)
+
+
+def _cost(setting: Setting, attend: GroupAttention, inputs: list[Tensor], wanted: Tensor) -> dict[str, Any]:
+    """Forward without gradients, and on a GPU forward and backward. A dense mask that does not fit says so."""
+    given = wanted.to(setting.dtype)
+
+    def once(gradient: bool) -> None:
+        _outputs(attend, inputs, given, gradient=gradient)
+
+    try:
+        found: dict[str, Any] = {"forward_seconds": setting.seconds(lambda: once(False))}
+        if setting.cuda:
+            found["seconds"] = setting.seconds(lambda: once(True))
+            found["peak_bytes"] = setting.peak_bytes(lambda: once(True))
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return {"reason": "out of memory"}
+    return found
+
+
+def _varlen(setting: Setting, groups: list[GroupLengths], inputs: list[Tensor], wanted: Tensor) -> dict[str, Any]:
+    """Each segment over itself in one call of the flash kernel: less than what packed attention computes, since no
+    completion sees its prompt. The bound of what a kernel without masks could take."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return {"reason": "this torch has no varlen_attn"}
+    lengths = [n for prompt, completions in groups for n in (prompt, *completions) if n]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=setting.device)
+    repeated = [x[0].repeat_interleave(inputs[0].shape[1] // x.shape[1], 0).transpose(0, 1) for x in inputs]
+
+    def once() -> None:
+        own = [x.detach().contiguous().requires_grad_() for x in repeated]
+        output = varlen_attn(*own, ends, ends, max(lengths), max(lengths), is_causal=True)
+        torch.autograd.grad((output * wanted[0].to(setting.dtype)).sum(), own)
+
+    try:
+        return {"seconds": setting.seconds(once), "peak_bytes": setting.peak_bytes(once)}
+    except (TypeError, RuntimeError) as error:
+        return {"reason": f"{type(error).__name__}: {error}"[:200]}
+
+
+def _near(case: Mapping[str, Any], kind: str) -> bool:
+    """Float32 on a CPU has both errors at rounding, where a factor says nothing: 1e-5 is enough there."""
+    flex, mask = (case["errors"][name][kind] for name in ("flex", "mask"))
+    return flex <= max(2 * mask, 1e-5)
