@@ -1,8 +1,8 @@
 """Packed attention on the device: flex_attention's values and gradients against float64, beside the dense mask.
 
-Heads, key heads and widths are those of Qwen2.5-VL 3B and 7B and of Qwen2.5 0.5B. The error in bfloat16 may be twice that
-of `sdpa` with the mask written out, in the same precision. A CPU has no backward pass of flex_attention: there values
-alone are compared, in float32.
+Heads, key heads and widths are those of Qwen2.5-VL 3B and 7B and of Qwen2.5 0.5B. The error in bfloat16 may be twice
+that of `sdpa` with the mask written out, in the same precision. A CPU has no backward pass of flex_attention: there
+values alone are compared, in float32.
 """
 
 from __future__ import annotations
