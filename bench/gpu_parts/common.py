@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ RESERVED = 16
 class Setting:
     """Where a part runs, and how large."""
 
-    device: str
-    """cuda or cpu."""
+    device: Literal["cuda", "cpu"]
     small: bool
 
     @property

@@ -24,6 +24,7 @@ from learner.objective import GlobalCounts
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
+from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.registry import load_adapter
@@ -73,7 +74,7 @@ def _family(
 ) -> tuple[dict[str, Any], dict[str, bool]]:
     """Errors of gradients by engine, for one family; for the first one every stage, resume, LoRA and the rest."""
     on_device = replace(options, device=setting.device)
-    kinds = ("image",) if "image" in adapter.modalities else ()
+    kinds: tuple[MediaKind, ...] = ("image",) if "image" in adapter.modalities else ()
     batches, counts = work_of(adapter, image=bool(kinds))
     options, on_device = (replace(o, media_kinds=kinds) for o in (options, on_device))
     exact = gradients(TorchEngine(options, adapter), batches, counts, options)

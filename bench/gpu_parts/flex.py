@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +76,7 @@ def _case(setting: Setting, length: int, heads: int, key_heads: int, width: int)
     inputs = [x.to(setting.dtype) for x in made]
     groups, wanted = groups_of(length), torch.randn(1, length, heads, width, device=device)
     found: dict[str, Any] = {"tokens": length, "heads": heads, "key_heads": key_heads, "width": width}
-    ours = {name: GroupAttention(groups, device, name) for name in ("flex", "mask")}  # type: ignore[arg-type]
+    ours = {name: GroupAttention(groups, device, name) for name in ("flex", "mask")}
     if length <= COMPARED:
         exact = _outputs(ours["mask"], [x.double() for x in inputs], wanted.double(), gradient=setting.cuda)
         found["errors"] = {
@@ -133,13 +134,15 @@ def _varlen(setting: Setting, groups: list[GroupLengths], inputs: list[Tensor], 
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return {"reason": "this torch has no varlen_attn"}
+    newer = "window_size" in signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if newer else {"is_causal": True}
     lengths = [n for prompt, completions in groups for n in (prompt, *completions) if n]
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=setting.device)
     repeated = [x[0].repeat_interleave(inputs[0].shape[1] // x.shape[1], 0).transpose(0, 1) for x in inputs]
 
     def once() -> None:
         own = [x.detach().contiguous().requires_grad_() for x in repeated]
-        output = varlen_attn(*own, ends, ends, max(lengths), max(lengths), is_causal=True)
+        output: Any = varlen_attn(own[0], own[1], own[2], ends, ends, max(lengths), max(lengths), **causal)
         torch.autograd.grad((output * wanted[0].to(setting.dtype)).sum(), own)
 
     try:

@@ -31,9 +31,15 @@ TOLERANCE = 1e-4
 def run(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
         path = build_tiny("qwen2_5_vl", Path(folder) / "model")
-        device: Any = setting.device
         options = LearnerOptions(
-            str(path), 100, device=device, dtype="float32", loss="cispo", ranks=2, max_grad_norm=1e9, timeout=60.0
+            str(path),
+            100,
+            device=setting.device,
+            dtype="float32",
+            loss="cispo",
+            ranks=2,
+            max_grad_norm=1e9,
+            timeout=60.0,
         )
         adapter = load_adapter(str(path))
         batches, counts = work_of(adapter, image=True)

@@ -51,7 +51,7 @@ def learner_options(setting: Setting, path: Path, budget: int) -> LearnerOptions
     return LearnerOptions(
         str(path),
         10_000,
-        device=setting.device,  # type: ignore[arg-type]
+        device=setting.device,
         dtype="bfloat16" if setting.cuda else "float32",
         loss="cispo",
         old_policy="current",

@@ -26,12 +26,11 @@ def run(setting: Setting) -> dict[str, Any]:
         path = build_tiny("qwen2_5_vl", Path(folder) / "model")
         adapter = load_adapter(str(path))
         dtype: Any = "bfloat16" if setting.cuda else "float32"
-        device: Any = setting.device
-        options = LearnerOptions(str(path), 100, device=device, dtype=dtype, loss="cispo", learning_rate=1e-3)
+        options = LearnerOptions(str(path), 100, device=setting.device, dtype=dtype, loss="cispo", learning_rate=1e-3)
         join_alone(options)
         batches, counts = work_of(adapter, image=True)
         for stage in (2, 3):
-            own = replace(options, zero_stage=stage)  # type: ignore[arg-type]
+            own = replace(options, zero_stage=stage)
             states = []
             for switched in (False, True):
                 engine = DeepSpeedEngine(own, adapter)

@@ -31,9 +31,8 @@ def run(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
         path = shapes(setting)["3B"].build(Path(folder) / "model", setting.device)
         adapter = load_adapter(str(path))
-        device: Any = setting.device
         dtype: Any = "bfloat16" if setting.cuda else "float32"
-        options = LearnerOptions(str(path), 1, device=device, dtype=dtype, gradient_checkpointing=())
+        options = LearnerOptions(str(path), 1, device=setting.device, dtype=dtype, gradient_checkpointing=())
         policy = load_policy(options, adapter).to(setting.device)
         edge, many = EDGE[setting.small], 2 if setting.small else 16
         case = Case("image", rows=1, prompt=(edge // 28) ** 2 + 64, completion=4, image=edge, micro_batches=1)
