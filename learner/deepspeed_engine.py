@@ -8,6 +8,8 @@ with `managed_gradient_accumulation: false` each `step()` ends the accumulation,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +182,23 @@ def _load_partitioned(
         return load(options, adapter)
     keep = HfDeepSpeedConfig(config)  # in force, by a weak reference, as long as this object lives
     try:
-        return load(options, adapter)
+        with _tensors_keep_their_dtype():
+            return load(options, adapter)
     finally:
         unset_hf_deepspeed_config()
         del keep
+
+
+@contextmanager
+def _tensors_keep_their_dtype() -> Iterator[None]:
+    """`deepspeed.zero.Init`, which transformers calls, leaves the dtype of new tensors alone: in bfloat16 it would round
+    whatever a constructor computes, such as the frequencies of rotary embeddings, and the model would be another."""
+    original = deepspeed.zero.Init
+    deepspeed.zero.Init = partial(original, tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device])
+    try:
+        yield
+    finally:
+        deepspeed.zero.Init = original
 
 
 def _make_reference(
