@@ -191,8 +191,8 @@ def _load_partitioned(
 
 @contextmanager
 def _tensors_keep_their_dtype() -> Iterator[None]:
-    """`deepspeed.zero.Init`, which transformers calls, leaves the dtype of new tensors alone: in bfloat16 it would round
-    whatever a constructor computes, such as the frequencies of rotary embeddings, and the model would be another."""
+    """`deepspeed.zero.Init`, which transformers calls, leaves the dtype of new tensors alone. In bfloat16 it would
+    round what a constructor computes, such as the frequencies of rotary embeddings."""
     original = deepspeed.zero.Init
     deepspeed.zero.Init = partial(original, tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device])
     try:
