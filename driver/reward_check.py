@@ -15,7 +15,7 @@ from rich.table import Table
 
 from driver.config import ConfigError, RunConfig
 from driver.wiring import config_adapter, data_options, reward_specs
-from rewards.base import ScoringRequest
+from rewards.base import ScoringRequest, as_completion
 from rewards.format import shown
 from rewards.golds import gold_forms
 from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load_reward
@@ -112,8 +112,8 @@ def _probe_row(
     config: RunConfig,
 ) -> None:
     def ask(names: Sequence[str]) -> dict[str, Verdict]:
-        group = tuple(texts[name] for name in names)
-        return dict(zip(names, worker.score(replace(row, completions=group)).verdicts, strict=True))
+        group = _with(row, [texts[name] for name in names])
+        return dict(zip(names, worker.score(group).verdicts, strict=True))
 
     names = list(texts)
     first = ask(names)
@@ -124,7 +124,7 @@ def _probe_row(
     if any((first[n].status, first[n].score) != (v.status, v.score) for n, v in [*again.items(), *alone.items()]):
         found.disordered.append(uid)
     right = texts.get("gold in the format", texts["junk in the format"])
-    timed = worker.score(replace(row, completions=(right,) * config.rollout.num_generations))
+    timed = worker.score(_with(row, [right] * config.rollout.num_generations))
     found.seconds.append(sum(timed.seconds.values()))
 
 
@@ -215,7 +215,12 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
 
 
 def _request(prompt: Prompt) -> ScoringRequest:
-    return ScoringRequest(prompt.text, (), prompt.answer, prompt.columns, prompt.media)
+    return ScoringRequest(prompt.text, (), prompt.answer, prompt.columns, prompt.media, user_text=prompt.user_text)
+
+
+def _with(row: ScoringRequest, texts: Sequence[str]) -> ScoringRequest:
+    """The row with completions that nobody sampled."""
+    return replace(row, completions=tuple(texts), raw=tuple(map(as_completion, texts)))
 
 
 def _table(probes: Sequence[Probe]) -> Table:

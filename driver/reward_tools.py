@@ -10,17 +10,19 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
 from driver.config import ConfigError, apply_overrides, load_config
-from rewards.base import ScoringRequest
+from rewards.base import ScoringRequest, as_completion
 from rewards.registry import RewardSpec, check_rewards
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
-from rollout.types import Verdict
+from rollout.conversation import Conversation
+from rollout.rows import RowRefusedError
+from rollout.types import FinishReason, Verdict
 
 app = typer.Typer(no_args_is_help=True, help="Try a reward on a file, or probe the rewards of a run.")
 
@@ -112,7 +114,19 @@ def _request(line: bytes) -> ScoringRequest:
     columns = {name: value for name, value in row.items() if name not in ("completion", "answer", "prompt")}
     prompt = row.get("prompt")
     text = prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(prompt)
-    return ScoringRequest(text, (row["completion"],), _answer(row.get("answer")), columns)
+    completion, reason = row["completion"], row.get("finish_reason")
+    raw = as_completion(completion, reason if reason in get_args(FinishReason) else "stop")
+    return ScoringRequest(
+        text, (completion,), _answer(row.get("answer")), columns, raw=(raw,), user_text=_user_text(prompt)
+    )
+
+
+def _user_text(prompt: Any) -> str:
+    """The user's words of a text or of chat messages; none of what the data side would refuse."""
+    try:
+        return Conversation.read(prompt).words
+    except RowRefusedError:
+        return ""
 
 
 def _answer(value: Any) -> str | None:

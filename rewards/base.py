@@ -15,10 +15,12 @@ What a reward may have besides its call:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from rollout.types import Completion, Media, RolloutGroup, Verdict
+import numpy as np
+
+from rollout.types import Completion, FinishReason, Media, RolloutGroup, Segment, Verdict
 
 Service = Callable[..., Any]
 """Something that runs elsewhere on behalf of a reward. What the driver offers takes `timeout` (seconds) besides its
@@ -39,6 +41,7 @@ class ScoringRequest:
     """What a reward may look at: one prompt and its K completions."""
 
     prompt: str
+    """As the model is given it: rendered by its chat template, with that template's own tokens."""
     completions: tuple[str, ...]
     """Decoded text of each completion, special tokens left out."""
     answer: str | None = None
@@ -50,19 +53,28 @@ class ScoringRequest:
     """Token ids, finish reasons and the like, for rewards with `needs_media`."""
     lengths: tuple[int, ...] = ()
     """Tokens of each completion; empty where nobody counted them (completions from a file)."""
+    user_text: str = ""
+    """The user's words as the data row has them, of which choices and the like are read."""
 
     @classmethod
     def of(cls, group: RolloutGroup) -> ScoringRequest:
         prompt, raw = group.prompt, group.completions
         texts, lengths = tuple(c.text for c in raw), tuple(c.num_tokens for c in raw)
-        return cls(prompt.text, texts, prompt.answer, prompt.columns, prompt.media, raw, lengths)
+        return cls(
+            prompt.text, texts, prompt.answer, prompt.columns, prompt.media, raw, lengths, user_text=prompt.user_text
+        )
 
     def alone(self, k: int) -> ScoringRequest:
         """The request for completion `k` without its siblings."""
         one = slice(k, k + 1)
-        return ScoringRequest(
-            self.prompt, self.completions[one], self.answer, self.columns, self.media, self.raw[one], self.lengths[one]
-        )
+        return replace(self, completions=self.completions[one], raw=self.raw[one], lengths=self.lengths[one])
+
+
+def as_completion(text: str, finish_reason: FinishReason = "stop") -> Completion:
+    """A text that no engine sampled as a completion, for rewards that look at `raw`: its tokens are the bytes of its
+    UTF-8 form, since there is no tokenizer to ask."""
+    ids = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
+    return Completion((Segment(ids, None, np.zeros(len(ids), np.int32), trainable=False),), text, finish_reason, seed=0)
 
 
 class RewardFunction(Protocol):

@@ -77,7 +77,7 @@ class JudgeReward:
     """Environment variable, on the nodes of the reward actors, that holds the server's API key."""
     best: float = 10.0
     question: str | None = None
-    """Column with the task; None: the prompt as the policy got it, chat template included."""
+    """Column with the task; None: the words of the user."""
     images: bool = True
     """Show the prompt's images to the judge."""
     max_tokens: int = 512
@@ -120,7 +120,8 @@ class JudgeReward:
         return [self._read(reply) for reply in self._generate(questions, self.max_tokens)]
 
     def _text(self, request: ScoringRequest, completion: str) -> str:
-        task = request.prompt if self.question is None else str(request.columns.get(self.question))
+        asked = request.user_text or request.prompt
+        task = asked if self.question is None else str(request.columns.get(self.question))
         mark = hashlib.blake2b(f"{task}\0{completion}".encode("utf-8", "replace"), digest_size=8).hexdigest()
         return _PROMPT.format(
             rubric=self.rubric,

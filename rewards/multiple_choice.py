@@ -1,28 +1,70 @@
-"""Multiple choice: does the answer pick the gold letter, and no other?
+"""Multiple choice: does the answer pick the gold choice, and no other?
 
-    gold: "B", or the text of the right choice where the row's choices are known
-    read: "B", "(b)", "B.", "B) a dog", "**B**", "option B", "the answer is B", "a dog" (where the choices are known)
+    answer    choice | lead choice | choice behind | one of these in `\\boxed{}`, `$..$`, `\\text{}`, `**..**`, `<tags>`
+    choice    letter | letter punctuation words | text, that of one choice of the row
+    letter    `B`, `b`, `(B)`, `[B]`, `B.`, `B)`, `<B>`
+    lead      "the answer is", "Answer:", "option", "I choose", "the correct choice would be", and the like
+    behind    "is correct", "is the right answer", "because ..", "since .."
 
-Failure modes: with two choices, guessing earns 0.5 on average. An answer that names two letters is wrong, also where it
-rules one of them out ("not A but B"); an answer in words is wrong where the choices are not known. A lone "A" that
-begins a sentence is no choice, unless punctuation follows it.
+A letter that the row has wins over a choice whose text is that letter. What is named besides the one letter decides
+too: where another letter stands by itself anywhere ("A or B", "C (or maybe D)", "A/B/C/D", "not A but B"), or the text
+of another choice behind the letter, the answer picks none. Letters within names do not count ("Vitamin C", "Point A"),
+nor does "A" as an article, nor "I".
+
+The choices come from a column, or from the row's own words. The gold is a letter or a choice's text, in the same forms.
+With `scope: completion` the last `\\boxed{}` counts, else what follows the last lead, else the last line.
+
+Failure modes: with two choices, guessing earns 0.5 on average. An answer that rules out other letters by name is
+wrong; an answer in words is wrong where the choices are not known.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rewards.base import ScoringRequest, unscorable
-from rewards.format import Scope, check_scope, judged_text
+from rewards.choices import read_choices
+from rewards.format import Scope, answer_text, check_scope, judged_text
+from rewards.golds import gold_forms
 from rollout.types import Verdict
 
-_LONE = re.compile(r"[(\[*\"'` ]*([A-Za-z])[)\].:*\"'` ]*")
-_LED = re.compile(r"[(\[*]*([A-Z])(?:[)\]:]|\*\*|\.(?=\s))\s*(.+)", re.DOTALL)
-_SAID = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*[(\[*]*([A-Z])\b")
-_LISTED = re.compile(r"(?m)^\s*\(?([A-Z])[).:]\s*(\S.*?)\s*$")
+MAX_CHARACTERS = 10_000
+"""Longest answer that is read; of a longer one the last characters count."""
+_TAGS = re.compile(r"</?[a-zA-Z]{2,12}>|</[A-Za-z]>|<[a-z]>")
+_WRAPPERS = re.compile(
+    r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mathit|mathsf)(?=\s*\{)|\\[()\[\]]|\\[,;!]|[*_`\"{}$“”<>]"
+)
+_BOX = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_LONE = re.compile(r"[(\[' ]*([A-Za-z])[)\].:,;!。' ]*")
+_LED = re.compile(r"[(\[]\s*([A-Za-z])(?=\s*[)\]])|([A-Za-z])(?=[):、]|[.,;]\s)|([A-Z])(?=\s[-–—]\s| \()")
+_BEHIND = re.compile(r"([A-Z])(?=,? (?:is|because|since|as)\b)")
+_BARE = re.compile(r"([B-HJ-Z])(?= )")
+_LEAD = re.compile(
+    r"(?i)(?:\bI(?:'d| would| will)? )?"
+    r"(?:\b(?:answer|option|choice|choose|chose|select|selected|pick|go with|going with|it is|it's)\b|答案|选项|选择?)"
+    r"(?: (?:to (?:the|this) question|number|letter|should|would|must|therefore|thus)\b)*"
+    r"(?: ?(?:\b(?:is|be|are)\b|为|应为|应该是|是))?(?: (?:option|choice|answer|therefore|thus|letter)\b)* ?[:=–—-]* ?"
+)
+_CAPITAL = re.compile(r"(?<![\w'\\-])([A-Z])(?![\w'])")
+_BRACKETED = re.compile(r"[(\[] ?([a-z]) ?[)\]]|(?<![\w'(\[])([a-z])\)")
+_JOINED = re.compile(
+    r"(?:\b(?:or|and)\b|[,/&|+]) ?(?:(?:also|maybe|perhaps|possibly|either|option|choice|even|both) )*"
+    r"([a-z])(?![\w'])(?! \w)"
+)
+_CONNECTORS = re.compile(
+    r"(?i)(?:or|and|n?either|nor|maybe|perhaps|possibly|also|both|options?|choices?|answers?|is|are|not|than|but|with|be|"
+    r"to|between|though|although|while|since|because|if|then|rather|even|likely|probably|only|so|thus|the|an?|letters?|"
+    r"correct|right|best|wrong)"
+)
+_NAMES = re.compile(
+    r"(?i)(?:vitamin|point|line|angle|fig|figure|plan|type|class|group|hepatitis|grade|part|case|team|company|country|"
+    r"city|machine|graph|vertex|node|box|block|region|area|section|table|step|set|matrix|curve|circle|triangle)"
+)
+"""Words that a letter behind them belongs to; so do other words that begin with a capital ("Hepatitis B")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,57 +74,119 @@ class MultipleChoiceReward:
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
     choices: str | None = None
-    """Column with the choices: a list of texts (A, B, ... in order) or a mapping of letters to texts. None: they are
-    read from the lines of the prompt that begin with `A.`, `B)`, `(C)`, if there are such."""
+    """Column with the choices (rewards/choices.py). None: they are read from the row's own words."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
-        choices = _choices(request.columns.get(self.choices) if self.choices else None, request.prompt)
-        gold = picked(request.answer or "", choices)
-        if gold is None:
+        choices = read_choices(request.columns.get(self.choices) if self.choices else None, request.user_text)
+        golds = {picked(form, choices) for form in gold_forms(request.answer)} - {None}
+        if not golds:
             return unscorable(request, f"the row's answer {request.answer!r:.60} is none of its choices")
-        return [self._judge(gold, choices, text) for text in request.completions]
+        return [self._judge(golds, choices, text) for text in request.completions]
 
-    def _judge(self, gold: str, choices: Mapping[str, str], completion: str) -> Verdict:
+    def _judge(self, golds: set[str | None], choices: Mapping[str, str], completion: str) -> Verdict:
         answer = judged_text(completion, self.scope)
         if answer is None:
             return Verdict.scored(0.0, reason="no single <answer>...</answer>")
-        choice = picked(answer, choices)
+        choice = concluded(answer, choices) if self.scope == "completion" else picked(answer, choices)
         if choice is None:
             return Verdict.scored(0.0, reason="names no choice, or several")
-        return Verdict.scored(1.0 if choice == gold else 0.0, reason="" if choice == gold else f"chose {choice}")
+        return Verdict.scored(1.0 if choice in golds else 0.0, reason="" if choice in golds else f"chose {choice}")
+
+
+def concluded(completion: str, choices: Mapping[str, str]) -> str | None:
+    """The choice that a whole completion ends on: in its only answer tags, its last box, behind its last lead, or in
+    its last line."""
+    text = answer_text(completion) or completion.strip()
+    text = text[-MAX_CHARACTERS:]
+    if boxes := _BOX.findall(text):
+        return picked(boxes[-1], choices)
+    last = text.rpartition("\n")[2]
+    if (choice := picked(last, choices)) is not None or last == text:
+        return choice
+    leads = list(_LEAD.finditer(text))
+    return picked(text[leads[-1].start() :].split("\n\n")[0], choices) if leads else None
 
 
 def picked(text: str, choices: Mapping[str, str]) -> str | None:
     """The letter that `text` chooses; None for none or several. `choices`: letter -> text, empty if not known."""
-    text = text.strip()[:10_000]
-    by_text = {_fold(choice): letter for letter, choice in choices.items()}
-    if (letter := by_text.get(_fold(text))) is not None and list(map(_fold, choices.values())).count(_fold(text)) == 1:
+    plain = _plain(text)
+    if (choice := _direct(plain, choices)) is not None:
+        return choice
+    leads = list(_LEAD.finditer(plain))
+    starts = [0, *(lead.end() for lead in leads)]
+    ends = [*(lead.start() for lead in leads), len(plain)]
+    said: set[str] = set()
+    stated = False
+    for start, end in zip(starts, ends, strict=True):
+        piece = plain[start:end].strip()
+        if (choice := _direct(piece, choices)) is not None:
+            said.add(choice)
+            stated = True
+        elif (match := _opening(piece, led=start > 0)) is not None:
+            said |= {_letter(match)} | _mentioned(piece[match.end() :], choices)
+            stated = True
+        else:
+            said |= _mentioned(piece, choices)
+    return _existing(said.pop(), choices) if stated and len(said) == 1 else None
+
+
+def _plain(text: str) -> str:
+    """Without markup, in one line."""
+    text = unicodedata.normalize("NFKC", text.strip()[-MAX_CHARACTERS:]).replace("’", "'")
+    return " ".join(_WRAPPERS.sub("", _TAGS.sub(" ", text)).split())
+
+
+def _direct(plain: str, choices: Mapping[str, str]) -> str | None:
+    """The choice that is all of `plain`: a letter, a choice's text, or a letter with its own text."""
+    lone = _LONE.fullmatch(plain)
+    if lone is not None and (letter := _existing(lone[1].upper(), choices)) is not None:
         return letter
-    if match := _LONE.fullmatch(text):
-        return _existing(match[1].upper(), choices)
-    said = set(_SAID.findall(text))
-    if match := _LED.fullmatch(text):
-        said.add(match[1])
-        said |= {letter for letter in re.findall(r"\b([A-Z])\b", match[2]) if letter not in "AI"}
-    return _existing(said.pop(), choices) if len(said) == 1 else None
+    texts = {letter: _fold(choice) for letter, choice in choices.items()}
+    found = [letter for letter, choice in texts.items() if choice and choice == _fold(plain)]
+    if len(found) == 1:
+        return found[0]
+    match = _LED.match(plain) or _BARE.match(plain) or re.match("(A)(?= )", plain)
+    if match is None or not texts.get(_letter(match)):
+        return None
+    rest = _fold(plain[match.end() :].lstrip(" )].:,;、-–—"))
+    return _letter(match) if rest.strip("()") == texts[_letter(match)].strip("()") else None
+
+
+def _opening(piece: str, led: bool) -> re.Match[str] | None:
+    """The letter with which a piece of an answer begins, if that is a choice and not a word."""
+    return _LED.match(piece) or _BEHIND.match(piece) or (_BARE.match(piece) if led else None)
+
+
+def _letter(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None).upper()
+
+
+def _mentioned(text: str, choices: Mapping[str, str]) -> set[str]:
+    """Letters of choices that stand by themselves in `text`, and the letter whose text all of it is."""
+    found = {m[1] for m in _CAPITAL.finditer(text) if not _is_word(text, m)}
+    found |= {_letter(m) for pattern in (_BRACKETED, _JOINED) for m in pattern.finditer(text)}
+    behind = _fold(text.strip(" )].:,;、-–—("))
+    found |= {letter for letter, choice in choices.items() if behind and _fold(choice) == behind}
+    return {letter for letter in found if letter <= max(choices, default="Z") or letter in "ABCDE"}
+
+
+def _is_word(text: str, match: re.Match[str]) -> bool:
+    """Whether a capital is an article, the pronoun, or part of a name."""
+    before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 2]
+    if match[1] in "AI" and re.fullmatch(" [a-z]", after):
+        return match[1] == "I" or not before or before[-2:-1] in ".:;,)"
+    word = before.rstrip(" ").rpartition(" ")[2] if before.endswith(" ") else ""
+    if not word.isalpha() or _CONNECTORS.fullmatch(word) or after.startswith(")"):
+        return False
+    return word[0].isupper() or _NAMES.fullmatch(word) is not None
 
 
 def _existing(letter: str, choices: Mapping[str, str]) -> str | None:
     return letter if not choices or letter in choices else None
 
 
-def _choices(column: Any, prompt: str) -> dict[str, str]:
-    if isinstance(column, Mapping):
-        return {str(letter).strip().upper(): str(text) for letter, text in column.items()}
-    if isinstance(column, Sequence) and not isinstance(column, str):
-        return {chr(ord("A") + i): str(text) for i, text in enumerate(column[:26])}
-    found = _LISTED.findall(prompt)
-    letters = [letter for letter, _ in found]
-    return dict(found) if len(set(letters)) == len(letters) > 1 else {}
-
-
 def _fold(text: str) -> str:
-    return " ".join(text.split()).casefold().rstrip(".")
+    return _plain(text).casefold().rstrip(".")

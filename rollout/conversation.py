@@ -78,6 +78,11 @@ class Conversation:
     def user_text(self) -> str:
         return "".join(text_of(m) for m in self.messages if m["role"] == "user")
 
+    @property
+    def words(self) -> str:
+        """The user's texts for who reads them: pieces that media or other turns part stand in lines of their own."""
+        return "\n".join(text for m in self.messages if m["role"] == "user" for text in texts_of(m))
+
     def keep_last(self, characters: int) -> Conversation:
         """Only the last `characters` of the user's text; everything else, places for media among it, as it is."""
         messages: list[Message] = []

@@ -82,6 +82,7 @@ class PromptBuilder:
             answer=answer,
             columns={name: row.get(name) for name in self.columns.extra},
             truncated=truncated,
+            user_text=conversation.words,
         )
 
     # ------------------------------------------------------------------ columns

@@ -83,6 +83,8 @@ class Prompt:
     """Further columns of the row, handed to rewards untouched."""
     truncated: int = 0
     """Characters of the user's text that were dropped from its left, so that the prompt fits."""
+    user_text: str = ""
+    """The user's words as the row has them, whole: without chat template, prompt template, system message, media."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from rewards.grounding import GroundingReward
 from rewards.json_schema import JsonSchemaReward
 from rewards.language import LanguageReward
 from rewards.length import LengthReward
-from rewards.multiple_choice import MultipleChoiceReward
 from rewards.registry import RewardSpec, check_rewards
 from rewards.repetition import RepetitionReward
 from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward, edit_distance
@@ -28,40 +27,6 @@ def score(reward: RewardFunction, answer: str, gold: Any = None, **request: Any)
     """What one answer in its tags earns, or the status of what is not scored."""
     verdict = reward(ScoringRequest(request.pop("prompt", ""), (f"<answer>{answer}</answer>",), gold, **request))[0]
     return verdict.status if verdict.score is None else verdict.score
-
-
-# --- multiple choice --------------------------------------------------------------------------------------------------
-
-PROMPT = "What is it?\nA. a cat\nB. a dog\n(C) Vitamin A\n"
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        *("B", "b", "(B)", "B.", " **B** ", "B) a dog", "B. a dog", "(B) a dog", "B: because it barks", "option B"),
-        *("The answer is B", "answer: (B)", "a dog", "A dog."),
-    ],
-)
-def test_a_choice_is_read(answer: str) -> None:
-    assert score(MultipleChoiceReward(), answer, "B", prompt=PROMPT) == 1.0
-    assert score(MultipleChoiceReward(), answer, "A", prompt=PROMPT) == 0.0
-
-
-@pytest.mark.parametrize("answer", ["", "A or B", "B, C", "A B", "BA", "D", "dog", "B) or C)", "A dog barks", "1"])
-def test_what_is_no_single_choice_is_wrong(answer: str) -> None:
-    for gold in "ABC":
-        assert score(MultipleChoiceReward(), answer, gold, prompt=PROMPT) == 0.0
-
-
-def test_choices_may_stand_in_a_column() -> None:
-    reward = MultipleChoiceReward(choices="options")
-    assert score(reward, "a dog", "B", columns={"options": ["a cat", "a dog"]}) == 1.0
-    assert score(reward, "B", "a dog", columns={"options": {"a": "a cat", "b": "a dog"}}) == 1.0
-    assert score(reward, "C", "B", columns={"options": ["a cat", "a dog"]}) == 0.0
-    assert score(reward, "same", "B", columns={"options": ["same", "same"]}) == 0.0
-    for gold in ("C", "a cow", None, ""):
-        assert score(reward, "B", gold, columns={"options": ["a cat", "a dog"]}) == "unscorable"
-    assert score(MultipleChoiceReward(), "B", "B") == 1.0, "letters do without known choices"
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

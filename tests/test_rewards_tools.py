@@ -118,6 +118,10 @@ def moody(completions, answer):
 def lister(completions, answer):
     return [float(gold in (answer_text(text) or "")) for text, gold in zip(completions, answer)]
 
+def finished(request):
+    from rollout.types import Verdict
+    return [Verdict.scored(float(c.finish_reason == "stop"), note=f"{c.num_tokens} tokens") for c in request.raw]
+
 def broken(completions, answer):
     return [1.0 if len(text) > 1000 else None for text in completions]
 """
@@ -145,6 +149,7 @@ def found(name: str, options: dict[str, Any] | None = None, **reward: Any) -> li
         ("ordered", ["depends on the order of calls"]),
         ("moody", ["depends on the order of calls"]),
         ("lister", ["gives full marks to: two answers", "gives full marks to: both boxes"]),
+        ("finished", ["gives every completion the same score (1)"]),  # the raw completions are there
         ("broken", ["gives the gold answer less than full marks (1) in 3 of 3 rows: "]),
     ],
 )

@@ -1,0 +1,169 @@
+"""multiple_choice: what is read as a choice and what is not, in forms that models and public data sets write."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from driver.reward_tools import _request
+from rewards.base import ScoringRequest
+from rewards.choices import read_choices
+from rewards.multiple_choice import MultipleChoiceReward, concluded, picked
+
+QUESTION = "What is it?\nA. a cat\nB. a dog\n(C) Vitamin A\n"
+CHOICES = {"A": "a cat", "B": "a dog", "C": "Vitamin A"}
+
+BY_LETTER = [
+    *("B", "b", "(B)", "(b)", "[B]", "B.", "B:", " **B** ", "`B`", "'B'", '"B"', "“B”", "Ｂ", "（B）", "B。", "<B>"),
+    *("\\boxed{B}", "$B$", "$\\boxed{B}$", "\\text{B}", "\\boxed{\\text{B}}", "\\(B\\)", "\\mathrm{B}"),
+    *("<option>B</option>", "<b>B</b>", "B) a dog", "B. a dog", "(B) a dog", "b) a dog", "b. a dog", "(b) a dog"),
+    *("**B. a dog**", "\\boxed{B. a dog}", "B: because it barks", "B, because it barks", "B because it barks"),
+    *("B - a dog", "B – it barks", "B (a dog)", "B) barks, hence a dog", "B is correct", "B is the right answer"),
+    *("option B", "Option (B): a dog", "option B is correct", "The answer is B", "the answer is b", "answer: (B)"),
+    *("**Answer:** B", "Answer: b)", "Answer - B", "Answer:\nB", "The answer is\n\n**B**", "The answer is B!"),
+    *(
+        "The answer is (B) a dog",
+        "The answer is B. a dog",
+        "The correct answer is option B",
+        "My final answer is **B**",
+    ),
+    *("The correct option is: B", "The right choice must be B", "So the answer is \\(B\\).", "I choose B", "It's B"),
+    *("I would pick (B)", "I'd go with B.", "答案是B", "答案：B", "选B"),
+]
+BY_TEXT = ["a dog", "A dog.", "**a dog**", "\\boxed{\\text{a dog}}", "B a dog", "B\na dog", "the answer is a dog"]
+NONE = [
+    *(
+        "",
+        "A or B",
+        "B, C",
+        "A B",
+        "BA",
+        "ABC",
+        "B/C",
+        "B|C",
+        "A & B",
+        "A and B",
+        "B+C",
+        "Either A or B",
+        "Both B and C",
+    ),
+    *("The answer is A, B, C or D", "The answer is C or D", "answer: C, D", "the answer is C (or maybe D)"),
+    *(
+        "answer is A/B/C/D",
+        "a or b",
+        "(a) or (b)",
+        "the answer is b or c",
+        "the answer is b, c",
+        "B) or C)",
+        "B. or C.",
+    ),
+    *("B, maybe C", "B. Maybe C", "not A but B", "\\boxed{B or C}", "\\boxed{A} \\boxed{B}", "B. No, the answer is C"),
+    *("The answer is B. The answer is C", "A dog barks", "Answer: A dog or a cat", "I think it is a bird", "1", "dog"),
+    *("All of them", "none", "The answer is unclear", "Answer:", "option", "I", "?"),
+]
+
+
+@pytest.mark.parametrize("answer", [*BY_LETTER, *BY_TEXT])
+def test_a_choice_is_read(answer: str) -> None:
+    assert picked(answer, CHOICES) == "B"
+    assert picked(answer, {}) == ("B" if answer in BY_LETTER else None)
+
+
+@pytest.mark.parametrize("answer", NONE)
+def test_what_names_no_single_choice_picks_none(answer: str) -> None:
+    assert picked(answer, CHOICES) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("C. Vitamin A", "C"),  # the letter in its own text is none
+        ("C) Vitamin A, which is good for the eyes", "C"),
+        ("B) a cat", None),  # the letter of one, the text of another
+        ("D", None),
+        ("B, not Vitamin A", "B"),
+        ("Vitamin A", "C"),
+    ],
+)
+def test_letters_in_names_are_no_choices(answer: str, choice: str | None) -> None:
+    assert picked(answer, CHOICES) == choice
+
+
+def test_letters_win_over_texts_that_are_letters() -> None:
+    choices = read_choices(["B", "C", "A", "D"], "")
+    answers = ["A", "(A)", "the answer is A", "A. B", "C", "(C)", "C) A", "A. C"]
+    assert [picked(answer, choices) for answer in answers] == ["A", "A", "A", "A", "C", "C", "C", None]
+    assert picked("X", {"A": "X", "B": "Y"}) == "A", "no choice has that letter"
+
+
+@pytest.mark.parametrize(
+    ("column", "question", "found"),
+    [
+        (None, QUESTION, CHOICES),
+        (["cat", "dog"], QUESTION, {"A": "cat", "B": "dog"}),
+        (["cat", "dog", None], "", {"A": "cat", "B": "dog"}),  # nulls are what Parquet fills in
+        ({"A": "cat", "b": "dog", "C": None}, "", {"A": "cat", "B": "dog"}),
+        ('["cat", "dog"]', "", {"A": "cat", "B": "dog"}),
+        ("['cat', \"dog's\"]", "", {"A": "cat", "B": "dog's"}),  # MMMU writes lists as Python does
+        ("[" * 5000, "", {}),
+        (None, "How wide? Choices: A:36° B:72° C:100°", {"A": "36°", "B": "72°", "C": "100°"}),
+        (None, "Which? (A) cat (B) dog, (C) bird\nHint: say the letter.", {"A": "cat", "B": "dog", "C": "bird"}),
+        (None, "Which?\nA) 3\nB) 4\n\nWhich?\nA) 5\nB) 6\n", {"A": "5", "B": "6"}),  # an example came before
+        (None, "Say A or B.", {}),
+    ],
+)
+def test_choices_come_from_the_row(column: Any, question: str, found: dict[str, str]) -> None:
+    assert read_choices(column, question) == found
+
+
+@pytest.mark.parametrize(
+    ("completion", "choice"),
+    [
+        ("A is a cat, and it is none.\n\n**Answer:** B", "B"),
+        ("First A looks right.\nThen C.\nSo \\boxed{B}, not C.", "B"),
+        ("\\boxed{A}? No. \\boxed{\\text{B}}", "B"),
+        ("<think>A or C?</think><answer>B</answer>", "B"),
+        ("A cat meows; this barks. The answer is B.\n\nGood luck with the rest!", "B"),
+        ("It is A. Wait, it barks.\nThe answer is B or C", None),
+        ("It barks, and cats do not.", None),
+        ("B", "B"),
+    ],
+)
+def test_a_whole_completion_is_judged_by_what_it_ends_on(completion: str, choice: str | None) -> None:
+    assert concluded(completion, CHOICES) == choice
+
+
+def scored(gold: str | None, answer: str, **request: Any) -> float | str:
+    reward = MultipleChoiceReward(choices="options" if "columns" in request else None)
+    verdict = reward(ScoringRequest("", (f"<answer>{answer}</answer>",), gold, **request))[0]
+    return verdict.status if verdict.score is None else verdict.score
+
+
+def test_golds_are_letters_or_texts_and_the_prompt_as_rendered_is_not_read() -> None:
+    for gold in ("B", "(B)", "a dog", "A dog", "B. a dog", "\\boxed{B}", '["B", null]'):
+        assert scored(gold, "B", user_text=QUESTION) == 1.0
+        assert scored(gold, "A", user_text=QUESTION) == 0.0
+    rendered = "<|im_start|>user\nWhich?\nA. cat\nB. dog<|im_end|>\n"
+    request = ScoringRequest(rendered, ("<answer>dog</answer>",), "dog", user_text="Which?\nA. cat\nB. dog")
+    assert MultipleChoiceReward()(request)[0].score == 1.0
+    for no_gold in ("E", "a cow", "A or B", None, "", "[null]"):
+        assert scored(no_gold, "B", user_text=QUESTION) == "unscorable"
+    assert scored("B", "same", columns={"options": ["same", "same"]}) == 0.0
+    assert scored("B", "B") == 1.0, "letters do without known choices"
+
+
+def test_rewards_score_reads_the_users_words_and_has_raw_completions() -> None:
+    messages = [{"role": "system", "content": "A. no\nB. no"}, {"role": "user", "content": QUESTION}]
+    request = _request(json.dumps({"completion": "Bé", "prompt": messages, "finish_reason": "length"}).encode())
+    assert request.user_text == QUESTION
+    assert [(c.text, c.finish_reason, c.num_tokens) for c in request.raw] == [("Bé", "length", 3)]
+    assert _request(b'{"completion": "B"}').raw[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("unit", ["A. ", "answer ", "(a", "the answer is A ", "\\boxed{", "or a ", "$", "B Vitamin "])
+def test_hostile_text_ends_quickly(unit: str) -> None:
+    """A minute's limit of the test suite would pass if the time grew with the square: 100,000 repetitions."""
+    assert concluded(unit * 100_000, CHOICES) in (None, "A")
+    assert len(read_choices(None, unit * 100_000)) < 26
