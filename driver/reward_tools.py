@@ -115,7 +115,8 @@ def _request(line: bytes) -> ScoringRequest:
     prompt = row.get("prompt")
     text = prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(prompt)
     completion, reason = row["completion"], row.get("finish_reason")
-    raw = as_completion(completion, reason if reason in get_args(FinishReason) else "stop")
+    ended: FinishReason = reason if reason in get_args(FinishReason) else "stop"
+    raw = as_completion(completion, ended)
     return ScoringRequest(
         text, (completion,), _answer(row.get("answer")), columns, raw=(raw,), user_text=_user_text(prompt)
     )

@@ -67,6 +67,7 @@ def test_a_row_becomes_a_prompt(tmp_path: Path) -> None:
     assert (media.kind, media.width, media.height, media.data) == ("image", 56, 30, image)
     assert media.digest == hashlib.sha256(image).hexdigest()
     assert (prompt.answer, prompt.columns) == ("red", {"level": 3})
+    assert prompt.user_text == "What colour?", "for rewards: neither rendered nor with the template around it"
 
 
 @pytest.mark.parametrize("wrap", [lambda b: b, lambda b: [b, b], lambda b: [{"bytes": b, "path": "x.png"}] * 2])
@@ -100,7 +101,7 @@ def test_chat_messages_place_their_images(tmp_path: Path, suffix: str) -> None:
     row = {"prompt": messages, "image": ["a.png", "a.png"], "answer": "a"}
     prompt = only(tmp_path, row, suffix, system_prompt="think_answer")
     expected = "system:own system\nuser:first<img>\nassistant:<think>yes\nuser:<img>then\nassistant:"
-    assert prompt.text == expected
+    assert prompt.text == expected and prompt.user_text == "first\nthen"
 
 
 def test_chat_with_plain_contents_gets_its_image_before_the_user_text(tmp_path: Path) -> None:
