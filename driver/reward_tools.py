@@ -24,6 +24,8 @@ from rollout.conversation import Conversation
 from rollout.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict
 
+ENDS: tuple[FinishReason, ...] = get_args(FinishReason)
+
 app = typer.Typer(no_args_is_help=True, help="Try a reward on a file, or probe the rewards of a run.")
 
 
@@ -114,8 +116,8 @@ def _request(line: bytes) -> ScoringRequest:
     columns = {name: value for name, value in row.items() if name not in ("completion", "answer", "prompt")}
     prompt = row.get("prompt")
     text = prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(prompt)
-    completion, reason = row["completion"], row.get("finish_reason")
-    ended: FinishReason = reason if reason in get_args(FinishReason) else "stop"
+    completion = row["completion"]
+    ended = {reason: reason for reason in ENDS}.get(str(row.get("finish_reason")), "stop")
     raw = as_completion(completion, ended)
     return ScoringRequest(
         text, (completion,), _answer(row.get("answer")), columns, raw=(raw,), user_text=_user_text(prompt)
