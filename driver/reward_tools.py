@@ -117,8 +117,7 @@ def _request(line: bytes) -> ScoringRequest:
     prompt = row.get("prompt")
     text = prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(prompt)
     completion = row["completion"]
-    ended = {reason: reason for reason in ENDS}.get(str(row.get("finish_reason")), "stop")
-    raw = as_completion(completion, ended)
+    raw = as_completion(completion, next((end for end in ENDS if end == row.get("finish_reason")), "stop"))
     return ScoringRequest(
         text, (completion,), _answer(row.get("answer")), columns, raw=(raw,), user_text=_user_text(prompt)
     )
