@@ -1,43 +1,58 @@
 """Accuracy: is the answer equal to the gold answer, or to one of several?
 
-    gold is words ("red", "B", "12:30")         normalised equality, nothing else
-    gold is mathematics ("3", "\\frac{1}{2}")    equality, else plain numbers exactly, else math-verify (symbolic)
-    gold is a number with a unit ("3 cm")       with `units`: the same quantity
+    row's answer ──golds.py──▶ forms ──answers.py──▶ texts ──kinds.py──▶ kinds ──equality.py──▶ equal to one of them?
 
-A row's answer that is a JSON list of texts (`["1/2", "50 cents"]`) has several gold forms, one of which is enough.
-Failure modes: whatever cannot be read as an answer scores 0.0, so that a wrong answer is never right by accident; the
-price is that a right answer in an unusual form is wrong ("3 apples" for "3"). With `tolerance` an estimate passes for
-a calculation. With `scope: completion` the last expression counts, so that a completion that ends on its guess and then
-goes on with numbers is judged by those.
+The grammar of answers (each with what it equals; the full table is in docs/rewards.md):
+
+    number       3, 1/2, 1,000, 6.63 \\times 10^{-34}     the same number, however it is written; 0.333333 is 1/3
+      with %     50%                                      0.5, not 50
+      with °     145°, 145^\\circ                          145
+      with $, €  $5                                       5, not 5% and not €5
+      with unit  3 cm, 3 apples                           the same unit, as text; see `units`
+    expression   \\sqrt{2}, x^2+2x+1, a matrix             what has the same value at every point
+    list, set    1, 2; 1 or 2; \\{1, 2\\}; 1 \\pm \\sqrt{2}    the same values in any order
+    tuple        (1, 2)                                   the same values in this order
+    interval     [0, 1), unions of them                   the same ends, 0 \\le x < 1
+    name         x = 3; x = 3, y = 4; f(x) = x^2          the same names and values, or the values alone
+    relation     x + y = 1, x < 5                         the same relation, however it is written
+    time, ratio  12:30, 3:05 pm; 3:4                      12:30 pm; 6:8, 3/4
+    letter       B                                        b, (B)
+    words        red, Paris 2024, 2024-01-02              Red.
+    solution     text that ends in \\boxed{3}, <answer>3</answer>, `the answer is 3` or #### 3 is 3
+
+A row whose answer is a whole solution without one of these marks is `unscorable`, like a row without an answer.
+
+Failure modes: whatever cannot be read as an answer of the gold's kind scores 0.0, so that a wrong answer is never right by
+accident; the price is that a right answer in an unusual form is wrong ("3 apples" for "3"). With `tolerance` an estimate
+passes for a calculation. With `scope: completion` the answer is what answers.py finds, so that a completion that changes
+its mind without saying so is judged by what it says last.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, get_args
 
+from rewards.answers import boxed, first_expression, gold_answer, last_expression, stated_answer
 from rewards.base import ScoringRequest, unscorable
+from rewards.equality import same
 from rewards.format import Scope, check_scope, judged_text, one_of
 from rewards.golds import gold_forms
-from rewards.mathematics import expressions_equal, is_mathematics, numbers_equal, prose_equals, value_of
-from rewards.quantities import Units, quantities_equal
+from rewards.kinds import Expression, Letter, Named, Quantity, Relation, Words, read
+from rewards.notation import MAX_CHARACTERS, folded, plain
+from rewards.quantities import Units, is_unit, quantities_equal
 from rollout.types import Verdict
-
-_WRAPPERS = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]|\\(?:boxed|text)\{([^{}]+)\}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class AccuracyReward:
-    """1.0 for a gold answer, 0.0 for any other; `unscorable` where the row has no gold answer."""
+    """1.0 for a gold answer, 0.0 for any other; `unscorable` where the row has no gold answer, or no single one."""
 
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
-    """What is compared: the text of the only `<answer>`, or the whole completion (of which the boxed or last
-    expression counts if the gold answer is mathematics)."""
+    """What is compared: the text of the only `<answer>`, or the answer that the whole completion states or ends on."""
     tolerance: float = 0.0
     """Largest difference of a number from the gold number, as a share of that (0.05 in ChartQA's relaxed accuracy)."""
     units: Units = "exact"
@@ -50,56 +65,88 @@ class AccuracyReward:
             raise ValueError(f"tolerance is a share of the gold number, at least 0 and below 1, not {self.tolerance}")
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
-        golds = gold_forms(request.answer)
-        if not golds:
+        forms = gold_forms(request.answer)
+        if not forms:
             return unscorable(request, "the row has no answer to compare with")
+        golds = [gold for gold in map(gold_answer, forms) if gold is not None]
+        if not golds:
+            reason = "the row's answer is a whole solution that marks no answer (\\boxed{}, <answer> or ####)"
+            return unscorable(request, f"{reason}: {forms[0]!r:.80}")
         return [self._judge(golds, text) for text in request.completions]
 
     def _judge(self, golds: Sequence[str], completion: str) -> Verdict:
         answer = judged_text(completion, self.scope)
         if answer is None:
             return Verdict.scored(0.0, reason="no single <answer>...</answer>")
-        prose = self.scope == "completion"
-        if any(matches(gold, answer, prose, self.tolerance, self.units) for gold in golds):
+        compare = completion_matches if self.scope == "completion" else matches
+        if any(compare(gold, answer, self.tolerance, self.units) for gold in golds):
             return Verdict.scored(1.0)
         return Verdict.scored(0.0, reason="not the expected answer")
 
+    def ideal(self, request: ScoringRequest) -> str | None:
+        """The gold answer where this reward looks for it."""
+        golds = [gold for gold in map(gold_answer, gold_forms(request.answer)) if gold is not None]
+        if not golds:
+            return None
+        return f"\\boxed{{{golds[0]}}}" if self.scope == "completion" else f"<answer>{golds[0]}</answer>"
+
     def warm_up(self) -> None:
-        """Imports math-verify and runs it once (1-2 s), so that no completion has to wait for that."""
+        """Imports math-verify's parser and runs it once (1-2 s), so that no completion has to wait for that."""
         matches("\\frac{x+1}{2}", "$0.5(x + 1)$")
 
 
 @lru_cache(maxsize=4096)
-def matches(gold: str, answer: str, prose: bool = False, tolerance: float = 0.0, units: Units = "exact") -> bool:
-    """Whether `answer` equals `gold`; with `prose`, an expression is looked for in it. Cheapest comparison first."""
-    gold, answer = unwrap(gold), unwrap(answer)
-    if gold == answer:
+def matches(gold: str, answer: str, tolerance: float = 0.0, units: Units = "exact") -> bool:
+    """Whether `answer`, or the box in it, equals `gold`. Cheapest comparison first."""
+    if _identical(gold, answer):
         return True
-    if (
-        units != "exact"
-        and (same := quantities_equal(gold, answer, tolerance, optional=units == "optional")) is not None
-    ):
-        return same
-    if not is_mathematics(gold):
-        return _fold(gold) == _fold(answer)
-    if (equal := numbers_equal(gold, answer)) is not None and (equal or not tolerance):
-        return equal
-    if tolerance and (target := value_of(gold)) is not None and (value := value_of(answer)) is not None:
-        return abs(value - target) <= tolerance * abs(target) * (1 + 1e-9)  # 4.2 is within 0.05 of 4
-    return prose_equals(gold, answer) if prose else expressions_equal(gold, answer)
+    if max(len(gold), len(answer)) > MAX_CHARACTERS:
+        return False
+    if units != "exact":
+        equal = quantities_equal(plain(gold), plain(answer), tolerance, optional=units == "optional")
+        if equal is not None:
+            return equal
+    if same(read(gold), read(answer), tolerance):
+        return True
+    box = boxed(answer)
+    return box is not None and box != answer and matches(gold, box, tolerance, units)
 
 
-def unwrap(text: str) -> str:
-    """`text` without outer delimiters (`$..$`, `\\boxed{..}`), a final full stop, and white space but single blanks."""
-    while True:
-        text = " ".join(text.split())
-        if text.endswith(".") and not text.endswith(".."):
-            text = text[:-1].rstrip()
-        match = _WRAPPERS.fullmatch(text)
-        if match is None:
-            return text
-        text = next(group for group in match.groups() if group is not None)
+def _identical(gold: str, answer: str) -> bool:
+    """The same text but for white space; of words, but for case too."""
+    left, right = plain(gold), plain(answer)
+    if left == right:
+        return bool(left) or not answer.strip()
+    kind = read(gold)
+    loose = isinstance(kind, Expression | Named | Relation | Quantity) or (isinstance(kind, Words) and "\\" in left)
+    if loose and left.replace(" ", "") == right.replace(" ", ""):
+        return True
+    return folded(left) == folded(right) and isinstance(kind, Words | Letter)
 
 
-def _fold(text: str) -> str:
-    return unicodedata.normalize("NFC", text).casefold()
+@lru_cache(maxsize=4096)
+def completion_matches(gold: str, completion: str, tolerance: float = 0.0, units: Units = "exact") -> bool:
+    """Whether the answer that `completion` states, or else ends on, equals `gold`."""
+    found = stated_answer(completion)
+    said = completion if found is None else found.text
+    if matches(gold, said, tolerance, units):
+        return True
+    target = read(gold)
+    if isinstance(target, Words | Letter) or (found is not None and found.rule in ("box", "answer")):
+        return False
+    if found is not None and found.rule == "phrase":
+        stated = read(said)
+        in_words = isinstance(stated, Words) or (isinstance(stated, Quantity) and not is_unit(stated.unit))
+        expression = first_expression(said) if in_words else None
+        return expression is not None and _ends_on(gold, expression, "", tolerance, units)
+    if found is not None and not isinstance(read(said), Words):
+        return False
+    last = last_expression(completion)
+    return last is not None and _ends_on(gold, *last, tolerance, units)
+
+
+def _ends_on(gold: str, expression: str, behind: str, tolerance: float, units: Units) -> bool:
+    if not isinstance(read(gold), Quantity):
+        return matches(gold, expression, tolerance, units)
+    words = behind.split()
+    return any(matches(gold, " ".join([expression, *words[:n]]), tolerance, units) for n in range(len(words) + 1))

@@ -1,20 +1,22 @@
-"""Whether two expressions are equal, by math-verify, and only at a bounded cost.
+"""Whether two expressions are equal: read by math-verify's parser, compared by their values, at a bounded cost.
 
-math-verify *extracts* expressions from prose: to it "Paris 2024" is 2024 and "3 mm" equals "3 cm". Therefore only text
-that is one expression from end to end is given to it, and units are neither dropped nor converted.
-Its parser and sympy take exponential time on small input (`9^{9^{9^9}}`, forty brackets), and its own time limit is a
-signal handler that C code ignores: what is clearly expensive is refused here, the rest is up to a worker that can be
-killed (rewards/worker.py).
+Only text that is one expression from end to end is parsed: no prose, date, time or unit. The parser takes exponential time
+on small input (forty brackets), and sympy on some (`9^{9^{9^9}}`); its own time limit is a signal handler that C code
+ignores. What is clearly expensive is refused here, the rest is up to a worker that can be killed (rewards/worker.py).
+
+Numbers are evaluated to 30 digits. Expressions with symbols are evaluated at fixed points on both sides of 0 and are equal
+where both have values and these agree: what differs at all differs at almost every point.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
+
+from rewards.numbers import values_equal
 
 MAX_CHARACTERS = 256
 """Longest text that is read as one expression."""
@@ -24,149 +26,221 @@ MAX_NODES = 100
 """Largest expression tree that is compared."""
 MAX_DIGITS = 5000
 """Longest integer that evaluating an expression may produce, about."""
-MAX_EXPANDED_POWER = 8
-"""Largest power of a sum with symbols in it, which comparing expands."""
+DIGITS = 30
+"""Decimal digits to which expressions are evaluated."""
 
-_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?")
-_TEXT_COMMAND = r"(?:text|mathrm|mbox)"
-_COMMAND = re.compile(rf"\\(?:begin|end)\{{\w+\}}|\\(?!{_TEXT_COMMAND})[a-zA-Z]+")
-_PROSE = re.compile(rf"\\{_TEXT_COMMAND}|[^\W\d_]{{3}}")
-_DATE_OR_RATIO = re.compile(r":|[0-9]{1,4}([-/.])[0-9]{1,2}\1[0-9]{1,4}")
-_MATHEMATICAL = re.compile(r"[0-9+*/^=<>\\-]")
-_INTEGRAL = re.compile(r"\\i+nt")
-"""Not read: sympy would try to evaluate them."""
+_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}(?:\{[lcr|]+\})?|\\(?:mathbb|operatorname)\{\w+\}|\\[a-zA-Z]+")
+_PROSE = re.compile(r"[^\W\d_]{3}|(?<![^\W\d_])(?:or|and|to|is|of|in|at)(?![^\W\d_])")
+_UNREADABLE = re.compile(
+    r"[:;?@#\"'!]{2}|[:;?@#\"'&~]|\.\.|\\(?:i+nt|sum|prod|lim|text|boxed|approx|cup|cap|pm|mp|to|in)(?![a-zA-Z])|[0-9)]_"
+)
+"""Integrals, sums and limits, which sympy would try to evaluate; primes and number bases, which the parser drops."""
+_MATHEMATICAL = re.compile(r"[0-9+*/^=<>\\|-]")
+_TABLE = re.compile(r"\\begin\{")
+_IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
+_SCIENTIFIC = re.compile(r"(?<=[0-9])[eE]([+-]?[0-9]{1,3})(?![0-9a-zA-Z])")
+_THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])")
 
 
 def is_expression(text: str) -> bool:
-    """Whether `text` may be read as one expression: no prose, date, time or ratio in it, and of a bearable size."""
-    if not text or len(text) > MAX_CHARACTERS or _DATE_OR_RATIO.search(text) or _INTEGRAL.search(text):
+    """Whether plain `text` may be read as one expression: nothing but mathematics in it, and of a bearable size."""
+    if not text or len(text) > MAX_CHARACTERS or not balanced(text):
         return False
+    if _UNREADABLE.search(text.replace("&", " ") if _TABLE.search(text) else text):
+        return False
+    return not _PROSE.search(_COMMAND.sub(" ", text))
+
+
+def balanced(text: str) -> bool:
+    """Whether the brackets of `text` are at most MAX_NESTING deep and none is closed that was not opened."""
     depth = deepest = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
-    return deepest <= MAX_NESTING and not _PROSE.search(_COMMAND.sub(" ", text))
+        if depth < 0:
+            return False
+    return depth == 0 and deepest <= MAX_NESTING
 
 
 @lru_cache(maxsize=1024)
-def is_mathematics(gold: str) -> bool:
-    """Whether a gold answer is mathematics rather than a word or a letter ("red", "B"), and can be parsed."""
-    return bool(_MATHEMATICAL.search(gold)) and is_expression(gold) and _affordable(_parse(gold))
-
-
-def numbers_equal(left: str, right: str) -> bool | None:
-    """Exact comparison of two plain numbers (`-1,000.5`, `2e3`, `1/3`). None where it cannot tell: one is no plain
-    number, or they differ by what may be rounding."""
-    if max(len(left), len(right)) > MAX_CHARACTERS:
-        return None
-    a, b = _number(left), _number(right)
-    if a is None or b is None:
-        return None
-    if a == b:
-        return True
-    return False if a.denominator == b.denominator == 1 else None
+def is_mathematics(text: str) -> bool:
+    """Whether plain `text` is an expression rather than a word or a letter ("red", "B"), and can be compared."""
+    return bool(_MATHEMATICAL.search(text)) and parsed(text) is not None
 
 
 def expressions_equal(gold: str, answer: str) -> bool:
-    """Whether `answer`, one expression, equals the expression `gold` (floats to six digits). Unreadable: False."""
-    return is_expression(answer) and _equal(gold, _parse(answer))
+    """Whether two expressions in plain notation are equal. Unreadable: False."""
+    left, right = parsed(gold), parsed(answer)
+    if left is None or right is None:
+        return False
+    decimal = "." in gold or "." in answer
+    return bool(_tables_equal(left, right, decimal) if _is_table(left) else _values_equal(left, right, decimal))
 
 
-def prose_equals(gold: str, prose: str) -> bool:
-    """Whether the boxed or else the last expression in `prose` equals the expression `gold`."""
-    library = _math_verify()
-    configs = [_latex_config(), library.ExprExtractionConfig()]
-    return _equal(gold, library.parse(prose, configs, fallback_mode="no_fallback", parsing_timeout=None))
-
-
-def value_of(text: str) -> float | None:
-    """The number that `text` stands for: plain (also `50%`), or an expression without symbols. None for anything else.
-    math-verify rounds such expressions to six digits, which is no tolerance of one's own choice."""
-    if len(text) > MAX_CHARACTERS:
+def proportional(gold: tuple[str, str], answer: tuple[str, str]) -> float | None:
+    """The factor c for which (left - right) of `gold` is c times that of `answer`; None where there is no such number.
+    Two equations are the same if there is one, two inequalities if it is positive."""
+    sides = [parsed(text) for text in (*gold, *answer)]
+    if any(side is None or _is_table(side) for side in sides):
         return None
-    plain = text.removesuffix("%").removesuffix("\\").strip()
-    if (number := _number(plain)) is not None:
-        return float(number) / (100 if plain != text else 1)
-    if not is_expression(text):
+    ours, theirs = sides[0] - sides[1], sides[2] - sides[3]
+    if not (ours.free_symbols and ours.free_symbols == theirs.free_symbols):
         return None
-    parsed = [expression for expression in _parse(text) if hasattr(expression, "evalf")]
-    if len(parsed) != 1 or not parsed[0].is_number or not _affordable(parsed):
+    ratios = [a / b for a, b in _samples(ours, theirs) if abs(b) > 1e-12 and abs(a) > 1e-12]
+    if len(ratios) < 3 or any(abs(r - ratios[0]) > 1e-9 * abs(r) or abs(r.imag) > 1e-12 for r in ratios):
         return None
-    value = parsed[0].evalf(15)
-    return float(value) if value.is_real and value.is_finite else None
+    return float(ratios[0].real)
 
 
-def _equal(gold: str, parsed: list[Any]) -> bool:
-    return _affordable(parsed) and bool(_math_verify().verify(_parse(gold), parsed, timeout_seconds=None))
+def value_of(text: str) -> Fraction | None:
+    """The real number that an expression without symbols stands for."""
+    expression = parsed(text)
+    if expression is None or _is_table(expression) or expression.free_symbols:
+        return None
+    value = _evaluated(expression, {})
+    return None if value is None or value.imag else Fraction(str(value.real))
 
 
-def _number(text: str) -> Fraction | None:
-    numerator, slash, denominator = text.partition("/")
-    values = []
-    for part in (numerator.strip(), denominator.strip()) if slash else (numerator.strip(),):
-        if not _NUMBER.fullmatch(part):
-            return None
-        values.append(Fraction(part.replace(",", "")))
-    if not slash:
-        return values[0]
-    return values[0] / values[1] if values[1] else None
+def _is_table(expression: Any) -> bool:
+    return hasattr(expression, "shape")
 
 
-@cache
-def _math_verify() -> Any:
-    """math-verify, imported when first needed: it brings sympy and an ANTLR parser along (1 s)."""
-    import math_verify
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs every text that is no expression
-    return math_verify
+def _tables_equal(gold: Any, answer: Any, decimal: bool) -> bool:
+    if not _is_table(answer) or gold.shape != answer.shape:
+        return False
+    return all(_values_equal(a, b, decimal) for a, b in zip(gold, answer, strict=True))
 
 
-@cache
-def _latex_config() -> Any:
-    from latex2sympy2_extended import NormalizationConfig
+def _values_equal(gold: Any, answer: Any, decimal: bool) -> bool:
+    if _is_table(answer):
+        return False
+    if gold == answer:
+        return True
+    if gold.is_Rational and answer.is_Rational:
+        return False
+    compared = 0
+    for a, b in _samples(gold, answer):
+        if not _close(a, b, decimal):
+            return False
+        compared += 1
+    return compared >= (3 if gold.free_symbols | answer.free_symbols else 1)
 
-    normalization = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
-    )
-    return _math_verify().LatexExtractionConfig(normalization_config=normalization)
+
+def _close(a: Any, b: Any, decimal: bool) -> bool:
+    if a.imag or b.imag or not decimal:
+        return bool(abs(a - b) <= (1e-20 if not decimal else 1e-6) * max(abs(a), abs(b)))
+    return values_equal(Fraction(str(a.real)), Fraction(str(b.real)), True)
+
+
+def _samples(left: Any, right: Any) -> list[tuple[Any, Any]]:
+    """Values of both expressions at the same points: those at which both have one."""
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    found = []
+    for k in range(8 if symbols else 1):
+        point = {symbol: _coordinate(k, i) for i, symbol in enumerate(symbols)}
+        a, b = _evaluated(left, point), _evaluated(right, point)
+        if (a is None) != (b is None):
+            return []
+        if a is not None:
+            found.append((a, b))
+    return found
+
+
+def _coordinate(k: int, i: int) -> Any:
+    """Coordinate i of point k: up to 40, negative in every other point, and no value of anything known."""
+    from sympy import Float
+
+    share = math.modf((k + 1) * 0.618033988749895 + (i + 1) * 0.7548776662466927)[0]
+    value = (0.1 + 1.9 * share) * (1, 1, 3, 3, 20, 20, 8, 8)[k]
+    return Float(f"{-value if (k + i) % 2 else value:.17f}", DIGITS)
+
+
+def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
+    """The value as a complex mpmath number; None where there is none."""
+    from mpmath import isfinite, mpmathify, workdps
+
+    try:
+        value = expression.xreplace(point).evalf(DIGITS)
+        with workdps(DIGITS):
+            number = mpmathify(value._to_mpmath(int(DIGITS * 3.33)))
+            return number + 0j if isfinite(number) else None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, NotImplementedError, RecursionError):
+        return None
 
 
 @lru_cache(maxsize=4096)
-def _parse(expression: str) -> list[Any]:
-    """Sympy objects of one expression in LaTeX; empty where it is none."""
-    return _math_verify().parse(
-        f"${expression}$",
-        [_latex_config()],
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=None,
+def parsed(text: str) -> Any:
+    """The sympy object of one expression in plain notation; None where it is none, or too expensive to compare."""
+    if not is_expression(text):
+        return None
+    written = _SCIENTIFIC.sub(r" \\times 10^{\1}", _THOUSANDS.sub(lambda m: m[1].replace(",", ""), text))
+    read, config = _parser()
+    is_real = not _IMAGINARY.search(text)  # of what is not real, `i` is the imaginary unit
+    try:
+        expression = read(written, is_real=is_real, convert_degrees=False, **config)
+        expression = expression.as_explicit() if hasattr(expression, "as_explicit") else expression
+        if not _affordable(expression):
+            return None
+        return _with_real_symbols(expression.doit())
+    except Exception:  # the parser has many kinds of exception for what is no expression
+        return None
+
+
+@cache
+def _parser() -> Any:
+    """math-verify's parser, imported when first needed: it brings sympy and ANTLR along (1 s)."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
     )
+    return latex2sympy, {
+        "normalization_config": normalization,
+        "conversion_config": ConversionConfig(lowercase_symbols=False),
+    }
 
 
-def _affordable(parsed: list[Any]) -> bool:
-    """Whether there is something to compare, and comparing is cheap. A completion that is not cheap would take its
-    siblings along into the call's time limit."""
-    from sympy import Limit, Pow, preorder_traversal
+def _with_real_symbols(expression: Any) -> Any:
+    """All symbols alike, and `f(2)` and the like as symbols, so that expressions with them have values too."""
+    from sympy import Symbol
+    from sympy.core.function import AppliedUndef
+
+    calls = {call: Symbol(str(call), real=True) for call in expression.atoms(AppliedUndef)}
+    expression = expression.xreplace(calls)
+    return expression.xreplace({symbol: Symbol(symbol.name, real=True) for symbol in expression.free_symbols})
+
+
+def _affordable(expression: Any) -> bool:
+    """Whether evaluating is cheap. A completion that is not would take its siblings along into the call's time limit."""
+    from sympy import Basic, Expr, Limit, MatrixBase, nan, preorder_traversal, zoo
     from sympy.concrete.expr_with_limits import ExprWithLimits
 
-    nodes = [node for expression in parsed for node in preorder_traversal(expression)]
-    if not nodes or len(nodes) > MAX_NODES or any(isinstance(node, ExprWithLimits | Limit) for node in nodes):
+    if not isinstance(expression, Expr | MatrixBase):
         return False
-    expanded = (n for n in nodes if isinstance(n, Pow) and n.base.is_Add and n.free_symbols and n.exp.is_Number)
-    if any(abs(node.exp) > MAX_EXPANDED_POWER for node in expanded):
+    entries = list(expression) if isinstance(expression, MatrixBase) else [expression]
+    nodes = [node for entry in entries for node in preorder_traversal(entry)]
+    if not nodes or len(nodes) > MAX_NODES or not all(isinstance(node, Basic) for node in nodes):
         return False
-    return sum(_digits(expression) for expression in parsed) <= MAX_DIGITS
+    if any(isinstance(node, ExprWithLimits | Limit) or node in (nan, zoo) for node in nodes):
+        return False
+    return sum(_digits(entry) for entry in entries) <= MAX_DIGITS
 
 
 def _digits(expression: Any) -> float:
     """Upper bound, roughly, of the decimal digits that evaluating `expression` handles; symbols count nothing."""
-    from sympy import Pow, binomial, factorial
+    from sympy import Pow, binomial, exp, factorial
 
     if getattr(expression, "is_Number", False):
         return math.log10(1 + abs(float(expression))) if expression.is_finite else 0.0
-    if isinstance(expression, Pow | factorial | binomial):
+    if isinstance(expression, Pow | factorial | binomial | exp):
         base, exponent = expression.args if isinstance(expression, Pow) else (expression.args[0],) * 2
         size = _digits(exponent)
-        return max(1.0, _digits(base)) * 10**size if size < 10 else math.inf
+        if size > MAX_DIGITS:
+            return math.inf
+        if exponent.free_symbols:
+            return max(1.0, _digits(base)) * 10**size if size < 10 else math.inf
+        value = _evaluated(exponent, {})
+        return math.inf if value is None else max(1.0, _digits(base)) * max(1.0, float(abs(value)))
     children = getattr(expression, "args", ())
     return float(sum(_digits(child) for child in children))

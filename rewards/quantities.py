@@ -55,6 +55,13 @@ def _quantity(text: str) -> tuple[float, str] | None:
     return float(match["number"].replace(",", "")), unit
 
 
+def is_unit(unit: str) -> bool:
+    """Whether `unit` is a unit that pint knows, and no mere thing that is counted (`dollars`)."""
+    for written, meant in _WRITTEN.items():
+        unit = unit.replace(written, meant)
+    return len(unit) <= 24 and not re.search(r"[0-9]{2}", unit) and _known(unit)
+
+
 @lru_cache(maxsize=1024)
 def _known(unit: str) -> bool:
     try:

@@ -1,0 +1,221 @@
+"""Answers: where in a completion, or in a gold text, the answer stands.
+
+    1  the last \\boxed{..}, whatever is in it; boxes side by side are one list (`\\boxed{1}, \\boxed{2}`)
+    2  the last <answer>..</answer>
+    3  what follows the last `answer is`, `answer:`, up to the end of the sentence
+    4  what follows the last `####`, up to the end of the line
+    5  the last expression; expressions joined by `or`, `and` or commas are one list (`3 or 4` is not 4)
+
+Every search takes linear time: one pass over the text for the braces, plain searches for the rest, and the last expression
+is looked for in the last WINDOW characters only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from rewards.kinds import Letter, Words, read
+from rewards.notation import plain, squeezed
+
+WINDOW = 1000
+"""Characters from the end of a completion in which the last expression is looked for."""
+SENTENCE = 400
+"""Longest text that is read behind `the answer is`."""
+MAX_BOXES = 32
+"""Boxes side by side that make one list."""
+
+_BRACES = re.compile(r"\\(?:boxed|fbox) ?\{|\\.|[{}]", re.DOTALL)
+_BETWEEN = re.compile(
+    r"(?:[\s$,;.&]|\\[()\[\],;: ]|\\q?quad|\\text(?:rm)?\{\s*(?:and|or|,)?\s*\}|(?:and|or)(?![a-z])){0,24}"
+)
+_PHRASE = re.compile(
+    r"\banswers?\b[*_]{0,3}\s{0,3}(?:(?:is|are|was|would be|should be|must be|equals)\b|[:=])"
+    r"[*_]{0,3}\s{0,3}[:=]?[*_]{0,3}\s{0,3}(?!not\b)",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n|,?\s(?:because|since)\b")
+_TOKEN = re.compile(r"\$\$.{1,300}?\$\$|\$[^$\n]{1,200}\$|\\\(.{1,200}?\\\)|\\\[.{1,300}?\\\]|\S+", re.DOTALL)
+_DELIMITED = re.compile(r"\$.+\$|\\\(.+\\\)|\\\[.+\\\]", re.DOTALL)
+_MATHEMATICAL = re.compile(r"[0-9√π∞½¼¾\\]")
+_LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{3,}")
+_OPERATOR = re.compile(r"[-+*/=<>×·÷±≤≥≠≈^:|−–]|\\(?:times|cdot|le|ge|leq|geq|ne|neq|approx|pm|cup|in)")
+_BEHIND = re.compile(r"(?:%|°|percent|pct|degrees?|[ap]\.?m\.?)[.,;!?]*", re.IGNORECASE)
+_PUNCTUATION = ".,;:!?\"'*_`"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    text: str
+    rule: Literal["box", "answer", "phrase", "hash"]
+
+
+def stated_answer(text: str) -> Found | None:
+    """The answer that `text` marks as such, by the first of rules 1 to 4 that applies."""
+    if (box := boxed(text)) is not None:
+        return Found(box, "box")
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if 0 <= start < end:
+        return Found(text[start + len("<answer>") : end].strip(), "answer")
+    phrase = None
+    for phrase in _PHRASE.finditer(text):  # noqa: B007  # the last one is wanted
+        pass
+    if phrase is not None and (sentence := _sentence(text[phrase.end() : phrase.end() + SENTENCE])):
+        return Found(sentence, "phrase")
+    start = text.rfind("####")
+    if start >= 0 and (line := text[start + 4 : start + 4 + SENTENCE].strip().partition("\n")[0].strip()):
+        return Found(line, "hash")
+    return None
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last box whose braces are balanced, or in the boxes at its side, with commas between."""
+    boxes = _boxes(text) if "\\boxed" in text or "\\fbox" in text else []
+    if not boxes:
+        return None
+    start, inside, end = boxes.pop()
+    contents = [text[inside:end].strip()]
+    while boxes and len(contents) < MAX_BOXES:
+        before, inside, end = boxes.pop()
+        if start - end > 40 or not _BETWEEN.fullmatch(text, end + 1, start):
+            break
+        if (content := text[inside:end].strip()) != contents[0]:
+            contents.insert(0, content)
+        start = before
+    return ", ".join(contents)
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """(start, start of the content, end of it) of the boxes that are in no other box, in order."""
+    opened: list[tuple[int, int] | None] = []
+    found: list[tuple[int, int, int]] = []
+    for match in _BRACES.finditer(text):
+        sign = match[0]
+        if sign == "{":
+            opened.append(None)
+        elif sign == "}":
+            box = opened.pop() if opened else None
+            if box is not None:
+                while found and found[-1][0] > box[0]:
+                    found.pop()
+                found.append((*box, match.start()))
+        elif sign.endswith("{") and len(sign) > 2:
+            opened.append((match.start(), match.end()))
+    return found
+
+
+def _sentence(text: str) -> str:
+    """The beginning of `text` up to the end of its sentence, without the signs of Markdown around it."""
+    text = text.lstrip()
+    for opening, closing in (("$$", "$$"), ("\\[", "\\]")):
+        if text.startswith(opening) and (end := text.find(closing, 2)) > 0:
+            return text[: end + 2]
+    match = _SENTENCE_END.search(text)
+    return (text[: match.start()] if match else text).replace("**", "").strip()
+
+
+def first_expression(sentence: str) -> str | None:
+    """The first expression in a sentence, with what is joined to it."""
+    tokens = _tokens(sentence)
+    for i, token in enumerate(tokens):
+        if _is_mathematical(token):
+            end = i
+            while end + 1 < len(tokens) and _continues(tokens, end):
+                end += 1
+            return _run(tokens, end)
+    return None
+
+
+def _continues(tokens: list[str], end: int) -> bool:
+    following = tokens[end + 1]
+    if _is_operator(tokens[end][-1:]) or (_is_operator(following[:1]) and len(following) < 40):
+        return not _LONG_WORD.search(following)
+    joined = following.lower() in ("or", "and") or tokens[end].lower() in ("or", "and") or tokens[end].endswith(",")
+    return joined and (_is_mathematical(following) or (end + 2 < len(tokens) and _is_mathematical(tokens[end + 2])))
+
+
+def last_expression(text: str) -> tuple[str, str] | None:
+    """The last expression in `text`, and the words that follow it."""
+    window = text[-WINDOW:]
+    if len(text) > WINDOW:
+        window = window.partition("\n" if "\n" in window[: WINDOW // 2] else " ")[2]
+    tokens = _tokens(window)
+    for end in range(len(tokens) - 1, -1, -1):
+        if _is_mathematical(tokens[end]):
+            run = _run(tokens, end)
+            return run, " ".join(tokens[end + 1 : end + 4])
+    return None
+
+
+def _run(tokens: list[str], end: int) -> str:
+    """The expression whose last token is at `end`: tokens to its left that operators, brackets, commas and `or` join."""
+    start = end
+    while start > 0 and end - start < 24 and _joined(tokens, start, end):
+        start -= 1
+    run = " ".join(tokens[start : end + 1])
+    if end + 1 < len(tokens) and _BEHIND.fullmatch(tokens[end + 1]):
+        run += " " + tokens[end + 1]
+    return run.rstrip(_PUNCTUATION[:6] + '"*_`')
+
+
+def _joined(tokens: list[str], start: int, end: int) -> bool:
+    """Whether the token before `start` belongs to the expression that begins there."""
+    before, first = tokens[start - 1], tokens[start]
+    run = "".join(tokens[start : end + 1])
+    if sum(run.count(c) for c in ")]") > sum(run.count(c) for c in "(["):
+        return True
+    if before.lower() in ("or", "and"):
+        return start > 1 and _is_mathematical(tokens[start - 2])
+    if first.lower() in ("or", "and"):
+        return True
+    if _LONG_WORD.search(before) and not _DELIMITED.fullmatch(before):
+        return False
+    if before[-1] in ",;":
+        return _is_mathematical(before)
+    operand = len(before) < 40 and before[-1] not in _PUNCTUATION.replace("'", "").replace(":", "")
+    return operand and (_is_operator(first) or _is_operator(before) or bool(_OPERATOR.fullmatch(before[-1])))
+
+
+def _is_operator(token: str) -> bool:
+    return bool(_OPERATOR.fullmatch(token))
+
+
+def _is_mathematical(token: str) -> bool:
+    """Whether a token is mathematics by itself, or a part of it."""
+    if not _MATHEMATICAL.search(token):
+        return False
+    if _DELIMITED.fullmatch(token):
+        return True
+    return not _LONG_WORD.search(token)
+
+
+def _tokens(text: str) -> list[str]:
+    """Words, and pieces of mathematics between delimiters; between dollars that hold words (`$5 or else $6`), words."""
+    tokens: list[str] = []
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        is_words = token.startswith("$") and len(token.split()) > 1 and isinstance(read(token), Words | Letter)
+        tokens.extend(token.split() if is_words else [squeezed(token)])
+    return tokens
+
+
+def gold_answer(text: str) -> str | None:
+    """The answer that a gold text states: itself, or what it marks as such if it is a whole solution. None for a solution
+    out of which no one answer can be taken."""
+    boxes = {text[inside:end].strip() for _, inside, end in _boxes(text)}
+    if len(boxes) > 1 and _is_solution(plain(text)):
+        joined = boxed(text)
+        return joined if joined is not None and joined.count(", ") >= len(boxes) - 1 else None
+    found = stated_answer(text)
+    if found is not None and (found.rule != "phrase" or isinstance(read(text), Words)):
+        return found.text
+    return None if _is_solution(text) else text
+
+
+def _is_solution(text: str) -> bool:
+    """Whether `text` works something out: several sentences or lines with mathematics in them, or very many words."""
+    words = len(_LONG_WORD.findall(text[:4000]))
+    sentences = len(re.findall(r"[.!?]\s+\S|\n", text[:4000].strip()))
+    return words > 60 or (words >= 6 and sentences >= 1 and re.search(r"[=$]|\\[(\[]", text) is not None)

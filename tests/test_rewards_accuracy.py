@@ -1,0 +1,191 @@
+"""Accuracy: tables of gold and answer in the forms that public data sets and models write, right ones and wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.accuracy import AccuracyReward, matches
+from rewards.base import ScoringRequest
+from rewards.format import Scope
+from rewards.mathematics import is_mathematics, value_of
+from rewards.notation import plain
+from rewards.numbers import numbers_equal, read_number
+from rewards.quantities import Units
+
+DATA = Path(__file__).parent / "data"
+GOOD = "<think>it looks red</think><answer>red</answer>"
+TAGS = "<think>I look.</think><answer>{}</answer>"
+
+
+def pairs(name: str) -> list[tuple[float, str, str]]:
+    """Lines of the form `1 | gold | answer`; `\\n` and `\\u0301` stand for what they stand for in Python."""
+    rows = []
+    for line in (DATA / name).read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            score, gold, answer = line.split(" | ", 2) if line.count(" | ") > 1 else [*line.split(" | "), ""][:3]
+            gold, answer = (_written(text.removesuffix(" |")) for text in (gold, answer))
+            rows.append((float(score), gold, answer))
+    return rows
+
+
+def _written(text: str) -> str:
+    if "\\u0301" in text:
+        return text.replace("\\u0301", "\u0301")
+    lines = text.split("\\n")
+    return "\n".join(lines) if all(not line[:1].isalpha() for line in lines[1:]) else text
+
+
+def score(gold: str, completion: str, scope: Scope = "answer") -> float | None:
+    return AccuracyReward(scope=scope)(ScoringRequest("", (completion,), gold))[0].score
+
+
+@pytest.mark.parametrize(("expected", "gold", "answer"), pairs("accuracy_answers.txt"))
+def test_answers(expected: float, gold: str, answer: str) -> None:
+    assert score(gold, TAGS.format(answer)) == expected
+
+
+@pytest.mark.parametrize(("expected", "gold", "completion"), pairs("accuracy_completions.txt"))
+def test_completions(expected: float, gold: str, completion: str) -> None:
+    assert score(gold, completion, "completion") == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9^{9^{9^{9}}}",
+        "((9!)!)!",
+        "10^{100000000}",
+        "((10^{900})^{900})^{900}",
+        "2^{2^{100}}",
+        "(" * 30 + "3" + ")^1" * 30,
+        "\\frac{1}{" * 30 + "3" + "}" * 30,
+        "\\int " * 8 + "x" + " dx" * 8,
+        "(a+b+c+d+f)^{60}",
+        "1" * 10_000,
+        "+".join("1" * 120),
+    ],
+)
+def test_an_answer_that_would_keep_sympy_busy_is_wrong_at_once(answer: str) -> None:
+    """Its siblings in the group would otherwise share its time-out."""
+    assert not matches("3", answer)
+    assert not matches("x^2", answer)
+
+
+@pytest.mark.parametrize(
+    "word", ["red", "one", "two red", "A", "x", "pi", "yes", "circle", "in", "e", "12:30", "well-known"]
+)
+def test_words_are_no_mathematics(word: str) -> None:
+    assert not is_mathematics(word)
+
+
+@pytest.mark.parametrize("expression", ["3", "-3", "1/2", "0.5", "1,000", "x+1", "\\pi", "\\frac{1}{2}", "2x", "3 cm"])
+def test_expressions_are_mathematics(expression: str) -> None:
+    assert is_mathematics(expression)
+
+
+def test_numbers_by_hand() -> None:
+    """Six digits behind the point, for small numbers six significant ones; whole numbers and fractions exactly."""
+    for gold, answer, equal in [
+        ("0.1", "1/10", True),
+        ("1/3", "0.333333", True),  # off by 3.3e-7, less than half of 1e-6
+        ("1/3", "0.33333", False),  # off by 3.3e-6
+        ("1/30", "0.033333", False),  # off by 3.3e-7, more than half of 1e-7
+        ("1/30", "0.0333333", True),
+        ("1000000.1", "1000000.2", False),
+        ("1000000", "1000001", False),
+        ("1/3", "333333/1000000", False),  # fractions both: one is another number
+    ]:
+        target, value = read_number(gold), read_number(answer)
+        assert target is not None and value is not None
+        assert numbers_equal(target, value) == equal, (gold, answer)
+    assert read_number("1/0") is read_number("x") is read_number("3 cm") is read_number("") is None
+
+
+@given(st.integers(), st.integers())
+def test_integers_match_only_themselves(a: int, b: int) -> None:
+    assert matches(str(a), f" {a}.0 ")
+    assert matches(str(a), f"{a:,}")
+    assert matches(str(a), str(b)) == (a == b)
+
+
+@given(st.text(max_size=30))
+def test_an_answer_equals_itself(text: str) -> None:
+    assert matches(text, f"  {text} ")
+    assert plain(plain(text)) == plain(text)
+
+
+def test_what_math_verify_would_extract_is_why_words_do_not_reach_it() -> None:
+    """If this fails, math-verify has changed, and the rules in rewards/kinds.py want a fresh look."""
+    from math_verify import parse, verify
+
+    def loose(gold: str, answer: str) -> bool:
+        return verify(parse(gold, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None)
+
+    assert loose("Paris 2024", "London 2024")
+    assert loose("3 cm", "3 mm")
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "tolerance", "units", "equal"),
+    [
+        ("100", "105", 0.05, "exact", True),  # |105 - 100| = 5 <= 0.05 * 100
+        ("100", "106", 0.05, "exact", False),
+        ("100", "105", 0.0, "exact", False),
+        ("-4", "-4.2", 0.05, "exact", True),  # 0.2 <= 0.05 * 4
+        ("0", "0.001", 0.05, "exact", False),  # a share of nothing is nothing
+        ("1/3", "0.33", 0.01, "exact", True),  # 0.00333 <= 0.01 * 0.33333
+        ("1/3", "0.32", 0.01, "exact", False),  # 0.01333 > 0.00333
+        ("\\sqrt{2}", "1.41", 0.01, "exact", True),  # 0.0042 <= 0.0141
+        ("50%", "0.51", 0.05, "exact", True),
+        ("3", "three", 0.05, "exact", False),
+        ("3", "3 or 4", 0.9, "exact", False),
+        ("x^2", "4", 0.5, "exact", False),
+        ("3 cm", "30 mm", 0.0, "convert", True),
+        ("3 cm", "30 mm", 0.0, "exact", False),
+        ("3 cm", "3", 0.0, "convert", False),
+        ("3 cm", "3", 0.0, "optional", True),
+        ("3", "3 cm", 0.0, "optional", False),  # a unit that nobody asked for
+        ("3 cm", "3 kg", 0.0, "optional", False),
+        ("36 km/h", "10 m/s", 0.0, "convert", True),  # 36000 m / 3600 s
+        ("20 °C", "293.15 K", 0.0, "convert", True),
+        ("3\\text{ cm}", "$30\\,\\mathrm{mm}$", 0.0, "convert", True),
+        ("100 m", "0.104 km", 0.05, "convert", True),  # 4 m <= 5 m
+        ("100 m", "0.106 km", 0.05, "convert", False),
+        ("3 apples", "3 apples", 0.0, "convert", True),  # no unit of physics: compared as text
+        ("3 apples", "3 pears", 0.0, "convert", False),
+        ("5 kg", "5 kg^99999999", 0.0, "convert", False),
+    ],
+)
+def test_tolerance_and_units(gold: str, answer: str, tolerance: float, units: Units, equal: bool) -> None:
+    assert matches(gold, answer, tolerance, units) == equal
+
+
+def test_a_number_by_itself_has_a_value() -> None:
+    assert value_of("\\frac{3}{4}") == value_of("75\\%") == 0.75
+    assert value_of("x+1") is None and value_of("1, 2") is None and value_of("9^{9^{9^{9}}}") is None
+
+
+def test_one_of_several_gold_forms_is_enough() -> None:
+    completions = tuple(f"<answer>{a}</answer>" for a in ("50 cents", "0.5", "$\\frac12$", "5"))
+    verdicts = AccuracyReward()(ScoringRequest("", completions, answer='["1/2", "50 cents"]'))
+    assert [v.score for v in verdicts] == [1.0, 1.0, 1.0, 0.0]
+    interval = AccuracyReward()(ScoringRequest("", ("<answer>[1, 2]</answer>",), answer="[1, 2]"))
+    assert interval[0].score == 1.0  # numbers in brackets are mathematics, not forms
+    assert AccuracyReward()(ScoringRequest("", ("a",), answer='["", " "]'))[0].status == "unscorable"
+
+
+def test_accuracy_judges_each_completion() -> None:
+    completions = (GOOD, GOOD.replace(">red", ">blue"), "red", GOOD + GOOD, "<think>a</think><answer>red")
+    verdicts = AccuracyReward()(ScoringRequest("", completions, answer="red"))
+    assert [v.score for v in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert "<answer>" in verdicts[2].reason and "expected" in verdicts[1].reason
+
+
+def test_a_row_without_an_answer_cannot_be_scored() -> None:
+    for gold in (None, "", "  "):
+        verdicts = AccuracyReward()(ScoringRequest("", (GOOD, GOOD), answer=gold))
+        assert [v.status for v in verdicts] == ["unscorable"] * 2
