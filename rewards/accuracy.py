@@ -1,6 +1,6 @@
 """Accuracy: is the answer equal to the gold answer, or to one of several?
 
-    row's answer ──golds.py──▶ forms ──answers.py──▶ texts ──kinds.py──▶ kinds ──equality.py──▶ equal to one of them?
+    row's answer ──golds.py──▶ forms ──answers.py──▶ texts ──reading.py──▶ kinds ──equality.py──▶ equal to one of them?
 
 The grammar of answers (each with what it equals; the full table is in docs/rewards.md):
 
@@ -22,10 +22,10 @@ The grammar of answers (each with what it equals; the full table is in docs/rewa
 
 A row whose answer is a whole solution without one of these marks is `unscorable`, like a row without an answer.
 
-Failure modes: whatever cannot be read as an answer of the gold's kind scores 0.0, so that a wrong answer is never right by
-accident; the price is that a right answer in an unusual form is wrong ("3 apples" for "3"). With `tolerance` an estimate
-passes for a calculation. With `scope: completion` the answer is what answers.py finds, so that a completion that changes
-its mind without saying so is judged by what it says last.
+Failure modes: whatever cannot be read as an answer of the gold's kind scores 0.0, so that a wrong answer is never right
+by accident; the price is that a right answer in an unusual form is wrong ("3 apples" for "3"). With `tolerance` an
+estimate passes for a calculation. With `scope: completion` the answer is what answers.py finds, so that a completion
+that changes its mind without saying so is judged by what it says last.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, get_args
 
-from rewards.answers import boxed, first_expression, gold_answer, last_expression, stated_answer
+from rewards.answers import boxed, first_expression, gold_answers, last_expression, stated_answer
 from rewards.base import ScoringRequest, unscorable
 from rewards.equality import same
 from rewards.format import Scope, check_scope, judged_text, one_of
 from rewards.golds import gold_forms
-from rewards.kinds import Expression, Letter, Named, Quantity, Relation, Words, read
+from rewards.kinds import Expression, Letter, Named, Quantity, Relation, Words
 from rewards.notation import MAX_CHARACTERS, folded, plain
 from rewards.quantities import Units, is_unit, quantities_equal
+from rewards.reading import read
 from rollout.types import Verdict
 
 
@@ -68,7 +69,7 @@ class AccuracyReward:
         forms = gold_forms(request.answer)
         if not forms:
             return unscorable(request, "the row has no answer to compare with")
-        golds = [gold for gold in map(gold_answer, forms) if gold is not None]
+        golds = [gold for form in forms for gold in gold_answers(form)]
         if not golds:
             reason = "the row's answer is a whole solution that marks no answer (\\boxed{}, <answer> or ####)"
             return unscorable(request, f"{reason}: {forms[0]!r:.80}")
@@ -85,7 +86,7 @@ class AccuracyReward:
 
     def ideal(self, request: ScoringRequest) -> str | None:
         """The gold answer where this reward looks for it."""
-        golds = [gold for gold in map(gold_answer, gold_forms(request.answer)) if gold is not None]
+        golds = [gold for form in gold_forms(request.answer) for gold in gold_answers(form)]
         if not golds:
             return None
         return f"\\boxed{{{golds[0]}}}" if self.scope == "completion" else f"<answer>{golds[0]}</answer>"
@@ -109,7 +110,7 @@ def matches(gold: str, answer: str, tolerance: float = 0.0, units: Units = "exac
     if same(read(gold), read(answer), tolerance):
         return True
     box = boxed(answer)
-    return box is not None and box != answer and matches(gold, box, tolerance, units)
+    return box is not None and any(form != answer and matches(gold, form, tolerance, units) for form in box.forms)
 
 
 def _identical(gold: str, answer: str) -> bool:
@@ -129,7 +130,7 @@ def completion_matches(gold: str, completion: str, tolerance: float = 0.0, units
     """Whether the answer that `completion` states, or else ends on, equals `gold`."""
     found = stated_answer(completion)
     said = completion if found is None else found.text
-    if matches(gold, said, tolerance, units):
+    if any(matches(gold, form, tolerance, units) for form in (found.forms if found else (said,))):
         return True
     target = read(gold)
     if isinstance(target, Words | Letter) or (found is not None and found.rule in ("box", "answer")):

@@ -6,8 +6,8 @@
     4  what follows the last `####`, up to the end of the line
     5  the last expression; expressions joined by `or`, `and` or commas are one list (`3 or 4` is not 4)
 
-Every search takes linear time: one pass over the text for the braces, plain searches for the rest, and the last expression
-is looked for in the last WINDOW characters only.
+Every search takes linear time: one pass over the text for the braces, plain searches for the rest, and the last
+expression is looked for in the last WINDOW characters only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from rewards.kinds import Letter, Words, read
-from rewards.notation import plain, squeezed
+from rewards.kinds import Letter, Words
+from rewards.notation import squeezed
+from rewards.reading import read
 
 WINDOW = 1000
 """Characters from the end of a completion in which the last expression is looked for."""
@@ -26,10 +27,11 @@ SENTENCE = 400
 MAX_BOXES = 32
 """Boxes side by side that make one list."""
 
-_BRACES = re.compile(r"\\(?:boxed|fbox) ?\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox) ?\{|\\.|[{}]", re.DOTALL)
 _BETWEEN = re.compile(
     r"(?:[\s$,;.&]|\\[()\[\],;: ]|\\q?quad|\\text(?:rm)?\{\s*(?:and|or|,)?\s*\}|(?:and|or)(?![a-z])){0,24}"
 )
+_SIGN = re.compile(r"[ $]{0,2}(\\?%|percent|pct|°|\^ ?\{? ?\\circ ?\}?|degrees?)")
 _PHRASE = re.compile(
     r"\banswers?\b[*_]{0,3}\s{0,3}(?:(?:is|are|was|would be|should be|must be|equals)\b|[:=])"
     r"[*_]{0,3}\s{0,3}[:=]?[*_]{0,3}\s{0,3}(?!not\b)",
@@ -49,12 +51,18 @@ _PUNCTUATION = ".,;:!?\"'*_`"
 class Found:
     text: str
     rule: Literal["box", "answer", "phrase", "hash"]
+    sign: str = ""
+    """A percent or degree sign that stands behind the box: `\\boxed{28}\\%`. It may be part of the answer."""
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        return (self.text, self.text + self.sign) if self.sign else (self.text,)
 
 
 def stated_answer(text: str) -> Found | None:
     """The answer that `text` marks as such, by the first of rules 1 to 4 that applies."""
     if (box := boxed(text)) is not None:
-        return Found(box, "box")
+        return box
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if 0 <= start < end:
@@ -70,13 +78,14 @@ def stated_answer(text: str) -> Found | None:
     return None
 
 
-def boxed(text: str) -> str | None:
+def boxed(text: str) -> Found | None:
     """What stands in the last box whose braces are balanced, or in the boxes at its side, with commas between."""
     boxes = _boxes(text) if "\\boxed" in text or "\\fbox" in text else []
     if not boxes:
         return None
     start, inside, end = boxes.pop()
     contents = [text[inside:end].strip()]
+    sign = _SIGN.match(text, end + 1)
     while boxes and len(contents) < MAX_BOXES:
         before, inside, end = boxes.pop()
         if start - end > 40 or not _BETWEEN.fullmatch(text, end + 1, start):
@@ -84,7 +93,7 @@ def boxed(text: str) -> str | None:
         if (content := text[inside:end].strip()) != contents[0]:
             contents.insert(0, content)
         start = before
-    return ", ".join(contents)
+    return Found(", ".join(contents), "box", sign[1] if sign and len(contents) == 1 else "")
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
@@ -150,7 +159,7 @@ def last_expression(text: str) -> tuple[str, str] | None:
 
 
 def _run(tokens: list[str], end: int) -> str:
-    """The expression whose last token is at `end`: tokens to its left that operators, brackets, commas and `or` join."""
+    """The expression whose last token is at `end`, with the tokens that operators, brackets, commas and `or` join."""
     start = end
     while start > 0 and end - start < 24 and _joined(tokens, start, end):
         start -= 1
@@ -201,17 +210,16 @@ def _tokens(text: str) -> list[str]:
     return tokens
 
 
-def gold_answer(text: str) -> str | None:
-    """The answer that a gold text states: itself, or what it marks as such if it is a whole solution. None for a solution
-    out of which no one answer can be taken."""
+def gold_answers(text: str) -> tuple[str, ...]:
+    """The answer that a gold text states: itself, or what it marks as such if it is a whole solution (in both forms,
+    if the mark leaves that open). Empty for a solution out of which no one answer can be taken."""
     boxes = {text[inside:end].strip() for _, inside, end in _boxes(text)}
-    if len(boxes) > 1 and _is_solution(plain(text)):
-        joined = boxed(text)
-        return joined if joined is not None and joined.count(", ") >= len(boxes) - 1 else None
     found = stated_answer(text)
+    if len(boxes) > 1 and _is_solution(text) and (found is None or found.text.count(", ") < len(boxes) - 1):
+        return ()
     if found is not None and (found.rule != "phrase" or isinstance(read(text), Words)):
-        return found.text
-    return None if _is_solution(text) else text
+        return found.forms
+    return () if _is_solution(text) else (text,)
 
 
 def _is_solution(text: str) -> bool:

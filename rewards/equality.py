@@ -17,9 +17,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rewards.kinds import Expression, Kind, Letter, Named, Quantity, Ratio, Relation, Several, Time, Words, read
+from rewards.kinds import Expression, Kind, Letter, Named, Quantity, Ratio, Relation, Several, Time, Words
 from rewards.mathematics import expressions_equal, proportional, value_of
 from rewards.numbers import Number, numbers_equal, read_number, scales
+from rewards.reading import read
 
 _UNKNOWN = re.compile(r"[A-Za-z](?:_[A-Za-z0-9])?(?:\([a-z]\))?|\\(?:theta|alpha|beta|lambda|mu|phi)")
 MAX_ITEMS = 32
@@ -31,6 +32,8 @@ def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
     if isinstance(answer, Named) and not isinstance(gold, Named | Relation):
         answer = answer.values[0] if len(answer.values) == 1 else Several(answer.values)
     match gold, answer:
+        case (Words(text), Words()) if not text:  # nothing is left of it
+            return False
         case (Words(), Words()) | (Letter(), Letter()):
             return gold == answer
         case Time(), Time():
@@ -42,6 +45,8 @@ def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
             return _unit(gold.unit) == _unit(answer.unit) and same(gold.value, answer.value, tolerance)
         case Named(), _:
             return _named(gold, answer, tolerance)
+        case Relation(), Named():
+            return len(answer.values) == 1 and _relation_to_named(gold, answer)
         case Several(), Relation():
             interval = interval_of(answer)
             return interval is not None and _lists(gold, interval)
@@ -56,17 +61,15 @@ def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
             return _values(gold, answer, tolerance)
         case ((Number() | Expression()), Ratio()):
             return len(answer.parts) == 2 and same(gold, _quotient(answer), tolerance)
-        case (Expression(), Letter()) | (Letter(), Expression()):
-            return _symbol(gold) == _symbol(answer)
+        case Expression(), Letter():
+            return gold.text.casefold() == answer.letter
+        case Letter(), Expression():
+            return gold.letter == answer.text.casefold()
     return False
 
 
 def _unit(unit: str) -> str:
     return unit.rstrip(".").replace(" ", "").replace("per", "/") if len(unit) < 4 else unit.rstrip(".").casefold()
-
-
-def _symbol(value: Letter | Expression) -> str:
-    return value.letter if isinstance(value, Letter) else value.text.casefold()
 
 
 def _values(gold: Number | Expression, answer: Number | Expression, tolerance: float) -> bool:
@@ -142,6 +145,14 @@ def _written_side(value: Kind) -> str | None:
     return _written(value) if isinstance(value, Number | Expression) else None
 
 
+def _relation_to_named(gold: Relation, answer: Named) -> bool:
+    """A relation, and `y = 2x + 1` or `x \\in [0, 1)`."""
+    if isinstance(answer.values[0], Several):
+        return same(gold, answer.values[0])
+    value = _written_side(answer.values[0])
+    return value is not None and _relations(gold, Relation((answer.names[0], value), ("=",)))
+
+
 def _lists(gold: Several, answer: Several) -> bool:
     if gold.brackets == "()" and answer.brackets == "()" and gold == answer:
         return True
@@ -183,7 +194,7 @@ def _relations(gold: Relation, answer: Relation) -> bool:
 
 
 def interval_of(relation: Relation) -> Several | None:
-    """The interval in which the one unknown of an inequality lies: `0 \\le x < 1` is `[0, 1)`, `x < 5` is `(-\\infty, 5)`."""
+    """The interval in which the one unknown of an inequality lies: `0 \\le x < 1` is `[0, 1)`."""
     sides, operators = relation.sides, relation.operators
     places = [i for i, side in enumerate(sides) if _UNKNOWN.fullmatch(side)]
     if len(places) != 1 or not set(operators) <= {"<", "\\le"} or len(sides) > 3:

@@ -1,11 +1,12 @@
 """Whether two expressions are equal: read by math-verify's parser, compared by their values, at a bounded cost.
 
-Only text that is one expression from end to end is parsed: no prose, date, time or unit. The parser takes exponential time
-on small input (forty brackets), and sympy on some (`9^{9^{9^9}}`); its own time limit is a signal handler that C code
-ignores. What is clearly expensive is refused here, the rest is up to a worker that can be killed (rewards/worker.py).
+Only text that is one expression from end to end is parsed: no prose, date, time or unit. The parser takes exponential
+time on small input (forty brackets), and sympy on some (`9^{9^{9^9}}`); its own time limit is a signal handler that C
+code ignores. What is clearly expensive is refused here, the rest is up to a worker that can be killed
+(rewards/worker.py).
 
-Numbers are evaluated to 30 digits. Expressions with symbols are evaluated at fixed points on both sides of 0 and are equal
-where both have values and these agree: what differs at all differs at almost every point.
+Numbers are evaluated to 30 digits. Expressions with symbols are evaluated at fixed points on both sides of 0 and are
+equal where both have values and these agree: what differs at all differs at almost every point.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ _UNREADABLE = re.compile(
 """Integrals, sums and limits, which sympy would try to evaluate; primes and number bases, which the parser drops."""
 _MATHEMATICAL = re.compile(r"[0-9+*/^=<>\\|-]")
 _TABLE = re.compile(r"\\begin\{")
-_IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
 _SCIENTIFIC = re.compile(r"(?<=[0-9])[eE]([+-]?[0-9]{1,3})(?![0-9a-zA-Z])")
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])")
 
@@ -175,9 +175,8 @@ def parsed(text: str) -> Any:
         return None
     written = _SCIENTIFIC.sub(r" \\times 10^{\1}", _THOUSANDS.sub(lambda m: m[1].replace(",", ""), text))
     read, config = _parser()
-    is_real = not _IMAGINARY.search(text)  # of what is not real, `i` is the imaginary unit
     try:
-        expression = read(written, is_real=is_real, convert_degrees=False, **config)
+        expression = read(written, is_real=True, convert_degrees=False, **config)
         expression = expression.as_explicit() if hasattr(expression, "as_explicit") else expression
         if not _affordable(expression):
             return None
@@ -202,17 +201,17 @@ def _parser() -> Any:
 
 
 def _with_real_symbols(expression: Any) -> Any:
-    """All symbols alike, and `f(2)` and the like as symbols, so that expressions with them have values too."""
-    from sympy import Symbol
+    """`i` as the imaginary unit, `f(2)` and the like as symbols, so that expressions with them have values too."""
+    from sympy import I, Symbol
     from sympy.core.function import AppliedUndef
 
     calls = {call: Symbol(str(call), real=True) for call in expression.atoms(AppliedUndef)}
     expression = expression.xreplace(calls)
-    return expression.xreplace({symbol: Symbol(symbol.name, real=True) for symbol in expression.free_symbols})
+    return expression.xreplace({Symbol("i", real=True): I})
 
 
 def _affordable(expression: Any) -> bool:
-    """Whether evaluating is cheap. A completion that is not would take its siblings along into the call's time limit."""
+    """Whether evaluating is cheap. One completion that is not would take its siblings along into the time limit."""
     from sympy import Basic, Expr, Limit, MatrixBase, nan, preorder_traversal, zoo
     from sympy.concrete.expr_with_limits import ExprWithLimits
 

@@ -74,49 +74,8 @@ _SIGNS = {
     **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
 }
 _TABLE = str.maketrans(_SIGNS)
-_GREEK = dict(
-    zip(
-        "αβγδεζηθικλμνξπρστυφχψωϕΓΔΘΛΞΠΣΦΨΩ",
-        [
-            "alpha",
-            "beta",
-            "gamma",
-            "delta",
-            "epsilon",
-            "zeta",
-            "eta",
-            "theta",
-            "iota",
-            "kappa",
-            "lambda",
-            "mu",
-            "nu",
-            "xi",
-            "pi",
-            "rho",
-            "sigma",
-            "tau",
-            "upsilon",
-            "phi",
-            "chi",
-            "psi",
-            "omega",
-            "phi",
-            "Gamma",
-            "Delta",
-            "Theta",
-            "Lambda",
-            "Xi",
-            "Pi",
-            "Sigma",
-            "Phi",
-            "Psi",
-            "Omega",
-        ],
-        strict=True,
-    )
-)
-_LONE_GREEK = re.compile(r"(?<![\u0370-\u03ff])[αβγδεζηθικλνξπρστυφχψωϕΓΔΘΛΞΠΣΦΨΩ](?![\u0370-\u03ff])")
+_LETTERS = "αβγδεζηθικλνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
+_LONE_GREEK = re.compile(rf"(?<![\u0370-\u03ff])[{_LETTERS}](?![\u0370-\u03ff])")
 _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ"
 _LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢₓ"
 _LEVEL = "0123456789+-()nix"
@@ -248,7 +207,13 @@ def _signs(text: str) -> str:
     text = _SCRIPTS.sub(_level, text)
     text = _VULGAR.sub(_vulgar, text)
     text = text.translate(_TABLE)
-    return _LONE_GREEK.sub(lambda m: f"\\{_GREEK[m[0]]} ", text)
+    return _LONE_GREEK.sub(_greek, text)
+
+
+def _greek(match: re.Match[str]) -> str:
+    """`π` as `\\pi`, `Δ` as `\\Delta`."""
+    name = unicodedata.name(match[0]).split()[-1].replace("LAMDA", "LAMBDA").lower()
+    return f"\\{name.capitalize() if match[0].isupper() else name} "
 
 
 def _level(match: re.Match[str]) -> str:

@@ -2,10 +2,10 @@
 
     3, -1,000.5, 1 000, 2e3, 1/3, \\frac{1}{3}, 2\\frac{1}{2}, 6.63 \\times 10^{-34}, 50%, 145°, 37°30', $5
 
-A decimal equals what rounds to the same six digits behind the point, and for numbers below 1 to the same six significant
-digits: 0.333333 is 1/3, 0.0000012 is not 0.0000013. Whole numbers and fractions are equal or not. What stands at a number
-counts: 50% is 0.5, an angle may be written without its sign, an amount without its currency; 30' (feet, minutes) is not
-30, and two different signs are two different things.
+A decimal equals what rounds to the same six digits behind the point, and for numbers below 1 to the same six
+significant digits: 0.333333 is 1/3, 0.0000012 is not 0.0000013. Whole numbers and fractions are equal or not. What
+stands at a number counts: 50% is 0.5, an angle may be written without its sign, an amount without its currency; 30'
+(feet, minutes) is not 30, and two different signs are two different things.
 """
 
 from __future__ import annotations

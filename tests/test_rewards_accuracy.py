@@ -1,13 +1,15 @@
-"""Accuracy: tables of gold and answer in the forms that public data sets and models write, right ones and wrong ones."""
+"""Accuracy: tables of gold and answer in the forms that data sets and models write, right ones and wrong ones."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewards import mathematics
 from rewards.accuracy import AccuracyReward, matches
 from rewards.base import ScoringRequest
 from rewards.format import Scope
@@ -119,7 +121,7 @@ def test_an_answer_equals_itself(text: str) -> None:
 
 
 def test_what_math_verify_would_extract_is_why_words_do_not_reach_it() -> None:
-    """If this fails, math-verify has changed, and the rules in rewards/kinds.py want a fresh look."""
+    """If this fails, math-verify has changed, and the rules in rewards/reading.py want a fresh look."""
     from math_verify import parse, verify
 
     def loose(gold: str, answer: str) -> bool:
@@ -189,3 +191,78 @@ def test_a_row_without_an_answer_cannot_be_scored() -> None:
     for gold in (None, "", "  "):
         verdicts = AccuracyReward()(ScoringRequest("", (GOOD, GOOD), answer=gold))
         assert [v.status for v in verdicts] == ["unscorable"] * 2
+
+
+LONG = 100_000
+HEAVY = {
+    "dollars": "$" * LONG,
+    "dollars with blanks": "$ " * (LONG // 2),
+    "boxes that do not end": "\\boxed{" * (LONG // 7),
+    "boxes in a row": "\\boxed{4}, " * (LONG // 11),
+    "boxes in boxes": "\\boxed{" * (LONG // 8) + "4" + "}" * (LONG // 8),
+    "brackets": "(" * LONG,
+    "braces": "{" * LONG + "}" * LONG,
+    "closed before opened": "}" * LONG + "\\boxed{4}",
+    "answers": "the answer is " * (LONG // 14),
+    "answers and blanks": "answer" + " " * LONG + "is 4",
+    "tags": "<answer>" * (LONG // 8),
+    "hashes": "#" * LONG,
+    "numbers": "4 or " * (LONG // 5),
+    "one number": "4" * LONG,
+    "signs": "-" * LONG,
+    "backslashes": "\\" * LONG,
+    "white space": " " * LONG + "4",
+    "stars": "**" * (LONG // 2),
+    "texts": "\\text{" * (LONG // 6),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_any_text_is_judged_in_linear_time(name: str) -> None:
+    """A quadratic search takes minutes on these; the limit is a hundred times what they take."""
+    gold, text = "3", HEAVY[name]
+    start = time.process_time()
+    assert score(gold, text, "completion") == 0.0
+    assert score(gold, TAGS.format(text)) == 0.0
+    assert score(text, "3", "completion") in (0.0, None)
+    assert time.process_time() - start < 20
+
+
+def test_only_bounded_text_reaches_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    read, options = mathematics._parser()
+    monkeypatch.setattr(
+        mathematics, "_parser", lambda: (lambda text, **_: seen.append(text) or read(text, **_), options)
+    )
+    mathematics.parsed.cache_clear()
+    for text in (*HEAVY.values(), "x+1 " * 50_000, "(x+1)", "$x+2$ " * 20_000):
+        score("x+1", text, "completion")
+        score("x+1", TAGS.format(text))
+    assert seen, "the parser was asked"
+    assert max(map(len, seen)) <= mathematics.MAX_CHARACTERS
+    assert len(seen) < 200
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        "First we add 3 and 4, which makes $7$. Then we double it. That gives $14$ in the end.",
+        "Let $x$ be the number of apples.\nThen $2x = 6$ and therefore $x = 3$ holds for every basket",
+        "So \\boxed{3} is right for the first part of the question. For the second part we find $y = \\boxed{4}$.",
+        "word " * 80,
+    ],
+)
+def test_a_solution_without_one_answer_cannot_be_scored(solution: str) -> None:
+    verdicts = AccuracyReward()(ScoringRequest("", (GOOD, TAGS.format("3")), answer=solution))
+    assert [v.status for v in verdicts] == ["unscorable"] * 2
+    assert "whole solution" in verdicts[0].reason
+
+
+def test_the_ideal_completion_gets_full_marks() -> None:
+    for gold in ("3", "\\frac{1}{2}", "red", "12:30", '["x", null]', "He buys 3*6=18 eggs.\n#### 18", "145°"):
+        for scope in ("answer", "completion"):
+            reward = AccuracyReward(scope=scope)
+            ideal = reward.ideal(ScoringRequest("", (), gold))
+            assert ideal is not None
+            assert reward(ScoringRequest("", (ideal,), gold))[0].score == 1.0, (gold, scope)
+    assert AccuracyReward().ideal(ScoringRequest("", (), None)) is None
