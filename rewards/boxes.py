@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from rewards.format import unfenced
 
 Coordinates = Literal["absolute", "normalized", "thousandths"]
 Box = tuple[float, float, float, float]
@@ -20,7 +21,6 @@ _THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))
 """COCO's: 0.50, 0.55, ..., 0.95."""
 _BOX_KEYS = ("bbox_2d", "bbox", "box", "box_2d")
 _POINT_KEYS = ("point_2d", "point")
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,7 @@ def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | Non
 
 
 def _parsed(text: str) -> Any:
-    text = text.strip()
-    fenced = _FENCE.fullmatch(text)
-    return json.loads(fenced[1] if fenced else text)
+    return json.loads(unfenced(text, "json"))
 
 
 def _items(value: Any) -> list[Item]:

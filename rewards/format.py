@@ -89,6 +89,15 @@ def judged_text(completion: str, scope: Scope) -> str | None:
     return answer_text(completion) if scope == "answer" else completion.strip()
 
 
+def unfenced(text: str, label: str) -> str:
+    """The contents of a Markdown fence that is all of `text`, with `label` or without one; other text as it is."""
+    body = text.strip()
+    if len(body) < 6 or not (body.startswith("```") and body.endswith("```")):
+        return text
+    body = body[3:-3].strip()
+    return body[len(label) :] if body[: len(label)].lower() == label else body
+
+
 def check_scope(scope: str) -> None:
     """Raises ValueError for a scope that does not exist."""
     one_of("scope", scope, get_args(Scope))

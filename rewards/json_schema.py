@@ -2,41 +2,54 @@
 
 Failure modes: a schema says what an answer looks like, not whether it is right; an empty one accepts everything.
 Documents with a key twice, NaN or Infinity are no JSON here, other than to Python. A reference in a schema to another
-document is never fetched: the verdict is then an error.
+document is never fetched: the verdict is then an error. A schema's patterns are searched by the `regex` package, for at
+most 0.1 s a text: what takes longer (`^(a+)+$` on many a's) is a violation.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.format import Scope, check_scope, judged_text
+from rewards.format import Scope, check_scope, judged_text, unfenced
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 100_000
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+MAX_DEPTH = 100
+"""Lists and objects within each other."""
+PATTERN_SECONDS = 0.1
 
 
 class NotJSONError(ValueError):
     """Text that is no JSON document; says why."""
 
 
+class _SlowPatternError(Exception):
+    """A schema's pattern that took too long on a document; says which."""
+
+
 def read_json(text: str) -> Any:
     """The JSON document that `text` is, strictly. Raises NotJSONError."""
     if len(text) > MAX_CHARACTERS:
         raise NotJSONError(f"longer than {MAX_CHARACTERS} characters")
-    fenced = _FENCE.fullmatch(text.strip())
     try:
-        return json.loads(fenced[1] if fenced else text, object_pairs_hook=_distinct, parse_constant=_refuse)
+        document = json.loads(unfenced(text, "json"), object_pairs_hook=_distinct, parse_constant=_refuse)
     except RecursionError:
         raise NotJSONError("nested too deeply") from None
     except ValueError as error:
         raise NotJSONError(str(error)) from None
+    if _deeper(document, MAX_DEPTH):
+        raise NotJSONError("nested too deeply")
+    return document
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(item, levels - 1) for item in inside)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,7 +76,51 @@ def _validator(schema: str) -> Any:
         cls.check_schema(document)
     except SchemaError as error:
         raise ValueError(f"no valid JSON schema: {error.message}") from error
-    return cls(document, registry=Registry())  # without one, references would be fetched from the network
+    # Without a registry of our own, references would be fetched from the network.
+    return _bounded(cls)(document, registry=Registry())
+
+
+@cache
+def _bounded(cls: Any) -> Any:
+    """The validator class with pattern searches that end."""
+    from jsonschema.exceptions import ValidationError
+    from jsonschema.validators import extend
+
+    def pattern(validator: Any, wanted: str, instance: Any, schema: Any) -> Iterator[Any]:
+        if validator.is_type(instance, "string") and not _found(wanted, instance):
+            yield ValidationError(f"{instance[:60]!r} does not match {wanted!r}")
+
+    def pattern_properties(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        if validator.is_type(instance, "object"):
+            for written, inner in wanted.items():
+                for name in [name for name in instance if _found(written, name)]:
+                    yield from validator.descend(instance[name], inner, path=name, schema_path=written)
+
+    def additional(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        if not validator.is_type(instance, "object"):
+            return
+        patterns = schema.get("patternProperties", {})
+        further = [
+            n for n in instance if n not in schema.get("properties", {}) and not any(_found(p, n) for p in patterns)
+        ]
+        for name in further:
+            if wanted is False:
+                yield ValidationError(f"there is no property {name[:60]!r}")
+            elif wanted is not True:
+                yield from validator.descend(instance[name], wanted, path=name)
+
+    keywords = {"pattern": pattern, "patternProperties": pattern_properties, "additionalProperties": additional}
+    return extend(cls, {name: check for name, check in keywords.items() if name in cls.VALIDATORS})
+
+
+def _found(pattern: str, text: str) -> bool:
+    """Whether the pattern is found in `text`. Raises _SlowPatternError where that takes too long to tell."""
+    import regex
+
+    try:
+        return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError:
+        raise _SlowPatternError(f"the pattern {pattern!r:.60} takes more than {PATTERN_SECONDS} s on a text") from None
 
 
 def check_schema(schema: Any) -> None:
@@ -75,7 +132,10 @@ def violation(schema: Any, document: Any) -> str:
     """What in `document` violates `schema`, where; empty if nothing does. Raises ValueError for what is no schema."""
     from jsonschema.exceptions import best_match
 
-    error = best_match(_validator(json.dumps(schema)).iter_errors(document))
+    try:
+        error = best_match(_validator(json.dumps(schema)).iter_errors(document))
+    except _SlowPatternError as slow:
+        return str(slow)
     return "" if error is None else f"{error.json_path}: {error.message}"[:200]
 
 

@@ -1,27 +1,31 @@
 """Tool calls: does the completion call the tools that it should, with the right arguments?
 
 completion    every `<tool_call>{"name": .., "arguments": {..}}</tool_call>` in it (the form of Hermes and Qwen)
-gold          the row's answer, as JSON: such an object, or a list of them; an empty list where no tool is to be called
+gold          the row's answer or a column: such a call, or a list of them; an empty list where no tool is to be called
+call          also `{"type": "function", "function": {..}}`, `parameters` for `arguments`, arguments as JSON text
 tools         what may be called, in OpenAI's form `{"name": .., "parameters": schema}`; what violates it is wrong
 
-Failure modes: arguments are compared as they are, so "Paris" is not "paris", nor 3 "3". The order of calls does not
-count. What the completion says besides its calls is not judged.
+Equal are calls of the same name whose arguments have equal values: 5 is 5.0, true is not 1, "Paris" is not "paris", nor
+3 "3". The order of calls and of keys does not count, that of lists does. A null argument is the same as none at all:
+tables fill every row up with the keys of all others. The schema sees a model's nulls as they are written.
+
+Failure modes: what the completion says besides its calls is not judged. A tool's defaults are not known: an argument
+that is left out differs from one that is given.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.json_schema import NotJSONError, check_schema, read_json, violation
+from rewards.json_schema import check_schema, read_json, violation
 from rollout.types import Verdict
 
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,34 +48,38 @@ class ToolCallReward:
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         try:
-            gold = gold_of(request, self.column)
-            document = read_json(gold) if isinstance(gold, str) else gold
-            wanted = Counter(_key(call) for call in ([document] if isinstance(document, Mapping) else document))
-        except (ValueError, TypeError) as error:
+            wanted = Counter(_key(*_read(call)) for call in self._gold(request))
+        except (ValueError, TypeError, RecursionError) as error:
             return unscorable(request, f"the row's {self.column or 'answer'} holds no tool calls: {error}"[:300])
         return [self._judge(wanted, text) for text in request.completions]
 
     def ideal(self, request: ScoringRequest) -> str | None:
         """The gold calls as a completion makes them; None where the row has none."""
-        gold = gold_of(request, self.column)
         try:
-            document = read_json(gold) if isinstance(gold, str) else gold
-        except NotJSONError:
+            calls = [_read(call) for call in self._gold(request)]
+            written = [json.dumps({"name": name, "arguments": _without_nulls(given)}) for name, given in calls]
+        except (ValueError, TypeError, RecursionError):
             return None
-        calls = [document] if isinstance(document, Mapping) else document or ()
-        return "\n".join(f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)
+        return "\n".join(f"{_OPENING}{call}{_CLOSING}" for call in written)
+
+    def _gold(self, request: ScoringRequest) -> list[Any]:
+        """The row's calls, as they are written. Raises ValueError or TypeError for what is no list."""
+        gold = gold_of(request, self.column)
+        document = read_json(gold) if isinstance(gold, str) else gold
+        return [document] if isinstance(document, Mapping) else [call for call in document if call is not None]
 
     def _judge(self, wanted: Counter[str], completion: str) -> Verdict:
-        if completion.count("<tool_call>") != len(texts := _CALL.findall(completion)):
-            return Verdict.scored(0.0, reason="a <tool_call> without its end")
         made: Counter[str] = Counter()
-        for text in texts:
+        for piece in completion.split(_OPENING)[1:]:
+            text, closing, _ = piece.partition(_CLOSING)
+            if not closing:
+                return Verdict.scored(0.0, reason="a <tool_call> without its end")
             try:
-                call = read_json(text)
-                made[_key(call)] += 1
-            except (NotJSONError, ValueError, TypeError) as error:
+                name, arguments = _read(read_json(text))
+                made[_key(name, arguments)] += 1
+            except (ValueError, TypeError, RecursionError) as error:
                 return Verdict.scored(0.0, reason=f"unreadable call: {error}"[:300])
-            if problem := self._problem(call):
+            if problem := self._problem(name, arguments):
                 return Verdict.scored(0.0, reason=problem)
         if made == wanted:
             return Verdict.scored(1.0)
@@ -79,24 +87,51 @@ class ToolCallReward:
         score = 2 * right / total if self.partial else 0.0
         return Verdict.scored(score, reason=f"{right} of {wanted.total()} calls right, {made.total()} made")
 
-    def _problem(self, call: Mapping[str, Any]) -> str:
+    def _problem(self, name: str, arguments: Mapping[str, Any]) -> str:
         """What in a call violates the declared tools; empty if nothing does."""
         if not self.tools:
             return ""
         declared = {t["name"]: t.get("parameters", {}) for t in (tool.get("function", tool) for tool in self.tools)}
-        if call["name"] not in declared:
-            return f"there is no tool {call['name']!r:.60}"
-        problem = violation(declared[call["name"]], call.get("arguments", {}))
-        return f"{call['name']}: {problem}" if problem else ""
+        if name not in declared:
+            return f"there is no tool {name!r:.60}"
+        problem = violation(declared[name], arguments)
+        return f"{name}: {problem}" if problem else ""
 
 
-def _key(call: Any) -> str:
-    """A call as text, the same for equal calls. Raises ValueError for what is no call."""
+def _read(call: Any) -> tuple[str, Mapping[str, Any]]:
+    """Name and arguments of a call in any of its forms. Raises ValueError for what is no call."""
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+        call = call["function"]
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise ValueError('a call is an object {"name": .., "arguments": {..}}')
-    arguments = call.get("arguments", {})
+    arguments = call.get("arguments")
+    if arguments is None:
+        arguments = call.get("parameters")
     if isinstance(arguments, str):
-        arguments = read_json(arguments)
+        arguments = read_json(arguments) if arguments.strip() else None
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError("arguments are an object")
-    return json.dumps([call["name"], arguments], sort_keys=True)
+    return call["name"], arguments
+
+
+def _key(name: str, arguments: Mapping[str, Any]) -> str:
+    """A call as text, the same for equal calls."""
+    return json.dumps([name, _canonical(_without_nulls(arguments))], sort_keys=True)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without keys whose value is null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _canonical(value: Any) -> Any:
+    """With whole numbers as integers: 5.0 is 5."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
