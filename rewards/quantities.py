@@ -1,71 +1,139 @@
-"""Numbers with units: whether `30 mm` is `3 cm`. Units and their conversion are pint's."""
+"""Quantities: whether `30 mm` is `3 cm`. Units and their conversion are pint's.
+
+    a number       as in rewards/numbers.py, or an expression without symbols: 3, 1/2, 6.63 \\times 10^{-34}, 2\\sqrt{3}
+    and a unit     cm, m/s, m s^{-1}, N m, kg m/s^2, km/h, °C, Ω, centimetres, square feet, meters per second
+    or several     5 ft 3 in, 1 h 30 min, 2 m and 5 cm: their sum
+
+Two quantities are the same where the numbers are, once both are in the gold's unit; of another dimension they are
+different. A unit that pint does not know (3 apples) is no unit: such answers are compared as text. A percent sign and a
+degree sign by itself belong to the number, unless the other side is in radians.
+
+Failure modes: unit names are read with their case (`mW` is not `MW`), `kg` and `km` in any; `m` is metres and `min`
+minutes, whatever the row means by them.
+"""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any, Literal
 
-from rewards.mathematics import MAX_CHARACTERS
+from rewards.mathematics import MAX_CHARACTERS, value_of
+from rewards.numbers import read_number, values_equal
 
 Units = Literal["exact", "convert", "optional"]
 
-_QUANTITY = re.compile(
-    r"(?P<number>[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?)"
-    r"[\s~]*(?P<unit>\\?[%°A-Za-zµμΩ][A-Za-zµμΩ0-9°%/*·^ -]*)?"
-)
-"""A plain number, then perhaps a unit of up to 24 characters in which no exponent has two digits."""
-_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}|\\[,;: ]")
-_WRITTEN = {"·": "*", "μ": "µ", "\\%": "%", "°C": "degC", "°F": "degF"}
+_WORD = r"(?:°[CF]?|[A-Za-zμ]+)(?:\^(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
+_SEPARATOR = r"(?:\s*(?:\\cdot|[*/.-])\s*|\s+)"
+_QUANTITY = re.compile(rf"(?P<number>.*?[0-9)}}.])\s*(?P<unit>{_WORD}(?:{_SEPARATOR}{_WORD})*)?", re.DOTALL)
+"""A number, and perhaps a unit in which no exponent has two digits: pint would compute m**99999999."""
+_PARTS = re.compile(r"[0-9]+(?:\.[0-9]+)?\s*[A-Za-z]+(?:(?:\s*,\s*|\s+and\s+|\s*)[0-9]+(?:\.[0-9]+)?\s*[A-Za-z]+){1,2}")
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)")
+_WRITTEN = [
+    (re.compile(pattern), meant)
+    for pattern, meant in [
+        (r"\\cdot", "*"),
+        (r"[{}]", ""),
+        (r"\b[Kk][Gg]\b", "kg"),
+        (r"\b[Kk][Mm]\b", "km"),
+        (r"\b[Cc][Mm]\b", "cm"),
+        (r"(?i:\b(?:kmh|kmph|kph)\b)", "km/h"),
+        (r"\b(?:[Ss]quare|[Ss]q\.?)\s+([A-Za-z]+)", r"\1^2"),
+        (r"\b(?:[Cc]ubic|[Cc]u\.?)\s+([A-Za-z]+)", r"\1^3"),
+        (r"\b([A-Za-z]+)\s+squared\b", r"\1^2"),
+        (r"\b([A-Za-z]+)\s+cubed\b", r"\1^3"),
+        (r"\s+per\s+", "/"),
+        (r"°C", "degC"),
+        (r"°F", "degF"),
+        (r"°", "degree"),
+        (r"(?<=[A-Za-z0-9])[.-](?=\s*[A-Za-z])", "*"),
+        (r"\.$", ""),
+    ]
+]
 _ROUNDING = 1e-9
 """Relative difference that converting may make."""
+_LONGEST = 40
+"""Characters of a unit."""
 
 
 def quantities_equal(gold: str, answer: str, tolerance: float = 0.0, *, optional: bool = False) -> bool | None:
-    """Whether two quantities are the same, up to a relative `tolerance`. None where `gold` is no number with a unit
-    that is known, so that this cannot tell. `optional`: an answer without a unit is in the gold's."""
+    """Whether two quantities in plain notation are the same, up to a relative `tolerance`. None where `gold` is no
+    number with a known unit, so that this cannot tell. `optional`: an answer without a unit is in the gold's."""
     target, given = _quantity(gold), _quantity(answer)
-    if target is None or not target[1]:
+    if target is None or not target[1] or not is_unit(target[1]):
         return None
     if given is None:
         return False
-    number, unit = given
+    value, decimal, unit = given[0], "." in gold + answer, given[1]
+    if target[1] == "degree" and not unit:
+        return None
+    if not unit and not optional:
+        return False
+    registry = _registry()
     try:
-        registry = _registry()
-        wanted = registry.Quantity(target[0], registry.Unit(target[1]))
-        if not unit and not optional:
-            return False
-        found = registry.Quantity(number, registry.Unit(unit) if unit else wanted.units).to(wanted.units)
+        wanted = registry.Quantity(float(target[0]), registry.Unit(target[1]))
+        found = registry.Quantity(float(value), registry.Unit(unit) if unit else wanted.units).to(wanted.units)
+        pair = (wanted.magnitude, found.magnitude)
+        if "[temperature]" in wanted.dimensionality and not tolerance:  # 0 °C has no digits to be a share of
+            pair = (wanted.to_base_units().magnitude, found.to_base_units().magnitude)
     except Exception:  # a unit that pint does not know, or of another dimension: many kinds of exception
-        return None if not _known(target[1]) else False
-    return bool(abs(found.magnitude - wanted.magnitude) <= max(tolerance, _ROUNDING) * abs(wanted.magnitude))
+        return False
+    if abs(pair[1] - pair[0]) <= max(tolerance, _ROUNDING) * abs(pair[0]):
+        return True
+    return decimal and values_equal(Fraction(pair[0]), Fraction(pair[1]), True)
 
 
 @lru_cache(maxsize=1024)
-def _quantity(text: str) -> tuple[float, str] | None:
+def _quantity(text: str) -> tuple[Fraction, str] | None:
     """Number and unit (perhaps none) of `text`, which holds nothing else."""
-    match = _QUANTITY.fullmatch(_TEXT.sub(lambda m: m[1] or " ", text).strip()) if len(text) <= MAX_CHARACTERS else None
+    if len(text) > MAX_CHARACTERS:
+        return None
+    text = re.sub(r"\\Omega\b\s*", "ohm", re.sub(r"\\mu\b\s*", "μ", text)).strip()
+    if _PARTS.fullmatch(text):
+        return _sum([(Fraction(number), unit) for number, unit in _PART.findall(text)])
+    match = _QUANTITY.fullmatch(text)
     if match is None:
         return None
-    unit = (match["unit"] or "").strip()
-    if len(unit) > 24 or re.search(r"[0-9]{2}", unit):  # pint would compute m**99999999
+    number = read_number(match["number"].strip())
+    value = number.value if number is not None else value_of(match["number"].strip())
+    if value is None or (number is not None and number.sign):
         return None
-    for written, meant in _WRITTEN.items():
-        unit = unit.replace(written, meant)
-    return float(match["number"].replace(",", "")), unit
+    return value, _unit(match["unit"] or "")
 
 
-def is_unit(unit: str) -> bool:
-    """Whether `unit` is a unit that pint knows, and no mere thing that is counted (`dollars`)."""
-    for written, meant in _WRITTEN.items():
-        unit = unit.replace(written, meant)
-    return len(unit) <= 24 and not re.search(r"[0-9]{2}", unit) and _known(unit)
+def _sum(parts: list[tuple[Fraction, str]]) -> tuple[Fraction, str] | None:
+    """`5 ft 3 in` in the first unit; None where the units are not of one dimension, in falling order."""
+    total, first = parts[0][0], _unit(parts[0][1])
+    if not is_unit(first):
+        return None
+    last = 1.0
+    for number, unit in parts[1:]:
+        if not is_unit(_unit(unit)) or (number == 0 and unit == first):
+            return None
+        try:
+            share = float(_registry().Quantity(1.0, _unit(unit)).to(first).magnitude)
+        except Exception:  # of another dimension
+            return None
+        if share >= last:
+            return None
+        total, last = total + number * Fraction(share), share
+    return total, first
+
+
+def _unit(unit: str) -> str:
+    for pattern, meant in _WRITTEN:
+        unit = pattern.sub(meant, unit)
+    return unit.strip()
 
 
 @lru_cache(maxsize=1024)
-def _known(unit: str) -> bool:
+def is_unit(unit: str) -> bool:
+    """Whether `unit` is one that pint knows, and no mere thing that is counted (`dollars`)."""
+    if not unit or len(unit) > _LONGEST or re.search(r"[0-9]{2}", unit):
+        return False
     try:
-        _registry().Unit(unit)
+        _registry().Unit(_unit(unit))
     except Exception:  # as above
         return False
     return True

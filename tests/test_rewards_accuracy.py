@@ -41,13 +41,18 @@ def _written(text: str) -> str:
     return "\n".join(lines) if all(not line[:1].isalpha() for line in lines[1:]) else text
 
 
-def score(gold: str, completion: str, scope: Scope = "answer") -> float | None:
-    return AccuracyReward(scope=scope)(ScoringRequest("", (completion,), gold))[0].score
+def score(gold: str, completion: str, scope: Scope = "answer", units: Units = "exact") -> float | None:
+    return AccuracyReward(scope=scope, units=units)(ScoringRequest("", (completion,), gold))[0].score
 
 
 @pytest.mark.parametrize(("expected", "gold", "answer"), pairs("accuracy_answers.txt"))
 def test_answers(expected: float, gold: str, answer: str) -> None:
     assert score(gold, TAGS.format(answer)) == expected
+
+
+@pytest.mark.parametrize(("expected", "gold", "answer"), pairs("quantities.txt"))
+def test_quantities(expected: float, gold: str, answer: str) -> None:
+    assert score(gold, TAGS.format(answer), units="convert") == expected
 
 
 @pytest.mark.parametrize(("expected", "gold", "completion"), pairs("accuracy_completions.txt"))
