@@ -9,14 +9,14 @@ Of the T x T pairs only those that count are computed, in one of three ways:
 
     blocks    CPU: every segment by itself (causal), every completion over its prompt (all pairs), both with PyTorch's
               flash kernel, put together by their log-sum-exps; no mask, no padding, no copies of keys
-    flex      CUDA: `flex_attention` with a block mask; rows are filled up to one of a few lengths, for each of which it
-              is compiled once
+    flex      CUDA: `flex_attention` with a block mask, on rows filled up to whole blocks; compiled for the first length
+              and for any other, for each set of inputs that need a gradient
     mask      anywhere: `sdpa` with the `[T, T]` mask written out; for GPUs that flex_attention does not support
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -28,20 +28,17 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from learner.flex import attend_by_blocks, block_mask_of, flex_length
 from learner.packing import cheapest_runs
 from vlm.batch import GroupLengths
 
 AttentionBackend = Literal["auto", "blocks", "flex", "mask"]
 IMPLEMENTATION = "saccade_groups"
 """The name under which transformers' language models find `_forward`."""
-FLEX_BLOCK = 128
-"""Side of the blocks of pairs that flex_attention skips or takes whole."""
 CALL_OVERHEAD = 2**14
 """What one more call of the kernel costs, in pairs of tokens."""
 
@@ -82,9 +79,7 @@ class GroupAttention:
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query `[1, H, T, D]`, key and value `[1, H', T, D]` -> `[1, T, H, D]`."""
         if self.backend == "flex":
-            length = query.shape[2]
-            filled = (pad(x, (0, 0, 0, flex_length(length) - length)) for x in (query, key, value))
-            return flex_attention_forward(module, *filled, self.block_mask, scaling=scaling)[0][:, :length]
+            return attend_by_blocks(query, key, value, self.block_mask, scaling)
         if self.backend == "mask":
             return sdpa_attention_forward(module, query, key, value, self.mask, scaling=scaling)[0]
         rows = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -146,31 +141,6 @@ def packed_kwargs(groups: Sequence[GroupLengths], device: torch.device, backend:
     """What the model is called with for a packed row. The mask of one entry only keeps it from making one itself."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return {"attention_mask": mask, "group_attention": GroupAttention(groups, device, backend)}
-
-
-def block_mask_of(seen: Callable[..., Tensor], length: int, device: torch.device) -> BlockMask:
-    """Which blocks of FLEX_BLOCK x FLEX_BLOCK pairs have some, and which all pairs that see each other; `length` is a
-    multiple of it. `torch`'s `create_block_mask` gives the same, and holds all `length`^2 pairs at once for that."""
-    blocks = length // FLEX_BLOCK
-    some, every = torch.zeros(2, 1, 1, blocks, blocks, dtype=torch.bool, device=device)
-    places, none = torch.arange(length, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    for i, queries in enumerate(places.split(FLEX_BLOCK)):
-        pairs = seen(none, none, queries[:, None], places).view(FLEX_BLOCK, blocks, FLEX_BLOCK)
-        some[0, 0, i], every[0, 0, i] = pairs.any(2).any(0), pairs.all(2).all(0)
-    ordered = [
-        (kind.sum(-1, dtype=torch.int32), kind.int().argsort(dim=-1, descending=True, stable=True).int())
-        for kind in (some & ~every, every)
-    ]
-    return BlockMask.from_kv_blocks(
-        *ordered[0], *ordered[1], BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(length, length)
-    )
-
-
-def flex_length(tokens: int) -> int:
-    """Tokens rounded up: to a multiple of 512 or, beyond 4096, to one of four lengths from each power of two to the
-    next."""
-    step = max(512, 2 ** (tokens - 1).bit_length() // 8)
-    return -(-tokens // step) * step
 
 
 def labels(groups: Sequence[GroupLengths]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""TorchEngine: one process, plain PyTorch, float32. The reference that DeepSpeedEngine is tested against."""
+"""TorchEngine: one process, plain PyTorch, float32 or float64. The reference that DeepSpeedEngine is tested against."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TorchEngine:
     world_size = 1
 
     def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
-        if options.dtype != "float32" or options.ranks != 1:
-            raise ValueError(f"TorchEngine is one rank in float32, not {options.ranks} in {options.dtype}")
+        if options.dtype == "bfloat16" or options.ranks != 1:
+            raise ValueError(f"TorchEngine is one rank in float32 or float64, not {options.ranks} in {options.dtype}")
         self.steps = 0
         self.options, self.adapter = options, adapter
         self.policy = load_policy(options, adapter).to(options.device)
@@ -43,7 +43,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def logprobs(self, batch: MultimodalBatch, *, reference: bool = False) -> Tensor:
-        batch = batch.to(self.options.device)
+        batch = self._place(batch)
         if reference and self.options.lora_rank:
             return self.policy(batch, reference=True)[0].cpu()
         module = self._reference if reference else self.policy
@@ -52,7 +52,7 @@ class TorchEngine:
         return module(batch)[0].cpu()
 
     def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
-        return on_cpu(self.policy(batch.to(self.options.device), features_only=True))
+        return on_cpu(self.policy(self._place(batch), features_only=True))
 
     def constant_kinds(self) -> tuple[MediaKind, ...]:
         return self.policy.constant_kinds()
@@ -66,7 +66,7 @@ class TorchEngine:
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         totals = StepTotals()
         for batch in batches:
-            batch = batch.to(self.options.device)
+            batch = self._place(batch)
             terms = micro_loss(batch, *self.policy(batch))
             terms.loss.backward()
             totals.add(terms)
@@ -125,3 +125,6 @@ class TorchEngine:
 
     def save_pretrained(self, directory: Path) -> None:
         save_policy(self.policy, self.adapter, directory, rank=self.rank)
+
+    def _place(self, batch: MultimodalBatch) -> MultimodalBatch:
+        return batch.to(self.options.device, getattr(torch, self.options.dtype))

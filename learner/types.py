@@ -58,8 +58,9 @@ class LearnerOptions:
     total_steps: int
     """Optimizer steps of the whole run, over which the learning rate decays."""
     device: Literal["cuda", "cpu"] = "cuda"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """bfloat16 keeps float32 master weights and optimizer moments; the loss is float32 in either."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "bfloat16"
+    """bfloat16 keeps float32 master weights and optimizer moments; the loss is float32 in either. float64 is for
+    `TorchEngine`, against which others are measured."""
     adapter: str | None = None
     """`package.module:Class` of a family of the user's own; by model_type otherwise."""
     trust_remote_code: bool = False

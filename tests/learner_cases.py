@@ -25,6 +25,16 @@ from vlm.tiny.noise import noise, noise_image
 
 QUESTIONS = ("what is it?", "which colour does it have?", "count.", "describe the picture in a few words, please.")
 
+ROUNDED = 2.0**-20
+"""By how much of its size a result may differ that float64 computes in two orders. The orders differ by 2^-52 a step,
+but transformers' norms and rotary embeddings round to float32 within, and a value between two of its numbers may become
+the one or the other, 2^-24 apart: sixteen of those."""
+
+
+def exact_dtype(model: Path) -> Any:
+    """float64; float32 for Aria, whose experts transformers multiplies with a kernel that has no other."""
+    return "float32" if adapter_of(model).model_config.model_type == "aria" else "float64"
+
 
 @functools.cache
 def adapter_of(model: Path) -> MultimodalAdapter:

@@ -28,7 +28,7 @@ from learner.torch_engine import TorchEngine
 from learner.towers import ConstantTowers, make_towers
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import reference_kl, run_update, score_groups
-from tests.learner_cases import Case, adapter_of, make_case, make_group, mixed_case, options
+from tests.learner_cases import ROUNDED, Case, adapter_of, exact_dtype, make_case, make_group, mixed_case, options
 from tests.ranks import run_ranks
 from tests.test_features import MemoryStore
 from tests.test_learner_group import store
@@ -114,8 +114,10 @@ def strip(stats: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_updates_scores_and_divergences_are_those_of_towers_that_run_in_every_pass(family: str) -> None:
-    """And after the first update no tower ever runs, neither the policy's nor (at all) the reference's."""
-    adapter, chosen = without(adapter_of(model_of(family))), options_of(model_of(family))
+    """And after the first update no tower ever runs, neither the policy's nor (at all) the reference's. In float64: see
+    `test_tower_end`."""
+    adapter = without(adapter_of(model_of(family)))
+    chosen = options_of(model_of(family), dtype=exact_dtype(model_of(family)))
     case = case_of(adapter)
     plain, _ = make(chosen, adapter, cached=False)
     engine, towers = make(chosen, adapter)
@@ -130,9 +132,9 @@ def test_updates_scores_and_divergences_are_those_of_towers_that_run_in_every_pa
     unlike = plain, adapter, chosen, case.groups, case.media
     for ours, exact in ((score_groups(*given, towers=towers), score_groups(*unlike)),):
         flat, flat_exact = ([x for group in s for row in group for x in row.tolist()] for s in (ours, exact))
-        assert flat == pytest.approx(flat_exact, abs=1e-6)
+        assert flat == pytest.approx(flat_exact, rel=ROUNDED)
     for ours, exact in zip(reference_kl(*given, towers=towers), reference_kl(*unlike), strict=True):
-        assert ours == pytest.approx(exact, abs=1e-5)
+        assert ours == pytest.approx(exact, rel=ROUNDED, abs=ROUNDED)
     second = update(engine, chosen, case, towers)
     assert_same(strip(second), update(plain, chosen, case, None))
     assert second["metrics"]["features_computed"] == 0
