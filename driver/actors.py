@@ -123,7 +123,7 @@ def _create(
         ray.remote(DataActor).options(num_cpus=0).remote(adapter, data_options(config, config.data.train), held_out)
     )
     options = engine_options(config, placement.device, media_kinds, weights_change=training)
-    threads = {"env_vars": {"OMP_NUM_THREADS": str(config.rollout.threads)}}
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(options.threads)}}
     for i in range(config.rollout.engines):
         engine = ray.remote(RolloutActor).options(
             max_concurrency=CONCURRENT_GROUPS, runtime_env=threads, **placement.options("rollout", i)

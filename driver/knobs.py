@@ -97,7 +97,7 @@ class RolloutConfig(Section):
     engine_options: dict[str, Any] = Field(default_factory=dict)
     """Further options of vLLM's AsyncEngineArgs, as they are."""
     threads: int = Field(1, ge=1)
-    """Compute threads of one engine on CPU."""
+    """Compute threads of one engine; beside a GPU at least its CPUs in cluster.resources."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds an engine may take to start."""
     group_timeout: float = Field(600.0, gt=0)

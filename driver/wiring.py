@@ -95,6 +95,12 @@ def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransfer
     return WeightTransferOptions(backend=backend, bucket_bytes=sync.bucket_mib * 2**20, timeout=sync.timeout)
 
 
+def engine_threads(config: RunConfig, device: Device) -> int:
+    """Compute threads of an engine's process: beside a GPU, where they prepare images, all CPUs that it is given."""
+    reserved = int(config.cluster.resources["rollout"]["CPU"]) if device == "cuda" else 1
+    return max(config.rollout.threads, reserved)
+
+
 def engine_options(
     config: RunConfig, device: Device, media_kinds: Sequence[MediaKind], *, weights_change: bool = True
 ) -> EngineOptions:
@@ -107,7 +113,7 @@ def engine_options(
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel_size,
         device=device,
-        threads=rollout.threads,
+        threads=engine_threads(config, device),
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         max_media_per_prompt={kind: MEDIA_PER_PROMPT[kind] for kind in media_kinds},

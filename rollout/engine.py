@@ -70,10 +70,11 @@ class EngineOptions:
     device: str = "cuda"
     """"cuda" or "cpu"; an engine refuses to start on a machine that lacks it."""
     threads: int = 1
-    """CPU backend: OpenMP threads."""
+    """OpenMP threads: of everything on CPU; beside a GPU, of what prepares images."""
     kv_cache_gib: float | None = None
     """Bytes of KV cache in GiB; None: by `gpu_memory_utilization` (GPU) or 1 GiB (CPU)."""
     gpu_memory_utilization: float = 0.85
+    """GPU: share of its memory that must be free at the start, and that the engine takes if `kv_cache_gib` is None."""
     max_media_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 8})
     """By kind."""
     weight_transfer_backend: str | None = None

@@ -15,11 +15,11 @@ def set_environment(options: EngineOptions) -> None:
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout))
     # Its warnings repeat at every start and synchronisation; what they warn of is checked here.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.device == "cpu":
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size asked for here
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines and learners share the cores
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer: the worker lives in the engine core
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
         # Threads that spin while they wait take the cores from learners and other engines: seven times slower.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled here but a sampler's helper, for half a minute

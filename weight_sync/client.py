@@ -54,6 +54,10 @@ class WeightSyncClient:
         self.world_size = 1 + sum(engine.workers for engine in engines)
         self.reports: dict[str, WeightReport] = {}
         """What each engine said of the last update."""
+        self.failure: WeightSyncError | None = None
+        """Why an engine did not receive the last update."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called as soon as an engine fails to receive: what ends a broadcast that waits for it."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let every worker of every engine join; `rank_offset` of `init_info` is replaced by the engine's own."""
@@ -69,12 +73,17 @@ class WeightSyncClient:
     def start_weight_update(self) -> None:
         """See that every engine is alive before a broadcast begins, which could wait for a dead one. The update itself
         is started inside `update_weights`, in one call, so that a dying sender leaves no engine half-way open."""
-        self.reports = {}
+        self.reports, self.failure = {}, None
         self._all("answer before the transfer", lambda engine: engine.check_health())
 
     def update_weights(self, update_info: Any) -> None:
         """Receive in all engines; returns when all have finished, digested and processed the weights."""
-        self.reports = self._all("receive the weights", lambda engine: engine.receive_weights(update_info))
+        try:
+            self.reports = self._all("receive the weights", lambda engine: engine.receive_weights(update_info))
+        except WeightSyncError as error:
+            self.failure = error
+            self.on_failure()
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Nothing to do: the engines finished in `update_weights`; the version is committed after verification."""

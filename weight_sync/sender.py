@@ -10,8 +10,10 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from weight_sync.client import WeightSyncClient
@@ -125,8 +127,47 @@ def _gloo(sender: WeightSender, client: WeightSyncClient) -> Transport:
     return GlooTrainer.trainer_init(info, client=client, source=sender.source)
 
 
+class NcclTransport:
+    """vLLM's own NCCL engine. A broadcast waits for an engine that failed, for ever: what the engine says ends it."""
+
+    def __init__(self, trainer: Any, client: WeightSyncClient) -> None:
+        self._trainer, self._client = trainer, client
+        client.on_failure = self._abort
+
+    def _abort(self) -> None:
+        """End the broadcast under way (`ncclCommAbort`), from the thread that heard of the failure."""
+        communicator = self._trainer.model_update_group
+        if communicator is not None:
+            communicator.destroy()
+
+    def send_weights(self) -> None:
+        """Raises the engines' own error where they have one: a broadcast that was ended may fail in any way."""
+        try:
+            with same_stream():
+                self._trainer.send_weights()
+        except Exception as error:
+            if self._client.failure is not None and error is not self._client.failure:
+                raise self._client.failure from error
+            raise
+
+    def shutdown(self) -> None:
+        self._trainer.shutdown()
+
+
+@contextmanager
+def same_stream() -> Iterator[None]:
+    """vLLM's communicator makes a stream of its own the current one for good; the learner computes on the former."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.current_stream()
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
+
+
 def _nccl(sender: WeightSender, client: WeightSyncClient) -> Transport:
-    """vLLM's own NCCL engine. An NCCL broadcast to a dead peer never ends: the caller's deadline must end the rank."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -137,7 +178,10 @@ def _nccl(sender: WeightSender, client: WeightSyncClient) -> Transport:
         packed_buffer_size_bytes=sender.bucket_bytes,
         rank=sender.rank,
     )
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=sender.source)
+    with same_stream():
+        return NcclTransport(
+            WeightTransferTrainerFactory.trainer_init(info, client=client, source=sender.source), client
+        )
 
 
 def free_port() -> int:
