@@ -35,14 +35,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, get_args
 
-from rewards.answers import boxed, first_expression, gold_answers, last_expression, stated_answer
+from rewards.answers import boxed, first_expression, gold_answers, is_abbreviation, last_expression, stated_answer
 from rewards.base import ScoringRequest, unscorable
 from rewards.equality import same
 from rewards.format import Scope, check_scope, judged_text, one_of
 from rewards.golds import gold_forms
 from rewards.kinds import Expression, Letter, Named, Quantity, Relation, Words
 from rewards.notation import MAX_CHARACTERS, folded, plain
-from rewards.quantities import Units, is_unit, quantities_equal
+from rewards.quantities import Units, quantities_equal
 from rewards.reading import read
 from rollout.types import Verdict
 
@@ -137,7 +137,7 @@ def completion_matches(gold: str, completion: str, tolerance: float = 0.0, units
         return False
     if found is not None and found.rule == "phrase":
         stated = read(said)
-        in_words = isinstance(stated, Words) or (isinstance(stated, Quantity) and not is_unit(stated.unit))
+        in_words = isinstance(stated, Words) or (isinstance(stated, Quantity) and not is_abbreviation(stated.unit))
         expression = first_expression(said) if in_words else None
         return expression is not None and _ends_on(gold, expression, "", tolerance, units)
     if found is not None and not isinstance(read(said), Words):

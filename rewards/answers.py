@@ -34,17 +34,22 @@ _BETWEEN = re.compile(
 _SIGN = re.compile(r"[ $]{0,2}(\\?%|percent|pct|°|\^ ?\{? ?\\circ ?\}?|degrees?)")
 _PHRASE = re.compile(
     r"\banswers?\b[*_]{0,3}\s{0,3}(?:(?:is|are|was|would be|should be|must be|equals)\b|[:=])"
-    r"[*_]{0,3}\s{0,3}[:=]?[*_]{0,3}\s{0,3}(?!not\b)",
+    r"[*_]{0,3}\s{0,3}[:=]?[*_]{0,3}\s{0,3}(?!\s|not\b)",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n|,?\s(?:because|since)\b")
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|(?<=[a-z])[!?](?=\s|$)|\n|,?\s(?:because|since)\b")
+_BOLD = re.compile(r"(?<!\S)\*\*|\*\*(?=[\s.,;:]|$)")
 _TOKEN = re.compile(r"\$\$.{1,300}?\$\$|\$[^$\n]{1,200}\$|\\\(.{1,200}?\\\)|\\\[.{1,300}?\\\]|\S+", re.DOTALL)
 _DELIMITED = re.compile(r"\$.+\$|\\\(.+\\\)|\\\[.+\\\]", re.DOTALL)
 _MATHEMATICAL = re.compile(r"[0-9√π∞½¼¾\\]")
 _LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{3,}")
 _OPERATOR = re.compile(r"[-+*/=<>×·÷±≤≥≠≈^:|−–]|\\(?:times|cdot|le|ge|leq|geq|ne|neq|approx|pm|cup|in)")
 _BEHIND = re.compile(r"(?:%|°|percent|pct|degrees?|[ap]\.?m\.?)[.,;!?]*", re.IGNORECASE)
-_PUNCTUATION = ".,;:!?\"'*_`"
+_ABBREVIATION = re.compile(
+    r"(?:[cmdkμn]?m|[km]?g|[mcd]?[lL]|k?[JWNV]|m[VA]|s|Hz|Pa|ft|lb)(?:\^?[23²³])?(?:/\w{1,3})?[.,;!?]*"
+)
+_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?[.,;:!?]*")
+_PUNCTUATION = ".,;:!?*_`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ def _sentence(text: str) -> str:
         if text.startswith(opening) and (end := text.find(closing, 2)) > 0:
             return text[: end + 2]
     match = _SENTENCE_END.search(text)
-    return (text[: match.start()] if match else text).replace("**", "").strip()
+    return _BOLD.sub("", text[: match.start()] if match else text).strip()
 
 
 def first_expression(sentence: str) -> str | None:
@@ -133,7 +138,7 @@ def first_expression(sentence: str) -> str | None:
             end = i
             while end + 1 < len(tokens) and _continues(tokens, end):
                 end += 1
-            return _run(tokens, end)
+            return _run(tokens, end)[0]
     return None
 
 
@@ -153,20 +158,22 @@ def last_expression(text: str) -> tuple[str, str] | None:
     tokens = _tokens(window)
     for end in range(len(tokens) - 1, -1, -1):
         if _is_mathematical(tokens[end]):
-            run = _run(tokens, end)
-            return run, " ".join(tokens[end + 1 : end + 4])
+            run, start = _run(tokens, end)
+            denied = start > 0 and tokens[start - 1].lower() in ("not", "isn't", "never")
+            return None if denied else (run, " ".join(tokens[end + 1 : end + 4]))
     return None
 
 
-def _run(tokens: list[str], end: int) -> str:
-    """The expression whose last token is at `end`, with the tokens that operators, brackets, commas and `or` join."""
+def _run(tokens: list[str], end: int) -> tuple[str, int]:
+    """The expression whose last token is at `end`, with the tokens that operators, brackets, commas and `or` join, and
+    the sign or the abbreviated unit behind it; and where it begins."""
     start = end
     while start > 0 and end - start < 24 and _joined(tokens, start, end):
         start -= 1
     run = " ".join(tokens[start : end + 1])
-    if end + 1 < len(tokens) and _BEHIND.fullmatch(tokens[end + 1]):
+    if end + 1 < len(tokens) and (_BEHIND.fullmatch(tokens[end + 1]) or _ABBREVIATION.fullmatch(tokens[end + 1])):
         run += " " + tokens[end + 1]
-    return run.rstrip(_PUNCTUATION[:6] + '"*_`')
+    return run.rstrip(_PUNCTUATION), start
 
 
 def _joined(tokens: list[str], start: int, end: int) -> bool:
@@ -181,9 +188,9 @@ def _joined(tokens: list[str], start: int, end: int) -> bool:
         return True
     if _LONG_WORD.search(before) and not _DELIMITED.fullmatch(before):
         return False
-    if before[-1] in ",;":
-        return _is_mathematical(before)
-    operand = len(before) < 40 and before[-1] not in _PUNCTUATION.replace("'", "").replace(":", "")
+    if before[-1] in ",;" or (_NUMBER.fullmatch(before) and _NUMBER.fullmatch(first)):  # 1 2 3 is not 3
+        return _is_mathematical(before) and before[-1] not in ".:!?"
+    operand = len(before) < 40 and before[-1] not in '.,;!?"*_`'
     return operand and (_is_operator(first) or _is_operator(before) or bool(_OPERATOR.fullmatch(before[-1])))
 
 
@@ -208,6 +215,11 @@ def _tokens(text: str) -> list[str]:
         is_words = token.startswith("$") and len(token.split()) > 1 and isinstance(read(token), Words | Letter)
         tokens.extend(token.split() if is_words else [squeezed(token)])
     return tokens
+
+
+def is_abbreviation(unit: str) -> bool:
+    """Whether a unit is written in short (`cm`, `m/s`), as against a word for what is counted (`dollars`, `hours`)."""
+    return _ABBREVIATION.fullmatch(unit) is not None
 
 
 def gold_answers(text: str) -> tuple[str, ...]:

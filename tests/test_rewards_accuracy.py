@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rewards import mathematics
 from rewards.accuracy import AccuracyReward, matches
+from rewards.answers import gold_answers
 from rewards.base import ScoringRequest
 from rewards.format import Scope
 from rewards.mathematics import is_mathematics, value_of
@@ -271,3 +272,12 @@ def test_the_ideal_completion_gets_full_marks() -> None:
             assert ideal is not None
             assert reward(ScoringRequest("", (ideal,), gold))[0].score == 1.0, (gold, scope)
     assert AccuracyReward().ideal(ScoringRequest("", (), None)) is None
+
+
+@pytest.mark.parametrize(
+    "wrapping", ["so \\boxed{%s}.", "<answer>%s</answer>", "I see. The answer is %s.", "x\n#### %s"]
+)
+def test_a_gold_answer_is_right_however_a_completion_marks_it(wrapping: str) -> None:
+    golds = {gold for _, gold, _ in pairs("accuracy_answers.txt") if gold_answers(gold) == (gold,) and "\n" not in gold}
+    assert len(golds) > 80
+    assert [gold for gold in sorted(golds) if score(gold, wrapping % gold, "completion") != 1.0] == []
