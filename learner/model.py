@@ -12,6 +12,7 @@ from learner.attention import IMPLEMENTATION, register
 from learner.policy import PolicyModule
 from learner.quantize import quantize_linear_layers
 from learner.types import LearnerOptions
+from learner.windows import attend_windows_at_once
 from vlm.adapter import MultimodalAdapter
 from vlm.roles import part_of
 
@@ -63,6 +64,8 @@ def load_base(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
         register()
         nested = "text_config" in type(model.config).sub_configs
         model.set_attn_implementation({"text_config": IMPLEMENTATION} if nested else IMPLEMENTATION)
+    if options.device == "cuda" and options.dtype == "bfloat16":
+        attend_windows_at_once(model)
     adapter.prepare_model(model)
     if options.quantize == "nf4":
         quantize_linear_layers(model, [name for names in adapter.linear_layers(model).values() for name in names])
