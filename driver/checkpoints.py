@@ -3,14 +3,15 @@
     output_dir/checkpoints/step-000020/
         learner/     weights, optimizer, scheduler, RNG: independent of the number of ranks (learner/checkpoint.py)
         run.json     policy version, ledger (issued but untrained prompts), data cursor, resolved configuration
+        digests.json size and SHA-256 of every file
 
-Written beside its place and renamed, so that a crash leaves the former checkpoint and nothing half-written.
+Written beside its place and renamed, so that a crash leaves the former checkpoint and nothing half-written. A resume
+checks every file, and takes the newest checkpoint of which none is damaged.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,28 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from driver.errors import RunError
+from learner.durable import atomic_directory, damage
 
-FORMAT = 1
+FORMAT = 2
+
+
+class DamagedError(RunError):
+    """A checkpoint with a file that is missing, cut or changed, or of another format."""
 
 
 def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Callable[[Path], None], keep: int) -> Path:
-    """Write the checkpoint of `step` under `directory`; `save_learner` fills the learner's folder. Returns its path."""
-    final = directory / f"step-{step:06d}"
-    partial = directory / f".writing-{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_learner(partial / "learner")
-    check_visible(partial / "learner")
-    with (partial / "run.json").open("w") as file:
-        json.dump({"format": FORMAT, "step": step, **state}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync_directory(directory)
-    for old in sorted(found(directory))[:-keep]:
-        shutil.rmtree(directory / f"step-{old:06d}")
+    """Write the checkpoint of `step` under `directory`; `save_learner` fills the learner's folder. Returns its path.
+
+    Raises StorageError where there is no room; the former checkpoints are as they were then."""
+    final = _path(directory, step)
+    with atomic_directory(final, sealed=True) as partial:
+        save_learner(partial / "learner")
+        check_visible(partial / "learner")
+        (partial / "run.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+    # Later steps than this one belong to checkpoints that a resume found damaged: they count for nothing.
+    before = [s for s in found(directory) if s < step]
+    for old in before[: max(0, len(before) + 1 - keep)]:
+        shutil.rmtree(_path(directory, old))
     return final
 
 
@@ -60,22 +61,37 @@ def found(directory: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in matches if m)
 
 
-def newest(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint and its run state. Raises RunError when there is none, or one of another format."""
+def newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The newest undamaged checkpoint and its run state; `say` is told which newer ones are damaged, and how.
+
+    Raises RunError when there is none."""
     steps = found(directory)
     if not steps:
         raise RunError(f"nothing to resume: no checkpoint in {directory}; start without --resume")
-    path = directory / f"step-{steps[-1]:06d}"
-    state = json.loads((path / "run.json").read_text())
-    if state.get("format") != FORMAT:
-        raise RunError(f"{path} has checkpoint format {state.get('format')}, this version reads {FORMAT}")
-    return path, state
+    problems = []
+    for step in reversed(steps):
+        path = _path(directory, step)
+        try:
+            return path, read_state(path)
+        except DamagedError as error:
+            problems.append(str(error))
+            say(f"{error}; the checkpoint before it is tried")
+    raise RunError(f"nothing to resume: no checkpoint in {directory} is usable: " + "; ".join(problems))
 
 
-def _sync_directory(directory: Path) -> None:
-    """Make the rename itself durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def read_state(path: Path) -> dict[str, Any]:
+    """The run state of a checkpoint whose files are all as they were written. Raises DamagedError."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        state = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"checkpoint {path} is damaged: run.json cannot be read ({error})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        other = state.get("format") if isinstance(state, dict) else None
+        raise DamagedError(f"{path} has checkpoint format {other}, this version reads {FORMAT}")
+    if text := damage(path):
+        raise DamagedError(f"checkpoint {path} is damaged: {text}")
+    return state
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"

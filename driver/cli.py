@@ -33,6 +33,7 @@ QUIET = {
 """Read by libraries at import: their chatter would tear the progress display."""
 USER_ERRORS = {
     "AdapterError",
+    "DamagedError",
     "DataError",
     "LearnerError",
     "LearnerTimeoutError",
@@ -40,6 +41,7 @@ USER_ERRORS = {
     "NothingToLearnError",
     "PlacementError",
     "RunError",
+    "StorageError",
     "WeightSyncError",
 }
 

@@ -21,6 +21,7 @@ from driver.display import TerminalDisplay
 from driver.loop import train
 from driver.metrics import read_metrics
 from driver.report import accuracy_table, plot, speed_table, summarise
+from driver.run_folder import in_use
 from driver.shapes import ShapesFiles, make_shapes, vocabulary
 from driver.warm_start import warm_start
 from vlm.tiny import build_tiny
@@ -107,6 +108,8 @@ def run_demo(
 
 def prepare_folder(directory: Path) -> None:
     """Remove what an earlier demo left in `directory`. Raises ConfigError, and removes nothing, if there is more."""
+    if holder := in_use(directory / "run"):
+        raise ConfigError([holder])
     made = {"data", "start", "run", "summary.json", "curves.png"}
     present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if foreign := sorted(present - made):

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from driver.checkpoints import DamagedError, read_state
 from driver.config import ConfigError, parse_config
 from driver.wiring import config_adapter, learner_options
 from learner.checkpoint import CheckpointError, read_weights
+from learner.durable import StorageError
 from learner.export import ADAPTER_ORIGIN, save_policy
 from learner.model import load_base, load_policy, wrap
 from learner.policy import PolicyModule
@@ -39,7 +41,7 @@ def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_
         raise MergeError(f"{output} exists already; name a new folder")
     if not source.is_dir():
         raise MergeError(f"{source}: there is no such folder")
-    if (source / "run.json").exists():
+    if (source / "run.json").exists() or (source / "learner").is_dir():
         policy, family = _from_checkpoint(source, model, trust_remote_code)
     else:
         found = [d for d in (source, source / "adapter") if (d / "adapter_config.json").exists()]
@@ -51,7 +53,7 @@ def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_
         policy, family = _from_adapter(found[0], model, trust_remote_code)
     try:
         save_policy(policy, family, output, rank=0, with_adapter=False)
-    except (OSError, ValueError) as error:  # DoRA, adapters on embeddings; a full disk
+    except (OSError, ValueError, StorageError) as error:  # DoRA, adapters on embeddings; a full disk
         raise MergeError(f"{source} cannot be merged into {output}: {error}") from error
 
 
@@ -92,7 +94,11 @@ def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[Poli
 
 
 def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[PolicyModule, MultimodalAdapter]:
-    config = parse_config(_read(directory / "run.json").get("config", {}), str(directory / "run.json"))
+    try:
+        saved = read_state(directory).get("config", {})
+    except DamagedError as error:
+        raise MergeError(f"{error}; name the checkpoint before it") from error
+    config = parse_config(saved, str(directory / "run.json"))
     changes = {"trust_remote_code": trust, **({"path": model} if model else {})}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
     family = config_adapter(config)

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client import Gauge as PrometheusGauge
 from ray.util.metrics import Gauge as RayGauge
 
+from learner.durable import atomic_file
 from rollout.types import GroupSummary
 
 GAUGES = {
@@ -161,13 +162,15 @@ class MetricsLog:
         """Append one evaluation."""
         self._write({"kind": "evaluation", "step": step, "seconds": seconds, "results": results})
 
-    def truncate_after(self, step: int) -> None:
-        """Forget records of steps later than `step`: a resumed run writes them again."""
+    def truncate_after(self, step: int) -> int:
+        """Forget records of steps later than `step`: a resumed run writes them again. Returns how many lines could not
+        be read, which go too."""
         path = self.directory / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        entries, unreadable = _read(path)
         self._file.close()
-        path.write_text("".join(line + "\n" for line in kept))
+        atomic_file(path, "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step))
         self._file = path.open("a", buffering=1)
+        return unreadable
 
     def close(self) -> None:
         self._file.close()
@@ -177,6 +180,20 @@ class MetricsLog:
 
 
 def read_metrics(directory: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """Records of one kind (`step` or `evaluation`) of a run's `metrics.jsonl`."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+    """Records of one kind (`step` or `evaluation`) of a run's `metrics.jsonl`; without lines that a kill cut off."""
+    return [entry for entry in _read(directory / "metrics.jsonl")[0] if entry["kind"] == kind]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Records, and the number of lines that are none."""
+    entries, unreadable = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and "kind" in entry and "step" in entry:
+            entries.append(entry)
+        else:
+            unreadable += 1
+    return entries, unreadable

@@ -116,6 +116,8 @@ def _output(config: RunConfig, resume: bool) -> list[str]:
     directory = Path(config.output_dir)
     if directory.exists() and not directory.is_dir():
         return [f"output_dir: {directory} exists and is not a folder"]
+    if file := next((p for p in directory.parents if p.exists() and not p.is_dir()), None):
+        return [f"output_dir: {directory} cannot be made: {file} is a file"]
     if resume:
         return []
     if checkpoints.found(directory / "checkpoints"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metric
 from driver.placement import place
 from driver.preflight import preflight
 from driver.rollouts import RolloutPipeline, SealedBatch
+from driver.run_folder import held
 from driver.selection import Difficulty
 from driver.signals import stop_on_signals
 from driver.timing import union_seconds
 from driver.wiring import config_adapter, evaluation_sampling, sampling_params
+from learner.durable import StorageError, atomic_file
 from learner.group import LearnerGroup
 from learner.types import LearnerError, UpdateStats
 from rollout.types import PromptRef
@@ -64,6 +66,8 @@ class Run:
     version: int = 0
     evaluations: dict[int, Results] = field(default_factory=dict)
     _saved: int = -1
+    _overdue: bool = False
+    """Whether the last checkpoint that was due found no room."""
 
     @property
     def directory(self) -> Path:
@@ -116,8 +120,16 @@ class Run:
 
     def checkpoint_if_due(self) -> None:
         every = self.config.checkpoint.every
-        if every and self.version % every == 0:
-            self.checkpoint()
+        if self._overdue or (every and self.version % every == 0):
+            try:
+                self.checkpoint()
+            except StorageError as error:
+                newest = f"that of step {self._saved}" if self._saved >= 0 else "none"
+                self.display.phase(
+                    f"no checkpoint of step {self.version}: {error}; the newest stays {newest}; "
+                    "the run goes on and tries again after the next step"
+                )
+                self._overdue = True
 
     def checkpoint(self) -> None:
         """Save weights, optimizer, cursor and ledger as of now; nothing if that was done already."""
@@ -136,7 +148,7 @@ class Run:
         self.display.phase(f"checkpoint of step {self.version} in {path}")
         if remark := self.actors.data_report().train.remark:
             self.display.phase(f"data.train: {remark}")
-        self._saved = self.version
+        self._saved, self._overdue = self.version, False
 
     def checkpoint_after(self, error: Exception) -> None:
         """Save the state before `error` ends the run, unless the learner itself failed, or a transfer for which several
@@ -165,13 +177,21 @@ class Run:
 @contextmanager
 def open_run(config: RunConfig, *, resume: bool, address: str | None, display: Display | None) -> Iterator[Run]:
     """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
-    display = display or SilentDisplay()
+    directory = Path(config.output_dir)
+    with ExitStack() as stack:
+        # A folder that cannot be one is said by preflight, together with all else that is wrong.
+        if not any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
+            stack.enter_context(held(directory))
+        yield from _open_run(config, resume, address, display or SilentDisplay())
+
+
+def _open_run(config: RunConfig, resume: bool, address: str | None, display: Display) -> Iterator[Run]:
     choices = preflight(config, resume=resume)
     for line in choices.lines:
         display.phase(line)
     directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
     config = config.model_copy(update={"output_dir": str(directory)})
-    saved = checkpoints.newest(directory / "checkpoints") if resume else None
+    saved = checkpoints.newest(directory / "checkpoints", display.phase) if resume else None
     with connect(config, address, display), stop_on_signals(display) as check_stop:
         placement = place(config)
         actors = None
@@ -197,7 +217,7 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
     """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
     directory = Path(config.output_dir)
     log = MetricsLog(directory, config.cluster.metrics_port)
-    (directory / "config.yaml").write_text(dump_config(config))
+    atomic_file(directory / "config.yaml", dump_config(config))
     ledger = Ledger()
     rollouts = RolloutPipeline(
         data=actors.data,
@@ -267,7 +287,8 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     run.display.phase(f"resuming from {path}")
     run.version = run._saved = state["version"]
     run.learner.load_checkpoint(path / "learner")
-    run.log.truncate_after(run.version)
+    if cut := run.log.truncate_after(run.version):
+        run.display.phase(f"metrics.jsonl: {cut} unreadable line(s) dropped; a run was killed while writing")
     run.evaluations = {e["step"]: e["results"] for e in read_metrics(run.directory, "evaluation")}
     run.sync_weights()
     run.actors.load_data_state(state["cursor"])

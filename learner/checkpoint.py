@@ -3,6 +3,7 @@
     learner/  tensors-00000.safetensors ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME: whole tensors, float32
               rng.safetensors                 one generator state per rank that wrote it
               state.json                      format, steps, and which file holds which tensor
+              digests.json                    size and SHA-256 of every file (learner/durable.py)
 
 Frozen parameters are not in it: they are those of the model the run started from. Nothing is pickled.
 """
@@ -10,22 +11,19 @@ Frozen parameters are not in it: they are those of the model the run started fro
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from learner.durable import StorageError, atomic_directory, damage
 from learner.engine import TrainEngine
 
-FORMAT = 1
+FORMAT = 2
 FILE_BYTES = 2 * 2**30
 """Tensors are held until a file of about this size is full: it bounds what writing takes in memory."""
 
@@ -35,17 +33,26 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(engine: TrainEngine, directory: Path) -> None:
-    """Write `engine`'s state into `directory`, replacing what was there. Collective; rank 0 writes."""
+    """Write `engine`'s state into `directory`, replacing what was there. Collective; rank 0 writes.
+
+    Raises StorageError, before anything is written where its size is seen not to fit. All ranks go through the whole
+    collective then too, so that the engine stays usable."""
     generators = gather_generators(engine)
     if engine.rank != 0:
         for _ in engine.state_tensors():
             pass
         return
-    with atomic_directory(directory) as partial:
-        where = _write_tensors(engine.state_tensors(), partial)
-        save_file({str(rank): state for rank, state in enumerate(generators)}, partial / "rng.safetensors")
-        state = {"format": FORMAT, "steps": engine.steps, "ranks": engine.world_size, "tensors": where}
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
+    tensors = engine.state_tensors()
+    try:
+        with atomic_directory(directory, needed=engine.state_bytes(), sealed=True) as partial:
+            where = _write_tensors(tensors, partial)
+            save_file({str(rank): state for rank, state in enumerate(generators)}, partial / "rng.safetensors")
+            state = {"format": FORMAT, "steps": engine.steps, "ranks": engine.world_size, "tensors": where}
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+    except StorageError:
+        for _ in tensors:  # the other ranks are on their way through it
+            pass
+        raise
 
 
 def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
@@ -61,8 +68,7 @@ def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
             raise CheckpointError(
                 f"{directory} has no {name}: was it written by training another model, or other layers?"
             )
-        with safe_open(directory / where[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
+        tensor = _read_tensor(directory / where[name], name)
         if tuple(tensor.shape) != tuple(shape):
             raise CheckpointError(
                 f"{directory} has {name} of shape {tuple(tensor.shape)}, but the model's is {tuple(shape)}: was it "
@@ -71,17 +77,30 @@ def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
         return tensor
 
     engine.load_state_tensors(read, int(state["steps"]))
-    generators = load_file(directory / "rng.safetensors")
+    try:
+        generators = load_file(directory / "rng.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory / 'rng.safetensors'} is damaged: {error}") from error
     if str(engine.rank) in generators:
         torch.set_rng_state(generators[str(engine.rank)])
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """`(name, float32 tensor)` of every parameter that was trained. Raises CheckpointError for what is none."""
+    """`(name, float32 tensor)` of every parameter that was trained. Raises CheckpointError for what is none, or is not
+    as it was written."""
+    if text := damage(directory):
+        raise CheckpointError(f"{directory} is damaged: {text}; take the checkpoint before it")
     for name, file_name in _read_state(directory)["tensors"].items():
         if name.startswith("param/"):
-            with safe_open(directory / file_name, framework="pt") as file:
-                yield name.removeprefix("param/"), file.get_tensor(name)
+            yield name.removeprefix("param/"), _read_tensor(directory / file_name, name)
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _read_state(directory: Path) -> dict[str, Any]:
@@ -125,39 +144,3 @@ def gather_generators(engine: TrainEngine) -> list[Tensor]:
     table[engine.rank] = mine.to(torch.float64)
     gathered = torch.tensor(engine.all_reduce_sum(table.flatten().tolist()), dtype=torch.float64)
     return list(gathered.view_as(table).to(torch.uint8))
-
-
-@contextmanager
-def atomic_directory(directory: Path) -> Iterator[Path]:
-    """A new directory beside `directory` to write into; takes its place, durably, when the block ends without error.
-
-    After an error the former content stands where it was. A crash of the machine leaves the former content or the new
-    one; at worst, between two renames, the former under a hidden name beside it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    partial, former = (directory.parent / f".{directory.name}.{kind}-{mark}" for kind in ("partial", "former"))
-    partial.mkdir()
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        if directory.exists():
-            directory.rename(former)
-        partial.rename(directory)
-        _sync(directory.parent)
-    except BaseException:
-        if former.exists() and not directory.exists():
-            former.rename(directory)
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's or directory's content survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

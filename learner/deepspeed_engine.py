@@ -21,7 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learner.deepspeed_state import read_full, read_weight, set_step_count, write_full, write_weight
-from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu
+from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu, state_bytes
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.policy import PolicyModule
@@ -125,6 +125,10 @@ class DeepSpeedEngine:
                 yield f"{moment}/{name}", read_full(parameter, moment, self._optimizer)
         for name, parameter in self._refreshed():
             yield f"reference/{name}", read_weight(parameter)
+
+    def state_bytes(self) -> int:
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._trained.values())
+        return state_bytes(trained, self.steps, bool(self.options.reference_every))
 
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.steps = steps

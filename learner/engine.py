@@ -93,6 +93,9 @@ class TrainEngine(Protocol):
         in an order that does not depend on the number of ranks. Collective: every rank iterates to the end; what a rank
         other than 0 is given may be anything."""
 
+    def state_bytes(self) -> int:
+        """Bytes that `state_tensors` takes in float32, without gathering anything."""
+
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         """Restore what `state_tensors` gave after `steps` optimizer steps. Collective; every rank reads."""
 
@@ -120,6 +123,11 @@ class StepTotals:
         sums = dict(zip(self._sums, engine.all_reduce_sum(_read(self._sums)), strict=True))
         maxima = dict(zip(self._maxima, engine.all_reduce_max(_read(self._maxima)), strict=True))
         return sums.pop("loss"), sums, maxima
+
+
+def state_bytes(trained: int, steps: int, reference: bool) -> int:
+    """Bytes in float32 of `trained` parameters, their moments once a step was taken, and a refreshed reference."""
+    return 4 * trained * (1 + (len(MOMENTS) if steps else 0) + reference)
 
 
 def on_cpu(features: Mapping[MediaKind, Sequence[FeatureRow]]) -> dict[MediaKind, list[FeatureRow]]:

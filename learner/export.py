@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from learner.checkpoint import atomic_directory
+from learner.durable import atomic_directory
 from learner.policy import PolicyModule
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import ADAPTERS
@@ -35,7 +35,8 @@ def save_policy(
             if ".lora_" in name and with_adapter:
                 with gathered([parameter]):
                     lora[name] = parameter.detach().cpu().clone()
-    with atomic_directory(directory) if rank == 0 else nullcontext() as partial:
+    needed = sum(tensor.nbytes for tensor in [*weights.values(), *lora.values()]) if rank == 0 else 0
+    with atomic_directory(directory, needed=needed) if rank == 0 else nullcontext() as partial:
         if partial is None:
             return
         policy.base.save_pretrained(partial, state_dict=weights)

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 
 from learner.advantages import ADVANTAGES, contributes, has_baseline
+from learner.durable import StorageError
 from learner.packing import GroupCost, shard
 from learner.shaping import combined_rewards
 from learner.types import (
@@ -210,7 +211,7 @@ class LearnerGroup:
                 try:
                     results[rank_of[call]] = ray.get(call)
                 except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, WeightSyncError | NothingToLearnError):
+                    if isinstance(error.cause, WeightSyncError | NothingToLearnError | StorageError):
                         raise error.cause from None  # an engine's failure or the data's, not the learner's
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
                 except ray.exceptions.RayError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu
+from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu, state_bytes
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
 from learner.schedule import learning_rate
@@ -109,6 +109,10 @@ class TorchEngine:
                 yield f"{moment}/{name}", self._optimizer.state[parameter][moment]
         for name, parameter in self._refreshed():
             yield f"reference/{name}", parameter.detach()
+
+    def state_bytes(self) -> int:
+        trained = sum(p.numel() for p in self._trained.values())
+        return state_bytes(trained, self.steps, bool(self.options.reference_every))
 
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.steps = steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from learner import checkpoint
-from learner.checkpoint import CheckpointError, atomic_directory, load_checkpoint, save_checkpoint
+from learner.checkpoint import CheckpointError, load_checkpoint, read_weights, save_checkpoint
+from learner.durable import StorageError, atomic_directory, clear_leftovers, damage
 from learner.engine import ReadTensor
 
 
@@ -25,6 +27,9 @@ class HeldState:
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.tensors.items()
+
+    def state_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
 
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.tensors, self.steps = {name: read(name, value.shape) for name, value in self.tensors.items()}, steps
@@ -113,8 +118,53 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
         load_checkpoint(HeldState({"param/y": torch.empty(2)}), tmp_path / "c")  # type: ignore[arg-type]
     path = tmp_path / "c" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         load_checkpoint(engine, tmp_path / "c")  # type: ignore[arg-type]
     path.write_text("{ half a file")
     with pytest.raises(CheckpointError, match="is no learner checkpoint"):
         load_checkpoint(engine, tmp_path / "c")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["cut", "missing", "changed"])
+@pytest.mark.parametrize("name", ["tensors-00000.safetensors", "rng.safetensors", "state.json", "digests.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, how: str):
+    save_checkpoint(HeldState(some_state()), tmp_path / "c")  # type: ignore[arg-type]
+    assert damage(tmp_path / "c") is None
+    path = tmp_path / "c" / name
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-7] if how == "cut" else content.replace(b"0", b"1"))
+    assert name in (damage(tmp_path / "c") or "") or how == "changed"
+    with pytest.raises(CheckpointError, match="damaged"):
+        list(read_weights(tmp_path / "c"))
+
+
+def test_a_file_that_the_system_refuses_to_write_is_said_and_the_former_checkpoint_stays(tmp_path: Path):
+    """A limit on the size of files is a real error of the system, like a full disk."""
+    save_checkpoint(HeldState({"param/x": torch.ones(1)}, steps=1), tmp_path / "c")  # type: ignore[arg-type]
+    state = HeldState({f"param/{i}": torch.ones(100_000) for i in range(3)}, steps=2)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
+    try:
+        with pytest.raises(StorageError, match=r"c.* cannot be written: File too large .*GiB free"):
+            save_checkpoint(state, tmp_path / "c")  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and damage(tmp_path / "c") is None
+
+
+def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path):
+    state = HeldState({"param/x": torch.ones(1)})
+    state.state_bytes = lambda: 2**60  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match=r"needs 1073741824.00 GiB, and .* free"):
+        save_checkpoint(state, tmp_path / "c")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_cleared_or_put_back(tmp_path: Path):
+    for name in (".a.partial-0123abcd", ".a.former-0123abcd", ".b.former-0123abcd", "a"):
+        (tmp_path / name).mkdir()
+    clear_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]

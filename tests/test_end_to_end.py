@@ -23,6 +23,7 @@ from driver.merge import merge
 from driver.metrics import read_metrics
 from driver.shapes import make_shapes
 from driver.wiring import config_adapter, data_options
+from learner.durable import seal
 from rollout.prompts import PromptSource
 from vlm.tiny import build_tiny
 from vlm.tiny.noise import noise
@@ -106,6 +107,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(settings, tmp
     state["ledger"]["outstanding"] = [{"batch": 2, **asdict(prompt.ref)} for prompt in source.take(4)]
     state["cursor"] = source.state()
     (saved / "run.json").write_text(json.dumps(state))
+    seal(saved)
     (resumed_dir / "metrics.jsonl").write_text("".join(json.dumps({"kind": "step", **s}) + "\n" for s in steps[:3]))
     resumed = train(config, resume=True)
     assert [s["step"] for s in read_metrics(resumed_dir)] == [1, 2, 3, 4]

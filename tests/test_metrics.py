@@ -62,7 +62,10 @@ def test_the_prometheus_endpoint_and_the_log_agree_and_a_resume_rewrites(local_r
     latency = 'saccade_reward_seconds{reward="accuracy"} 0.75'
     for line in ("saccade_samples_per_second 2.0", "saccade_kl 0.01", "saccade_invalid_share 0.25", latency):
         assert line in text
-    log.truncate_after(1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # a run killed while writing
+    assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
+    assert log.truncate_after(1) == 1
     log.step(record(2))
     log.close()
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from driver import checkpoints
-from driver.config import parse_config
+from driver import checkpoints, run_folder
+from driver.config import ConfigError, parse_config
+from driver.demo import prepare_folder
 from driver.errors import RunError
 from driver.ledger import Ledger
 from driver.run import Run
+from learner.durable import StorageError, seal
 from rollout.data_actor import DataActorReport
 from rollout.prompts import DataReport, Refusal
 
@@ -19,13 +25,14 @@ from rollout.prompts import DataReport, Refusal
 def write_learner(path):
     path.mkdir()
     (path / "weights").write_text("w")
+    seal(path)
 
 
 def test_the_newest_complete_checkpoint_is_found_and_old_ones_go(tmp_path):
     for step in (1, 2, 10):
         checkpoints.save(tmp_path, step, {"version": step}, write_learner, keep=2)
     assert checkpoints.found(tmp_path) == [2, 10]
-    path, state = checkpoints.newest(tmp_path)
+    path, state = checkpoints.newest(tmp_path, print)
     assert path.name == "step-000010"
     assert state["version"] == 10
     assert (path / "learner" / "weights").read_text() == "w"
@@ -48,7 +55,7 @@ def test_a_failure_while_writing_leaves_the_former_one(tmp_path):
 def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoints.save(tmp_path, 1, {"version": 1, "note": "old"}, write_learner, keep=1)
     checkpoints.save(tmp_path, 1, {"version": 1, "note": "new"}, write_learner, keep=1)
-    assert checkpoints.newest(tmp_path)[1]["note"] == "new"
+    assert checkpoints.newest(tmp_path, print)[1]["note"] == "new"
 
 
 def test_a_learner_on_a_node_with_other_storage_is_told(tmp_path):
@@ -59,12 +66,12 @@ def test_a_learner_on_a_node_with_other_storage_is_told(tmp_path):
 
 def test_nothing_to_resume_and_foreign_formats_are_said(tmp_path):
     with pytest.raises(RunError, match="nothing to resume"):
-        checkpoints.newest(tmp_path / "absent")
+        checkpoints.newest(tmp_path / "absent", print)
     path = checkpoints.save(tmp_path, 1, {}, write_learner, keep=1)
     state = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**state, "format": 99}))
     with pytest.raises(RunError, match="format 99"):
-        checkpoints.newest(tmp_path)
+        checkpoints.newest(tmp_path, print)
 
 
 def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
@@ -90,3 +97,70 @@ def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
     report, run.version = DataReport(100, 80), 1
     run.checkpoint()
     assert len(said) == 3
+
+
+@pytest.mark.parametrize("name", ["run.json", "learner/weights", "learner/digests.json", "digests.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, name):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, {"version": step}, write_learner, keep=3)
+    (tmp_path / "step-000002" / name).write_bytes(b"{")
+    said: list[str] = []
+    path, state = checkpoints.newest(tmp_path, said.append)
+    assert (path.name, state["version"]) == ("step-000001", 1)
+    assert "step-000002" in said[0] and "damaged" in said[0] and name in said[0]
+    checkpoints.save(tmp_path, 2, {"version": 2}, write_learner, keep=1)
+    assert checkpoints.newest(tmp_path, print)[1]["version"] == 2
+    (tmp_path / "step-000002" / name).unlink()
+    with pytest.raises(RunError, match=r"no checkpoint in .* is usable.*damaged"):
+        checkpoints.newest(tmp_path, print)
+
+
+def test_a_folder_is_held_by_one_run_and_freed_with_its_process(tmp_path):
+    folder = tmp_path / "run"
+    with run_folder.held(folder):
+        for refused in (lambda: run_folder.held(folder).__enter__(), lambda: prepare_folder(tmp_path)):
+            with pytest.raises(ConfigError, match=rf"in use by another run \(process {os.getpid()} on .*, since 20"):
+                refused()
+    assert not folder.exists()  # nothing was written into it
+    code = "import os, sys, signal; from pathlib import Path; from driver.run_folder import held\n"
+    code += "with held(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -signal.SIGKILL
+    assert (folder / "run.lock").exists() and run_folder.in_use(folder) is None
+    with run_folder.held(folder):
+        pass
+
+
+def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_path):
+    said: list[str] = []
+    full = [True]
+
+    def save_learner(path):
+        if full[0]:
+            raise StorageError("x cannot be written: No space left on device")
+        write_learner(path)
+
+    run = Run(
+        config=parse_config(
+            {
+                "output_dir": str(tmp_path),
+                "steps": 9,
+                "model": {"path": "m"},
+                "data": {"train": ["a.json"]},
+                "checkpoint": {"every": 3},
+            }
+        ),
+        actors=SimpleNamespace(data_state=dict, data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0)),
+        learner=SimpleNamespace(save_checkpoint=save_learner),
+        ledger=Ledger(),
+        rollouts=SimpleNamespace(difficulty=None),
+        evaluator=None,
+        log=None,
+        display=SimpleNamespace(phase=said.append),
+    )
+    for run.version in (1, 2, 3):
+        run.checkpoint_if_due()
+    assert "no checkpoint of step 3" in said[0] and "No space left" in said[0]
+    full[0] = False
+    for run.version in (4, 5):
+        run.checkpoint_if_due()
+    assert checkpoints.found(tmp_path / "checkpoints") == [4]

@@ -1,0 +1,94 @@
+"""The folder of a run: one run at a time writes into it, and what a killed one left half-written is cleared away.
+
+The lock is the kernel's, on `run.lock`: it ends with the process that holds it, however that ends. The file says who.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from driver.config import ConfigError
+from learner.durable import clear_leftovers, storage_errors
+
+LOCK = "run.lock"
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold `directory`, made if need be, for the length of a run.
+
+    Raises ConfigError naming the run that holds it, StorageError where nothing can be written."""
+    path = directory / LOCK
+    made = not directory.exists()
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(path)
+    try:
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
+        with storage_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, note.encode(), 0)
+            for folder in (directory, directory / "checkpoints"):
+                clear_leftovers(folder)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if made and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def in_use(directory: Path) -> str | None:
+    """Who holds `directory`, in words; None if nobody does."""
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _refusal(directory / LOCK)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _open_locked(path: Path) -> int:
+    """A locked descriptor of the file that stands at `path`: a run that ends removes its own."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(descriptor, path):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConfigError([_refusal(path)], "what the configuration refers to") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _refusal(path: Path) -> str:
+    try:
+        note = json.loads(path.read_text())
+        who = f"process {note['pid']} on {note['host']}, since {note['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "a process that is just starting"
+    return f"output_dir: {path.parent} is in use by another run ({who}); wait for it, or name another output_dir"

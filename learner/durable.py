@@ -1,0 +1,218 @@
+"""Files that are whole or absent, that survive a power failure, and that are checked before they are read again.
+
+    atomic_directory: room enough? ─▶ written beside its place ─▶ digests.json ─▶ fsync ─▶ renamed
+    atomic_file:                      the same for one file
+    damage(directory): the first file that is missing, cut or changed, in words
+
+A disk that is full or read-only raises StorageError: which file, what was needed, what is free.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+DIGESTS = "digests.json"
+"""In every sealed directory: file -> its size and SHA-256. A sealed directory inside counts by its own digests."""
+MARGIN = 1.05
+"""Free space asked for, as a multiple of what will be written."""
+PLACE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
+
+
+class StorageError(RuntimeError):
+    """A place that cannot be written to; says which file, why, and what to do. Nothing half-written is left."""
+
+
+@contextmanager
+def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) -> Iterator[Path]:
+    """A new directory beside `directory` to write into; takes its place, durably, when the block ends without error.
+
+    `needed` bytes have to be free before anything is written; `sealed` writes DIGESTS. After an error the former
+    content stands where it was. A crash leaves the former content or the new one; at worst, between two renames, the
+    former under a hidden name beside it, which `clear_leftovers` puts back. Raises StorageError."""
+    mark = uuid.uuid4().hex[:8]
+    partial, former = (directory.parent / f".{directory.name}.{kind}-{mark}" for kind in ("partial", "former"))
+    with storage_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        check_room(directory, needed)
+        try:
+            partial.mkdir()
+            yield partial
+            if sealed:
+                seal(partial)
+            for path in [*partial.rglob("*"), partial]:
+                _sync(path)
+            if directory.exists():
+                directory.rename(former)
+            partial.rename(directory)
+            _sync(directory.parent)
+        except BaseException:
+            if former.exists() and not directory.exists():
+                former.rename(directory)
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(former, ignore_errors=True)
+
+
+def atomic_file(path: Path, content: str) -> None:
+    """Write `path` whole, in place of what was there, or not at all. Raises StorageError."""
+    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    with storage_errors(path):
+        try:
+            partial.write_text(content)
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what a killed writer left half-written under `directory`, and put back what it had moved aside. For the
+    only writer there is."""
+    for path in directory.glob(".*.*-*") if directory.is_dir() else ():
+        match = re.fullmatch(r"\.(.+)\.(partial|former)-[0-9a-f]{8}", path.name)
+        if match is None:
+            continue
+        if match[2] == "former" and not (directory / match[1]).exists():
+            path.rename(directory / match[1])
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def seal(directory: Path) -> None:
+    """Record size and digest of every file under `directory`."""
+    names = _to_digest(directory)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: _measure(directory / name), names))
+    (directory / DIGESTS).write_text(json.dumps(dict(zip(names, found, strict=True)), indent=1))
+
+
+def damage(directory: Path) -> str | None:
+    """The first file of a sealed directory that is not as it was written, in words; None where all are."""
+    path = directory / DIGESTS
+    try:
+        recorded = json.loads(path.read_text())
+        expected: Mapping[str, tuple[int, str]] = {name: (int(n), str(d)) for name, (n, d) in recorded.items()}
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{path} is unreadable ({error})"
+    for name, (size, _) in expected.items():
+        if not (directory / name).is_file():
+            return f"{directory / name} is missing"
+        if (has := (directory / name).stat().st_size) != size:
+            return f"{directory / name} has {has} of {size} bytes"
+    with ThreadPoolExecutor(4) as pool:
+        for name, found in zip(expected, pool.map(lambda n: _measure(directory / n), expected), strict=True):
+            if tuple(found) != expected[name]:
+                return f"{directory / name} has other content than was written"
+    inner = (directory / name for name in expected if name.endswith(f"/{DIGESTS}"))
+    return next((text for path in inner if (text := damage(path.parent))), None)
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of all files under `directory`."""
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()) if directory.is_dir() else 0
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raises StorageError when less than `needed` bytes, and a margin, are free where `path` will be written."""
+    free = _free(path)
+    if free is not None and needed * MARGIN > free:
+        raise StorageError(
+            f"{path} needs {_gib(needed)}, and {_gib(free)} are free there; free space, or name another output_dir"
+        )
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the place where `path` is written, of Python's or of safetensors', into StorageError."""
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number not in PLACE_ERRORS:
+            raise
+        at = getattr(error, "filename", None) or path
+        free = _free(path)
+        room = f" ({_gib(free)} free)" if free is not None else ""
+        raise StorageError(
+            f"{at} cannot be written: {os.strerror(number)}{room}; free space or make the folder writable, or name "
+            "another output_dir"
+        ) from error
+
+
+def _number(error: BaseException) -> int | None:
+    """errno; safetensors has it in the text of its error only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = (
+        re.search(r"\(os error (\d+)\)|\bcode: (\d+)", str(error))
+        if type(error).__name__ == "SafetensorError"
+        else None
+    )
+    return int(found[1] or found[2]) if found else None
+
+
+def _to_digest(directory: Path) -> list[str]:
+    """Files under `directory`, by their relative names; of a sealed directory inside only its digests."""
+    names = []
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            inner = [DIGESTS] if (path / DIGESTS).exists() else _to_digest(path)
+            names += [f"{path.name}/{name}" for name in inner]
+        elif path.name != DIGESTS:
+            names.append(path.name)
+    return names
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _free(path: Path) -> int | None:
+    """Bytes that may be written where `path` is or will be; None if that cannot be known."""
+    for place in (path, *path.parents):
+        if place.exists():
+            try:
+                return shutil.disk_usage(place).free
+            except OSError:
+                return None
+    return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _sync(path: Path) -> None:
+    """Make a file's or directory's content survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
