@@ -17,10 +17,12 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from driver import cli
+from driver.checkpoints import FORMAT
 from driver.config import ConfigError, parse_config
 from driver.merge import MergeError, merge
 from driver.wiring import learner_options
 from learner.checkpoint import save_checkpoint
+from learner.durable import seal
 from learner.torch_engine import TorchEngine
 from tests.learner_cases import adapter_of, options
 from tests.test_quantize import QLORA
@@ -132,7 +134,8 @@ def checkpoint(model: Path, directory: Path, **settings: Any) -> TorchEngine:
     config = parse_config(tree)
     engine = moved(TorchEngine(learner_options(config, "cpu", ()), adapter_of(model)))
     save_checkpoint(engine, directory / "learner")
-    (directory / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
+    (directory / "run.json").write_text(json.dumps({"format": FORMAT, "config": config.model_dump(mode="json")}))
+    seal(directory)
     return engine
 
 
@@ -207,6 +210,8 @@ def test_what_cannot_be_merged_is_said(saved: Path, tiny_model: Path, tmp_path: 
     shutil.rmtree(tmp_path / "step/learner")
     checkpoint(tiny_model, tmp_path / "wider", lora_rank=3)
     shutil.move(tmp_path / "wider/learner", tmp_path / "step/learner")
+    assert "learner/digests.json has other content than was written; name the checkpoint" in message(tmp_path / "step")
+    seal(tmp_path / "step")
     text = message(tmp_path / "step")
     assert "has no base_model.model." in text and "of shape [3, " in text
 
@@ -217,9 +222,11 @@ def message_of_config(directory: Path, output: Path) -> str:
     whole = json.loads(path.read_text())
     former = {**whole, "config": {**whole["config"], "model": {**whole["config"]["model"], "freeze_vision": True}}}
     path.write_text(json.dumps(former))
+    seal(directory)
     with pytest.raises(ConfigError) as caught:
         merge(directory, output)
     path.write_text(json.dumps(whole))
+    seal(directory)
     return str(caught.value)
 
 
