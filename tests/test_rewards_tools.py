@@ -163,6 +163,7 @@ def test_what_a_reward_does_wrong_is_reported(source: Path, name: str, expected:
 
 def test_shipped_rewards_have_nothing_to_report() -> None:
     assert found("accuracy") == found("format") == found("exact_match") == []
+    assert found("accuracy", {"scope": "completion"}) == []
     assert found("format", {"style": "newline"}, functions=[{"name": "format", "options": {"style": "newline"}}]) == []
     assert any("empty" in line for line in found("length", {"maximum": 50}))
 
