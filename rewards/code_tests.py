@@ -1,14 +1,22 @@
 """Code: does the program in the answer pass the tests? It is run in a sandbox (rewards/sandbox.py), and nowhere else.
 
     test {"input": "3 4", "output": "7"}     the program reads standard input and prints
-    test {"code": "assert add(3, 4) == 7"}   run after the program, in the same process
+    test {"code": "assert add(3, 4) == 7"}   calls the program's functions, from a process and a sandbox of its own
+    tests                                    a list of those, of codes, or `{"inputs": [..], "outputs": [..]}`
 
-Where this machine cannot isolate a program, the reward refuses to be loaded: the run does not start.
+The program is the last Markdown fence labelled `python`, `Python`, `py`, `python3` and the like; else the last fence
+without a label, else the whole answer. What is printed must be the expected lines: white space at the end of a line and
+empty lines at the end do not count, everything else does (`7.0` is not `7`). For `code` the program is loaded under the
+name `program`, so that its `__main__` part does not run, with nothing to read.
 
-Failure modes: few tests are passed by programs that print what was expected; keep tests out of the prompt. A program
-that searches its own process may find the `code` of a test, but not an `output`, which never enters the sandbox. It has
-Python's standard library, no packages. A group is given K * tests * `seconds` at worst: see that this is within
-`reward.timeout`, or let the tests be fewer.
+What says that a test was passed never enters the program's process (rewards/remote_program.py): an expected output is
+compared here, and the asserts of a `code` run where no line of the program does. Where this machine cannot isolate a
+program, the reward refuses to be loaded: the run does not start.
+
+Failure modes: few tests are passed by programs that return what was expected; keep tests out of the prompt. A test of
+a class of the program's own compares as that class says. A test that hands the program an object of a class of the
+test's makes the row `unscorable`. There is Python's standard library, no packages. A group is given K * tests *
+`seconds` at worst: see that this is within `reward.timeout`, or let the tests be fewer.
 """
 
 from __future__ import annotations
@@ -18,26 +26,25 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, gold_of, unscorable
 from rewards.format import Scope, check_scope, judged_text
-from rewards.sandbox import Limits, Outcome, isolation_problem, run
+from rewards.remote_program import FAILED, PASSED, UNSUPPORTED
+from rewards.sandbox import Limits, Outcome, isolation_problem, run, run_linked
 from rewards.user import RewardSetupError
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 100_000
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-_HARNESS = """
-import json, sys
-with sys.stdin as given:
-    program, test, word = json.load(given)
-space = {"__name__": "__main__"}
-exec(compile(program, "program", "exec"), space)
-exec(compile(test, "test", "exec"), space)
-print(word)
-"""
-"""Runs program and test, then prints a word that only who reached the end can print: leaving early is no success."""
+_OPENING = re.compile(r"(`{3,}|~{3,})[ \t]*([^`~]*)$")
+_PYTHON = re.compile(r"(?i)[{.\s]*(?:i?python|py)[\d.]*(?![\w])")
+_MAIN = "import sys\nsys.path.insert(0, '.')\nfrom rewards.remote_program import main\nmain()\n"
+_MODULES = ("remote_program.py", "remote_object.py")
+
+
+class _UnjudgeableError(Exception):
+    """A test that cannot be run against any program; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +84,15 @@ class CodeTestsReward:
         answer = judged_text(completion, self.scope)
         if answer is None:
             return Verdict.scored(0.0, reason="no single <answer>...</answer>")
-        blocks = _FENCE.findall(answer)
-        program = blocks[-1] if blocks else answer
+        program = program_of(answer)
         if len(program) > MAX_CHARACTERS:
             return Verdict.scored(0.0, reason=f"a program of more than {MAX_CHARACTERS} characters")
+        try:
+            return self._tested(tests, program)
+        except _UnjudgeableError as error:
+            return Verdict("unscorable", reason=str(error))
+
+    def _tested(self, tests: Sequence[Mapping[str, str]], program: str) -> Verdict:
         passed, first = 0, ""
         for number, test in enumerate(tests, 1):
             problem = self._problem(program, test)
@@ -95,20 +107,49 @@ class CodeTestsReward:
     def _problem(self, program: str, test: Mapping[str, str]) -> str:
         """Why the program fails a test; empty if it passes."""
         limits = Limits(self.seconds, self.memory_mib * 2**20, processes=self.processes)
-        word = secrets.token_hex(16)
         if "code" in test:
-            given = json.dumps([program, test["code"], word])
-            outcome = run({"main.py": _HARNESS}, given, limits)
-        else:
-            outcome = run({"main.py": program}, test["input"], limits)
+            return self._call_problem(program, test["code"], limits)
+        outcome = run({"main.py": program}, test["input"], limits)
         if outcome.exit is None:
             return f"longer than {self.seconds:g} s"
         if outcome.exit != 0:
             return _ending(outcome)
-        if "code" in test:
-            return "" if outcome.output.endswith(f"{word}\n") else "ended before the test did"
         same = _lines(outcome.output) == _lines(test["output"])
         return "" if same else f"printed {outcome.output[:60]!r}, not {test['output'][:60]!r}"
+
+    def _call_problem(self, program: str, test: str, limits: Limits) -> str:
+        """Raises _UnjudgeableError."""
+        word = secrets.token_hex(16)
+        jobs = {"role": "test", "text": test, "word": word}, {"role": "program", "text": program}
+        modules = {f"rewards/{name}": Path(__file__).with_name(name).read_text("utf-8") for name in _MODULES}
+        asking, answering = ({"main.py": _MAIN, "job.json": json.dumps(job), **modules} for job in jobs)
+        outcome = run_linked(asking, answering, limits)
+        if outcome.exit == UNSUPPORTED:
+            raise _UnjudgeableError(outcome.errors.strip()[-300:])
+        if outcome.exit is None:
+            return f"longer than {self.seconds:g} s"
+        if outcome.exit == FAILED:
+            return outcome.errors.strip().rpartition("\n")[2][:200]
+        passed = outcome.exit == PASSED and outcome.errors.endswith(f"\n{word}\n")
+        return "" if passed else "the program ended before the test did"
+
+
+def program_of(answer: str) -> str:
+    """The program in an answer: its last fence for Python, else its last fence without a label, else all of it."""
+    found: dict[str, str] = {}
+    mark, kind, lines = "", "", list[str]()
+    for line in [*answer.splitlines(), None]:  # None ends a fence that nothing closes
+        if not mark:
+            if line is not None and (opening := _OPENING.search(line)):
+                mark, label, lines = opening[1], opening[2].strip(), []
+                kind = "python" if _PYTHON.match(label) else "other" if label else "plain"
+            continue
+        ended = line is None or line.rstrip().endswith(mark)
+        if line is not None:
+            lines.append(line.rstrip().rstrip(mark[0]) if ended else line)
+        if ended:
+            found[kind], mark = "\n".join(lines), ""
+    return found.get("python", found.get("plain", answer))
 
 
 def _ending(outcome: Outcome) -> str:
@@ -125,7 +166,10 @@ def _lines(text: str) -> list[str]:
 def _tests(value: Any) -> list[Mapping[str, str]]:
     """Raises ValueError or TypeError for what is no list of tests."""
     tests = json.loads(value) if isinstance(value, str) else value
-    tests = [tests] if isinstance(tests, Mapping) else list(tests)
+    if isinstance(tests, Mapping) and isinstance(tests.get("inputs"), list) and isinstance(tests.get("outputs"), list):
+        pairs = zip(tests["inputs"], tests["outputs"], strict=True)
+        tests = [{"input": given, "output": expected} for given, expected in pairs]
+    tests = [tests] if isinstance(tests, Mapping) else [test for test in tests if test is not None]
     if not tests:
         raise ValueError("the list is empty")
     return [_test(test) for test in tests]
@@ -133,9 +177,11 @@ def _tests(value: Any) -> list[Mapping[str, str]]:
 
 def _test(test: Any) -> Mapping[str, str]:
     """One test with its texts alone: tables give every row all the keys, some of them None."""
-    given = {k: v for k, v in test.items() if v is not None} if isinstance(test, Mapping) else {}
+    given = {"code": test} if isinstance(test, str) else {}
+    if isinstance(test, Mapping):
+        given = {k: v for k, v in test.items() if v is not None}
     found = {"code": given["code"]} if "code" in given else {"input": "", **given}
     wanted = ("code",) if "code" in given else ("input", "output")
     if not all(isinstance(found.get(name), str) for name in wanted):
-        raise ValueError('a test is {"input": text, "output": text} or {"code": text}')
+        raise ValueError('a test is {"input": text, "output": text}, {"code": text}, or a code')
     return {name: found[name] for name in wanted}

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,20 +69,45 @@ def run(files: Mapping[str, str], stdin: str = "", limits: Limits | None = None)
     standard library, without packages.
 
     Raises SandboxError."""
+    with tempfile.TemporaryFile() as source:
+        source.write(stdin.encode("utf-8", "surrogatepass"))
+        source.seek(0)
+        return _run(files, source, limits or Limits(), 0)
+
+
+def run_linked(asking: Mapping[str, str], answering: Mapping[str, str], limits: Limits) -> Outcome:
+    """Runs two programs at once, each in a sandbox of its own, joined by a socket that is the standard input of both:
+    how the first ended. With it the second loses its link, and each loses it when the other ends.
+
+    Raises SandboxError."""
+    ours, theirs = socket.socketpair()
+    with ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            with theirs:
+                _run(answering, theirs, limits, 1)
+
+        other = pool.submit(answer)
+        with ours:
+            outcome = _run(asking, ours, limits, 0)
+        other.result()
+    return outcome
+
+
+def _run(files: Mapping[str, str], source: IO[bytes] | socket.socket, limits: Limits, number: int) -> Outcome:
+    """`number`: of this sandbox among those that run at the same time."""
     if sys.platform != "linux":
         raise SandboxError(f"programs are isolated by Linux namespaces, and this is {sys.platform}")
-    limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        root, given = Path(folder, "root"), Path(folder, "stdin")
+        root = Path(folder, "root")
         root.mkdir()
-        given.write_text(stdin, "utf-8", "surrogatepass")
-        Path(folder, "root.json").write_text(json.dumps(_description(files, limits)))
-        with given.open("rb") as source, Path(folder, "out").open("wb+") as out, Path(folder, "err").open("wb+") as err:
+        Path(folder, "root.json").write_text(json.dumps(_description(files, limits, number)))
+        with Path(folder, "out").open("wb+") as out, Path(folder, "err").open("wb+") as err:
             status = _supervised(root, source, out, err, limits.seconds)
             return Outcome(status, _text(out), _text(err))
 
 
-def _description(files: Mapping[str, str], limits: Limits) -> dict[str, object]:
+def _description(files: Mapping[str, str], limits: Limits, number: int) -> dict[str, object]:
     """What rewards/sandbox_init.py reads."""
     base = os.path.realpath(sys.base_prefix)
     read_only = [path for path in _SYSTEM if os.path.lexists(path)]
@@ -98,18 +124,20 @@ def _description(files: Mapping[str, str], limits: Limits) -> dict[str, object]:
         "file_bytes": limits.file_bytes,
         "processes": limits.processes,
         # Processes are counted by user: each sandbox is one that nobody else is.
-        "user": _FIRST_USER + os.getpid(),
+        "user": _FIRST_USER + 2 * os.getpid() + number,
     }
 
 
-def _supervised(root: Path, source: IO[bytes], out: IO[bytes], err: IO[bytes], seconds: float) -> int | None:
+def _supervised(
+    root: Path, source: IO[bytes] | socket.socket, out: IO[bytes], err: IO[bytes], seconds: float
+) -> int | None:
     """How the program ended: its exit status, or None where its wall time was over. Nothing of it is left then.
 
     Raises SandboxError."""
     reader, writer = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_INIT), str(root), str(writer)],
-        stdin=source,
+        stdin=source.fileno(),
         stdout=out,
         stderr=err,
         pass_fds=[writer],

@@ -77,6 +77,7 @@ def build_root(root: str, spec: Mapping[str, Any]) -> None:
         os.mkdir(f"{root}/{folder}")
         os.chmod(f"{root}/{folder}", 0o777)
     for name, text in spec["files"].items():
+        os.makedirs(os.path.dirname(f"{root}/box/{name}"), exist_ok=True)
         with open(f"{root}/box/{name}", "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text)
 

@@ -144,12 +144,23 @@ def test_programs_are_judged_by_what_they_print() -> None:
 
 
 @isolating
-def test_programs_are_judged_by_assertions_and_cannot_leave_before_them() -> None:
+def test_programs_are_judged_by_assertions_which_no_program_can_reach() -> None:
     tests = [{"code": "assert add(3, 4) == 7"}]
     assert judged("def add(a, b): return a + b", tests) == (1.0, "")
-    assert judged("def add(a, b): return a - b", tests)[1] == "test 1 of 1: exit status 1: AssertionError"
-    for trick in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"):
-        assert judged(trick, tests) == (0.0, "test 1 of 1: ended before the test did")
+    assert judged(f"def add(a, b): return a + b\nif __name__ == '__main__':\n  {ADD.splitlines()[0]}", tests) == (
+        1.0,
+        "",
+    )
+    assert judged("def add(a, b): return a - b", tests)[1] == "test 1 of 1: AssertionError"
+    assert judged("print(7", tests)[1].startswith("test 1 of 1: SyntaxError")
+    assert judged("def add(a, b):\n  while True: pass", tests, seconds=1.0)[1] == "test 1 of 1: longer than 1 s"
+    left = (0.0, "test 1 of 1: the program ended before the test did")
+    for trick in ("import sys; sys.exit(0)", "import os; os._exit(0)", "def add(a, b):\n  import os; os._exit(0)"):
+        assert judged(trick, tests) == left
+    forgery = "import os, sys, __main__\nfor fd in range(9):\n  try: os.write(fd, b'x' * 99)\n  except OSError: pass\n"
+    assert judged(f"{forgery}print(vars(__main__))\nos._exit(0)", tests)[0] == 0.0
+    passes_objects = [{"code": "class Mine: pass\nf(Mine())"}]
+    assert judged("def f(x): return x", passes_objects)[0] is None
 
 
 @isolating

@@ -1,0 +1,315 @@
+"""A program and the test that calls it, in two processes, each in its sandbox. Standard library only.
+
+    test process                                    program process
+    add(3, 4)  ──["call", add, [3, 4], {}]──▶       runs the program's function
+               ◀──["value", 7, changed arguments]── or ["raise", ..], or ["callback", ..] for a function of the test's
+
+The verdict is the test process's, which runs nothing of the program's: what comes over the link is data. Plain values
+are copied; arguments that the program changed in place are changed in the test too. Other objects stay where they
+are, and the test has a `Remote` in place of each; that one equals a plain value it does not say by itself.
+Names of Python's own (`abs`, `math`) are the test's, whatever the program calls so.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+import operator
+import os
+import socket
+import struct
+import sys
+import traceback
+import types
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, cast
+
+from rewards.remote_object import Remote, number_of, renew
+
+MAX_DEPTH = 100
+MAX_MESSAGE = 2**26
+PASSED, FAILED, LEFT, UNSUPPORTED = 0, 1, 3, 4
+"""Exit statuses of the test process."""
+PLAIN = (int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
+TEXTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "float": (float, float.hex, float.fromhex),
+    "complex": (complex, lambda c: [c.real.hex(), c.imag.hex()], lambda p: complex(*map(float.fromhex, p))),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+    "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
+    "Decimal": (Decimal, str, Decimal),
+    "Fraction": (Fraction, str, Fraction),
+    "date": (date, date.isoformat, date.fromisoformat),
+    "datetime": (datetime, datetime.isoformat, datetime.fromisoformat),
+    "timedelta": (timedelta, lambda d: [d.days, d.seconds, d.microseconds], lambda p: timedelta(*p)),
+    "range": (range, lambda r: [r.start, r.stop, r.step], lambda p: range(*p)),
+    "slice": (slice, lambda s: [s.start, s.stop, s.step], lambda p: slice(*p)),
+}
+"""Tag -> type, how it is written and read."""
+MANY: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+class LinkEndedError(BaseException):
+    """The process at the other end is gone."""
+
+
+class UnsupportedError(BaseException):
+    """The test hands the program what cannot be carried to it."""
+
+
+class Link:
+    """Messages to and from the other process; values that are not plain go through `export` and `restore`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+
+    def send(self, *message: Any) -> None:
+        body = json.dumps(message).encode("utf-8", "surrogatepass")
+        self.connection.sendall(struct.pack(">Q", len(body)) + body)
+
+    def receive(self) -> Any:
+        (length,) = struct.unpack(">Q", self._exactly(8))
+        if length > MAX_MESSAGE:
+            raise LinkEndedError
+        return json.loads(self._exactly(length).decode("utf-8", "surrogatepass"))
+
+    def _exactly(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            try:
+                piece = self.connection.recv(min(length - len(data), 2**16))
+            except ConnectionError:
+                piece = b""
+            if not piece:
+                raise LinkEndedError
+            data += piece
+        return bytes(data)
+
+    def encode(self, value: Any, depth: int = 0) -> Any:
+        if depth > MAX_DEPTH:
+            raise RecursionError("nested too deeply")
+        kind = type(value)
+        if value is None or kind in (bool, str):
+            return value
+        if kind is int:
+            return value if abs(value) < 2**63 else {"t": "int", "v": hex(value)}
+        for tag, (known, write, _) in TEXTS.items():
+            if kind is known:
+                return {"t": tag, "v": write(value)}
+        for tag, known in MANY.items():
+            if kind is known:
+                return {"t": tag, "v": [self.encode(item, depth + 1) for item in value]}
+        if kind is dict:
+            pairs = [[self.encode(k, depth + 1), self.encode(v, depth + 1)] for k, v in value.items()]
+            return {"t": "dict", "v": pairs}
+        return self.export(value, depth)
+
+    def decode(self, form: Any) -> Any:
+        if not isinstance(form, dict):
+            return form
+        tag, value = form["t"], cast("Any", form.get("v"))
+        if tag == "int":
+            return int(value, 16)
+        if tag in TEXTS:
+            return TEXTS[tag][2](value)
+        if tag in MANY:
+            return MANY[tag](self.decode(item) for item in value)
+        if tag == "dict":
+            return {self.decode(k): self.decode(v) for k, v in value}
+        return self.restore(form)
+
+    def export(self, value: Any, depth: int) -> Any:
+        raise NotImplementedError
+
+    def restore(self, form: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class ProgramEnd(Link):
+    """The program's process: does what it is asked, and is believed nothing but values."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self.objects: list[Any] = []
+        self.numbers: dict[int, int] = {}
+
+    def serve(self, program: str) -> None:
+        module = types.ModuleType("program")
+        sys.modules["program"] = module
+        try:
+            exec(compile(program, "program", "exec"), module.__dict__)
+        except BaseException as error:
+            self.send("raise", self.export(error, 0))
+            return
+        self.send("value", None, None)
+        while True:
+            self.answer(module.__dict__, self.receive())
+
+    def answer(self, names: Mapping[str, Any], message: list[Any]) -> None:
+        try:
+            what, *forms = message
+            given = self.decode(forms[-1])
+            before = json.dumps(forms[-1])
+            if what == "global":
+                result = names[given]
+            elif what == "call":
+                result = self.decode(forms[0])(*given[0], **given[1])
+            else:
+                result = getattr(operator, what, None) or getattr(builtins, what)
+                result = result(*given)
+            encoded, after = self.encode(result), self.encode(given)
+            self.send("value", encoded, after if json.dumps(after) != before else None)
+        except LinkEndedError:
+            raise
+        except BaseException as error:
+            self.send("raise", self.export(error, 0))
+
+    def export(self, value: Any, depth: int) -> Any:
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        form = {"t": "remote", "id": self.numbers[id(value)]}
+        if isinstance(value, BaseException):
+            try:
+                arguments = self.encode(list(value.args), depth + 1)
+            except (RecursionError, ValueError):
+                arguments = self.encode([])
+            return {**form, "t": "exception", "class": self.export(type(value), depth), "v": arguments}
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return {**form, "t": "exception class", "v": [c.__name__ for c in value.__mro__]}
+        base = next((known for known in PLAIN if isinstance(value, known)), None)
+        if base is not None:  # a named tuple, a Counter: as plain as its base
+            form["plain"] = self.encode(base(value), depth + 1)
+        if isinstance(value, types.ModuleType):
+            form["module"] = value.__name__
+        return form
+
+    def restore(self, form: Mapping[str, Any]) -> Any:
+        if form["t"] == "builtin":
+            return getattr(builtins, form["v"])
+        if form["t"] == "remote":
+            return self.objects[form["id"]]
+        number = form["id"]
+
+        def callback(*arguments: Any) -> Any:
+            self.send("callback", number, self.encode(list(arguments)))
+            while True:
+                status, value = self.receive()
+                if status == "raised":
+                    raise RuntimeError(value)
+                return self.decode(value)
+
+        return callback
+
+
+class CallerEnd(Link):
+    """The test's process: has stand-ins for what is the program's."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self.functions: list[Callable[..., Any]] = []
+        self.classes: dict[int, type[BaseException]] = {}
+
+    def ask(self, what: str, *forms: Any, given: Any) -> Any:
+        self.send(what, *forms, self.encode(given))
+        while True:
+            status, *content = self.receive()
+            if status == "callback":
+                self.call_back(*content)
+            elif status == "raise":
+                raise self.decode(content[0])
+            else:
+                if content[1] is not None:
+                    renew(given, self.decode(content[1]))
+                return self.decode(content[0])
+
+    def call_back(self, number: int, arguments: Any) -> None:
+        try:
+            result = self.encode(self.functions[number](*self.decode(arguments)))
+        except Exception as error:
+            self.send("raised", f"{type(error).__name__}: {error}")
+        else:
+            self.send("returned", result)
+
+    def export(self, value: Any, depth: int) -> Any:
+        if type(value) is Remote:
+            return {"t": "remote", "id": number_of(value)}
+        if getattr(value, "__module__", None) == "builtins" and hasattr(builtins, getattr(value, "__name__", "?")):
+            return {"t": "builtin", "v": value.__name__}
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
+            self.functions.append(value)
+            return {"t": "callback", "id": len(self.functions) - 1}
+        raise UnsupportedError(f"the test hands the program an object of its own, a {type(value).__name__}")
+
+    def restore(self, form: Mapping[str, Any]) -> Any:
+        number = int(form["id"])
+        if form["t"] == "exception class":
+            return self.exception_class(number, form["v"])
+        if form["t"] == "exception":
+            kind = self.restore(form["class"])
+            return kind(*self.decode(form["v"])) if kind is not None else RuntimeError("an exception that is none")
+        if (name := form.get("module")) in sys.stdlib_module_names:
+            return importlib.import_module(str(name))
+        return Remote(self, number, self.decode(form["plain"]) if "plain" in form else None, "plain" in form)
+
+    def exception_class(self, number: int, names: list[str]) -> type[BaseException]:
+        """Python's own where it is one, else one of the test's that is derived from that."""
+        if number not in self.classes:
+            known = [getattr(builtins, str(name), None) for name in names]
+            bases = [k for k in known if isinstance(k, type) and issubclass(k, BaseException)]
+            own = names[0] == getattr(bases[0], "__name__", "") if bases else False
+            self.classes[number] = bases[0] if own else type(str(names[0]), (bases[0] if bases else Exception,), {})
+        return self.classes[number]
+
+
+class Names(dict[str, Any]):
+    """The test's global names: its own, Python's, and the program's."""
+
+    link: CallerEnd
+
+    def __missing__(self, name: str) -> Any:
+        if hasattr(builtins, name) or name.startswith("__"):
+            raise KeyError(name)
+        return self.link.ask("global", given=name)
+
+
+def run_test(connection: socket.socket, test: str) -> None:
+    """Raises what the test raises, or what the program raised when it was loaded."""
+    link = CallerEnd(connection)
+    status, *content = link.receive()
+    if status == "raise":
+        raise link.decode(content[0])
+    names = Names({"__name__": "__main__"})
+    names.link = link
+    exec(compile(test, "test", "exec"), names)
+
+
+def main() -> None:
+    with open("job.json", encoding="utf-8", errors="surrogatepass") as file:
+        job = json.load(file)
+    connection = socket.socket(fileno=os.dup(0))
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2 if job["role"] == "test" else null, 1)
+    if job["role"] == "program":
+        try:
+            ProgramEnd(connection).serve(job["text"])
+        finally:
+            os._exit(0)
+    status = PASSED
+    try:
+        run_test(connection, job["text"])
+        sys.stderr.write(f"\n{job['word']}\n")
+    except UnsupportedError as error:
+        status = UNSUPPORTED
+        sys.stderr.write(f"\n{error}\n")
+    except (LinkEndedError, SystemExit):
+        status = LEFT
+    except BaseException as error:
+        status = FAILED
+        sys.stderr.write("\n" + traceback.format_exception_only(error)[-1])
+    sys.stderr.flush()
+    os._exit(status)
