@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from driver.section import Section
 
@@ -102,15 +102,19 @@ class AlgorithmConfig(Section):
     reward_range: tuple[float, float] | None = None
     """Difficulty filter: prompts whose mean reward so far lies outside are passed over in later epochs."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _apply_preset(cls, given: Any) -> Any:
+    def _apply_preset(cls, given: Any, handler: ModelWrapValidatorHandler[AlgorithmConfig]) -> AlgorithmConfig:
+        """What a preset sets does not count as given by the user."""
         if isinstance(given, str):
             given = {"name": given}
-        if isinstance(given, Mapping):
-            preset = PRESETS.get(given.get("name", "grpo"), {})
-            return {**preset, **given}
-        return given
+        if not isinstance(given, Mapping):
+            return handler(given)
+        name = given.get("name", "grpo")
+        preset = next((values for known, values in PRESETS.items() if known == name), {})
+        made = handler({**preset, **given})
+        made.model_fields_set.intersection_update(given)
+        return made
 
 
 def algorithm_problems(config: RunConfig) -> list[str]:
@@ -136,8 +140,6 @@ def algorithm_problems(config: RunConfig) -> list[str]:
             "algorithm.kl_estimator=k1 with kl_in=loss: the gradient of k1 is zero in expectation, so it holds nothing "
             "back; use k2 or k3, or kl_in=reward"
         )
-    if algorithm.reference_every and not algorithm.beta:
-        found.append("algorithm.reference_every needs algorithm.beta > 0: without it there is no reference")
     if algorithm.reference_every and config.model.lora_rank:
         found.append(
             "algorithm.reference_every with model.lora_rank: the reference is the base model, which never changes; "

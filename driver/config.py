@@ -8,18 +8,20 @@ Unknown keys are refused with the nearest known name; all violations are reporte
 from __future__ import annotations
 
 import copy
-import difflib
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from driver.algorithm import AlgorithmConfig, algorithm_problems
+from driver.config_errors import ConfigError, location, problems_of, short_forms
+from driver.config_yaml import read_yaml
+from driver.engine_fields import engine_option_problems
+from driver.idle_knobs import idle, idle_problems
 from driver.knobs import (
     CheckpointConfig,
     ClusterConfig,
@@ -34,20 +36,6 @@ from driver.knobs import (
 )
 from learner.types import DEFAULT_TOKENS, quantization_problems
 from vlm.roles import role_problems
-
-REFUSED_KNOBS = {
-    f"rollout.{name}": "the learner cannot reproduce a filtered distribution, so training samples with temperature only"
-    for name in ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-}
-
-
-class ConfigError(ValueError):
-    """All that is wrong with a configuration, one line each."""
-
-    def __init__(self, problems: Sequence[str], source: str = "the configuration") -> None:
-        self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"{count} in {source}:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
 class RunConfig(Section):
@@ -78,11 +66,19 @@ class RunConfig(Section):
         corrected = self.algorithm.correction != "none"
         return "behavior" if self.rollout.max_staleness > 0 and not corrected else "current"
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> RunConfig:
+        if found := self.problems():
+            raise ConfigError(found)
+        return self
+
     def problems(self) -> list[str]:
         """Violations that involve several fields; each names them and says what to do."""
         found = []
         model, rollout, learner = self.model, self.rollout, self.learner
         found += algorithm_problems(self)
+        found += idle_problems(self)
+        found += engine_option_problems(rollout.engine_options)
         found += [f"model.{text}" for text in role_problems(model.freeze, model.lora_rank, model.lora_targets)]
         found += [
             f"model.{text}"
@@ -147,14 +143,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `dotted.name=value` overrides (values are YAML), and validate. Raises ConfigError."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree, problems = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError([f"cannot read {path}: {error.strerror}"]) from error
     except yaml.YAMLError as error:
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
     if not isinstance(tree, dict):
-        raise ConfigError([f"expected a mapping of sections, found {type(tree).__name__}"], str(path))
-    problems = apply_overrides(tree, overrides)
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError([f"expected a mapping of sections, found {found}"], str(path))
+    problems += apply_overrides(tree, overrides)
     return parse_config(tree, str(path), problems)
 
 
@@ -165,23 +162,23 @@ def parse_config(tree: Mapping[str, Any], source: str = "the configuration", fou
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
-        config = _without_faults(tree, error)
-    if config is not None:
-        problems += config.problems()
+        problems += problems_of(error, dict(iter_knobs()))
+        problems += _hidden(tree, error)
     if problems or config is None:
         raise ConfigError(problems, source)
     return config
 
 
-def _without_faults(tree: Mapping[str, Any], error: ValidationError) -> RunConfig | None:
-    """The configuration with faulty values at their defaults, so that what several fields violate together is reported
-    in the same breath; None where that is not possible."""
+def _hidden(tree: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """What several fields violate together, which faults of single fields hide: looked for with faulty values at their
+    defaults."""
+    if not any(detail["loc"] for detail in error.errors()):
+        return []  # they are what was found
     mended = copy.deepcopy(dict(tree))
     needed = {"output_dir": "unset", "steps": sys.maxsize, "model": {"path": "unset"}, "data": {"train": ["unset"]}}
     for detail in error.errors():
         node: Any = mended
-        *parents, leaf = _location(detail)
+        *parents, leaf = location(detail)
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if isinstance(node, dict):
@@ -191,14 +188,26 @@ def _without_faults(tree: Mapping[str, Any], error: ValidationError) -> RunConfi
         if isinstance(section, dict) and isinstance(value, dict):
             mended[key] = {**value, **section}
     try:
-        return RunConfig.model_validate(mended)
-    except ValidationError:
-        return None
+        RunConfig.model_validate(mended)
+    except ValidationError as second:
+        if not any(detail["loc"] for detail in second.errors()):
+            return problems_of(second, dict(iter_knobs()))
+    return []
+
+
+def config_tree(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data that `parse_config` reads back to an equal one: all knobs but those that
+    do nothing in it."""
+    tree = config.model_dump(mode="json")
+    for knob in idle(config):
+        section, _, name = knob.partition(".")
+        tree[section].pop(name, None)
+    return tree
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
+    """`config_tree` as YAML."""
+    return yaml.safe_dump(config_tree(config), sort_keys=False, width=110)
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -242,8 +251,7 @@ def _parse_scalar(text: str) -> Any:
 
 def _short_forms(name: str) -> tuple[str, ...]:
     """All spellings of the last part of knob `name`, if it has several."""
-    alias = dict(iter_knobs())[name].validation_alias
-    return tuple(str(choice) for choice in alias.choices) if isinstance(alias, AliasChoices) else ()
+    return short_forms(dict(iter_knobs())[name])
 
 
 def _spellings(dotted: str) -> tuple[str, ...]:
@@ -253,35 +261,3 @@ def _spellings(dotted: str) -> tuple[str, ...]:
         if name.rpartition(".")[0] == section and leaf in _short_forms(name):
             return _short_forms(name)
     return ()
-
-
-def _location(detail: Any) -> tuple[Any, ...]:
-    """Where a pydantic error is; a wrong key of a dictionary is where its value stands."""
-    return tuple(part for part in detail["loc"] if part != "[key]")
-
-
-def _explain(detail: Any) -> str:
-    """One pydantic error in the words of the configuration: where, what, and what to do."""
-    where = ".".join(str(part) for part in _location(detail))
-    if detail["type"] == "extra_forbidden":
-        if where in REFUSED_KNOBS:
-            return f"{where}: {REFUSED_KNOBS[where]}"
-        names = [name for name, _ in iter_knobs()]
-        leaf_matches = [name for name in names if name.split(".")[-1] == where.split(".")[-1]]
-        # A dotted name is compared with knobs and their short forms, another with the sections too.
-        known = [f"{name.rpartition('.')[0]}.{short}" for name in names for short in _short_forms(name)] + names
-        known += [] if "." in where else list(dict.fromkeys(name.split(".")[0] for name in names))
-        nearest = leaf_matches or difflib.get_close_matches(where, known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else "`saccade config --knobs` lists all"
-        return f"{where}: unknown key; {hint}"
-    if detail["type"] == "missing":
-        return f"{where}: required, but not given"
-    if "[key]" in detail["loc"]:
-        return f"{where}: unknown role; there are {detail['ctx']['expected']}"
-    if detail["type"] == "literal_error":
-        allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        nearest = difflib.get_close_matches(str(detail["input"]), allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        return f"{where}={detail['input']!r}: {hint}input should be {detail['ctx']['expected']}"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}={detail['input']!r}: {message[0].lower()}{message[1:]}"

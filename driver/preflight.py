@@ -14,10 +14,11 @@ from rich.console import Console
 
 from driver import checkpoints
 from driver.config import ConfigError, RunConfig
+from driver.idle_knobs import Facts, data_idle_problems
 from driver.metrics import read_metrics
 from driver.planning import memory_problems, planned_device
 from driver.wiring import config_adapter, data_options, learner_options, reward_specs
-from learner.samples import layout
+from learner.samples import layout, shares_prompts
 from learner.towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
 from rollout.prompts import DataError, PromptSource
@@ -67,6 +68,7 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
             f"{config.data.max_prompt_length} tokens of images are {config.data.max_prompt_length * most:g} patches; "
             "raise it, or lower data.max_prompt_length"
         )
+    rows = 0
     for files, key in ((config.data.train, "data.train"), (config.data.eval, "data.eval")):
         if not files:
             continue
@@ -89,13 +91,18 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
                 f"data.train has {len(source)} rows, fewer than learner.prompts_per_step="
                 f"{config.learner.prompts_per_step}: a batch would hold a prompt twice"
             )
+        if key == "data.train":
+            rows = len(source)
     targets = config.model.lora_targets if config.model.lora_rank else ()
     # Where files could not be read, what media they hold is not known.
     reached = tuple(adapter.modalities) if problems else choices.media_kinds
     problems += [f"model.{text}" for text in adapter.part_problems(config.model.freeze, targets, reached)]
     if not problems:
         options = learner_options(config, planned_device(config), choices.media_kinds)
-        choices.lines += [f"learner: {line}" for line in once_per_run(adapter, options)]
+        once = once_per_run(adapter, options)
+        choices.lines += [f"learner: {line}" for line in once]
+        facts = Facts(rows, choices.media_kinds, bool(once), shares_prompts(adapter))
+        problems += data_idle_problems(config, facts)
     if config.learner.micro_batch_gib is not None and not problems:
         problems = memory_problems(config, adapter, choices.media_kinds)
     return problems

@@ -15,7 +15,7 @@ from typing import Any
 from driver import checkpoints
 from driver.actors import Actors, start_actors
 from driver.cluster import connect
-from driver.config import ConfigError, RunConfig, dump_config
+from driver.config import ConfigError, RunConfig, config_tree, dump_config
 from driver.display import Display, SilentDisplay
 from driver.errors import RunError
 from driver.evaluate import Evaluator, Results
@@ -140,7 +140,7 @@ class Run:
             "ledger": self.ledger.state(),
             "cursor": self.actors.data_state(),
             "difficulty": None if self.rollouts.difficulty is None else self.rollouts.difficulty.state(),
-            "config": self.config.model_dump(mode="json"),
+            "config": config_tree(self.config),
         }
         directory = self.directory / "checkpoints"
         keep = self.config.checkpoint.keep
@@ -301,7 +301,7 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     timeout = run.config.rollout.start_timeout
     again = {batch: run.actors.read_prompts(refs, timeout) for batch, refs in batches.items()}
     run.rollouts.go_on_from(run.version, again)
-    if changed := _changed(state["config"], run.config.model_dump(mode="json")):
+    if changed := _changed(state["config"], config_tree(run.config)):
         run.display.phase("changed since the checkpoint: " + "; ".join(changed))
 
 

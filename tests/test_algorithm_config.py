@@ -7,17 +7,19 @@ import yaml
 
 from driver.algorithm import PRESETS, AlgorithmConfig
 from driver.config import ConfigError, dump_config, load_config, parse_config
+from driver.idle_knobs import idle
 from driver.wiring import learner_options
 from tests.test_config import MINIMAL
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_sets_its_knobs_and_is_printed_in_full(preset, tmp_path):
+def test_a_preset_sets_its_knobs_and_is_printed_with_all_that_count(preset, tmp_path):
     config = parse_config({**MINIMAL, "algorithm": preset})
     for name, value in PRESETS[preset].items():
         assert getattr(config.algorithm, name) == value
     printed = yaml.safe_load(dump_config(config))["algorithm"]
-    assert printed["name"] == preset and set(printed) == set(AlgorithmConfig.model_fields)
+    counting = {name for name in AlgorithmConfig.model_fields if f"algorithm.{name}" not in idle(config)}
+    assert printed["name"] == preset and set(printed) == counting
     (tmp_path / "full.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "full.yaml") == config
 

@@ -1,0 +1,144 @@
+"""Knobs that would do nothing are errors where they are given, and only there. Each is in a rule or counts always."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from driver.config import ConfigError, RunConfig, dump_config, iter_knobs, load_config, parse_config
+from driver.engine_fields import ALLOWED, INSTEAD, REFUSED
+from driver.idle_knobs import ALWAYS, IDLE, IDLE_FOR_DATA, Facts, data_idle_problems
+from tests.test_config import MINIMAL
+
+SAPO, FROZEN = {"loss": "sapo"}, {"path": "m", "lora_rank": 4}
+EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"model": {"path": "m", "lora_alpha": 8.0}}, ["model.lora_alpha=8.0"]),
+        ({"model": {"path": "m", "lora_targets": ["vision"]}}, ["model.lora_targets=['vision']"]),
+        ({"model": {**FROZEN, "freeze": ["vision"]}}, ["model.freeze=['vision']"]),
+        (
+            {"rollout": {"kv_cache_gib": 1, "gpu_memory_utilization": 0.5}},
+            ["rollout.gpu_memory_utilization=0.5 would do nothing: rollout.kv_cache_gib=1.0"],
+        ),
+        (
+            {"rollout": {"gpu_memory_utilization": 0.5}, "cluster": {"device": "cpu"}},
+            ["rollout.gpu_memory_utilization=0.5"],
+        ),
+        (
+            {"algorithm": {"name": "dr_grpo", "advantage": "grpo", "loss": "gspo", "aggregation": "token"}},
+            ["algorithm.name=dr_grpo"],
+        ),
+        (
+            {"algorithm": {**SAPO, "clip_eps_low": 0.2, "clip_eps_high": 0.1}},
+            ["algorithm.clip_eps_low=0.2 would do nothing: algorithm.loss=sapo clips nothing", "clip_eps_high=0.1"],
+        ),
+        ({"algorithm": {"loss": "cispo", "clip_dual": 3.0}}, ["algorithm.clip_dual=3.0"]),
+        (
+            {"algorithm": {"kl_estimator": "k2", "kl_in": "reward", "reference_every": 5}},
+            ["algorithm.kl_estimator=k2", "algorithm.kl_in=reward", "algorithm.reference_every=5"],
+        ),
+        ({"algorithm": {"correction_range": [0.1, 3.0]}}, ["algorithm.correction_range=[0.1, 3.0]"]),
+        ({"learner": {"min_lr_ratio": 0.1}}, ["learner.min_lr_ratio=0.1"]),
+        ({"learner": {"feature_cache_gib": 2.0}}, ["learner.feature_cache_gib=2.0"]),
+        (
+            {"learner": {"offload_optimizer": True}, "cluster": {"device": "cpu"}},
+            ["learner.offload_optimizer=True"],
+        ),
+        (EVAL, ["evaluation.every=5", "evaluation.temperature=0.5", "evaluation.max_prompts=3"]),
+    ],
+)
+def test_a_given_knob_that_does_nothing_is_named_with_what_it_depends_on(given: dict[str, Any], named: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, **given})
+    for text in named:
+        assert text in str(caught.value)
+
+
+def test_defaults_neutral_values_and_what_a_preset_sets_are_no_errors():
+    parse_config({**MINIMAL, "algorithm": "rloo", "rollout": {"max_staleness": 0}})  # sets kl_in
+    parse_config(
+        {**MINIMAL, "algorithm": "reinforce_pp", "evaluation": {"every": 0}, "model": {"path": "m", "freeze": []}}
+    )
+
+
+def test_each_knob_is_in_a_rule_or_counts_always():
+    ruled = {knob for rule in IDLE for knob in rule.knobs} | {rule.knob for rule in IDLE_FOR_DATA}
+    names = {name for name, _ in iter_knobs()}
+    assert names == ruled | ALWAYS and not ruled & ALWAYS
+
+
+def test_what_is_saved_leaves_out_knobs_that_do_nothing_and_reads_back_equal(tmp_path):
+    config = parse_config({**MINIMAL, "algorithm": SAPO})
+    (tmp_path / "saved.yaml").write_text(dump_config(config))
+    saved = yaml.safe_load(dump_config(config))
+    assert "clip_eps_low" not in saved["algorithm"] and saved["algorithm"]["loss"] == "sapo"
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "facts"),
+    [
+        ("data.max_video_frames", 4, {}),
+        ("learner.micro_batch_patches", 9000, {"kinds": ()}),
+        ("learner.attention", "mask", {"shares_prompts": False}),
+        ("algorithm.reward_range", [0.1, 0.9], {"rows": 1000}),
+    ],
+)
+def test_knobs_that_the_data_make_idle(knob: str, value: Any, facts: dict[str, Any]):
+    section, name = knob.split(".")
+    config = parse_config({**MINIMAL, section: {**MINIMAL.get(section, {}), name: value}})
+    busy = Facts(rows=10, kinds=("image", "video"), once=True, shares_prompts=True)
+    assert data_idle_problems(config, busy) == []
+    given = {"rows": 10, "kinds": ("image",), "once": True, "shares_prompts": True, **facts}
+    (problem,) = data_idle_problems(config, Facts(**given))
+    assert problem.startswith(f"{knob}=")
+
+
+def test_checks_across_sections_run_in_python_too():
+    with pytest.raises(ValueError, match="num_generations=1: grpo compares"):
+        RunConfig(**MINIMAL, rollout={"num_generations": 1})
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(MINIMAL) + "seed: 1\nseed: 2\n")
+    with pytest.raises(ConfigError, match="the key 'seed' stands twice"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("learner.batch_size", "learner.prompts_per_step"), ("kl_coef", "algorithm.beta"), ("num_epochs", "steps")],
+)
+def test_other_programs_names_are_known(key: str, ours: str):
+    section, _, name = key.rpartition(".")
+    with pytest.raises(ConfigError, match=f"here it is called {ours}"):
+        parse_config({**MINIMAL, **({section: {name: 1}} if section else {name: 1})})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mm_processor_kwargs": {"do_normalize": False}}, "mm_processor_kwargs: it would reach the engine alone"),
+        ({"override_generation_config": {"top_p": 0.5}}, "use rollout.temperature"),
+        ({"speculative_config": {}}, "speculative_config: it changes what the engine computes"),
+        ({"enforce_eagr": True}, "vLLM has no such option; did you mean enforce_eager?"),
+    ],
+)
+def test_options_that_reach_the_engine_alone_are_refused_by_name(options: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, "rollout": {"engine_options": options}})
+    assert expected in str(caught.value)
+    parse_config({**MINIMAL, "rollout": {"engine_options": {"enforce_eager": True}}})
+
+
+def test_every_option_of_the_engine_is_judged():
+    vllm = pytest.importorskip("vllm.engine.arg_utils")
+    names = {*vllm.AsyncEngineArgs.__dataclass_fields__}
+    assert names == ALLOWED | {*INSTEAD} | REFUSED
+    assert not ALLOWED & {*INSTEAD} and not REFUSED & (ALLOWED | {*INSTEAD})
