@@ -20,6 +20,7 @@ from driver.wiring import (
     config_adapter,
     data_options,
     engine_options,
+    learner_environment,
     learner_options,
     reward_specs,
     weight_transfer_options,
@@ -145,8 +146,8 @@ def _create(
         )
     if training:
         learner = config.learner
-        threads = {"env_vars": {"OMP_NUM_THREADS": str(learner.threads)}}
-        places = [{**placement.options("learner", r), "runtime_env": threads} for r in range(learner.ranks)]
+        environment = {"env_vars": learner_environment(config, placement.device)}
+        places = [{**placement.options("learner", r), "runtime_env": environment} for r in range(learner.ranks)]
         options_ = learner_options(config, placement.device, media_kinds)
         actors.learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
 

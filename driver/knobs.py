@@ -175,7 +175,7 @@ class LearnerConfig(Section):
     gradient_checkpointing: tuple[Literal["language", "vision", "audio"], ...] = ("language", "vision", "audio")
     """Parts of the model whose activations are recomputed in the backward pass; [] keeps all."""
     threads: int = Field(1, ge=1)
-    """Compute threads of one rank on CPU."""
+    """Compute threads of one rank; beside a GPU at least its CPUs in cluster.resources."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds one learner call may take."""
 
@@ -183,8 +183,8 @@ class LearnerConfig(Section):
 class WeightSyncConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Transport; auto: nccl on GPUs, gloo on CPU."""
-    bucket_mib: int = Field(8, ge=1)
-    """Bytes gathered and sent at once."""
+    bucket_mib: int | None = Field(None, ge=1)
+    """MiB gathered and sent at once; None: 256 over nccl, 8 over gloo."""
     timeout: float = Field(300.0, gt=0)
     """Deadline of every call of one synchronisation, in seconds."""
 

@@ -73,6 +73,10 @@ def evaluation_sampling(config: RunConfig, adapter: MultimodalAdapter) -> Sampli
     )
 
 
+BUCKET_MIB = {"nccl": 256, "gloo": 8}
+"""What is gathered and sent at once by default: NCCL is fast in large pieces, gloo is fastest in small ones."""
+
+
 def transfer_backend(config: RunConfig, device: Device) -> str:
     """Raises RunError for a backend that the device cannot have."""
     if config.weight_sync.backend == "nccl" and device == "cpu":
@@ -92,7 +96,17 @@ def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransfer
         )
     sync = config.weight_sync
     backend = transfer_backend(config, device)
-    return WeightTransferOptions(backend=backend, bucket_bytes=sync.bucket_mib * 2**20, timeout=sync.timeout)
+    bucket = BUCKET_MIB[backend] if sync.bucket_mib is None else sync.bucket_mib
+    return WeightTransferOptions(backend=backend, bucket_bytes=bucket * 2**20, timeout=sync.timeout)
+
+
+def learner_environment(config: RunConfig, device: Device) -> dict[str, str]:
+    """Variables of a rank's process. Beside a GPU it prepares images, and steps an offloaded optimizer, on all CPUs it
+    is given; segments of GPU memory may grow, since rows of many lengths would leave holes in fixed ones."""
+    if device == "cpu":
+        return {"OMP_NUM_THREADS": str(config.learner.threads)}
+    threads = max(config.learner.threads, int(config.cluster.resources["learner"]["CPU"]))
+    return {"OMP_NUM_THREADS": str(threads), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def engine_threads(config: RunConfig, device: Device) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ class LearnerWorker:
         # device of its own, so that its local rank is 0 wherever it runs.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(CROSS_RANK="0", CROSS_SIZE="1", DS_ACCELERATOR=options.device, TOKENIZERS_PARALLELISM="false")
+        # DeepSpeed builds its optimizer for CPUs with ninja, which lies beside Python in an environment not activated.
+        os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
         self.options, self.rank, self._transfer = options, rank, transfer
         self._store: Any = None
         self._engine: TrainEngine
