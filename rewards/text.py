@@ -1,7 +1,8 @@
 """Comparing texts: exact_match, contains, edit_distance. For captions, transcripts, names, fixed phrases.
 
 The row's answer is the gold text; where it is a JSON list of texts, the best of them counts. Case and white space do
-not count unless `case` is on.
+not count unless `case` is on, nor do forms of the same letters: ligatures, full-width letters, curly quotes, dashes and
+non-breaking blanks are as keyboards write them.
 
 Failure modes: `exact_match` knows no synonyms. `contains` pays for listing everything that could be right, unless
 `max_words` bounds the answer. `edit_distance` pays for what is similar in letters, not in meaning ("not red" scores
@@ -25,6 +26,10 @@ from rollout.types import Verdict
 
 MAX_CHARACTERS = 20_000
 """Longest text that edit_distance compares; its time grows with the product of the lengths (0.4 s at this one)."""
+
+
+_QUOTES = str.maketrans("‘’‚“”„–—‐‑−", "'''\"\"\"-----")
+"""Curly quotes and dashes as keyboards have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,10 @@ class _TextReward(ABC):
         return max((self._compare(gold, answer) for gold in golds), key=lambda v: v.score or 0.0)
 
     def _normal(self, text: str) -> str:
-        text = unicodedata.normalize("NFC", text)
-        return text if self.case else " ".join(text.casefold().split())
+        if self.case:
+            return unicodedata.normalize("NFC", text)
+        text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
+        return " ".join(text.casefold().split())
 
     @abstractmethod
     def _compare(self, gold: str, answer: str) -> Verdict:

@@ -3,6 +3,7 @@ another process than the program's sees of it."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from typing import Any
@@ -81,11 +82,8 @@ def tried(program: str, test: str) -> str:
     ours, theirs = socket.socketpair()
 
     def answer() -> None:
-        with theirs:
-            try:
-                ProgramEnd(theirs).serve(program)
-            except LinkEndedError:
-                pass
+        with theirs, contextlib.suppress(LinkEndedError):
+            ProgramEnd(theirs).serve(program)
 
     thread = threading.Thread(target=answer)
     thread.start()

@@ -35,6 +35,9 @@ def score(reward: RewardFunction, answer: str, gold: Any = None, **request: Any)
 def test_exact_match_and_contains() -> None:
     assert score(ExactMatchReward(), " Red  Hat", "red hat") == 1.0
     assert score(ExactMatchReward(case=True), "Red hat", "red hat") == 0.0
+    for gold, written in [("office", "oﬃce"), ("it's", "it’s"), ('"a"', "“a”"), ("a b", "a\u00a0b"), ("A-1", "Ａ–1")]:
+        assert score(ExactMatchReward(), written, gold) == score(ContainsReward(), gold, written) == 1.0
+    assert score(ExactMatchReward(), "x²", "x3") == score(ExactMatchReward(), "café", "cafe") == 0.0
     assert score(ExactMatchReward(), "hat", '["cap", "hat"]') == 1.0
     assert score(ContainsReward(), "it is a red hat!", "red hat") == 1.0
     assert score(ContainsReward(), "hatred hats", "red hat") == 0.0
