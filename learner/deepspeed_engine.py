@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from learner.deepspeed_state import read_full, read_weight, set_step_count, write_full, write_weight
+from learner.deepspeed_state import link_moments, read_full, read_weight, set_step_count, write_full, write_weight
 from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu, state_bytes
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
+from learner.optimizer import ClippingAdamW, parameter_groups, poisoned_unless_finite
 from learner.policy import PolicyModule
 from learner.process_group import all_reduce
 from learner.schedule import learning_rate
@@ -50,9 +51,6 @@ class DeepSpeedEngine:
         self.policy = _load_partitioned(load_policy, options, adapter, config)
         self._trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
         self._optimizer = _make_optimizer(list(self._trained.values()), options)
-        self._grad_norm = 0.0
-        if options.zero_stage == 0:
-            self._optimizer.register_step_pre_hook(self._clip)
         self._engine = deepspeed.initialize(model=self.policy, optimizer=self._optimizer, config=config)[0]
         self._reference = None
         if options.needs_reference and not options.lora_rank:
@@ -85,16 +83,20 @@ class DeepSpeedEngine:
         for batch in batches:
             batch = self._place(batch)
             terms = micro_loss(batch, *self._engine(batch))
-            self._engine.backward(terms.loss * self.world_size, scale_wrt_gas=False)
+            self._engine.backward(poisoned_unless_finite(terms.loss) * self.world_size, scale_wrt_gas=False)
             totals.add(terms)
         rate = learning_rate(self.steps, self.options)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
-        self.steps += 1
-        norm = self._grad_norm if self.options.zero_stage == 0 else float(self._engine.get_global_grad_norm())
+        taken = self._engine.was_step_applied()  # no stage takes one whose gradient norm is not finite
+        if taken and self.steps == 0:
+            link_moments(self._engine.optimizer)
+        self.steps += taken
+        own = isinstance(self._optimizer, ClippingAdamW)
+        norm = self._optimizer.grad_norm if own else float(self._engine.get_global_grad_norm())
         loss, sums, maxima = totals.reduce(self)
-        return StepResult(loss, norm, rate, sums, maxima)
+        return StepResult(loss, norm, rate, sums, maxima, taken, {} if taken else totals.not_finite())
 
     def refresh_reference(self) -> None:
         for name, reference in self._refreshed():
@@ -146,11 +148,6 @@ class DeepSpeedEngine:
 
     def _place(self, batch: MultimodalBatch) -> MultimodalBatch:
         return batch.to(self._device, getattr(torch, self.options.dtype))
-
-    def _clip(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Stage 0 has no ZeRO optimizer around it that would clip and remember the norm."""
-        norm = nn.utils.clip_grad_norm_(self._trained.values(), self.options.max_grad_norm)
-        self._grad_norm = float(norm)
 
 
 def engine_config(options: LearnerOptions) -> dict[str, Any]:
@@ -218,8 +215,11 @@ def _make_reference(
 
 def _make_optimizer(parameters: list[nn.Parameter], options: LearnerOptions) -> torch.optim.Optimizer:
     """AdamW of torch; for states offloaded from a GPU DeepSpeed's, which is several times as fast on a CPU (and
-    compiles itself at first use)."""
-    given: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas, "weight_decay": options.weight_decay}
+    compiles itself at first use). Stage 0 has no ZeRO optimizer around it that would clip and look at the norm."""
+    if options.zero_stage == 0:
+        return ClippingAdamW(parameters, options, fused=True)
+    groups = parameter_groups(parameters, options.weight_decay)
+    given: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
     if options.offload_optimizer and options.device == "cuda":
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **given)
-    return torch.optim.AdamW(parameters, fused=True, **given)
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **given)
+    return torch.optim.AdamW(groups, fused=True, **given)

@@ -86,6 +86,12 @@ def set_step_count(zero: Any, optimizer: torch.optim.Optimizer, steps: int) -> N
             "exp_avg": torch.zeros_like(flat),
             "exp_avg_sq": torch.zeros_like(flat),
         }
+    link_moments(zero)
+
+
+def link_moments(zero: Any) -> None:
+    """Let every parameter find its moments. ZeRO-1 and -2 do so by themselves once the first group of parameters has
+    taken its first step, when those of the other groups do not exist yet."""
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from learner.losses import Sequences
+from learner.losses import Sequences, ratio_of
 
 KLEstimator = Callable[[Tensor, Tensor], Tensor]
 """(log-probabilities under the sampling policy pi, under the reference) -> token-wise estimates of KL(pi || reference).
@@ -32,7 +32,7 @@ def k2(logprobs: Tensor, reference: Tensor) -> Tensor:
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """exp(d) - d - 1 with d = log reference - log pi: never negative, unbiased in value, of low variance."""
     d = reference - logprobs
-    return torch.exp(d) - d - 1.0
+    return ratio_of(d) - d - 1.0
 
 
 def absolute(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -55,32 +55,32 @@ def none(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, hi
 def truncated(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, high: float) -> Tensor:
     """min(w, high), w = pi_learner / pi_engine of the token (truncated importance sampling; Yao et al.,
     "Your efficient RL framework secretly brings you off-policy RL training", 2025)."""
-    return torch.exp(learner - behavior).clamp(max=high)
+    return ratio_of(learner - behavior).clamp(max=high)
 
 
 def truncated_sequence(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, high: float) -> Tensor:
     """min(w, high), w the product of the ratios of a completion's tokens: unbiased but for the truncation, of a
     variance that grows with the length."""
-    return torch.exp(sequences.total(learner - behavior)).clamp(max=high)
+    return ratio_of(sequences.total(learner - behavior)).clamp(max=high)
 
 
 def masked(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, high: float) -> Tensor:
     """w within [low, high], 0 outside: a token on which the two disagree so much is not learned from (IcePop, Ring-1T,
     arXiv:2510.18855)."""
-    weight = torch.exp(learner - behavior)
+    weight = ratio_of(learner - behavior)
     return torch.where((weight >= low) & (weight <= high), weight, 0.0)
 
 
 def decoupled(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, high: float) -> Tensor:
     """w, unbounded: with the ratio against the learner's policy before the step, the decoupled objective of AReaL
     (arXiv:2505.24298)."""
-    return torch.exp(learner - behavior)
+    return ratio_of(learner - behavior)
 
 
 def geometric(learner: Tensor, behavior: Tensor, sequences: Sequences, low: float, high: float) -> Tensor:
     """1, but 0 at all tokens of a completion whose ratios have a geometric mean outside [low, high]: rejection of whole
     completions, whatever their length."""
-    mean = torch.exp(sequences.mean(learner - behavior))
+    mean = ratio_of(sequences.mean(learner - behavior))
     return ((mean >= low) & (mean <= high)).to(learner.dtype)
 
 

@@ -6,7 +6,7 @@ LearnerWorker ──▶ learner/update.py ──▶ TrainEngine.logprobs / train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +40,11 @@ class StepResult:
     learning_rate: float
     sums: Mapping[str, float]
     maxima: Mapping[str, float]
+    taken: bool = True
+    """False where the loss or the gradient was not finite, the same on every rank: weights, moments and the count of
+    steps are as they were."""
+    not_finite: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    """Where the step was not taken: micro-batch of this rank -> its terms that are not finite."""
 
 
 @runtime_checkable
@@ -74,7 +79,8 @@ class TrainEngine(Protocol):
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches
-        and ranks: the MicroLoss divides by global denominators."""
+        and ranks: the MicroLoss divides by global denominators. No step is taken where the loss or the gradient of any
+        rank is not finite."""
 
     def refresh_reference(self) -> None:
         """Make the current policy the reference. Raises RuntimeError if none was loaded. Collective."""
@@ -109,14 +115,21 @@ class StepTotals:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
+        self._each: list[dict[str, Tensor]] = []
 
     def add(self, terms: LossTerms) -> None:
-        for name, value in {"loss": terms.loss.detach(), **terms.sums}.items():
+        self._each.append({"loss": terms.loss.detach(), **terms.sums})
+        for name, value in self._each[-1].items():
             value = value.to(torch.float64)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         for name, value in terms.maxima.items():
             value = value.to(torch.float64)
             self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
+
+    def not_finite(self) -> dict[int, list[str]]:
+        """Micro-batch -> names of its terms that are not finite; without those that are."""
+        found = {i: [name for name, value in own.items() if not value.isfinite()] for i, own in enumerate(self._each)}
+        return {i: names for i, names in found.items() if names}
 
     def reduce(self, engine: TrainEngine) -> tuple[float, dict[str, float], dict[str, float]]:
         """`(loss, sums, maxima)` over all ranks."""

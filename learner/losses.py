@@ -67,6 +67,18 @@ class TokenLoss:
     """bool: the clip is active, the token has no policy gradient."""
 
 
+LARGEST_LOG_RATIO = 20.0
+"""Log ratio up to which a ratio is exact: e^20 = 4.9e8."""
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), continued beyond LARGEST_LOG_RATIO by its tangent.
+
+    Values and gradients are those of exp up to there, and finite and of the right sign beyond. The gradient of exp
+    itself overflows float32 at a log ratio of 88.7, and times the zero of a clipped token it is not a number."""
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp() * (1.0 + (log_ratio - LARGEST_LOG_RATIO).clamp(min=0.0))
+
+
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Sequences, Clip], TokenLoss]
 """(logprobs, old log-probabilities, advantages, sequences, clip) -> TokenLoss; the first alone carries a gradient."""
 
@@ -75,19 +87,19 @@ def ppo_clip(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Seque
     """-min(r A, clip(r) A), r = pi / pi_old (PPO, arXiv:1707.06347, equation 7); `clip.high` may exceed `clip.low`
     (clip-higher, DAPO, arXiv:2503.14476, section 3.1); bounded for A < 0 by `clip.dual` (arXiv:1912.09729).
     """
-    return _clipped(torch.exp(logprobs - old), advantages, clip)
+    return _clipped(ratio_of(logprobs - old), advantages, clip)
 
 
 def gspo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
     """`ppo_clip` with one ratio for a whole completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071). The
     paper's objective is this under aggregation "sequence"."""
-    return _clipped(torch.exp(sequences.mean(logprobs - old)), advantages, clip)
+    return _clipped(ratio_of(sequences.mean(logprobs - old)), advantages, clip)
 
 
 def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
     """-sg(clip(r)) A log pi: the ratio is clipped as a weight, and no token loses its gradient (CISPO, MiniMax-M1,
     arXiv:2506.13585)."""
-    ratio = torch.exp(logprobs - old).detach()
+    ratio = ratio_of(logprobs - old).detach()
     weight = ratio.clamp(1.0 - clip.low, 1.0 + clip.high)
     return TokenLoss(-weight * advantages * logprobs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
 
@@ -101,14 +113,14 @@ def sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences
     (SAPO, arXiv:2511.20347). Its gradient at r = 1 is the plain policy gradient. `clip` has no part."""
     positive, negative = advantages.new_tensor(SAPO_TEMPERATURES)
     tau = torch.where(advantages > 0, positive, negative)
-    ratio = torch.exp(logprobs - old)
+    ratio = ratio_of(logprobs - old)
     gate = 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0))
     return TokenLoss(-gate * advantages, ratio.detach(), torch.zeros_like(ratio, dtype=torch.bool))
 
 
 def reinforce(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
     """-A log pi (Williams 1992). Neither `old` nor `clip` has a part; the ratio is reported."""
-    ratio = torch.exp(logprobs - old).detach()
+    ratio = ratio_of(logprobs - old).detach()
     return TokenLoss(-advantages * logprobs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from learner.divergence import CORRECTIONS, KL_ESTIMATORS, k3
-from learner.losses import LOSSES, Clip, Sequences, token_weights
+from learner.losses import LOSSES, Clip, Sequences, ratio_of, token_weights
 from learner.types import Aggregation
 
 
@@ -117,7 +116,7 @@ MISMATCH = ("mismatch_mean", "mismatch_kl", "importance_weight", "importance_wei
 
 def _mismatch(before: Tensor, behavior: Tensor) -> dict[str, Tensor]:
     """How far the learner's policy was from the engine's when the step began, whatever is corrected."""
-    weight = torch.exp(before - behavior)
+    weight = ratio_of(before - behavior)
     return {
         "mismatch_mean": (before - behavior).abs().sum(),
         "mismatch_kl": k3(behavior, before).sum(),

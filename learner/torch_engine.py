@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu, state_bytes
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
+from learner.optimizer import ClippingAdamW, poisoned_unless_finite
 from learner.schedule import learning_rate
 from learner.types import LearnerOptions
 from rollout.types import MediaKind
@@ -37,9 +38,7 @@ class TorchEngine:
         if options.needs_reference and not options.lora_rank:
             self._reference = load_reference(options, adapter).to(options.device)
         self._trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
-        )
+        self._optimizer = ClippingAdamW(self._trained.values(), options)
 
     @torch.no_grad()
     def logprobs(self, batch: MultimodalBatch, *, reference: bool = False) -> Tensor:
@@ -68,17 +67,18 @@ class TorchEngine:
         for batch in batches:
             batch = self._place(batch)
             terms = micro_loss(batch, *self.policy(batch))
-            terms.loss.backward()
+            poisoned_unless_finite(terms.loss).backward()
             totals.add(terms)
-        norm = nn.utils.clip_grad_norm_(self._trained.values(), self.options.max_grad_norm)
         rate = learning_rate(self.steps, self.options)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self.steps += 1
+        taken = not self._optimizer.overflow
+        self.steps += taken
         loss, sums, maxima = totals.reduce(self)
-        return StepResult(loss, float(norm), rate, sums, maxima)
+        norm, culprits = self._optimizer.grad_norm, {} if taken else totals.not_finite()
+        return StepResult(loss, norm, rate, sums, maxima, taken, culprits)
 
     @torch.no_grad()
     def refresh_reference(self) -> None:

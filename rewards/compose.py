@@ -12,7 +12,6 @@ is no `sum`, the sum counts as 1, and where there are caps alone, their minimum 
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from rewards.base import RewardFunction, ScoringRequest, Service, TransientError
-from rollout.types import Verdict
+from rollout.types import Verdict, is_finite
 
 T = TypeVar("T")
 Combine = Literal["sum", "product", "minimum"]
@@ -146,8 +145,9 @@ def _combine(terms: Sequence[Term], verdicts: Sequence[Verdict]) -> Verdict:
     active = {term.combine for term in terms if term.weight != 0}
     total = 1.0 if active and "sum" not in active else total
     score = min(caps) if active == {"minimum"} else min([total * gate, *caps])
-    if not math.isfinite(score):
-        return Verdict("error", reason=f"{parts} combined are {score}"[:MAX_REASON])
+    if not is_finite(score):
+        reason = f"{parts} combined are {score}, which is no finite number in float32"
+        return Verdict("error", reason=reason[:MAX_REASON])
     return Verdict.scored(score, parts, _joined(terms, verdicts, "reason"), _joined(terms, verdicts, "note"))
 
 

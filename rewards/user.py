@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rewards.base import RewardFunction, ScoringRequest, Service
-from rollout.types import Completion, Verdict
+from rollout.types import Completion, Verdict, is_finite
 
 _GIVEN = ("completions", "completion_ids", "prompts", "answer")
 """Keyword arguments that every function may ask for; the rest are data columns."""
@@ -109,8 +108,8 @@ def as_verdict(value: Any) -> Verdict:
     if not isinstance(value, Real):
         return Verdict("error", reason=f"returned {value!r:.80} of type {type(value).__name__}, not a number")
     score = float(value)
-    if not math.isfinite(score):
-        return Verdict("error", reason=f"returned {score}, not a finite number")
+    if not is_finite(score):
+        return Verdict("error", reason=f"returned {score}, which is no finite number in float32")
     return Verdict.scored(score)
 
 

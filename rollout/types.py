@@ -143,6 +143,15 @@ class Completion:
         return int(min(versions))
 
 
+LARGEST_SCORE = float(np.finfo(np.float32).max)
+"""Advantages and losses are float32: a larger score would be infinite there."""
+
+
+def is_finite(score: float) -> bool:
+    """Whether `score` is a number that float32 can hold."""
+    return abs(score) <= LARGEST_SCORE
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """A reward function's judgement of one completion. A failure is a status with a reason, never a zero."""
@@ -158,8 +167,8 @@ class Verdict:
     def __post_init__(self) -> None:
         if (self.status == "scored") != (self.score is not None):
             raise ValueError(f"a verdict is 'scored' exactly when it has a score: {self.status!r} with {self.score!r}")
-        if self.score is not None and not np.isfinite(self.score):
-            raise ValueError(f"a score must be finite, got {self.score!r}")
+        if self.score is not None and not is_finite(self.score):
+            raise ValueError(f"a score must be finite in float32, got {self.score!r}")
         if self.status != "scored" and not self.reason:
             raise ValueError(f"a verdict of status {self.status!r} must say why")
 

@@ -31,13 +31,13 @@ class TestTorchEngine(TrainEngineContract):
     ("schedule", "expected"),
     [
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.7, 0.4, 0.1, 0.1]),
-        ("cosine", [0.5, 1.0, 1.0, 0.775, 0.325, 0.1, 0.1]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]),
+        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1]),
     ],
 )
 def test_schedules_by_hand(schedule: str, expected: list[float]):
     chosen = options(
         Path("m"), learning_rate=1.0, lr_schedule=schedule, warmup_steps=2, total_steps=6, min_lr_ratio=0.1
     )
-    # after two steps of warm-up three intervals remain: done = 0, 1/3, 2/3, 1, and no further
+    # after two steps of warm-up four intervals remain: done = 0, 1/4, 1/2, 3/4 in the last step, and 1 behind it
     assert [learning_rate(step, chosen) for step in range(7)] == pytest.approx(expected)

@@ -110,3 +110,22 @@ def assert_same_direction(ours: dict[str, torch.Tensor], exact: dict[str, torch.
 def test_bfloat16_without_zero_is_refused(tiny_model: Path):
     with pytest.raises(ValueError, match="zero_stage"):
         options(tiny_model, dtype="bfloat16", zero_stage=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*({"zero_stage": stage} for stage in (0, 1, 3)), *({"zero_stage": s, "dtype": "bfloat16"} for s in (1, 2, 3))],
+    ids=str,
+)
+def test_every_stage_and_precision_refuses_steps_that_are_not_finite(
+    tiny_model: Path, process_group: None, changes: dict[str, object]
+):
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+    def make(chosen: LearnerOptions) -> TrainEngine:
+        return DeepSpeedEngine(replace(chosen, **changes), adapter_of(tiny_model))
+
+    contract, case = TrainEngineContract(), mixed_case(adapter_of(tiny_model))
+    for broken in ("loss", "first step"):
+        contract.test_no_step_is_taken_on_what_is_not_finite(make, tiny_model, case, broken)
+    contract.test_vectors_do_not_decay(make, tiny_model, case)

@@ -206,7 +206,7 @@ class TrainEngineContract:
         chosen = options(tiny_model, warmup_steps=2, lr_schedule="linear", total_steps=4, beta=0.0)
         engine = make(chosen)
         rates = [self.update(engine, chosen, case)["learning_rate"] for _ in range(4)]
-        assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0])
+        assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
 
     def test_sums_and_maxima_cover_all_micro_batches(self, make: Make, tiny_model: Path, case: Case):
         chosen = options(tiny_model, beta=0.0)
@@ -311,3 +311,47 @@ class TrainEngineContract:
     def batch(self, engine: TrainEngine, chosen: LearnerOptions, case: Case) -> MultimodalBatch:
         adapter = engine.adapter  # type: ignore[attr-defined]
         return collate(rows_of(adapter, chosen, case), adapter)
+
+    @pytest.mark.parametrize("broken", ["loss", "gradient", "first step"])
+    def test_no_step_is_taken_on_what_is_not_finite(self, make: Make, tiny_model: Path, case: Case, broken: str):
+        chosen = options(tiny_model, beta=0.0, warmup_steps=3, weight_decay=0.1)
+        engine, undisturbed = make(chosen), make(chosen)
+        batch = self.batch(engine, chosen, case)
+
+        def spoiled(given: MultimodalBatch, logprobs: Tensor, entropy: Tensor) -> LossTerms:
+            worst = {"loss": logprobs.sum() * 0 + torch.inf, "gradient": logprobs.sum() * 3e38}
+            sums = {"policy_loss": torch.tensor(torch.nan)}
+            return LossTerms(worst.get(broken, logprobs.sum() * torch.nan), sums, {})
+
+        def sound(given: MultimodalBatch, logprobs: Tensor, entropy: Tensor) -> LossTerms:
+            return LossTerms(logprobs.sum(), {"policy_loss": torch.tensor(1.0)}, {})
+
+        losses = [spoiled] if broken == "first step" else [sound, spoiled]
+        for loss in losses:
+            before = {name: value.detach().clone() for name, value in engine.state_tensors()}
+            steps = engine.steps
+            result = engine.train_step([batch, batch], loss)
+        assert not result.taken and not np.isfinite(result.grad_norm)
+        assert set(result.not_finite) == {0, 1} and "policy_loss" in result.not_finite[0]
+        assert engine.steps == steps
+        after = dict(engine.state_tensors())
+        assert set(after) == set(before)
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+        for loss in [*losses[:-1], sound]:
+            expected = undisturbed.train_step([batch, batch], loss)
+        again = engine.train_step([batch, batch], sound)
+        assert again.taken and (again.learning_rate, again.grad_norm) == (expected.learning_rate, expected.grad_norm)
+        states = [dict(e.state_tensors()) for e in (engine, undisturbed)]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    def test_vectors_do_not_decay(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, beta=0.0, weight_decay=0.5, learning_rate=0.1)
+        engine = make(chosen)
+        batch = self.batch(engine, chosen, case)
+        before = {name: value.detach().clone() for name, value in engine.state_tensors()}
+        engine.train_step([batch], lambda given, logprobs, entropy: LossTerms(logprobs.sum() * 0, {}, {}))
+        after = {name: value for name, value in engine.state_tensors() if name.startswith("param/")}
+        for name, value in after.items():
+            kept = 0.95 if value.ndim > 1 else 1.0
+            torch.testing.assert_close(value, before[name] * kept, rtol=1e-6, atol=1e-7, msg=name)
