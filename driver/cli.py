@@ -38,6 +38,7 @@ USER_ERRORS = {
     "LearnerError",
     "LearnerTimeoutError",
     "MergeError",
+    "NotFiniteError",
     "NothingToLearnError",
     "PlacementError",
     "RunError",

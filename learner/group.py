@@ -24,6 +24,7 @@ from learner.types import (
     LearnerError,
     LearnerOptions,
     LearnerTimeoutError,
+    NotFiniteError,
     NothingToLearnError,
     UpdateStats,
     WeightTransferOptions,
@@ -211,7 +212,7 @@ class LearnerGroup:
                 try:
                     results[rank_of[call]] = ray.get(call)
                 except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, WeightSyncError | NothingToLearnError | StorageError):
+                    if isinstance(error.cause, WeightSyncError | NothingToLearnError | NotFiniteError | StorageError):
                         raise error.cause from None  # an engine's failure or the data's, not the learner's
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
                 except ray.exceptions.RayError as error:

@@ -30,6 +30,10 @@ class NothingToLearnError(ValueError):
     """No group of the batch has two scored completions, or none a token to train on. The weights are unchanged."""
 
 
+class NotFiniteError(ValueError):
+    """The loss or the gradient of a step was not finite. The step was not taken: the weights are unchanged."""
+
+
 class EncodingMismatchError(ValueError):
     """Learner and engine expand a prompt to different tokens; names the family and the first position that differs."""
 

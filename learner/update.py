@@ -24,8 +24,8 @@ from learner.objective import MISMATCH, GlobalCounts, LossTerms, Objective, Toke
 from learner.packing import GroupCost, balance, fewest_bins, pack_padded
 from learner.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
 from learner.towers import ConstantTowers
-from learner.types import LearnerOptions, NothingToLearnError
-from rollout.types import RolloutGroup
+from learner.types import LearnerError, LearnerOptions, NotFiniteError, NothingToLearnError
+from rollout.types import PromptRef, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 
@@ -71,20 +71,21 @@ def run_update(
     digest. `minibatches[i]`: in which of the `options.optimizer_steps` group i is trained; None: all in the first.
     `towers`: those that run ahead of all this, where features are cached.
     Returns those fields of UpdateStats that the group does not know, the same on every rank.
-    Raises EncodingMismatchError, StalenessError, NothingToLearnError."""
+    Raises EncodingMismatchError, StalenessError, NothingToLearnError, NotFiniteError (LearnerError behind a step that
+    was taken)."""
     watch = Stopwatch.start(fetch=fetch_seconds)
     rows: list[list[Row]] = [[] for _ in range(options.optimizer_steps)]
+    owners: list[list[PromptRef]] = [[] for _ in rows]
     own = build_rows(adapter, options, groups, advantages, media, towers)
     for i, part in enumerate(own):
         rows[0 if minibatches is None else minibatches[i]] += part
+        owners[0 if minibatches is None else minibatches[i]] += [groups[i].prompt.ref] * len(part)
     samples = [[sample for row in part for sample in row.samples] for part in rows]
     lag_sum, lag_max = check_staleness([s for part in samples for s in part], version, options.max_staleness)
+    plans = [plan_batches(engine, part, adapter, options) for part in rows]
     batches = [
-        [
-            _collate([part[i] for i in members], adapter, towers)
-            for members in plan_batches(engine, part, adapter, options)
-        ]
-        for part in rows
+        [_collate([part[i] for i in members], adapter, towers) for members in plan]
+        for part, plan in zip(rows, plans, strict=True)
     ]
     computed = sum(batch.num_tokens for part in batches for batch in part)
     tokens = [sum(int(s.trainable.sum()) for s in part) for part in samples]
@@ -98,11 +99,11 @@ def run_update(
         )
     watch.split("encode")
     batches = _with_other_policies(engine, options, batches, watch)
-    results = [
-        engine.train_step(part, micro_loss(options, count))
-        for part, count in zip(batches, counts, strict=True)
-        if count.tokens
-    ]
+    results: list[StepResult] = []
+    for part, count, plan, refs in zip(batches, counts, plans, owners, strict=True):
+        if count.tokens:
+            results.append(engine.train_step(part, micro_loss(options, count)))
+            check_taken(results, count, [[refs[i] for i in members] for members in plan])
     watch.split("train")
     stepped = [c.tokens for c in counts if c.tokens]
     known = len(stepped) if options.needs_policy_before else 1
@@ -120,6 +121,25 @@ def run_update(
         "metrics": {**_metrics(results, stepped, known), **(towers.take_metrics() if towers is not None else {})},
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
+
+
+def check_taken(results: Sequence[StepResult], count: GlobalCounts, prompts: Sequence[Sequence[PromptRef]]) -> None:
+    """Raises NotFiniteError, on every rank, if the last step was not taken; LearnerError if one before it was, so that
+    the weights are those of no version. `prompts`: of this rank's micro-batches."""
+    last = results[-1]
+    if last.taken:
+        return
+    terms = sorted({name for names in last.not_finite.values() for name in names}) or ["the gradient's norm"]
+    at = last.not_finite or range(len(prompts))
+    named = list(dict.fromkeys(str(ref) for i in at if i < len(prompts) for ref in prompts[i]))
+    gap = last.sums.get("mismatch_mean", 0.0) / count.tokens
+    text = (
+        f"the gradient is not finite, so the step was not taken and the weights are unchanged. Not finite: "
+        f"{', '.join(terms)} (loss {last.loss:g}, gradient norm {last.grad_norm:g}). Look at scores and completions "
+        f"of the prompts {', '.join(named[:8]) or 'of the other ranks'}, and at mismatch_mean, {gap:.3g} in this step: "
+        "engine and learner should agree"
+    )
+    raise NotFiniteError(text) if len(results) == 1 else LearnerError(text)
 
 
 def _with_other_policies(

@@ -151,3 +151,20 @@ def test_weights_of_a_whole_batch_sum_to_what_they_should(lengths: list[int]):
 def test_an_empty_global_batch_is_refused(tokens: float, completions: float):
     with pytest.raises(ValueError, match="trained tokens in"):
         token_weights(one_each(1), "token", tokens, completions, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_at_any_ratio_and_zero_where_clipped(name: str, dtype: torch.dtype):
+    # log ratios of one token each; A > 0 above the clip and A = 0 have no gradient
+    distance = torch.tensor([1e4, 200.0, 89.0, 0.0, -89.0, -1e4], dtype=dtype)
+    for advantage in (1.0, 0.0, -1.0):
+        logprobs = torch.full((6,), -0.5, dtype=dtype, requires_grad=True)
+        token = LOSSES[name](logprobs, -0.5 - distance, torch.full((6,), advantage, dtype=dtype), one_each(6), CLIP)
+        token.loss.sum().backward()
+        assert token.loss.isfinite().all() and logprobs.grad is not None and logprobs.grad.isfinite().all()
+        assert logprobs.grad[3].item() == pytest.approx(-advantage)
+        if name in ("ppo_clip", "gspo", "sapo") and advantage > 0:
+            assert logprobs.grad[:3].tolist() == [0.0] * 3
+        if advantage == 0:
+            assert not logprobs.grad.any()
