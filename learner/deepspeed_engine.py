@@ -93,8 +93,8 @@ class DeepSpeedEngine:
         if taken and self.steps == 0:
             link_moments(self._engine.optimizer)
         self.steps += taken
-        own = isinstance(self._optimizer, ClippingAdamW)
-        norm = self._optimizer.grad_norm if own else float(self._engine.get_global_grad_norm())
+        own = self._optimizer if isinstance(self._optimizer, ClippingAdamW) else None
+        norm = float(self._engine.get_global_grad_norm()) if own is None else own.grad_norm
         loss, sums, maxima = totals.reduce(self)
         return StepResult(loss, norm, rate, sums, maxima, taken, {} if taken else totals.not_finite())
 

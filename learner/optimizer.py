@@ -37,14 +37,14 @@ class ClippingAdamW(torch.optim.AdamW):
         self.grad_norm = 0.0
         self.overflow = False
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         self.overflow = not math.isfinite(self.grad_norm)
         if self.overflow:
             self.zero_grad()
-        else:
-            super().step(closure)
+            return None
+        return super().step(closure)
 
 
 def poisoned_unless_finite(loss: Tensor) -> Tensor:

@@ -100,9 +100,9 @@ def run_update(
     watch.split("encode")
     batches = _with_other_policies(engine, options, batches, watch)
     results: list[StepResult] = []
-    for part, count, plan, refs in zip(batches, counts, plans, owners, strict=True):
+    for micro, count, plan, refs in zip(batches, counts, plans, owners, strict=True):
         if count.tokens:
-            results.append(engine.train_step(part, micro_loss(options, count)))
+            results.append(engine.train_step(micro, micro_loss(options, count)))
             check_taken(results, count, [[refs[i] for i in members] for members in plan])
     watch.split("train")
     stepped = [c.tokens for c in counts if c.tokens]
