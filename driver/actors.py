@@ -132,7 +132,7 @@ def _create(
         name = f"rollout-{i}"
         actors.engines.append(engine.remote(name, options, adapter, group_timeout=config.rollout.group_timeout))
         actors.handles.append(RayEngineHandle(name, actors.engines[-1], options.tensor_parallel_size))
-    services = create_services(config, actors.engines, adapter)
+    services = create_services(config, placement, actors.engines, adapter)
     actors.models = services.models
     for i in range(config.reward.actors):
         reward = ray.remote(RewardActor).options(**placement.options("reward", i))

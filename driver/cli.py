@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -210,12 +210,17 @@ def parity(
     video: Annotated[bool, typer.Option(help="Videos too, where the model takes them.")] = True,
     adapter: Annotated[str | None, typer.Option(help="An adapter of your own, package.module:Class.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a log-probability that agrees.")] = 1e-5,
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of both.")] = "float32",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Difference of a log-probability that agrees; float32: largest, 1e-5; bfloat16: mean, 0.05."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Check that vLLM and the learner agree on a model: expanded prompts, pixels, positions, log-probabilities.
 
-    Loads the model in both, in float32 on the CPU; has vLLM sample for text, one image, several, images between text,
+    Loads the model in both, one after the other; has vLLM sample for text, one image, several, images between text,
     and videos and sounds where the model takes them; compares expanded prompts, pixels, and the log-probability of
     every sampled token. Other pixels must move them, or an agreement proves nothing. Exit status 1 on disagreement.
 
@@ -233,6 +238,8 @@ def parity(
         console=Console(),
         adapter=adapter,
         trust_remote_code=trust_remote_code,
+        device=device,
+        dtype=dtype,
     )
     if not agreed:
         raise typer.Exit(1)

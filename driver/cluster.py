@@ -13,10 +13,10 @@ import ray
 from driver.config import RunConfig
 from driver.display import Display
 from driver.errors import RunError
-from driver.placement import logical_cpus
+from driver.placement import local_resources
 
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
-"""Environment of the driver that its actors need too."""
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
+"""Environment of the driver that its actors need too. Nothing prints it: a gated model's HF_TOKEN is a secret."""
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where `ray job submit` puts the job's runtime environment, as JSON."""
@@ -42,10 +42,12 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
             )
         else:
             # Logical CPUs only: the configuration says how many threads compute.
-            cpus = max(os.cpu_count() or 1, logical_cpus(config))
+            offered = local_resources(config)
+            cpus = max(os.cpu_count() or 1, int(offered.pop("CPU")))
             ray.init(
                 address="local",
                 num_cpus=cpus,
+                resources=offered,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

@@ -116,6 +116,7 @@ class RunConfig(Section):
             )
         if self.cluster.device == "cpu" and self.weight_sync.backend == "nccl":
             found.append("weight_sync.backend=nccl needs GPUs, but cluster.device=cpu; use gloo (or auto)")
+        found += _shared_gpu_problems(self)
         group_by = self.evaluation.group_by
         if group_by is not None and group_by not in self.data.extra_columns:
             found.append(f"evaluation.group_by={group_by!r} is not among data.extra_columns, so it is not read; add it")
@@ -127,6 +128,28 @@ class RunConfig(Section):
         if not self.reward.functions:
             found.append("reward.functions is empty: nothing would be learned")
         return found
+
+
+def _shared_gpu_problems(config: RunConfig) -> list[str]:
+    """An engine and a learner rank with `GPU: 0.5` each may share one: what cannot work on a share."""
+    rollout, found = config.rollout, []
+    shares = {role: asked["GPU"] for role, asked in config.cluster.resources.items() if 0 < asked.get("GPU", 1) < 1}
+    where = ", ".join(f"cluster.resources.{role}.GPU={share:g}" for role, share in shares.items())
+    if {"rollout", "learner"} & shares.keys() and config.weight_sync.backend != "gloo":
+        found.append(
+            f"{where}: an engine and a learner rank may share a GPU, and NCCL refuses two ranks on one device; "
+            f"set weight_sync.backend=gloo"
+        )
+    if "learner" in shares and config.learner.ranks > 1:
+        found.append(f"{where}: learner ranks may share a GPU, and NCCL refuses that; use learner.ranks=1")
+    if "rollout" in shares and rollout.tensor_parallel_size > 1:
+        found.append(f"{where}: an engine on a share of a GPU needs rollout.tensor_parallel_size=1")
+    if rollout.gpu_memory_utilization > shares.get("rollout", 1.0):
+        found.append(
+            f"{where}: rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} is more than the engine's "
+            f"share; lower it to what the learner leaves free"
+        )
+    return found
 
 
 def iter_knobs(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

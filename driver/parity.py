@@ -12,15 +12,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from driver.config import ConfigError
+from driver.placement import Device
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import score_groups
@@ -38,8 +40,15 @@ SIZES = ((84, 84), (120, 60), (60, 150))
 SHAPES: Mapping[str, Mapping[str, Any]] = {"video": {"frames": 27, "fps": 10, "shown": 6}}
 """Of a video: frames that are left out, and steps in time that are no whole number of positions."""
 COMPLETIONS, NEW_TOKENS = 4, 8
+ENGINE_SHARE = 0.5
+"""Share of a GPU that must be free when the engine starts."""
+DType = Literal["float32", "bfloat16"]
 VISIBLE = 1e-3
 """By less than this, changed pixels do not count as seen."""
+TOLERANCES: Mapping[str, float] = {"float32": 1e-5, "bfloat16": 0.05}
+"""Of a log-probability: the largest difference in float32, the mean in bfloat16. A logit of up to 8 is rounded to steps
+of 2^-5 there, by up to 2^-6 = 0.016 on either side, and about as much again on its way through the layers: a single
+token may be far off, and the mean of two right sides stays below 0.05."""
 PIXELS = 1e-5
 """Inputs of the towers that differ by no more are equal: rounding of the normalisation."""
 
@@ -62,9 +71,10 @@ class CaseResult:
     problem: str = ""
     """Why there is no comparison: other prompt tokens, an error."""
 
-    def agrees(self, tolerance: float) -> bool:
+    def agrees(self, tolerance: float, dtype: str = "float32") -> bool:
         seen = self.moved is None or self.moved > VISIBLE
-        return not self.problem and self.largest <= tolerance and (self.pixels or 0.0) <= PIXELS and seen
+        difference = self.largest if dtype == "float32" else self.mean
+        return not self.problem and difference <= tolerance and (self.pixels or 0.0) <= PIXELS and seen
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,11 @@ def parity(
     trust_remote_code: bool = False,
     kv_cache_gib: float = 4.0,
     seed: int = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
 ) -> list[CaseResult]:
-    """Compare vLLM and the learner's model on this machine's CPU, in float32, in the cases of `cases`.
+    """Compare vLLM and the learner's model on `device`, in the cases of `cases`. The engine comes first, and is gone
+    when the learner loads, so that one GPU holds either.
 
     Raises AdapterError when there is no such model, RuntimeError when the engine does not start."""
     family = load_adapter(model, adapter, trust_remote_code=trust_remote_code)
@@ -94,21 +107,23 @@ def parity(
     prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
     options = EngineOptions(
         model,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=max(p.expanded_length for p in prompts) + NEW_TOKENS,
         max_num_seqs=COMPLETIONS,
-        device="cpu",
+        device=device,
         kv_cache_gib=kv_cache_gib,
+        gpu_memory_utilization=ENGINE_SHARE,
         max_media_per_prompt={kind: max(parts.count(kind) for parts in chosen.values()) for kind in family.modalities},
         trust_remote_code=trust_remote_code,
-        extra={"mm_processor_cache_gb": 0},  # it would not say again what it made of an image
+        # With a cache of images it would not say again what it made of one; graphs are not worth capturing here.
+        extra={"mm_processor_cache_gb": 0, "enforce_eager": True},
     )
     sampled = asyncio.run(_generate(VLLMEngine(options, family), family, prompts))
     learner_options = LearnerOptions(
         model,
         total_steps=1,
-        device="cpu",
-        dtype="float32",
+        device=device,
+        dtype=dtype,
         adapter=adapter,
         trust_remote_code=trust_remote_code,
         gradient_checkpointing=(),
@@ -227,7 +242,9 @@ def _pixel_difference(family: MultimodalAdapter, prompt: Prompt, theirs: Mapping
     if different or not shared:
         sides = [{name: tuple(value.shape) for name, value in side.items()} for side in (ours, theirs)]
         raise AdapterError(f"the towers' inputs differ in shape: {sides[0]}, in vLLM {sides[1]}")
-    return max(float((ours[n].flatten().double() - theirs[n].flatten().double()).abs().max()) for n in shared)
+    # vLLM hands its towers' inputs on in the precision of the model.
+    rounded = {n: ours[n].flatten().to(theirs[n].dtype).double() for n in shared}
+    return max(float((rounded[n] - theirs[n].flatten().double()).abs().max()) for n in shared)
 
 
 def _logprobs(completion: Completion) -> np.ndarray:
@@ -242,11 +259,13 @@ def run_parity(
     tiny: str | None,
     images: int,
     video: bool,
-    tolerance: float,
+    tolerance: float | None,
     path: Path | None,
     console: Console,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    device: Device | None = None,
+    dtype: DType = "float32",
 ) -> bool:
     """`parity` of a model, or of the tiny model of a family (`all`: of every family), as a table and as JSON.
 
@@ -255,6 +274,7 @@ def run_parity(
         raise ConfigError(["give either a model or --tiny FAMILY (or --tiny all)"])
     if tiny is not None and tiny != "all" and tiny not in TINY:
         raise ConfigError([f"no tiny model of family {tiny!r}; there are: {', '.join(sorted(TINY))}, all"])
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
     families = sorted(TINY) if tiny == "all" else [tiny or ""]
     results: dict[str, list[CaseResult]] = {}
     with tempfile.TemporaryDirectory(prefix="saccade-parity-") as folder:
@@ -268,8 +288,10 @@ def run_parity(
                 adapter=adapter,
                 trust_remote_code=trust_remote_code,
                 kv_cache_gib=4.0 if model is not None else 0.25,
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                dtype=dtype,
             )
-            console.print(_table(name, results[name], tolerance))
+            console.print(_table(name, results[name], limit, dtype))
             for result in results[name]:
                 if result.problem:
                     console.print(f"{result.case}: {escape(result.problem)}", soft_wrap=True)
@@ -277,7 +299,7 @@ def run_parity(
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {n: [_jsonable(r) for r in rs] for n, rs in results.items()}
         path.write_text(json.dumps(found, indent=1) + "\n")
-    return all(result.agrees(tolerance) for own in results.values() for result in own)
+    return all(result.agrees(limit, dtype) for own in results.values() for result in own)
 
 
 def _jsonable(result: CaseResult) -> dict[str, Any]:
@@ -285,13 +307,15 @@ def _jsonable(result: CaseResult) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(result).items()}
 
 
-def _table(name: str, results: Sequence[CaseResult], tolerance: float) -> Table:
-    table = Table(title=f"{name}: |log-probability of the learner - of vLLM|", title_justify="left")
+def _table(name: str, results: Sequence[CaseResult], tolerance: float, dtype: str) -> Table:
+    judged = "largest" if dtype == "float32" else "mean"
+    title = f"{name}, {dtype}: |log-probability of the learner - of vLLM|; {judged} up to {tolerance:g} agrees"
+    table = Table(title=title, title_justify="left")
     for column in ("case", "prompt tokens", "largest", "mean", "pixels", "moved", "agrees"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for r in results:
         moved = "" if r.moved is None else f"{r.moved:.2f}"
         pixels = "" if r.pixels is None else "equal" if r.pixels == 0 else f"{r.pixels:.1e}"
-        verdict = "yes" if r.agrees(tolerance) else "[bold red]no[/bold red]"
+        verdict = "yes" if r.agrees(tolerance, dtype) else "[bold red]no[/bold red]"
         table.add_row(r.case, str(r.prompt_tokens), f"{r.largest:.1e}", f"{r.mean:.1e}", pixels, moved, verdict)
     return table

@@ -16,6 +16,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from driver.config import RunConfig
+from rewards.registry import load_reward
+from rewards.reward_model import RewardModelReward
 
 Device = Literal["cuda", "cpu"]
 
@@ -77,13 +79,31 @@ def demands(config: RunConfig, device: Device, *, training: bool = True) -> list
     engines = [Demand(f"rollout-{i}", rollout, 1, "STRICT_PACK") for i in range(config.rollout.engines)]
     rewards = Demand("reward", reward, config.reward.actors, "SPREAD")
     learners = [Demand("learner", learner, config.learner.ranks, "PACK")] if training else []
-    return [*engines, *learners, rewards]
+    return [*engines, *learners, rewards, *reward_models(config)]
 
 
-def logical_cpus(config: RunConfig) -> int:
-    """CPUs that a local Ray must offer for the whole configuration to fit."""
-    wanted = sum(d.resources.get("CPU", 0) * d.count for d in demands(config, "cpu"))
-    return int(wanted) + 1
+def reward_models(config: RunConfig) -> list[Demand]:
+    """The actors of reward models, which take a GPU (a share, with `gpus`) where they compute on one."""
+    found = []
+    for i, spec in enumerate(config.reward.functions):
+        if spec.name == "reward_model":
+            reward = load_reward(spec.name, spec.options)
+            assert isinstance(reward, RewardModelReward)
+            options = reward.model_options
+            gpus = options.gpus if options.device.startswith("cuda") else 0.0
+            found.append(Demand(f"reward_model-{i}", {"GPU": gpus} if gpus else {}, 1, "STRICT_PACK"))
+    return found
+
+
+def local_resources(config: RunConfig) -> dict[str, float]:
+    """What a local Ray must offer for the whole configuration, but for GPUs, which it finds itself: logical CPUs,
+    and the custom resources of cluster.resources, which name groups of nodes where there is more than one."""
+    wanted: dict[str, float] = {"CPU": 0.0}
+    for demand in demands(config, "cpu"):
+        for name, amount in demand.resources.items():
+            if name != "GPU":
+                wanted[name] = wanted.get(name, 0.0) + amount * demand.count
+    return {**wanted, "CPU": int(wanted["CPU"]) + 1}
 
 
 def place(config: RunConfig, *, training: bool = True) -> Placement:

@@ -13,6 +13,7 @@ import numpy as np
 import ray
 
 from driver.config import RunConfig
+from driver.placement import Placement
 from driver.wiring import reward_specs
 from rewards.base import ServiceError, TransientError
 from rewards.judge import Question
@@ -76,7 +77,9 @@ class Services:
     models: list[Any] = field(default_factory=list)
 
 
-def create_services(config: RunConfig, engines: Sequence[Any], adapter: Callable[[], MultimodalAdapter]) -> Services:
+def create_services(
+    config: RunConfig, placement: Placement, engines: Sequence[Any], adapter: Callable[[], MultimodalAdapter]
+) -> Services:
     """Creates what the configured rewards need; the models still have to be started."""
     services = Services()
     for spec in reward_specs(config):
@@ -85,9 +88,8 @@ def create_services(config: RunConfig, engines: Sequence[Any], adapter: Callable
         if spec.name == "reward_model":
             reward = load_reward(spec.name, spec.options)
             assert isinstance(reward, RewardModelReward)
-            options = reward.model_options
-            gpus = options.gpus if options.device.startswith("cuda") else 0.0
-            actor = ray.remote(RewardModelActor).options(num_cpus=0, num_gpus=gpus).remote(options)
+            place = placement.options("reward_model", len(services.models))
+            actor = ray.remote(RewardModelActor).options(**place).remote(reward.model_options)
             services.models.append(actor)
             services.by_name["reward_model"] = RewardModelService(actor)
     return services

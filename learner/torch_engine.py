@@ -29,8 +29,8 @@ class TorchEngine:
     world_size = 1
 
     def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
-        if options.dtype == "bfloat16" or options.ranks != 1:
-            raise ValueError(f"TorchEngine is one rank in float32 or float64, not {options.ranks} in {options.dtype}")
+        if options.ranks != 1:
+            raise ValueError(f"TorchEngine is one rank, not {options.ranks}")
         self.steps = 0
         self.options, self.adapter = options, adapter
         self.policy = load_policy(options, adapter).to(options.device)
@@ -63,6 +63,8 @@ class TorchEngine:
         return self.policy.media_cost
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
+        if self.options.dtype == "bfloat16":
+            raise ValueError("TorchEngine keeps no float32 master weights: in bfloat16 it scores, and does not train")
         totals = StepTotals()
         for batch in batches:
             batch = self._place(batch)

@@ -72,6 +72,19 @@ def test_constraints_satisfy_every_requirement_of_the_project() -> None:
         assert requirement.specifier.contains(version), f"{requirement} against =={version}"
 
 
+def test_gpu_constraints_satisfy_every_requirement_and_are_what_the_image_installs() -> None:
+    lines = (ROOT / "deploy/constraints-gpu.txt").read_text().splitlines()
+    pairs = [line.partition(";")[0].strip().split("==") for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(name): version for name, version in pairs}
+    assert len(pinned) == len(pairs) > 200, "a name stands twice"
+    extras = PROJECT["optional-dependencies"]
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *extras["gpu"], *extras["qlora"]]):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    shared = {name: version for name, version in pinned.items() if name in ("ray", "transformers", "deepspeed", "peft")}
+    assert shared == {name: pins()[name] for name in shared}
+    assert "-c deploy/constraints-gpu.txt" in (ROOT / "deploy/docker/Dockerfile.gpu").read_text()
+
+
 def test_constraints_pin_all_that_gets_installed() -> None:
     """Whatever the extras cpu and dev lead to is pinned, at the version installed here."""
     pinned, seen = pins(), set()

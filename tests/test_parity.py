@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from driver.parity import CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
+from driver.parity import TOLERANCES, CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from rollout.engine import EngineOptions, SamplingParams
@@ -90,6 +90,13 @@ def test_engine_and_learner_agree_before_and_after_updates(family: str, tmp_path
     finally:
         harness.run(harness.engine.shutdown())
         harness.runner.close()
+
+
+@pytest.mark.e2e
+def test_in_bfloat16_the_mean_agrees_and_pixels_are_equal(tmp_path: Path) -> None:
+    results = parity(str(build_tiny("qwen2_5_vl", tmp_path)), video=False, dtype="bfloat16")
+    assert all(r.agrees(TOLERANCES["bfloat16"], "bfloat16") and r.pixels in (None, 0.0) for r in results), results
+    assert max(r.largest for r in results) > TOLERANCES["float32"]  # it was no float32 that was compared
 
 
 class OtherPixels(QwenVLAdapter):

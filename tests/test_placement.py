@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import yaml
 from ray.util import placement_group_table
 
-from driver.config import RunConfig, parse_config
-from driver.placement import PlacementError, demands, logical_cpus, place
+from driver.config import ConfigError, RunConfig, parse_config
+from driver.placement import PlacementError, demands, local_resources, place
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def config(**sections) -> RunConfig:
@@ -27,7 +35,79 @@ def test_demands_scale_independently_and_custom_resources_pass():
     assert by_role["reward"].resources == {"CPU": 0.5, "reward_node": 1.0}
     assert "learner" not in {d.role for d in demands(c, "cuda", training=False)}
     assert "GPU" not in {k for d in demands(c, "cpu") for k in d.resources}
-    assert logical_cpus(c) == 3 * 4 + 8 + 1 + 1
+    assert local_resources(c) == {"CPU": 3 * 4 + 8 + 1 + 1, "reward_node": 2.0}
+
+
+def test_gpus_of_reward_models_are_placed_with_the_rest():
+    functions = [
+        {"name": "reward_model", "options": {"model": "m", "device": "cuda", "gpus": 0.5}},
+        {"name": "accuracy"},
+    ]
+    on_gpu = {d.role: d.resources for d in demands(config(reward={"functions": functions}), "cuda")}
+    assert on_gpu["reward_model-0"] == {"GPU": 0.5}
+    functions[0]["options"] = {"model": "m"}
+    assert {d.role: d.resources for d in demands(config(reward={"functions": functions}), "cuda")}[
+        "reward_model-0"
+    ] == {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"rollout": {"gpu_memory_utilization": 0.4}}, "NCCL refuses two ranks on one device"),
+        ({"weight_sync": {"backend": "gloo"}}, "gpu_memory_utilization=0.85 is more than the engine's share"),
+        ({"learner": {"ranks": 2}}, "use learner.ranks=1"),
+        ({"rollout": {"tensor_parallel_size": 2}}, "needs rollout.tensor_parallel_size=1"),
+    ],
+)
+def test_what_cannot_work_on_a_share_of_a_gpu_is_refused(sections, problem):
+    half = {"cluster": {"resources": {"rollout": {"GPU": 0.5}, "learner": {"GPU": 0.5}}}}
+    with pytest.raises(ConfigError, match=problem):
+        config(**half, **sections)
+
+
+def test_the_recipe_for_one_gpu_is_a_configuration_that_one_gpu_holds():
+    text = (ROOT / "docs/gpu.md").read_text()
+    (recipe,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert sum(d.resources.get("GPU", 0) * d.count for d in demands(config(**recipe), "cuda")) == 1.0
+
+
+SEEN = """
+import os, sys, yaml, ray
+from driver.config import load_config
+from driver.placement import local_resources, place
+config = load_config(sys.argv[1], ["cluster.placement_timeout=30"])
+offered = local_resources(config)
+ray.init(address="local", num_cpus=int(offered.pop("CPU")), num_gpus=8, resources=offered, include_dashboard=False)
+placement = place(config)
+
+@ray.remote
+class Look:
+    def gpus(self):
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+counts = {"rollout": config.rollout.engines, "learner": config.learner.ranks, "reward": config.reward.actors}
+actors = {r: [Look.options(**placement.options(r, i)).remote() for i in range(n)] for r, n in counts.items()}
+seen = {r: ray.get([a.gpus.remote() for a in those], timeout=120) for r, those in actors.items()}
+print("SEEN", yaml.safe_dump(seen, default_flow_style=True, width=10000))
+ray.shutdown()
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.yaml")))
+def test_every_example_is_placed_on_one_machine_with_eight_gpus(example: str) -> None:
+    """The local Ray offers the resources that the file names; on GPUs each actor sees its own, and no other."""
+    command = [sys.executable, "-c", SEEN, str(ROOT / "examples" / example)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = yaml.safe_load(next(line for line in done.stdout.splitlines() if "SEEN" in line).split("SEEN", 1)[1])
+    device = parse_config(yaml.safe_load((ROOT / "examples" / example).read_text())).cluster.device
+    own = [gpu for role in ("rollout", "learner") for gpu in seen[role]]
+    if device == "cpu":
+        assert set(own) == {""}
+    else:
+        assert len(set(own)) == len(own) and all(gpu.isdigit() for gpu in own)
 
 
 @pytest.mark.e2e

@@ -24,7 +24,7 @@ class Gemma3Adapter(MultimodalAdapter):
     nested_images: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
     untrainable_on: ClassVar[Mapping[str, str]] = {
-        "cuda": "vLLM may let the tokens of an image see each other there, as it does not on CPU; compare the two first"
+        "cuda": "vLLM lets the tokens of an image see each other there, as it does not on CPU, and the learner does not"
     }
 
     not_adapted: ClassVar[Mapping[str, str]] = {"projector": "it is a bare matrix and no linear layer"}
