@@ -107,10 +107,17 @@ def as_verdict(value: Any) -> Verdict:
         return Verdict("unscorable", reason="the reward function returned None")
     if not isinstance(value, Real):
         return Verdict("error", reason=f"returned {value!r:.80} of type {type(value).__name__}, not a number")
-    score = float(value)
-    if not is_finite(score):
-        return Verdict("error", reason=f"returned {score}, which is no finite number in float32")
-    return Verdict.scored(score)
+    number: Any = value
+    if not is_finite(number):  # before float(), which raises where an int or a fraction is beyond its range
+        return Verdict("error", reason=f"returned {_short(number)}, which is no finite number in float32")
+    return Verdict.scored(float(number))
+
+
+def _short(number: Any) -> str:
+    try:
+        return f"{float(number)}"
+    except OverflowError:
+        return f"a number beyond {sys.float_info.max:.1e}"
 
 
 def load_user_reward(

@@ -67,7 +67,7 @@ def test_score_writes_json_lines_and_takes_options(tmp_path: Path) -> None:
     written = [json.loads(line) for line in result.stdout.splitlines()]
     assert written[0] == {"status": "scored", "score": 0.5, "reason": ""}
     assert written[1] == {"status": "unscorable", "score": None, "reason": "the reward function returned None"}
-    assert written[2]["status"] == "error" and "not a finite number" in written[2]["reason"]
+    assert written[2]["status"] == "error" and "no finite number" in written[2]["reason"]
     assert written[3]["status"] == "error" and "missing 1 required positional argument: 'level'" in written[3]["reason"]
 
 

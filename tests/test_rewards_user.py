@@ -147,6 +147,7 @@ def test_columns_are_repeated_per_completion() -> None:
         (np.array([1, 2, 3], dtype=np.float32), ["scored"] * 3),
         ([np.float32(1), np.int64(2), 0], ["scored"] * 3),
         ([1.0, math.nan, 0.0], ["scored", "error", "scored"]),
+        ([1e39, 10**400, -(10**38)], ["error", "error", "scored"]),
         ([1.0, math.inf, -math.inf], ["scored", "error", "error"]),
         ([1.0, "0.5", {}], ["scored", "error", "error"]),
         ([1.0, 0.0], ["error"] * 3),
@@ -354,8 +355,11 @@ def test_the_sum_is_weighted(pairs: list[tuple[float, float]]) -> None:
 
 
 def test_a_sum_beyond_all_bounds_is_an_error() -> None:
-    verdict = compose([Term("huge", 1e300, fixed(Verdict.scored(1e300)))])(REQUEST)[0]
-    assert verdict.status == "error" and "inf" in verdict.reason
+    for weight, total in ((1e300, "inf"), (2.0**100, "1.26")):  # beyond float64, and beyond float32 alone
+        verdict = compose([Term("huge", weight, fixed(Verdict.scored(1e30)))])(REQUEST)[0]
+        assert verdict.status == "error" and f"combined are {total}" in verdict.reason
+    opposed = [Term(name, weight, fixed(Verdict.scored(1e30))) for name, weight in (("a", 1e300), ("b", -1e300))]
+    assert "combined are nan" in compose(opposed)(REQUEST)[0].reason
 
 
 def test_names_in_a_sum_differ() -> None:
