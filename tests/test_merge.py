@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from driver import cli
 from driver.checkpoints import FORMAT
-from driver.config import ConfigError, parse_config
+from driver.config import ConfigError, config_tree, parse_config
 from driver.merge import MergeError, merge
 from driver.wiring import learner_options
 from learner.checkpoint import save_checkpoint
@@ -134,7 +134,7 @@ def checkpoint(model: Path, directory: Path, **settings: Any) -> TorchEngine:
     config = parse_config(tree)
     engine = moved(TorchEngine(learner_options(config, "cpu", ()), adapter_of(model)))
     save_checkpoint(engine, directory / "learner")
-    (directory / "run.json").write_text(json.dumps({"format": FORMAT, "config": config.model_dump(mode="json")}))
+    (directory / "run.json").write_text(json.dumps({"format": FORMAT, "config": config_tree(config)}))
     seal(directory)
     return engine
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from driver.config import parse_config
+from driver.checkpoints import FORMAT
+from driver.config import config_tree, parse_config
 from driver.merge import merge
 from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.durable import seal
 from learner.model import load_base, load_policy
 from learner.quantize import quantize_linear_layers
 from learner.torch_engine import TorchEngine
@@ -245,7 +247,9 @@ def test_bfloat16_keeps_the_base_in_four_bits(
     # A checkpoint has the adapters in float32; merged is what the engines got.
     save_checkpoint(engine, tmp_path / "step/learner")
     tree = {"output_dir": "x", "steps": 2, "model": {"path": str(tiny_model), **QLORA}, "data": {"train": ["a"]}}
-    (tmp_path / "step/run.json").write_text(json.dumps({"config": parse_config(tree).model_dump(mode="json")}))
+    state = {"format": FORMAT, "config": config_tree(parse_config(tree))}
+    (tmp_path / "step/run.json").write_text(json.dumps(state))
+    seal(tmp_path / "step")
     merge(tmp_path / "step", tmp_path / "merged")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="bfloat16")
     assert all(torch.equal(p, sent[name]) for name, p in merged.named_parameters())
