@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from driver.checkpoints import DamagedError, read_state
 from driver.config import ConfigError, parse_config
+from driver.peft_fields import field_problems
 from driver.wiring import config_adapter, learner_options
 from learner.checkpoint import CheckpointError, read_weights
 from learner.durable import StorageError
@@ -53,7 +54,7 @@ def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_
         policy, family = _from_adapter(found[0], model, trust_remote_code)
     try:
         save_policy(policy, family, output, rank=0, with_adapter=False)
-    except (OSError, ValueError, StorageError) as error:  # DoRA, adapters on embeddings; a full disk
+    except (OSError, ValueError, StorageError) as error:  # adapters on embeddings or a tied head; a full disk
         raise MergeError(f"{source} cannot be merged into {output}: {error}") from error
 
 
@@ -61,8 +62,10 @@ def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[Poli
     from peft import PeftModel, get_peft_model_state_dict
 
     config = _read(directory / "adapter_config.json")
-    if config.get("peft_type") != "LORA" or config.get("modules_to_save"):
-        raise MergeError(f"{directory}: only plain LoRA is merged, without modules trained in full beside it")
+    if config.get("peft_type") != "LORA":
+        raise MergeError(f"{directory}: only LoRA is merged, and this is {config.get('peft_type')!r}")
+    if problems := field_problems(config):
+        raise MergeError(f"{directory} is no plain LoRA adapter, and cannot be merged: " + "; ".join(problems))
     origin = _read(directory / ADAPTER_ORIGIN) if (directory / ADAPTER_ORIGIN).exists() else {}
     path = model or config.get("base_model_name_or_path")
     if not path:

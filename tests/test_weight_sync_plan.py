@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -194,13 +196,21 @@ def test_lora_is_merged_out_of_place(dtype: torch.dtype) -> None:
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_adapters_that_cannot_be_merged_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_modules": ["embed"]}, "only LoRA on linear layers"),
+        ({"target_modules": ["body"], "use_dora": True}, "not DoraLinearVariant"),
+        ({"target_modules": ["body"], "alora_invocation_tokens": [1]}, "not ALoraLinearVariant"),
+        ({"target_modules": ["body"], "lora_bias": True}, "without biases of its own"),
+        ({"target_modules": ["head"]}, "base_model.model.head: its weight is that of another layer too"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_refused(settings: dict[str, Any], expected: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    with pytest.raises(ValueError, match="only LoRA on linear layers"):
-        PolicySource(get_peft_model(Tied(), LoraConfig(r=2, target_modules=["embed"])))
-    with pytest.raises(ValueError, match="DoRA"):
-        PolicySource(get_peft_model(Tied(), LoraConfig(r=2, target_modules=["body"], use_dora=True)))
+    with pytest.raises(ValueError, match=expected):
+        PolicySource(get_peft_model(Tied(), LoraConfig(r=2, **settings)))
 
 
 def test_digesting_source_holds_no_tensor() -> None:

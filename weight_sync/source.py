@@ -64,7 +64,8 @@ class PolicySource:
         """`rename` maps a base parameter name to the engine's, or to None for one that the engine does not have
         (`MultimodalAdapter.engine_weight_name`).
 
-        Raises ValueError for an adapter that cannot be merged into a linear layer (DoRA, LoRA on embeddings)."""
+        Raises ValueError for an adapter that cannot be merged into a linear layer's own weight (DoRA, LoRA on
+        embeddings or on a head that is tied to them)."""
         self._entries = [
             _Entry(new, weight, lora)
             for name, weight, lora in _base_parameters(model)
@@ -133,13 +134,22 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]
         if ".lora_" in name:
             continue
         owner, _, leaf = name.rpartition(".base_layer.")
-        lora = adapted.get(owner) if leaf == "weight" else None
+        lora = adapted.pop(owner, None) if leaf == "weight" else None
         base = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
         yield base, parameter, lora
+    if adapted:
+        raise ValueError(
+            f"{next(iter(adapted))}: its weight is that of another layer too, which the adapter does not change, so it "
+            "cannot be merged"
+        )
 
 
 def _check_mergeable(name: str, module: Any) -> None:
     if not isinstance(module.base_layer, nn.Linear):
         raise ValueError(f"{name}: only LoRA on linear layers can be sent to an engine, not {type(module).__name__}")
-    if list(module.lora_A) != [ADAPTER] or getattr(module, "use_dora", {}).get(ADAPTER, False):
-        raise ValueError(f"{name}: only a single plain LoRA adapter can be merged, not {list(module.lora_A)} or DoRA")
+    if list(module.lora_A) != [ADAPTER]:
+        raise ValueError(f"{name}: only a single adapter can be merged, not {list(module.lora_A)}")
+    if (variant := module.lora_variant.get(ADAPTER)) is not None:
+        raise ValueError(f"{name}: only plain LoRA can be merged, not {type(variant).__name__}")
+    if module.lora_bias[ADAPTER]:
+        raise ValueError(f"{name}: only LoRA without biases of its own can be merged")
