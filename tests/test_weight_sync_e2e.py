@@ -1,7 +1,8 @@
 """Two learner ranks under ZeRO-3 and two vLLM engines, one of them on two workers: real updates, real transfers.
 
 After each update every token of both engines must have the log-probability that the learner's model gives it, for the
-same prompts and images before and after, so that anything stale shows.
+same prompts and images before and after, so that anything stale shows. With backend nccl all runs as on GPUs but for the
+communicator and its streams (tests/nccl_over_gloo).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.engine import EngineOptions, SamplingParams
 from rollout.types import GroupSummary, Media, Prompt, RolloutFailure, RolloutGroup, Verdict
+from tests.conftest import REPOSITORY
 from tests.engine_contract import image_media, make_prompt, reference_logprobs, segment
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
@@ -88,7 +90,11 @@ def make_prompts(ray: ModuleType, adapter: MultimodalAdapter) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def cluster(local_ray: ModuleType, tiny_model: Path) -> Iterator[Cluster]:
+def cluster(local_ray: ModuleType, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    backend = request.param
+    resources: dict[str, Any] = {"num_cpus": 1}
+    if backend == "nccl":
+        resources["runtime_env"] = {"env_vars": {"PYTHONPATH": f"{REPOSITORY}/tests/nccl_over_gloo:{REPOSITORY}"}}
     adapter = load_adapter(str(tiny_model))
     handles = []
     for name, workers in (("single", 1), ("pair", 2)):
@@ -100,10 +106,10 @@ def cluster(local_ray: ModuleType, tiny_model: Path) -> Iterator[Cluster]:
             max_num_seqs=32,
             tensor_parallel_size=workers,
             kv_cache_gib=0.125,
-            weight_transfer_backend="gloo",
+            weight_transfer_backend=backend,
             control_timeout=CALL_TIMEOUT,
         )
-        actor = local_ray.remote(RolloutActor).options(num_cpus=1, max_concurrency=100)
+        actor = local_ray.remote(RolloutActor).options(max_concurrency=100, **resources)
         load = partial(load_adapter, str(tiny_model))
         handles.append(RayEngineHandle(name, actor.remote(name, options, load, group_timeout=CALL_TIMEOUT), workers))
     learner = LearnerGroup(
@@ -117,8 +123,8 @@ def cluster(local_ray: ModuleType, tiny_model: Path) -> Iterator[Cluster]:
             ranks=2,
             timeout=CALL_TIMEOUT,
         ),
-        [{"num_cpus": 1}] * 2,
-        WeightTransferOptions("gloo", BUCKET_BYTES, CALL_TIMEOUT),
+        [resources] * 2,
+        WeightTransferOptions(backend, BUCKET_BYTES, CALL_TIMEOUT),
     )
     sampling = SamplingParams(n=4, max_tokens=8, ignore_eos=True, banned_token_ids=adapter.banned_token_ids)
     try:
@@ -140,6 +146,7 @@ def scored(group: RolloutGroup, rng: np.random.Generator) -> RolloutGroup:
     return replace(group, verdicts=tuple(Verdict.scored(float(r)) for r in rewards))
 
 
+@pytest.mark.parametrize("cluster", ["nccl", "gloo"], indirect=True)
 def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Path) -> None:
     ray, learner, handles = cluster.ray, cluster.learner, cluster.handles
     rng = np.random.default_rng(0)
@@ -161,6 +168,7 @@ def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Pa
             groups += new
 
 
+@pytest.mark.parametrize("cluster", ["gloo"], indirect=True)
 def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     """Death while generating is plain data, at once; the sync names the engine; the other one goes on without it; the
     dead one is started again in its place and synchronised."""
