@@ -75,7 +75,7 @@ class VLLMEngine:
                 from vllm.v1.engine.async_llm import AsyncLLM
 
                 _check_build(options)
-                config = _engine_config(options, self._adapter)
+                config = engine_config(options, self._adapter)
                 self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except Exception as error:
                 raise RuntimeError(self._explain_start(error)) from error
@@ -325,7 +325,7 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
     return {**arguments, **options.extra}
 
 
-def _engine_config(options: EngineOptions, adapter: MultimodalAdapter) -> Any:
+def engine_config(options: EngineOptions, adapter: MultimodalAdapter) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 

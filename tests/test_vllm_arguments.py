@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +23,8 @@ from driver.wiring import engine_options
 from rollout.engine import EngineOptions
 from rollout.vllm_engine import engine_arguments
 from rollout.vllm_environment import set_environment
+from vlm.registry import load_adapter
+from vlm.tiny import build_tiny
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
 from weight_sync.verify import WeightSyncError
@@ -87,6 +93,30 @@ def test_names_of_arguments_are_those_of_the_pinned_vllm() -> None:
         NCCLTrainerWeightTransferEngine._broadcast
     )
     assert list(inspect.signature(PyNcclCommunicator.destroy).parameters) == ["self"]
+
+
+@pytest.mark.e2e
+def test_what_vllm_makes_of_the_options_on_a_gpu(tiny_model: Path, tmp_path: Path) -> None:
+    """Gemma3 alone lets image tokens see each other there, which is why it is not trained on GPUs."""
+    command = [sys.executable, "-m", "tests.faked_cuda", str(tiny_model), str(build_tiny("gemma3", tmp_path / "gemma"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    qwen, gemma = json.loads(done.stdout.splitlines()[-1])
+    assert qwen == {
+        "device": "cuda",
+        "gpu_memory_utilization": 0.4,
+        "prefix_caching": True,
+        "second_runner": True,
+        "async_scheduling": True,
+        "max_num_batched_tokens": 16384,
+        "max_num_seqs": 64,
+        "logprobs_mode": "processed_logprobs",
+        "images_see_themselves": False,
+        "backend": "nccl",
+        "extension": "weight_sync.vllm_worker.PolicyWorker",
+        "executor": "mp",
+    }
+    assert gemma["images_see_themselves"] and "cuda" in load_adapter(str(tmp_path / "gemma")).untrainable_on
 
 
 @pytest.mark.parametrize(("device", "threads"), [("cuda", 6), ("cpu", 2)])

@@ -1,7 +1,7 @@
 """Two learner ranks under ZeRO-3 and two vLLM engines, one of them on two workers: real updates, real transfers.
 
 After each update every token of both engines must have the log-probability that the learner's model gives it, for the
-same prompts and images before and after, so that anything stale shows. With backend nccl all runs as on GPUs but for the
+same prompts and images before and after, so that anything stale shows. With backend nccl all runs as on GPUs but the
 communicator and its streams (tests/nccl_over_gloo).
 """
 
