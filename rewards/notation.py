@@ -71,7 +71,6 @@ _SIGNS = {
     "∛": "\\sqrt[3]",
     "⟨": "\\langle ",
     "⟩": "\\rangle ",
-    **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
 }
 _TABLE = str.maketrans(_SIGNS)
 _LETTERS = "αβγδεζηθικλνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
@@ -79,6 +78,7 @@ _LONE_GREEK = re.compile(rf"(?<![\u0370-\u03ff])[{_LETTERS}](?![\u0370-\u03ff])"
 _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ"
 _LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢₓ"
 _LEVEL = "0123456789+-()nix"
+_OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _VULGAR = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _SCRIPTS = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)")
 
@@ -149,7 +149,8 @@ def plain(text: str) -> str:
         return text
     while (inner := _unwrapped(text)) != text:
         text = inner
-    text = _signs(unicodedata.normalize("NFC", text))
+    text = _OTHER_DIGIT.sub(lambda m: str(unicodedata.decimal(m[0])), unicodedata.normalize("NFC", text))
+    text = _signs(text)
     text = _dollars(text)
     for _ in range(4):  # from the inside out
         text = _TEXT_GROUP.sub(r" \1 ", text)

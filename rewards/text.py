@@ -1,16 +1,22 @@
 """Comparing texts: exact_match, contains, edit_distance. For captions, transcripts, names, fixed phrases.
 
 The row's answer is the gold text; where it is a JSON list of texts, the best of them counts. Case and white space do
-not count unless `case` is on, nor do forms of the same letters: ligatures, full-width letters, curly quotes, dashes and
-non-breaking blanks are as keyboards write them.
+not count unless `case` is on, nor do forms of the same letters: ligatures, full-width letters, accents written apart,
+curly quotes, dashes, digits of other scripts and signs that nobody sees are as keyboards write them, and what is raised
+stands behind a `^` (x² is x^2, not x2). All else does: a full stop, a comma in a number, Markdown.
+
+A word ends where no letter, digit or accent follows. Scripts that put no blanks between words (Chinese, Japanese,
+Korean, Thai) have no such ends. A number is one word: 3 does not stand in 3.5, 3,000, 12:03, 2/3 or -3.
 
 Failure modes: `exact_match` knows no synonyms. `contains` pays for listing everything that could be right, unless
-`max_words` bounds the answer. `edit_distance` pays for what is similar in letters, not in meaning ("not red" scores
-high against "red hat"), and gives junk of the right length a little; with `threshold` (0.5 in ANLS) that is 0.0.
+`max_words` bounds the answer, for denying it ("it is not red"), and in scripts without blanks for longer words (a 猫
+stands in 熊猫). `edit_distance` pays for what is similar in letters, not in meaning ("not red" is near to "red hat"),
+and gives junk of the right length a little; with `threshold` (0.5 in ANLS) that is 0.0.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,9 +33,42 @@ from rollout.types import Verdict
 MAX_CHARACTERS = 20_000
 """Longest text that edit_distance compares; its time grows with the product of the lengths (0.4 s at this one)."""
 
+_SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("‘’‚‛`´′", "'"),
+        **dict.fromkeys("“”„‟″", '"'),
+        **dict.fromkeys("–—‒―‐‑−", "-"),
+        **dict.fromkeys("º˚", "°"),
+        "⁄": "/",
+        **dict.fromkeys("\ufe0e\ufe0f", ""),
+    }
+)
+"""Curly quotes and dashes as keyboards have them, and what only says how to show a text."""
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
+_MIXED = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞])")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_WITHOUT_BLANKS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Letters of scripts that put no blanks between words, or as in Korean write particles to them."""
+_NUMBER_GOES_ON = re.compile(r"[.,:/]\d")
+_NUMBER_BEFORE = re.compile(r"(?:\d[.,:/]|(?<![^\W_])[-+]|(?<!\S)\.)\Z")
 
-_QUOTES = str.maketrans("‘’‚“”„–—‐‑−", "'''\"\"\"-----")
-"""Curly quotes and dashes as keyboards have them."""
+
+def keyboard_form(text: str) -> str:
+    """`text` without case, with single blanks, and with each letter and sign as keyboards write it."""
+    text = _NOT_ASCII.sub(_visible, text).translate(_SIGNS)
+    text = _MIXED.sub(" ", _RAISED.sub(lambda raised: f"^{raised[0]}", text))
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).translate(_SIGNS).casefold())
+    return " ".join(text.split())
+
+
+def _visible(match: re.Match[str]) -> str:
+    character = match[0]
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    return "" if unicodedata.category(character) == "Cf" else character
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +84,7 @@ class _TextReward(ABC):
         check_scope(self.scope)
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
-        golds = [self._normal(gold) for gold in gold_forms(request.answer)]
+        golds = [gold for form in gold_forms(request.answer) if (gold := self._normal(form))]
         if not golds:
             return unscorable(request, "the row has no answer to compare with")
         return [self._judge(golds, text) for text in request.completions]
@@ -58,10 +97,7 @@ class _TextReward(ABC):
         return max((self._compare(gold, answer) for gold in golds), key=lambda v: v.score or 0.0)
 
     def _normal(self, text: str) -> str:
-        if self.case:
-            return unicodedata.normalize("NFC", text)
-        text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
-        return " ".join(text.casefold().split())
+        return unicodedata.normalize("NFC", text.strip()) if self.case else keyboard_form(text)
 
     @abstractmethod
     def _compare(self, gold: str, answer: str) -> Verdict:
@@ -81,19 +117,45 @@ class ContainsReward(_TextReward):
     """1.0 where the gold text stands in the answer, as whole words; else 0.0."""
 
     max_words: int | None = None
-    """Longer answers score 0.0."""
+    """Longer answers score 0.0. Each letter of a script without blanks is a word."""
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        if self.max_words is not None and self.max_words < 1:
+            raise ValueError(f"max_words must be at least 1, not {self.max_words}")
 
     def _compare(self, gold: str, answer: str) -> Verdict:
-        if self.max_words is not None and len(answer.split()) > self.max_words:
+        if self.max_words is not None and _words(answer) > self.max_words:
             return Verdict.scored(0.0, reason=f"longer than {self.max_words} words")
         start = answer.find(gold)
         while start >= 0:
-            end = start + len(gold)
-            before, after = answer[max(0, start - 1) : start], answer[end : end + 1]
-            if not (before.isalnum() and gold[0].isalnum()) and not (after.isalnum() and gold[-1].isalnum()):
+            if _stands_alone(answer, start, start + len(gold)):
                 return Verdict.scored(1.0)
             start = answer.find(gold, start + 1)
         return Verdict.scored(0.0, reason="does not contain the expected text")
+
+
+def _words(text: str) -> int:
+    apart = _WITHOUT_BLANKS.sub(" x ", text)
+    return len(re.findall(r"(?:[^\W_]|(?<=[^\W\d_])'(?=[^\W\d_])|(?<=\d)[.,:](?=\d))+", apart))
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether no word or number goes on beyond `text[start:end]`."""
+    before, behind = text[max(0, start - 2) : start], text[end : end + 3]
+    first, last = text[start], text[end - 1]
+    if before and (_in_word(first) or re.match(r"[-+]\d", text[start:end])) and _in_word(before[-1]):
+        return False
+    if behind and _in_word(last) and _in_word(behind[0]):
+        return False
+    if behind[:2] == "'t" and _in_word(last) and not behind[2:].isalpha():  # can't
+        return False
+    goes_on = last.isdecimal() and _NUMBER_GOES_ON.match(behind)
+    return not (goes_on or (first.isdecimal() and _NUMBER_BEFORE.search(before)))
+
+
+def _in_word(character: str) -> bool:
+    return (character.isalnum() or unicodedata.category(character)[0] == "M") and not _WITHOUT_BLANKS.match(character)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +165,16 @@ class EditDistanceReward(_TextReward):
     threshold: float = 0.0
     """Lower similarities score 0.0."""
 
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold is a similarity of 0 to 1, not {self.threshold}")
+
     def _compare(self, gold: str, answer: str) -> Verdict:
-        if max(len(gold), len(answer)) > MAX_CHARACTERS:
+        longest = max(len(gold), len(answer))
+        if longest > MAX_CHARACTERS:
             return Verdict.scored(0.0, reason=f"longer than {MAX_CHARACTERS} characters")
-        similarity = 1 - edit_distance(gold, answer) / max(len(gold), len(answer), 1)
+        similarity = (longest - edit_distance(gold, answer)) / longest
         if similarity < self.threshold:
             return Verdict.scored(0.0, reason=f"similarity {similarity:.2f}, below {self.threshold}")
         return Verdict.scored(similarity)

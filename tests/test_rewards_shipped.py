@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from rewards.base import RewardFunction, ScoringRequest
 from rewards.boxes import Box, Item, giou, iou, mean_f1
-from rewards.counting import CountingReward
 from rewards.grounding import GroundingReward
 from rewards.json_schema import JsonSchemaReward
 from rewards.language import LanguageReward
 from rewards.length import LengthReward
 from rewards.registry import RewardSpec, check_rewards
 from rewards.repetition import RepetitionReward
-from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward, edit_distance
+from rewards.text import EditDistanceReward, edit_distance
 from rewards.tool_call import ToolCallReward
 from rollout.types import Media
 
@@ -32,28 +31,10 @@ def score(reward: RewardFunction, answer: str, gold: Any = None, **request: Any)
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def test_exact_match_and_contains() -> None:
-    assert score(ExactMatchReward(), " Red  Hat", "red hat") == 1.0
-    assert score(ExactMatchReward(case=True), "Red hat", "red hat") == 0.0
-    for gold, written in [("office", "oﬃce"), ("it's", "it’s"), ('"a"', "“a”"), ("a b", "a\u00a0b"), ("A-1", "Ａ–1")]:
-        assert score(ExactMatchReward(), written, gold) == score(ContainsReward(), gold, written) == 1.0
-    assert score(ExactMatchReward(), "x²", "x3") == score(ExactMatchReward(), "café", "cafe") == 0.0
-    assert score(ExactMatchReward(), "hat", '["cap", "hat"]') == 1.0
-    assert score(ContainsReward(), "it is a red hat!", "red hat") == 1.0
-    assert score(ContainsReward(), "hatred hats", "red hat") == 0.0
-    assert score(ContainsReward(), "红色的帽子 帽子", "帽子") == 1.0
-    assert score(ContainsReward(max_words=3), "red green blue hat", "hat") == 0.0
-    for reward in (ExactMatchReward(), ContainsReward(), EditDistanceReward()):
-        assert score(reward, "red", None) == "unscorable"
-
-
 def test_edit_distance_by_hand() -> None:
     assert edit_distance("kitten", "sitting") == 3  # k->s, e->i, +g
     assert edit_distance("flaw", "lawn") == 2  # -f, +n
     assert edit_distance("", "abc") == edit_distance("abc", "") == 3
-    assert score(EditDistanceReward(), "sitting", "kitten") == pytest.approx(1 - 3 / 7)
-    assert score(EditDistanceReward(threshold=0.5), "lawn", "flaw") == 0.5  # 1 - 2/4
-    assert score(EditDistanceReward(threshold=0.51), "lawn", "flaw") == 0.0
     assert score(EditDistanceReward(), "x" * 20_001, "x") == 0.0
 
 
@@ -72,23 +53,6 @@ def _recursive(a: str, b: str) -> int:
         for j, y in enumerate(b, 1):
             last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
     return row[-1]
-
-
-# --- counting ---------------------------------------------------------------------------------------------------------
-
-
-def test_counting() -> None:
-    for right in ("7", "seven", "Seven.", "7.0", "+7"):
-        assert score(CountingReward(), right, "7") == 1.0
-    for wrong in ("8", "", "7 or 8", "about 7", "7 dogs", "-7", "7.5", "9" * 30):
-        assert score(CountingReward(), wrong, "7") == 0.0
-    assert score(CountingReward(nouns=("dogs",)), "7 Dogs", "7") == 1.0
-    assert score(CountingReward(), "1,200", "1200") == 1.0
-    graded = CountingReward(graded=True)
-    assert score(graded, "6", "8") == 0.75  # 1 - 2/8
-    assert score(graded, "20", "8") == 0.0
-    assert score(graded, "1", "0") == 0.0
-    assert score(CountingReward(), "7", "many") == "unscorable"
 
 
 # --- grounding --------------------------------------------------------------------------------------------------------
@@ -289,6 +253,8 @@ def test_language_of_trace_and_answer_and_of_too_little() -> None:
         ("format", {"style": "loose"}, "style must be 'strict', 'lenient' or 'newline', not 'loose'"),
         ("accuracy", {"tolerance": 5}, "tolerance is a share"),
         ("accuracy", {"units": "si"}, "units must be"),
+        ("contains", {"max_words": 0}, "max_words must be at least 1"),
+        ("edit_distance", {"threshold": 5}, "threshold is a similarity of 0 to 1"),
         ("grounding", {}, "coordinates"),
         ("grounding", {"coordinates": "pixels"}, "coordinates must be"),
         ("grounding", {"coordinates": "absolute", "metric": "giou", "threshold": 0.5}, "for metric 'iou'"),
