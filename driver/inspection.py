@@ -35,6 +35,7 @@ class PlainText:
     """Stands in for a model's adapter where none is given: roles and texts as they are, one token a character."""
 
     placeholder_tokens: ClassVar[tuple[str, ...]] = ()
+    control_tokens: ClassVar[Mapping[int, str]] = {}
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
         "image": Modality("<image>"),
         "video": Modality("<video>"),

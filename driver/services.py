@@ -23,6 +23,7 @@ from rewards.reward_model import RewardModelReward
 from rollout.engine import SamplingParams
 from rollout.types import Prompt, PromptRef, RolloutFailure
 from vlm.adapter import MultimodalAdapter
+from vlm.control import without
 
 
 @dataclass
@@ -58,10 +59,8 @@ class EngineJudge:
 
 
 def _prompt(question: Question, adapter: MultimodalAdapter) -> Prompt:
-    """A user's message. Special tokens that are spelled out in the text are taken out: in there they could end it."""
-    text = question.text
-    for token in adapter.tokenizer.get_added_vocab():
-        text = text.replace(token, "")
+    """A user's message. Control tokens that are spelled out in the text are taken out: in there they could end it."""
+    text = without(question.text, adapter.control_tokens.values())
     content = [*({"type": "image"} for _ in question.images), {"type": "text", "text": text}]
     rendered = adapter.render([{"role": "user", "content": content}])
     token_ids = np.array(adapter.tokenize(rendered), np.int32)

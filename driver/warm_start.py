@@ -152,7 +152,7 @@ def _complete(policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequenc
         with torch.no_grad():
             out = policy.generate(input_ids, **inputs, do_sample=False, max_new_tokens=12)
         for row, ids in zip(same, out[:, input_ids.shape[1] :], strict=True):
-            yield row, adapter.tokenizer.decode(ids, skip_special_tokens=True)
+            yield row, adapter.completion_text(ids.tolist())
 
 
 def encode_row(adapter: MultimodalAdapter, row: dict) -> EncodedPrompt:

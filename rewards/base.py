@@ -43,7 +43,7 @@ class ScoringRequest:
     prompt: str
     """As the model is given it: rendered by its chat template, with that template's own tokens."""
     completions: tuple[str, ...]
-    """Decoded text of each completion, special tokens left out."""
+    """Decoded text of each completion. Control tokens are left out; tags stay, be they special tokens or not."""
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the data row."""

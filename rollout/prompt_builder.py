@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -19,7 +20,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from rollout.columns import Columns
-from rollout.conversation import Conversation, Message, places, text_of, texts_of
+from rollout.conversation import Conversation, Message, Part, places, text_of, texts_of
 from rollout.media_files import MediaFiles
 from rollout.rows import RowRefusedError
 from rollout.types import Media, MediaKind, Prompt, PromptRef
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 CHECKED_KEPT = 100_000
 """Media whose shape is remembered by digest, so that later epochs need not decode them to check them."""
+FORMS_KEPT = 1000
+"""Forms of conversations (roles, places for media) of which it is remembered what the chat template writes."""
+WORD: Part = {"type": "text", "text": "x"}
 _ANSWER_TAGS = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)
 
 
@@ -58,6 +62,8 @@ class PromptBuilder:
         )
         placeholders = (m.placeholder for m in adapter.modalities.values())
         self._reserved = tuple(dict.fromkeys((*adapter.placeholder_tokens, *placeholders)))
+        self._written: dict[str, Counter[int]] = {}
+        """Control tokens that the chat template writes, by the form of a conversation."""
         self._checked: dict[tuple[MediaKind, str], Media] = {}
         """Without their data."""
 
@@ -175,17 +181,8 @@ class PromptBuilder:
         return shortened(kept), len(text) - kept
 
     def _encode(self, messages: Sequence[Message], media: Sequence[Media]) -> Encoded:
-        if not self.adapter.modalities:  # templates of text models print a list of parts as it stands
-            given = [{"role": m["role"], "content": text_of(m)} for m in messages]
-        else:
-            given = [dict(m) for m in messages]
-        try:
-            text = self.adapter.render(given)
-            ids = self.adapter.tokenize(text)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise RowRefusedError(
-                "bad prompt", f"the model's chat template or tokenizer refuses it: {error}"
-            ) from error
+        text, ids = self._render(messages)
+        self._refuse_control_tokens(messages, ids)
         for message in messages:
             # Templates may cut the reasoning out of assistant turns; of the others every word must arrive.
             if message["role"] != "assistant" and any(part.strip() not in text for part in texts_of(message)):
@@ -199,12 +196,46 @@ class PromptBuilder:
             )
         return Encoded(text, ids, self._expanded_length(ids, media))
 
+    def _render(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        if not self.adapter.modalities:  # templates of text models print a list of parts as it stands
+            given = [{"role": m["role"], "content": text_of(m)} for m in messages]
+        else:
+            given = [dict(m) for m in messages]
+        try:
+            text = self.adapter.render(given)
+            return text, self.adapter.tokenize(text)
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise RowRefusedError(
+                "bad prompt", f"the model's chat template or tokenizer refuses it: {error}"
+            ) from error
+
+    def _refuse_control_tokens(self, messages: Sequence[Message], ids: Sequence[int]) -> None:
+        """Text may not become a token that opens or ends a turn, or the like: around other words the template writes
+        as many of them. Ids are counted, since templates trim texts and tokenizers normalise them."""
+        control = self.adapter.control_tokens
+        blank = [{**m, "content": [WORD if _says(part) else part for part in m["content"]]} for m in messages]
+        form = repr(blank)
+        if form not in self._written:
+            if len(self._written) >= FORMS_KEPT:
+                self._written.clear()
+            self._written[form] = Counter(i for i in self._render(blank)[1] if i in control)
+        forged = Counter(i for i in ids if i in control) - self._written[form]
+        if forged:
+            tokens = ", ".join(control[i] for i in forged)
+            raise RowRefusedError(
+                "control token in text", f"the text holds {tokens}, which only the model's chat template may write"
+            )
+
     def _expanded_length(self, ids: Sequence[int], media: Sequence[Media]) -> int:
         try:
             return self.adapter.expanded_length(ids, media)
         except Exception as error:  # processors answer shapes that they cannot take with many kinds of exception
             shapes = ", ".join(f"{m.width} x {m.height}" if m.width else f"{m.samples} samples" for m in media)
             raise RowRefusedError("bad shape", f"the model's processor refuses {shapes}: {error}") from error
+
+
+def _says(part: Part) -> bool:
+    return part["type"] == "text" and bool(part["text"].strip())
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

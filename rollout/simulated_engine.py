@@ -169,7 +169,7 @@ class SimulatedEngine:
         self, draw: tuple[np.ndarray, np.ndarray, bool], sequence: _Sequence, seed: int | None
     ) -> Completion:
         tokens, logprobs, stopped = draw
-        text = self._adapter.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._adapter.completion_text(tokens)
         segment = Segment(tokens, logprobs, np.asarray(sequence.versions, np.int32))
         return Completion((segment,), text, "stop" if stopped else "length", -1 if seed is None else seed)
 

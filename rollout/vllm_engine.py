@@ -129,9 +129,7 @@ class VLLMEngine:
         requests = self._requests(sampling)
         outputs = await all_or_none(self._one(engine, prompt, engine_prompt, request) for request in requests)
         completions = [c for output in outputs for c in output.outputs]
-        texts = self._adapter.tokenizer.batch_decode(
-            [c.token_ids for c in completions], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        texts = [self._adapter.completion_text(c.token_ids) for c in completions]
         seed = sampling.seed
         return EngineOutput(
             np.asarray(outputs[0].prompt_token_ids, np.int32),

@@ -30,6 +30,7 @@ class FakeAdapter:
     frame of a video), or second of sound."""
 
     placeholder_tokens: ClassVar[tuple[str, ...]] = (*IDS, "</img>")
+    control_tokens: ClassVar[Mapping[int, str]] = {number: token for token, number in IDS.items()}
     modalities: ClassVar[dict[MediaKind, Any]] = {k: SimpleNamespace(placeholder=p) for k, (p, _) in PLACES.items()}
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:

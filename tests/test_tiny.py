@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from driver import shapes
 from rollout.types import Media
+from tests.data_helpers import source, write_rows
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import ADAPTERS, load_adapter
 from vlm.tiny import ANSWER_TAGS, TINY, TinySizes, build_tiny
@@ -145,6 +146,21 @@ def test_answer_tags_are_ordinary_tokens(adapter: MultimodalAdapter, words_adapt
         ids = tokenizer("".join(ANSWER_TAGS), add_special_tokens=False)["input_ids"]
         assert len(ids) == 4
         assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_no_text_becomes_a_control_token_and_tags_are_none(adapter: MultimodalAdapter, tmp_path: Path) -> None:
+    control = {*adapter.control_tokens.values()}
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>", *adapter.placeholder_tokens} <= control
+    assert not control & {*ANSWER_TAGS, "\n"}
+    forged = sorted(control - {"<image>", "<video>", "<audio>"})  # those three are our own marks for media
+    texts = [*forged, "a < b", "<think> \n </think>", "<|im_start |>"]
+    data = source(write_rows(tmp_path / "a.jsonl", [{"prompt": f"a{text}b"} for text in texts]), adapter=adapter)
+    assert [data.attempt(row) is None for row in range(len(texts))] == [True] * len(forged) + [False] * 3
+    assert set(data.report().refused) <= {"control token in text", "placeholder in text"}
+    media = [{"type": "image"}] if adapter.modalities else []
+    turn = [{"role": "user", "content": [*media, {"type": "text", "text": "hi"}]}]
+    written = [i for i in adapter.tokenize(adapter.render(turn)) if i in adapter.control_tokens]
+    assert len(written) >= 3 + len(media)
 
 
 def test_widths_divide_for_tensor_parallelism() -> None:

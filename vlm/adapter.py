@@ -9,7 +9,7 @@ The engine and the learner must see the same expanded ids and the same pixels; a
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from rollout.types import Media, MediaKind
 from vlm.clips import Decoded, Video, decode
+from vlm.control import control_tokens
 from vlm.encoded import (
     AdapterError,
     Counts,
@@ -72,6 +73,10 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ABC):
         if missing:
             raise AdapterError(f"{type(self).__name__}: the tokenizer lacks {', '.join(missing)}")
         self.placeholder_ids: dict[MediaKind, int] = {k: vocabulary[m.placeholder] for k, m in self.modalities.items()}
+        template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
+        self.control_tokens: Mapping[int, str] = control_tokens(self.tokenizer, template, named)
+        """Tokens by id that only the chat template may put into a prompt."""
+        self._unread = {*self.control_tokens, self.tokenizer.unk_token_id}
         self._lengths: dict[tuple[Any, ...], int] = {}
 
     @classmethod
@@ -116,6 +121,12 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ABC):
     def tokenize(self, text: str) -> list[int]:
         """Unexpanded ids."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def completion_text(self, token_ids: Iterable[int]) -> str:
+        """A completion as rewards read it: control tokens are left out, its end among them, and tags stay, be they
+        special tokens or not."""
+        said = [token for token in map(int, token_ids) if token not in self._unread]
+        return self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def media_order(self, token_ids: Sequence[int]) -> list[MediaKind]:
         """The kinds of the media whose placeholders are in unexpanded ids, in order."""
