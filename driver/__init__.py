@@ -2,6 +2,9 @@
 
 from driver.config import ConfigError, RunConfig, load_config, parse_config
 
+__version__ = "0.1.0"
+"""The only place where it is written: pyproject.toml reads it here."""
+
 __all__ = ["ConfigError", "RunConfig", "load_config", "parse_config", "train"]
 
 
@@ -12,3 +15,7 @@ def __getattr__(name: str) -> object:
 
         return train
     raise AttributeError(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "train"})

@@ -11,13 +11,23 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from driver.config import ConfigError, RunConfig, dump_config, iter_knobs, load_config
+from driver import __version__
+from driver.cli_help import App
+from driver.config import (
+    ConfigError,
+    RunConfig,
+    data_config,
+    dump_config,
+    iter_knobs,
+    load_config,
+    require_evaluation,
+)
+from driver.merge_source import check_source
 from driver.reward_tools import app as rewards
+from driver.screen import say
 
-app = typer.Typer(
+app = App(
     name="saccade",
-    no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training for vision-language models, on one CPU or on a Ray cluster.\n\n"
@@ -60,6 +70,21 @@ Address = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"saccade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Configurations are read before anything heavy is imported, so that a mistake in one is told at once."""
+
+
 @app.command()
 def train(
     config: ConfigFile,
@@ -73,19 +98,18 @@ def train(
 
     Ctrl-C finishes nothing half: the current state is saved as a checkpoint, every process ends, and --resume goes on.
     """
+    settings = load_config(config, overrides or [])
     from driver.display import TerminalDisplay
     from driver.loop import train as run
 
-    result = run(
-        load_config(config, overrides or []), resume=resume, address=address, display=TerminalDisplay(Console())
-    )
+    result = run(settings, resume=resume, address=address, display=TerminalDisplay(Console()))
     if result.interrupted:
         joined = f" --address {address}" if address else ""
         path = result.output_dir / "config.yaml"  # with the overrides
         again = f"stopped after step {result.steps}; continue with: saccade train {path} --resume{joined}"
-        errors.print(again, soft_wrap=True, highlight=False)
+        say(errors, again)
         raise typer.Exit(130)
-    Console().print(f"trained {result.steps} steps; model saved in {result.model_dir}")
+    say(Console(), f"trained {result.steps} steps; model saved in {result.model_dir}")
 
 
 @app.command("eval")
@@ -99,12 +123,12 @@ def evaluate(
 
     Example:  saccade eval examples/shapes.yaml --model runs/shapes/model
     """
+    settings = load_config(config, list(overrides or []) + ([f"model.path={model}"] if model else []))
+    require_evaluation(settings)
     from driver.display import TerminalDisplay
     from driver.loop import evaluate as run
 
-    changes = list(overrides or []) + ([f"model.path={model}"] if model else [])
-    display = TerminalDisplay(errors)
-    results = run(load_config(config, changes), address=address, display=display)
+    results = run(settings, address=address, display=TerminalDisplay(errors))
     typer.echo(json.dumps(results, indent=2, allow_nan=False))
 
 
@@ -121,9 +145,10 @@ def plan(
 
     Example:  saccade plan mine.yaml learner.zero_stage=3 learner.ranks=8 cluster.device=cuda
     """
+    settings = load_config(config, overrides or [])
     from driver.planning import plan_run
 
-    plan_run(load_config(config, overrides or []), Console(), json_file)
+    plan_run(settings, Console(), json_file)
 
 
 @app.command("config")
@@ -145,7 +170,7 @@ def show_config(
 
 
 app.add_typer(rewards, name="rewards")
-data = typer.Typer(no_args_is_help=True, help="Look at a data set, check it, or make the shapes one.")
+data = App(help="Look at a data set, check it, or make the shapes one.")
 app.add_typer(data, name="data")
 
 
@@ -159,9 +184,10 @@ def check(
 
     Example:  saccade data check mine.yaml --rows 1000
     """
+    settings = load_config(config, overrides or [])
     from driver.preflight import check_data
 
-    if not check_data(load_config(config, overrides or []), rows, Console()):
+    if not check_data(settings, rows, Console()):
         raise typer.Exit(1)
 
 
@@ -179,14 +205,15 @@ def inspect(
     Examples:  saccade data inspect train.parquet --model Qwen/Qwen2.5-VL-3B-Instruct
                saccade data inspect train.json data.columns.prompt=caption data.root=/images
     """
+    settings = data_config(files, model)
     from driver.inspection import inspect_data
 
-    inspect_data(files, model, rows, Console())
+    inspect_data(settings, model, rows, Console())
 
 
 @data.command()
 def shapes(
-    directory: Annotated[Path, typer.Argument(help="Folder to write the Parquet files to.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write the Parquet files to.", metavar="FOLDER")],
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
 ) -> None:
     """Make the shapes data set: images of coloured shapes with questions on colour, shape and count, as Parquet.
@@ -202,7 +229,7 @@ def shapes(
 
 @app.command()
 def parity(
-    model: Annotated[str | None, typer.Argument(help="Path or hub name of a model.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Path or hub name of a model.", metavar="[MODEL]")] = None,
     tiny: Annotated[
         str | None, typer.Option(help="Instead of MODEL: the tiny random model of this family, or `all`.")
     ] = None,
@@ -226,6 +253,8 @@ def parity(
 
     Example:  saccade parity Qwen/Qwen2.5-VL-3B-Instruct      saccade parity --tiny all
     """
+    if (model is None) == (tiny is None):
+        raise ConfigError(["give either a model or --tiny FAMILY (or --tiny all)"], "the command line")
     from driver.parity import run_parity
 
     agreed = run_parity(
@@ -247,8 +276,11 @@ def parity(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="A saved adapter, a model saved with one, or a checkpoint folder.")],
-    output: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(help="A saved adapter, a model saved with one, or a checkpoint folder.", metavar="ADAPTER"),
+    ],
+    output: Annotated[Path, typer.Argument(help="New folder for the model.", metavar="OUTPUT")],
     model: Annotated[str | None, typer.Option(help="The base model, if it is no longer where it was.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
@@ -257,10 +289,11 @@ def merge(
     Examples:  saccade merge runs/mine/model/adapter merged
                saccade merge runs/mine/checkpoints/step-000200 merged
     """
+    check_source(adapter, output)
     from driver.merge import merge as run
 
     run(adapter, output, model=model, trust_remote_code=trust_remote_code)
-    Console().print(f"model saved in {output}", soft_wrap=True, highlight=False)
+    say(Console(), f"model saved in {output}")
 
 
 @app.command()
@@ -292,7 +325,7 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         if type(error).__name__ == "RunStopped":
-            errors.print("stopped; there was nothing to save yet")
+            say(errors, "stopped; there was nothing to save yet")
             sys.exit(130)
         # What the rooms raise for the user, by name: importing the classes would cost every call of --help seconds.
         if type(error).__name__ not in USER_ERRORS:
@@ -302,8 +335,8 @@ def main() -> None:
 
 
 def _complain(error: Exception) -> None:
-    errors.print("saccade:", style="bold red", end=" ")
-    errors.print(str(error), highlight=False, soft_wrap=True, markup=False)
+    say(errors, "saccade:", style="bold red", end=" ")
+    say(errors, str(error))
 
 
 __all__ = ["RunConfig", "main"]

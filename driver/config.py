@@ -8,6 +8,7 @@ Unknown keys are refused with the nearest known name; all violations are reporte
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ from driver.knobs import (
 )
 from learner.types import DEFAULT_TOKENS, quantization_problems
 from vlm.roles import role_problems
+
+_KNOB = re.compile(r"(data|model)(\.\w+)+=")
+"""How arguments begin that are knobs of data or model, among files."""
 
 
 class RunConfig(Section):
@@ -176,6 +180,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([f"expected a mapping of sections, found {found}"], str(path))
     problems += apply_overrides(tree, overrides)
     return parse_config(tree, str(path), problems)
+
+
+def data_config(arguments: Sequence[str], model: str | None) -> RunConfig:
+    """A configuration of which only `data` and `model` matter, from data files and `data.x=y` among them. Raises
+    ConfigError."""
+    knobs = [argument for argument in arguments if _KNOB.match(argument)]
+    files = [argument for argument in arguments if argument not in knobs]
+    tree: dict[str, Any] = {"output_dir": "none", "steps": 1, "model": {"path": model or "none"}}
+    tree |= {"data": {"train": files}, "learner": {"micro_batch_tokens": sys.maxsize}}
+    return parse_config(tree, "the command line", apply_overrides(tree, knobs))
+
+
+def require_evaluation(config: RunConfig) -> None:
+    """Raises ConfigError where there is nothing to evaluate on."""
+    if not config.data.eval:
+        raise ConfigError(["data.eval names no files: there is nothing to evaluate on"])
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "the configuration", found: Sequence[str] = ()) -> RunConfig:

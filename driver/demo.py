@@ -22,6 +22,7 @@ from driver.loop import train
 from driver.metrics import read_metrics
 from driver.report import accuracy_table, plot, speed_table, summarise
 from driver.run_folder import in_use
+from driver.screen import say, show
 from driver.shapes import ShapesFiles, make_shapes, vocabulary
 from driver.warm_start import warm_start
 from vlm.tiny import build_tiny
@@ -79,31 +80,38 @@ def run_demo(
     console = console or Console()
     directory = Path(output_dir)
     prepare_folder(directory)
-    console.print("[bold]1[/bold] data: shapes, with combinations held out entirely")
+    _chapter(console, 1, "data: shapes, with combinations held out entirely")
     files = make_shapes(directory / "data", seed)
-    console.print("[bold]2[/bold] model: a random Qwen2.5-VL of 0.7M parameters")
+    _chapter(console, 2, "model: a random Qwen2.5-VL of 0.7M parameters")
     model = build_tiny("qwen2_5_vl", directory / "start" / "random", seed=seed, words=vocabulary())
-    console.print("[bold]3[/bold] warm start: the answer format, with random answers")
+    _chapter(console, 3, "warm start: the answer format, with random answers")
     warm = warm_start(model, files.train, files.test, directory / "start" / "warm", seed=seed)
     guesses = " ".join(f"{kind} {share:.2f}" for kind, share in warm.accuracy.items())
-    console.print(f"  {warm.format_rate:.0%} in the format; accuracy {guesses}: guesses  ({warm.seconds:.0f} s)")
+    say(console, f"  {warm.format_rate:.0%} in the format; accuracy {guesses}: guesses  ({warm.seconds:.0f} s)")
     config = demo_config(files, warm.model, directory / "run", seed=seed, steps=steps or STEPS)
-    console.print(
-        f"[bold]4[/bold] GRPO: {config.steps} steps of {config.learner.prompts_per_step} prompts x "
-        f"{config.rollout.num_generations} completions, staleness at most {config.rollout.max_staleness}"
+    _chapter(
+        console,
+        4,
+        f"GRPO: {config.steps} steps of {config.learner.prompts_per_step} prompts x "
+        f"{config.rollout.num_generations} completions, staleness at most {config.rollout.max_staleness}",
     )
     result = train(config, display=TerminalDisplay(console))
     if result.interrupted:
-        console.print(f"stopped; continue with: saccade train {directory / 'run' / 'config.yaml'} --resume")
+        say(console, f"stopped; continue with: saccade train {directory / 'run' / 'config.yaml'} --resume")
         raise SystemExit(130)
     records, evaluations = read_metrics(result.output_dir), read_metrics(result.output_dir, "evaluation")
     seconds = time.perf_counter() - begin
     summary = summarise(records, evaluations, warm_start_seconds=warm.seconds, total_seconds=seconds)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(records, evaluations, directory / "curves.png", title=f"A tiny VLM learns to see (seed {seed})")
-    console.print(accuracy_table(summary), speed_table(summary))
-    console.print(f"model {result.model_dir}  curves {directory / 'curves.png'}  figures {directory / 'summary.json'}")
+    show(console, accuracy_table(summary), speed_table(summary))
+    say(console, f"model {result.model_dir}  curves {directory / 'curves.png'}  figures {directory / 'summary.json'}")
     return summary
+
+
+def _chapter(console: Console, number: int, text: str) -> None:
+    say(console, f"{number} ", style="bold", end="")
+    say(console, text)
 
 
 def prepare_folder(directory: Path) -> None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from driver.metrics import StepRecord
+from driver.screen import say
 
 
 class Display(Protocol):
@@ -67,24 +68,26 @@ class TerminalDisplay:
             MofNCompleteColumn(table_column=Column(min_width=9)),
             BarColumn(bar_width=20, table_column=Column(min_width=8)),
             TimeElapsedColumn(table_column=Column(min_width=7)),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
             console=self.console,
             transient=True,
             expand=True,
         )
 
     def phase(self, text: str) -> None:
-        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+        say(self.console, text, style="dim")
 
     def step(self, record: StepRecord, total: int) -> None:
         line = describe(record)
         if not self.console.is_terminal:
-            self.console.print(f"step {record.step}/{total}  {line}", highlight=False, soft_wrap=True, markup=False)
+            say(self.console, f"step {record.step}/{total}  {line}")
             return
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task("", total=total, completed=record.step - 1)
-        self._progress.update(self._task, completed=record.step, description=line.replace("[", "\\["))
+        self._progress.update(self._task, completed=record.step, description=line)
 
     def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
         for file, groups in results.items():
@@ -92,7 +95,7 @@ class TerminalDisplay:
                 f"{group} " + " ".join(f"{k} {v:.3f}" for k, v in means.items() if k not in ("n", "failed", "reward"))
                 for group, means in groups.items()
             )
-            self.console.print(f"step {step}  evaluation of {file}: {cells}", highlight=False, soft_wrap=True)
+            say(self.console, f"step {step}  evaluation of {file}: {cells}")
 
     def close(self) -> None:
         if self._task is not None:

@@ -16,15 +16,14 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from rich.console import Console
 
-from driver.config import RunConfig, apply_overrides, parse_config
+from driver.config import RunConfig
+from driver.screen import say
 from driver.wiring import config_adapter, data_options
 from rollout.prompts import PromptSource, Refusal
 from rollout.types import Media, MediaKind, Prompt
 from vlm.adapter import Modality, MultimodalAdapter
 from vlm.clips import SOUND_RATE
 
-KNOB = re.compile(r"(data|model)(\.\w+)+=")
-"""How arguments that are knobs begin; all others are files."""
 SAMPLES = 3
 SHOWN = 600
 """Characters of a sample that are shown."""
@@ -80,27 +79,17 @@ class Findings:
                 self.figures.setdefault(f"{media.kind} {name}", []).append(value)
 
 
-def inspect_data(arguments: Sequence[str], model: str | None, rows: int, console: Console) -> None:
-    """Print what is found in the first `rows` rows of a shuffled epoch. `arguments`: files, and knobs `data.x=y`.
+def inspect_data(config: RunConfig, model: str | None, rows: int, console: Console) -> None:
+    """Print what is found in the first `rows` rows of a shuffled epoch of `data.train`; without a model, in characters.
 
-    Raises ConfigError, AdapterError, DataError."""
-    config = _config(arguments, model)
+    Raises AdapterError, DataError."""
     adapter = config_adapter(config) if model is not None else cast("MultimodalAdapter", PlainText())
     options = replace(data_options(config, config.data.train, train=False), max_refused_share=1.0)
     unlimited = PromptSource(replace(options, max_prompt_length=sys.maxsize), adapter)
     limited = PromptSource(options, adapter) if model is not None else unlimited
     findings = look(unlimited, limited, rows, "tokens" if model is not None else "characters")
     for line in [*_summary(unlimited, findings), *_table(findings.figures), *_rest(findings, config, model)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _config(arguments: Sequence[str], model: str | None) -> RunConfig:
-    """A configuration of which only the sections `data` and `model` matter. Raises ConfigError."""
-    knobs = [argument for argument in arguments if KNOB.match(argument)]
-    files = [argument for argument in arguments if argument not in knobs]
-    tree: dict[str, Any] = {"output_dir": "none", "steps": 1, "model": {"path": model or "none"}}
-    tree |= {"data": {"train": files}, "learner": {"micro_batch_tokens": sys.maxsize}}
-    return parse_config(tree, "the command line", apply_overrides(tree, knobs))
+        say(console, line)
 
 
 def look(unlimited: PromptSource, limited: PromptSource, rows: int, unit: str) -> Findings:

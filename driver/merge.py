@@ -1,9 +1,4 @@
-"""`saccade merge`: a model directory that transformers and vLLM load, from a saved adapter or a checkpoint.
-
-ADAPTER ─┬─ adapter_config.json       an adapter in peft's format, of a run or of another program
-         ├─ adapter/                  a saved model with its adapter
-         └─ run.json, learner/        a checkpoint, of LoRA or of full weights
-"""
+"""`saccade merge`: a model directory that transformers and vLLM load, from a saved adapter or a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,6 +12,7 @@ from safetensors import safe_open
 
 from driver.checkpoints import DamagedError, read_state
 from driver.config import ConfigError, parse_config
+from driver.merge_source import MergeError, adapter_in, check_source, is_checkpoint
 from driver.peft_fields import field_problems
 from driver.wiring import config_adapter, learner_options
 from learner.checkpoint import CheckpointError, read_weights
@@ -29,29 +25,18 @@ from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
 
 
-class MergeError(ValueError):
-    """What cannot be merged, and why."""
-
-
 def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_code: bool = False) -> None:
-    """Write the model that `source` (see above) makes of its base into the new directory `output`, on the CPU.
+    """Write the model that `source` (driver/merge_source.py says what it may be) makes of its base into the new
+    directory `output`, on the CPU.
 
     `model`: the base, where it is no longer where it was. Weights are those that the run sent to its engines: of a base
     in 4 bits, what it was rounded to. Raises MergeError, AdapterError for a base that is not there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MergeError(f"{output} exists already; name a new folder")
-    if not source.is_dir():
-        raise MergeError(f"{source}: there is no such folder")
-    if (source / "run.json").exists() or (source / "learner").is_dir():
+    check_source(source, output)
+    adapter = None if is_checkpoint(source) else adapter_in(source)
+    if adapter is None:
         policy, family = _from_checkpoint(source, model, trust_remote_code)
     else:
-        found = [d for d in (source, source / "adapter") if (d / "adapter_config.json").exists()]
-        if not found:
-            raise MergeError(
-                f"{source} holds neither adapter_config.json, nor a folder `adapter` with one, nor run.json: name an "
-                "adapter in peft's format, a model saved with LoRA, or a checkpoint (checkpoints/step-...)"
-            )
-        policy, family = _from_adapter(found[0], model, trust_remote_code)
+        policy, family = _from_adapter(adapter, model, trust_remote_code)
     try:
         save_policy(policy, family, output, rank=0, with_adapter=False)
     except (OSError, ValueError, StorageError) as error:  # adapters on embeddings or a tied head; a full disk

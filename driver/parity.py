@@ -17,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from driver.config import ConfigError
 from driver.placement import Device
+from driver.screen import say, show
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import score_groups
@@ -269,9 +270,7 @@ def run_parity(
 ) -> bool:
     """`parity` of a model, or of the tiny model of a family (`all`: of every family), as a table and as JSON.
 
-    Returns whether everything agreed. Raises ConfigError unless exactly one of `model` and `tiny` is given."""
-    if (model is None) == (tiny is None):
-        raise ConfigError(["give either a model or --tiny FAMILY (or --tiny all)"])
+    Returns whether everything agreed. Exactly one of `model` and `tiny` is given. Raises ConfigError."""
     if tiny is not None and tiny != "all" and tiny not in TINY:
         raise ConfigError([f"no tiny model of family {tiny!r}; there are: {', '.join(sorted(TINY))}, all"])
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
@@ -291,10 +290,10 @@ def run_parity(
                 device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
                 dtype=dtype,
             )
-            console.print(_table(name, results[name], limit, dtype))
+            show(console, _table(name, results[name], limit, dtype))
             for result in results[name]:
                 if result.problem:
-                    console.print(f"{result.case}: {escape(result.problem)}", soft_wrap=True)
+                    say(console, f"{result.case}: {result.problem}")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {n: [_jsonable(r) for r in rs] for n, rs in results.items()}
@@ -316,6 +315,6 @@ def _table(name: str, results: Sequence[CaseResult], tolerance: float, dtype: st
     for r in results:
         moved = "" if r.moved is None else f"{r.moved:.2f}"
         pixels = "" if r.pixels is None else "equal" if r.pixels == 0 else f"{r.pixels:.1e}"
-        verdict = "yes" if r.agrees(tolerance, dtype) else "[bold red]no[/bold red]"
+        verdict = "yes" if r.agrees(tolerance, dtype) else Text("no", style="bold red")
         table.add_row(r.case, str(r.prompt_tokens), f"{r.largest:.1e}", f"{r.mean:.1e}", pixels, moved, verdict)
     return table

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from driver.config import ConfigError, RunConfig
 from driver.placement import Device
+from driver.screen import say, show
 from driver.wiring import config_adapter, data_options, learner_options
 from learner.flops import Flops, GroupShape, step_flops
 from learner.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
@@ -56,8 +57,10 @@ class Plan:
 def plan_run(config: RunConfig, console: Console, path: Path | None) -> None:
     """Print the plan; write it to `path` too, if one is given. Raises ConfigError."""
     plan = make_plan(config)
-    for line in (_head(plan), _memory_table(plan), _flops_table(plan), f"Assumed: {plan.assumed}.", advice(plan)):
-        console.print(line, highlight=False, soft_wrap=True)
+    say(console, _head(plan))
+    show(console, _memory_table(plan), _flops_table(plan))
+    say(console, f"Assumed: {plan.assumed}.")
+    say(console, advice(plan))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(as_json(plan), indent=1) + "\n")

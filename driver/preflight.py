@@ -17,6 +17,7 @@ from driver.config import ConfigError, RunConfig
 from driver.idle_knobs import Facts, data_idle_problems
 from driver.metrics import read_metrics
 from driver.planning import memory_problems, planned_device
+from driver.screen import say
 from driver.wiring import config_adapter, data_options, learner_options, reward_specs
 from learner.samples import layout, shares_prompts
 from learner.towers import once_per_run
@@ -153,13 +154,13 @@ def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
         source = None
         try:
             source = PromptSource(data_options(config, files, train=False), adapter)
-            console.print(f"{key}: {len(source)} rows; {source.columns}", highlight=False, soft_wrap=True)
+            say(console, f"{key}: {len(source)} rows; {source.columns}")
             lengths = [prompt.expanded_length for prompt in source.one_epoch(rows)]
             longest = f"longest prompt {max(lengths, default=0)} tokens"
-            console.print(f"  {longest}; {source.report()}", highlight=False)
+            say(console, f"  {longest}; {source.report()}")
         except DataError as error:
-            console.print(f"{key}: {error}", highlight=False, markup=False)
+            say(console, f"{key}: {error}")
             accepted = False
         for refusal in source.report().first_refusals if source is not None else ():
-            console.print(f"  {refusal}", highlight=False, markup=False)
+            say(console, f"  {refusal}")
     return accepted

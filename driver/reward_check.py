@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from driver.config import ConfigError, RunConfig
+from driver.screen import say, show
 from driver.wiring import config_adapter, data_options, reward_specs
 from rewards.base import ScoringRequest, as_completion
 from rewards.format import shown
@@ -195,7 +196,7 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
     if not prompts:
         raise ConfigError([f"data.train: none of the first rows can be used: {source.report()}"])
     requests = {prompt.ref.uid: _request(prompt) for prompt in prompts}
-    console.print(f"{len(requests)} rows of data.train", highlight=False)
+    say(console, f"{len(requests)} rows of data.train")
     limit = generation_seconds(config, token_ms)
     try:
         probes = [probe(spec, requests, config) for spec in specs]
@@ -203,14 +204,14 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
             probes.append(_probe(specs, TOGETHER, requests, config))
     except RewardSetupError as error:
         raise ConfigError([str(error)], "the rewards") from error
-    console.print(_table(probes))
+    show(console, _table(probes))
     lines = [
         f"{p.name}: {line}"
         for p in probes
         for line in findings(p, limit, config.reward.actors, lambda text: shown(text, config.reward.trace))
     ]
     for line in lines or ["nothing to report"]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     return bool(lines)
 
 

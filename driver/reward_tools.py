@@ -15,7 +15,9 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
+from driver.cli_help import App
 from driver.config import ConfigError, apply_overrides, load_config
+from driver.screen import say
 from rewards.base import ScoringRequest, as_completion
 from rewards.registry import RewardSpec, check_rewards
 from rewards.user import RewardSetupError
@@ -26,14 +28,20 @@ from rollout.types import FinishReason, Verdict
 
 ENDS: tuple[FinishReason, ...] = get_args(FinishReason)
 
-app = typer.Typer(no_args_is_help=True, help="Try a reward on a file, or probe the rewards of a run.")
+app = App(help="Try a reward on a file, or probe the rewards of a run.")
 
 
 @app.command()
 def score(
-    name: Annotated[str, typer.Argument(help="A shipped reward, or package.module:function (file.py:function).")],
-    file: Annotated[Path, typer.Argument(help="JSONL: `completion`, `answer`, and what else the reward reads.")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[option=value]...")] = None,
+    name: Annotated[
+        str, typer.Argument(help="A shipped reward, or package.module:function (file.py:function).", metavar="REWARD")
+    ],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL: `completion`, `answer`, and what else the reward reads.", metavar="FILE")
+    ],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="What the reward takes.", metavar="[option=value]...")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds one completion may take.", min=0.001)] = 30.0,
 ) -> None:
     """Score completions from a file, one row a completion, and write one verdict a line, as JSON.
@@ -54,13 +62,15 @@ def score(
         line = {"status": verdict.status, "score": verdict.score, "reason": verdict.reason}
         typer.echo(json.dumps(line, allow_nan=False))
     counted = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-    Console(stderr=True).print(counted or "no rows", highlight=False)
+    say(Console(stderr=True), counted or "no rows")
 
 
 @app.command()
 def check(
     config: Annotated[Path, typer.Argument(help="YAML file of a run.", metavar="CONFIG")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.name=value]...")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Knobs to change.", metavar="[section.name=value]...")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Rows of data.train to probe with.", min=1)] = 20,
     token_ms: Annotated[
         float, typer.Option(help="Milliseconds that one decoding step of an engine takes, to compare with.", min=0.01)
@@ -73,9 +83,10 @@ def check(
 
     Example:  saccade rewards check mine.yaml --rows 100
     """
+    settings = load_config(config, overrides or [])
     from driver.reward_check import probe_rewards
 
-    if probe_rewards(load_config(config, overrides or []), rows, token_ms, Console()):
+    if probe_rewards(settings, rows, token_ms, Console()):
         raise typer.Exit(1)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from driver import checkpoints
 from driver.actors import Actors, start_actors
 from driver.cluster import connect
-from driver.config import ConfigError, RunConfig, config_tree, dump_config
+from driver.config import RunConfig, config_tree, dump_config, require_evaluation
 from driver.display import Display, SilentDisplay
 from driver.errors import RunError
 from driver.evaluate import Evaluator, Results
@@ -263,8 +263,7 @@ def open_evaluator(config: RunConfig, actors: Actors, display: Display, check_st
 def open_engines(config: RunConfig, *, address: str | None, display: Display | None) -> Iterator[Evaluator]:
     """Engines and rewards without a learner, for an evaluation of the model as it lies on disk."""
     display = display or SilentDisplay()
-    if not config.data.eval:
-        raise ConfigError(["data.eval names no files: there is nothing to evaluate on"])
+    require_evaluation(config)
     choices = preflight(config, resume=True)
     for line in choices.lines:
         display.phase(line)

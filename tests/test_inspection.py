@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from driver.config import ConfigError, parse_config
+from driver.config import ConfigError, data_config, parse_config
 from driver.inspection import BARS, bars, inspect_data
 from driver.preflight import check_data, preflight
 from rollout.prompts import DataError
@@ -19,7 +19,8 @@ from vlm.tiny.noise import noise_sound, noise_video
 
 def inspected(*arguments: str | Path, model: Path | None = None, rows: int = 1000) -> str:
     out = io.StringIO()
-    inspect_data([str(a) for a in arguments], str(model) if model else None, rows, Console(file=out, width=200))
+    name = str(model) if model else None
+    inspect_data(data_config([str(a) for a in arguments], name), name, rows, Console(file=out, width=200))
     return out.getvalue()
 
 

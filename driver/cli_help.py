@@ -1,0 +1,41 @@
+"""How `saccade --help` reads: docstrings fill the terminal's width, and the usage line names what is typed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+
+def unwrapped(text: str) -> str:
+    """A docstring with its paragraphs in one line each, for the terminal to wrap; lines of examples stay lines."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    joined = [p if p.startswith("Example") else " ".join(p.split()) for p in paragraphs]
+    return "\n\n".join(joined)
+
+
+class Command(TyperCommand):
+    """A command whose usage line shows arguments as their metavars, without brackets around them."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings["help"] = unwrapped(settings.get("help") or "")
+        super().__init__(*args, **settings)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        names = [getattr(argument, "metavar", None) or str(argument.name).upper() for argument in arguments]
+        return ["[OPTIONS]", *names]
+
+
+class App(typer.Typer):
+    """Commands with the help above, which -h shows too."""
+
+    def __init__(self, **settings: Any) -> None:
+        names = {"help_option_names": ["-h", "--help"]}
+        super().__init__(no_args_is_help=True, add_completion=False, context_settings=names, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=Command, **settings)

@@ -1,0 +1,134 @@
+"""The command line: mistakes are told at once, texts are shown as they are, help that can be read."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from typer.testing import CliRunner
+
+import driver
+from driver import cli
+from driver.cli_help import unwrapped
+from driver.display import TerminalDisplay
+from driver.screen import show
+
+HEAVY = ["deepspeed", "ray", "torch", "transformers", "vllm"]
+WRONG = "learner.lrr=1"
+MISTAKES = {
+    f"train CONFIG {WRONG}": "did you mean learner.lr?",
+    f"eval CONFIG {WRONG}": "did you mean learner.lr?",
+    "eval CONFIG data.eval=[]": "data.eval names no files",
+    f"plan CONFIG {WRONG}": "did you mean learner.lr?",
+    f"config CONFIG {WRONG}": "did you mean learner.lr?",
+    f"data check CONFIG {WRONG}": "did you mean learner.lr?",
+    "data inspect x.parquet data.rot=y": "did you mean data.root?",
+    f"rewards check CONFIG {WRONG}": "did you mean learner.lr?",
+    "rewards score acuracy CONFIG": "did you mean 'accuracy'?",
+    "parity": "either a model or --tiny",
+    "merge nofolder out": "there is no such folder",
+}
+CHILD = """
+import contextlib, io, json, sys
+from driver.cli import main
+heavy, commands = json.loads(sys.argv[1])
+for command in commands:
+    sys.argv = ["saccade", *command]
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    print(json.dumps([status, [name for name in heavy if name in sys.modules]]))
+"""
+
+
+def test_a_mistake_is_told_before_anything_heavy_is_imported(repository: Path, tmp_path: Path) -> None:
+    config = str(repository / "examples" / "shapes.yaml")
+    commands = [[config if word == "CONFIG" else word for word in mistake.split()] for mistake in MISTAKES]
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps([HEAVY, commands])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=repository,
+        env={"PATH": "", "HOME": str(tmp_path), "COLUMNS": "500"},
+        check=True,
+    )
+    assert [json.loads(line) for line in child.stdout.splitlines()] == [
+        [1 if mistake.startswith("merge") else 2, []] for mistake in MISTAKES
+    ]
+    told = child.stderr.split("saccade: ")[1:]
+    for mistake, text in zip(MISTAKES, told, strict=True):
+        assert MISTAKES[mistake] in text, mistake
+
+
+def test_the_version_is_told_and_stands_in_one_place(repository: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"saccade {driver.__version__}\n")
+    assert driver.__version__ not in (repository / "pyproject.toml").read_text().split("[project.opt")[0]
+
+
+def test_train_is_completed_by_tab() -> None:
+    assert {"train", "RunConfig"} <= set(dir(driver))
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("train", "[OPTIONS] CONFIG [section.name=value]..."),
+        ("data inspect", "[OPTIONS] FILE... [section.name=value]..."),
+        ("rewards score", "[OPTIONS] REWARD FILE [option=value]..."),
+        ("merge", "[OPTIONS] ADAPTER OUTPUT"),
+        ("parity", "[OPTIONS] [MODEL]"),
+        ("demo", "[OPTIONS]"),
+    ],
+)
+def test_usage_lines_name_what_is_typed(command: str, usage: str) -> None:
+    result = CliRunner().invoke(cli.app, [*command.split(), "-h"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert result.exit_code == 0
+    assert f"{command} {usage}" in " ".join(result.output.split())
+    assert "{" not in result.output
+
+
+def test_help_is_wrapped_by_the_terminal_alone() -> None:
+    text = """First
+    line.
+
+    A paragraph of
+    two lines.
+
+    Examples:  saccade a
+               saccade b
+    """
+    assert unwrapped(text) == "First line.\n\nA paragraph of two lines.\n\nExamples:  saccade a\n           saccade b"
+
+
+def test_nothing_in_a_text_is_taken_for_markup() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    TerminalDisplay(console).phase("learner.gradient_checkpointing=[language], or data/[a].parquet")
+    table = Table("[kind]")
+    table.add_row("[vision]")
+    show(console, table)
+    assert "checkpointing=[language], or data/[a].parquet\n" in out.getvalue()
+    assert "[kind]" in out.getvalue() and "[vision]" in out.getvalue()
+
+
+def test_everything_is_printed_in_one_way(repository: Path) -> None:
+    """Elsewhere a `.print` of rich would read [words] of a text as markup, and break lines through paths."""
+    found = [
+        f"{path.name}:{node.lineno}"
+        for path in (repository / "driver").glob("*.py")
+        if path.name != "screen.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "print"
+    ]
+    assert found == []
