@@ -45,7 +45,7 @@ _KNOB = re.compile(r"(data|model)(\.\w+)+=")
 class RunConfig(Section):
     """One run. Build it with `load_config` (YAML and overrides) or `parse_config` (a dictionary)."""
 
-    output_dir: str
+    output_dir: str = Field(..., min_length=1)
     """Folder of checkpoints, logs and the final model."""
     steps: int = Field(..., ge=1)
     """Optimizer steps."""
@@ -69,6 +69,15 @@ class RunConfig(Section):
             return self.algorithm.old_policy
         corrected = self.algorithm.correction != "none"
         return "behavior" if self.rollout.max_staleness > 0 and not corrected else "current"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections(cls, given: Any) -> Any:
+        """A section that is left empty, or out, is one whose knobs are not given."""
+        if not isinstance(given, Mapping):
+            return given
+        names = [name for name, info in cls.model_fields.items() if _section(info)]
+        return {**given, **{name: {} for name in names if given.get(name) is None}}
 
     @model_validator(mode="after")
     def _goes_together(self) -> RunConfig:
@@ -129,6 +138,8 @@ class RunConfig(Section):
         template = self.data.prompt_template
         if template is not None and template.count("{prompt}") != 1:
             found.append(f"data.prompt_template={template!r}: {{prompt}} must stand in it once, for the row's text")
+        if not self.data.train:
+            found.append("data.train names no files: there is nothing to train on")
         if not self.reward.functions:
             found.append("reward.functions is empty: nothing would be learned")
         return found
@@ -159,25 +170,34 @@ def _shared_gpu_problems(config: RunConfig) -> list[str]:
 def iter_knobs(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every knob with its dotted name and pydantic field, in order."""
     for name, info in section.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if (kind := _section(info)) is not None:
             yield from iter_knobs(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
+
+
+def _section(info: FieldInfo) -> type[BaseModel] | None:
+    """The class of a field that is a section of knobs."""
+    kind = info.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `dotted.name=value` overrides (values are YAML), and validate. Raises ConfigError."""
     path = Path(path)
     try:
-        tree, problems = read_yaml(path.read_text())
+        tree, problems = read_yaml(path.read_text(encoding="utf-8"), path.name)
     except OSError as error:
         raise ConfigError([f"cannot read {path}: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"no text in UTF-8: {error}"], str(path)) from error
     except yaml.YAMLError as error:
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
     if not isinstance(tree, dict):
-        found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError([f"expected a mapping of sections, found {found}"], str(path))
+        found = "it is empty" if tree is None else f"found {tree!r:.60}"
+        raise ConfigError(
+            [f"{found}; a configuration gives at least output_dir, steps, model.path and data.train"], str(path)
+        )
     problems += apply_overrides(tree, overrides)
     return parse_config(tree, str(path), problems)
 
@@ -271,7 +291,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]
             tree["algorithm"] = {"name": tree["algorithm"]}
         node: Any = tree
         for parent in parents:
-            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+            if isinstance(node, dict) and node.get(parent) is None:
+                node[parent] = {}  # a section that is left empty
+            node = node[parent] if isinstance(node, dict) else None
         if not isinstance(node, dict):
             problems.append(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
             continue

@@ -8,8 +8,9 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
+        self.name = name
         self.twice: list[str] = []
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -22,9 +23,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(text: str) -> tuple[Any, list[str]]:
-    """The content, and a text for each key that stands twice. Raises yaml.YAMLError."""
-    loader = _Loader(text)
+def read_yaml(text: str, name: str) -> tuple[Any, list[str]]:
+    """The content, and a text for each key that stands twice. `name`: of the file, for errors. Raises
+    yaml.YAMLError."""
+    loader = _Loader(text, name)
     try:
         return loader.get_single_data(), list(dict.fromkeys(loader.twice))
     finally:

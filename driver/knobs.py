@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from driver.section import Section
+from driver.section import ListOfOne, Section
 from rollout.columns import Role
 from vlm.roles import DEFAULT_LORA_TARGETS, LoraRole, Part
 
@@ -15,7 +15,7 @@ DEFAULT_CPUS: dict[ActorRole, float] = {"rollout": 1.0, "learner": 1.0, "reward"
 
 
 class ModelConfig(Section):
-    path: str
+    path: str = Field(..., min_length=1)
     """Model to train: a directory in Hugging Face format, or a hub name."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of engine and learner. bfloat16 keeps float32 master weights and a float32 loss."""
@@ -28,25 +28,25 @@ class ModelConfig(Section):
     the reference policy, so that no second copy of the model is held."""
     lora_alpha: float = Field(32.0, gt=0)
     """LoRA scale: updates count alpha / rank."""
-    lora_targets: tuple[LoraRole, ...] = DEFAULT_LORA_TARGETS
+    lora_targets: Annotated[tuple[LoraRole, ...], ListOfOne] = DEFAULT_LORA_TARGETS
     """Parts of the model whose linear layers get a LoRA adapter: language.attention, language.mlp, projector, vision,
     audio. The family's adapter knows the layers."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: QLoRA. The base weights of the linear layers are held in 4 bits, and adapters trained over them; the engines
     sample with the same rounded weights. Needs model.lora_rank and the package bitsandbytes."""
-    freeze: tuple[Part, ...] = ()
+    freeze: Annotated[tuple[Part, ...], ListOfOne] = ()
     """Parts that stay as they are when the full weights are trained: vision, projector, audio, language."""
 
 
 class DataConfig(Section):
-    train: tuple[str, ...]
+    train: Annotated[tuple[str, ...], ListOfOne]
     """Parquet, JSONL or JSON files (or glob patterns) of training prompts."""
-    eval: tuple[str, ...] = ()
+    eval: Annotated[tuple[str, ...], ListOfOne] = ()
     """Files of held-out prompts; empty: no evaluation."""
     columns: dict[Role, str | None] = Field(default_factory=dict)
     """Which column is the prompt, image, video, audio and answer. A role that is not named goes to a column whose name
     tells (docs/data.md lists them), null to none. The prompt's own column as answer: its last turn is the answer."""
-    extra_columns: tuple[str, ...] = ()
+    extra_columns: Annotated[tuple[str, ...], ListOfOne] = ()
     """Further columns handed to rewards."""
     system_prompt: str | None = None
     """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
@@ -116,9 +116,17 @@ class RewardSpec(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
 
 class RewardConfig(Section):
-    functions: tuple[RewardSpec, ...] = (RewardSpec(name="format", weight=0.5), RewardSpec(name="accuracy"))
+    functions: Annotated[tuple[RewardSpec, ...], ListOfOne] = (
+        RewardSpec(name="format", weight=0.5),
+        RewardSpec(name="accuracy"),
+    )
     """Rewards, summed by weight, or combined as each one's `combine` says."""
     trace: Literal["visible", "internal", "stripped"] = "visible"
     """The <think> trace: `visible`: asked for and shown; `internal`: asked for, and left out of what is shown;
@@ -172,7 +180,11 @@ class LearnerConfig(Section):
     """Keep optimizer state in CPU memory."""
     offload_parameters: bool = False
     """Keep parameters in CPU memory (ZeRO-3)."""
-    gradient_checkpointing: tuple[Literal["language", "vision", "audio"], ...] = ("language", "vision", "audio")
+    gradient_checkpointing: Annotated[tuple[Literal["language", "vision", "audio"], ...], ListOfOne] = (
+        "language",
+        "vision",
+        "audio",
+    )
     """Parts of the model whose activations are recomputed in the backward pass; [] keeps all."""
     threads: int = Field(1, ge=1)
     """Compute threads of one rank; beside a GPU at least its CPUs in cluster.resources."""

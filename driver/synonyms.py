@@ -73,6 +73,26 @@ SYNONYMS = {
 }
 """What it is called here -> what TRL, verl, OpenRLHF, prime-rl and the like call it."""
 
+VALUES = {
+    theirs: ours
+    for ours, names in {
+        "cuda": "gpu",
+        "bfloat16": "bf16",
+        "float32": "fp32 float no",
+        "nf4": "4bit int4 qlora bnb",
+        "ppo_clip": "ppo vanilla clip",
+        "sequence": "seq-mean-token-mean seq_mean",
+        "token": "token-mean token_mean",
+        "constant": "seq-mean-token-sum-norm",
+        "k1": "kl",
+        "k2": "mse",
+        "k3": "low_var_kl",
+        "reinforce_pp": "reinforce++ reinforce_plus_plus",
+    }.items()
+    for theirs in names.split()
+}
+"""What other programs call a value -> what it is called here."""
+
 REFUSED = {
     f"rollout.{name}": "the learner cannot reproduce a filtered distribution, so training samples with temperature only"
     for name in ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -67,15 +67,15 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
             {"data": {"train": ["a"], "columns": {"picture": "x"}}},
             "data.columns.picture: unknown role; there are 'prompt'",
         ),
-        ({"data": {"train": ["a"], "overlong_prompts": "cut"}}, "input should be 'refuse' or 'truncate'"),
+        ({"data": {"train": ["a"], "overlong_prompts": "cut"}}, "should be 'refuse' or 'truncate'"),
         ({"learnr": {"lr": 1}}, "did you mean learner?"),
         (
             {"model": {"path": "m", "freeze": ["visoin"]}},
-            "model.freeze.0='visoin': did you mean vision? input should be",
+            "model.freeze.0='visoin': did you mean vision? should be",
         ),
         (
             {"model": {"path": "m", "lora_targets": ["language.mpl"]}},
-            "model.lora_targets.0='language.mpl': did you mean language.mlp? input should be 'language.attention', ",
+            "model.lora_targets.0='language.mpl': did you mean language.mlp? should be 'language.attention', ",
         ),
         (
             {"model": {"path": "m", "freeze": ["vision", "projector", "audio", "language"]}},
@@ -95,9 +95,9 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
             {"model": {"path": "m", "quantize": "nf4", "lora_rank": 4}, "learner": {"offload_parameters": True}},
             "model.quantize=nf4 with offload_parameters was never verified",
         ),
-        ({"model": {"path": "m", "quantize": "int3"}}, "model.quantize='int3': input should be 'none' or 'nf4'"),
+        ({"model": {"path": "m", "quantize": "int3"}}, "model.quantize='int3': should be 'none' or 'nf4'"),
         ({"cluster": {"resources": {"rolout": {}}}}, "cluster.resources.rolout: unknown role; there are 'rollout', "),
-        ({"cluster": {"resources": {"reward": {"CPU": -1}}}}, "cluster.resources.reward.CPU=-1: input should be"),
+        ({"cluster": {"resources": {"reward": {"CPU": -1}}}}, "cluster.resources.reward.CPU=-1: should be"),
     ],
 )
 def test_each_cross_field_rule(change: dict, expected: str):
