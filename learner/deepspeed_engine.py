@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from learner.deepspeed_state import link_moments, read_full, read_weight, set_step_count, write_full, write_weight
+from learner.deepspeed_state import (
+    forget_gradients,
+    link_moments,
+    read_full,
+    read_weight,
+    set_step_count,
+    write_full,
+    write_weight,
+)
 from learner.engine import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu, state_bytes
 from learner.export import save_policy
 from learner.model import load_policy, load_reference
@@ -92,6 +100,8 @@ class DeepSpeedEngine:
         taken = self._engine.was_step_applied()  # no stage takes one whose gradient norm is not finite
         if taken and self.steps == 0:
             link_moments(self._engine.optimizer)
+        if not taken:
+            forget_gradients(self._engine.optimizer)
         self.steps += taken
         own = self._optimizer if isinstance(self._optimizer, ClippingAdamW) else None
         norm = float(self._engine.get_global_grad_norm()) if own is None else own.grad_norm

@@ -97,6 +97,13 @@ def link_moments(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
+def forget_gradients(zero: Any) -> None:
+    """Drop what was summed up for a step that was not taken. ZeRO-1 and -2 do so but with offloaded states in bfloat16,
+    where they would add the next step's gradients to it: one such step would be the last that is taken."""
+    if hasattr(zero, "single_partition_of_fp32_groups"):
+        zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
+
+
 def flat_partitions(zero: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """This rank's float32 tensors that the optimizer steps on: ZeRO-3, ZeRO-1 and -2, ZeRO-1 in bfloat16, none."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):

@@ -114,7 +114,11 @@ def test_bfloat16_without_zero_is_refused(tiny_model: Path):
 
 @pytest.mark.parametrize(
     "changes",
-    [*({"zero_stage": stage} for stage in (0, 1, 3)), *({"zero_stage": s, "dtype": "bfloat16"} for s in (1, 2, 3))],
+    [
+        *({"zero_stage": stage} for stage in (0, 1, 3)),
+        *({"zero_stage": stage, "dtype": "bfloat16"} for stage in (1, 2, 3)),
+        *({"zero_stage": stage, "dtype": "bfloat16", "offload_optimizer": True} for stage in (1, 2, 3)),
+    ],
     ids=str,
 )
 def test_every_stage_and_precision_refuses_steps_that_are_not_finite(
@@ -129,3 +133,42 @@ def test_every_stage_and_precision_refuses_steps_that_are_not_finite(
     for broken in ("loss", "first step"):
         contract.test_no_step_is_taken_on_what_is_not_finite(make, tiny_model, case, broken)
     contract.test_vectors_do_not_decay(make, tiny_model, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "offload" in name])
+def test_the_optimizer_of_states_offloaded_from_gpus(
+    tiny_model: Path, process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, dtype: str
+):
+    """DeepSpeedCPUAdam, which only a learner on GPUs takes (compiled here at first use, for a minute): it steps as
+    torch's, refuses what is not finite, does not decay vectors, and resumes exactly."""
+    from learner import deepspeed_engine
+    from learner.deepspeed_engine import DeepSpeedEngine
+
+    case, contract = mixed_case(adapter_of(tiny_model)), TrainEngineContract()
+    chosen = options(tiny_model, micro_batch_tokens=90, dtype=dtype, **VARIANTS[variant])
+    plain = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    contract.update(plain, chosen, case)
+    make_optimizer = deepspeed_engine._make_optimizer
+    monkeypatch.setattr(
+        deepspeed_engine, "_make_optimizer", lambda p, given: make_optimizer(p, replace(given, device="cuda"))
+    )
+    engine = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    assert type(engine._optimizer).__name__ == "DeepSpeedCPUAdam"
+    contract.update(engine, chosen, case)
+    ours, theirs = master_weights(engine), master_weights(plain)
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, theirs[name], rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    save_checkpoint(engine, tmp_path / "checkpoint")
+    second = contract.update(engine, chosen, case)
+    resumed = DeepSpeedEngine(chosen, adapter_of(tiny_model))
+    load_checkpoint(resumed, tmp_path / "checkpoint")
+    again = contract.update(resumed, chosen, case)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+    build = lambda given: DeepSpeedEngine(replace(given, dtype=dtype, **VARIANTS[variant]), adapter_of(tiny_model))  # noqa: E731
+    for broken in ("loss", "first step"):
+        contract.test_no_step_is_taken_on_what_is_not_finite(build, tiny_model, case, broken)
+    contract.test_vectors_do_not_decay(build, tiny_model, case)
