@@ -22,6 +22,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from driver import __version__
 from driver.cli import app
 from driver.config import RunConfig, iter_knobs, load_config, parse_config
 from rewards.base import ScoringRequest
@@ -128,7 +129,7 @@ def test_images_carry_the_version_of_the_project() -> None:
         for tag in re.findall(r"saccade:([\w.]+)-(?:gpu|cpu)", path.read_text())
     ]
     assert len(named) > 6
-    assert {tag for _, tag in named} == {PROJECT["version"]}, named
+    assert {tag for _, tag in named} == {__version__}, named
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
