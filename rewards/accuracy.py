@@ -30,6 +30,7 @@ that changes its mind without saying so is judged by what it says last.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,10 @@ from rewards.notation import MAX_CHARACTERS, folded, plain
 from rewards.quantities import Units, quantities_equal
 from rewards.reading import read
 from rollout.types import Verdict
+
+_FORMULA = re.compile(r"(?:[(\[]?[A-Z][a-z]?(?:_?\{?[0-9]+\}?)?[)\]]?){2,}")
+"""Of chemistry: H_2O, C6H12O6."""
+_SUBSCRIPT = re.compile(r"[_{}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,8 @@ def _identical(gold: str, answer: str) -> bool:
     kind = read(gold)
     loose = isinstance(kind, Expression | Named | Relation | Quantity) or (isinstance(kind, Words) and "\\" in left)
     if loose and left.replace(" ", "") == right.replace(" ", ""):
+        return True
+    if _FORMULA.fullmatch(left) and _SUBSCRIPT.sub("", left) == _SUBSCRIPT.sub("", right):
         return True
     return folded(left) == folded(right) and isinstance(kind, Words | Letter)
 

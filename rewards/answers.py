@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from rewards.hedging import is_denied, is_hedged
 from rewards.kinds import Letter, Words
 from rewards.notation import squeezed
 from rewards.reading import read
@@ -24,6 +25,8 @@ WINDOW = 1000
 """Characters from the end of a completion in which the last expression is looked for."""
 SENTENCE = 400
 """Longest text that is read behind `the answer is`."""
+MAX_PHRASES = 8
+"""How many times, from the end, `the answer is` is read where it is denied."""
 MAX_BOXES = 32
 """Boxes side by side that make one list."""
 
@@ -37,7 +40,9 @@ _PHRASE = re.compile(
     r"[*_]{0,3}\s{0,3}[:=]?[*_]{0,3}\s{0,3}(?!\s|not\b)",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"\.(?=\s|$)|(?<=[a-z])[!?](?=\s|$)|\n|,?\s(?:because|since)\b")
+_SENTENCE_END = re.compile(
+    r"(?<!\b[DMS][rst])(?<!\bMrs)(?<!\bProf)\.(?=\s|$)|(?<=[a-z])[!?](?=\s|$)|\n|,?\s(?:because|since)\b"
+)
 _BOLD = re.compile(r"(?<!\S)\*\*|\*\*(?=[\s.,;:]|$)")
 _TOKEN = re.compile(r"\$\$.{1,300}?\$\$|\$[^$\n]{1,200}\$|\\\(.{1,200}?\\\)|\\\[.{1,300}?\\\]|\S+", re.DOTALL)
 _DELIMITED = re.compile(r"\$.+\$|\\\(.+\\\)|\\\[.+\\\]", re.DOTALL)
@@ -49,6 +54,8 @@ _ABBREVIATION = re.compile(
     r"(?:[cmdkμn]?m|[km]?g|[mcd]?[lL]|k?[JWNV]|m[VA]|s|Hz|Pa|ft|lb)(?:\^?[23²³])?(?:/\w{1,3})?[.,;!?]*"
 )
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?[.,;:!?]*")
+_BOUNDS = ("to", "of", "through")
+"""Words that make one thing of two numbers: `6 to 8`, `5 of 6`."""
 _PUNCTUATION = ".,;:!?*_`"
 
 
@@ -72,14 +79,20 @@ def stated_answer(text: str) -> Found | None:
     start = text.rfind("<answer>", 0, max(end, 0))
     if 0 <= start < end:
         return Found(text[start + len("<answer>") : end].strip(), "answer")
-    phrase = None
-    for phrase in _PHRASE.finditer(text):  # noqa: B007  # the last one is wanted
-        pass
-    if phrase is not None and (sentence := _sentence(text[phrase.end() : phrase.end() + SENTENCE])):
+    if (sentence := _last_sentence(text)) is not None:
         return Found(sentence, "phrase")
     start = text.rfind("####")
     if start >= 0 and (line := text[start + 4 : start + 4 + SENTENCE].strip().partition("\n")[0].strip()):
         return Found(line, "hash")
+    return None
+
+
+def _last_sentence(text: str) -> str | None:
+    """What follows the last `the answer is` that is neither denied nor asked."""
+    for phrase in reversed(list(_PHRASE.finditer(text))[-MAX_PHRASES:]):
+        sentence = _sentence(text[phrase.end() : phrase.end() + SENTENCE])
+        if not is_denied(text[max(0, phrase.start() - 80) : phrase.start()], sentence):
+            return sentence or None
     return None
 
 
@@ -138,7 +151,7 @@ def first_expression(sentence: str) -> str | None:
             end = i
             while end + 1 < len(tokens) and _continues(tokens, end):
                 end += 1
-            return _run(tokens, end)[0]
+            return None if _hedged(tokens, i, end) else _run(tokens, end)[0]
     return None
 
 
@@ -146,6 +159,8 @@ def _continues(tokens: list[str], end: int) -> bool:
     following = tokens[end + 1]
     if _is_operator(tokens[end][-1:]) or (_is_operator(following[:1]) and len(following) < 40):
         return not _LONG_WORD.search(following)
+    if following.lower() in _BOUNDS or tokens[end].lower() in _BOUNDS:
+        return any(_NUMBER.fullmatch(token) for token in tokens[end + 1 : end + 3])
     joined = following.lower() in ("or", "and") or tokens[end].lower() in ("or", "and") or tokens[end].endswith(",")
     return joined and (_is_mathematical(following) or (end + 2 < len(tokens) and _is_mathematical(tokens[end + 2])))
 
@@ -155,13 +170,16 @@ def last_expression(text: str) -> tuple[str, str] | None:
     window = text[-WINDOW:]
     if len(text) > WINDOW:
         window = window.partition("\n" if "\n" in window[: WINDOW // 2] else " ")[2]
-    tokens = _tokens(window)
+    tokens = _tokens(_BOLD.sub("", window))
     for end in range(len(tokens) - 1, -1, -1):
         if _is_mathematical(tokens[end]):
             run, start = _run(tokens, end)
-            denied = start > 0 and tokens[start - 1].lower() in ("not", "isn't", "never")
-            return None if denied else (run, " ".join(tokens[end + 1 : end + 4]))
+            return None if _hedged(tokens, start, end) else (run, " ".join(tokens[end + 1 : end + 4]))
     return None
+
+
+def _hedged(tokens: list[str], start: int, end: int) -> bool:
+    return is_hedged(" ".join(tokens[max(0, start - 5) : start]), " ".join(tokens[end + 1 : end + 3]))
 
 
 def _run(tokens: list[str], end: int) -> tuple[str, int]:
@@ -184,8 +202,13 @@ def _joined(tokens: list[str], start: int, end: int) -> bool:
         return True
     if before.lower() in ("or", "and"):
         return start > 1 and _is_mathematical(tokens[start - 2])
-    if first.lower() in ("or", "and"):
+    if before.lower() in _BOUNDS:
+        numbers = start > 1 and bool(_NUMBER.fullmatch(tokens[start - 2]) and _NUMBER.fullmatch(first))
+        return numbers and (start < 3 or tokens[start - 3].lower() != "from")
+    if first.lower() in ("or", "and", *_BOUNDS):
         return True
+    if before[-1] == "*":
+        return _is_mathematical(before) or (start > 1 and _is_mathematical(tokens[start - 2]))
     if _LONG_WORD.search(before) and not _DELIMITED.fullmatch(before):
         return False
     if before[-1] in ",;" or (_NUMBER.fullmatch(before) and _NUMBER.fullmatch(first)):  # 1 2 3 is not 3

@@ -6,7 +6,7 @@ Quantity    the same value and the same unit, as text
 Several     the same brackets, and equal values in order; without brackets, in sets and in unions in any order
 Named       the same names with equal values, in any order; or the values alone, in the gold's order
 Relation    the same relation, up to a factor and the side it is written on; for one unknown, the interval it states
-Time        the same time; am and pm count where both are given
+Time        the same time; am and pm count where both are given, and 20:15 is 8:15 pm
 Ratio       the same ratio; of two parts, also their quotient
 Letter      the same letter, with or without brackets
 Words       the same words
@@ -23,6 +23,10 @@ from rewards.numbers import Number, numbers_equal, read_number, scales
 from rewards.reading import read
 
 _UNKNOWN = re.compile(r"[A-Za-z](?:_[A-Za-z0-9])?(?:\([a-z]\))?|\\(?:theta|alpha|beta|lambda|mu|phi)")
+_SUM_OF_NAMES = re.compile(
+    r"[A-Za-z](?:_[A-Za-z0-9])?(?:\s*[+-]\s*[A-Za-z](?:_[A-Za-z0-9])?)+|\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?![a-z])[^=<>]+"
+)
+"""What an answer may say that it has worked out: `m + n = 204`, `\\sin 60° = ..`."""
 MAX_ITEMS = 32
 """Longest list whose order does not count: every pair of items may have to be compared."""
 
@@ -37,8 +41,7 @@ def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
         case (Words(), Words()) | (Letter(), Letter()):
             return gold == answer
         case Time(), Time():
-            at_same_half = gold.half == answer.half or not (gold.half and answer.half)
-            return at_same_half and (gold.minutes, gold.seconds) == (answer.minutes, answer.seconds)
+            return _times(gold, answer)
         case Ratio(), _:
             return _ratios(gold, answer)
         case Quantity(), Quantity():
@@ -59,6 +62,8 @@ def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
             return _relations(gold, answer)
         case ((Number() | Expression()), (Number() | Expression())):
             return _values(gold, answer, tolerance)
+        case ((Number() | Expression() | Quantity()), Relation(sides, ("=",))) if _SUM_OF_NAMES.fullmatch(sides[0]):
+            return same(gold, read(sides[1]), tolerance)
         case ((Number() | Expression()), Ratio()):
             return len(answer.parts) == 2 and same(gold, _quotient(answer), tolerance)
         case Expression(), Letter():
@@ -66,6 +71,17 @@ def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
         case Letter(), Expression():
             return gold.letter == answer.text.casefold()
     return False
+
+
+def _times(gold: Time, answer: Time) -> bool:
+    """The same by the clock that both are read from: 8:15 pm is 20:15 and 8:15, and not 8:15 am."""
+    if gold.seconds != answer.seconds or (gold.half and answer.half and gold.half != answer.half):
+        return False
+    return gold.minutes == answer.minutes or _of_the_day(gold) == _of_the_day(answer)
+
+
+def _of_the_day(time: Time) -> int:
+    return time.minutes % 720 + 720 * (time.half == "p") if time.half else time.minutes
 
 
 def _unit(unit: str) -> str:

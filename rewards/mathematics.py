@@ -31,11 +31,26 @@ DIGITS = 30
 """Decimal digits to which expressions are evaluated."""
 
 _COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}(?:\{[lcr|]+\})?|\\(?:mathbb|operatorname)\{\w+\}|\\[a-zA-Z]+")
+_NAME = re.compile(r"\\(?:\\|([a-zA-Z]+))")
 _PROSE = re.compile(r"[^\W\d_]{3}|(?<![^\W\d_])(?:or|and|to|is|of|in|at)(?![^\W\d_])")
-_UNREADABLE = re.compile(
-    r"[:;?@#\"'!]{2}|[:;?@#\"'&~]|\.\.|\\(?:i+nt|sum|prod|lim|text|boxed|approx|cup|cap|pm|mp|to|in)(?![a-zA-Z])|[0-9)]_"
+_CODE = re.compile(r"[A-DF-Za-df-z][0-9]")
+"""A letter with a digit behind it, other than in 1e5: H2O, A1, MP3. A product has its number in front."""
+_KNOWN = set(
+    re.findall(
+        r"\w+",
+        """
+    frac sqrt binom cdot times div ast pi infty emptyset circ degree ell prime angle triangle perp parallel setminus
+    le ge ne lt gt sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det deg
+    arg Re Im lfloor rfloor lceil rceil lvert rvert vert mid langle rangle lbrack rbrack lbrace rbrace overline bar
+    hat vec overrightarrow widehat mathbb operatorname begin end alpha beta gamma delta epsilon varepsilon zeta eta
+    theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta
+    Lambda Xi Pi Sigma Upsilon Phi Psi Omega
+    """,
+    )
 )
-"""Integrals, sums and limits, which sympy would try to evaluate; primes and number bases, which the parser drops."""
+"""Commands that mean something to the parser. What it does not know it passes over: `\\phantom{3}` would be 3."""
+_UNREADABLE = re.compile(r"[:;?@#\"'!]{2}|[:;?@#\"'&~]|\.\.|[0-9)]_|(?<![_^0-9.])[0-9.]+\s+\.?[0-9]|%\s*[^\s*/+)}-]")
+"""Primes and number bases, which the parser drops; two numbers side by side, which it adds."""
 _MATHEMATICAL = re.compile(r"[0-9+*/^=<>\\|-]")
 _TABLE = re.compile(r"\\begin\{")
 _SCIENTIFIC = re.compile(r"(?<=[0-9])[eE]([+-]?[0-9]{1,3})(?![0-9a-zA-Z])")
@@ -46,9 +61,12 @@ def is_expression(text: str) -> bool:
     """Whether plain `text` may be read as one expression: nothing but mathematics in it, and of a bearable size."""
     if not text or len(text) > MAX_CHARACTERS or not balanced(text):
         return False
-    if _UNREADABLE.search(text.replace("&", " ") if _TABLE.search(text) else text):
+    if _UNREADABLE.search(text.replace("&", ",") if _TABLE.search(text) else text):
         return False
-    return not _PROSE.search(_COMMAND.sub(" ", text))
+    without_names = _COMMAND.sub(" ", text)
+    return set(_NAME.findall(text)) - {""} <= _KNOWN and not (
+        _PROSE.search(without_names) or _CODE.search(without_names)
+    )
 
 
 def balanced(text: str) -> bool:

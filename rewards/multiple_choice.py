@@ -3,16 +3,18 @@
     answer    choice | lead choice | choice behind | one of these in `\\boxed{}`, `$..$`, `\\text{}`, `**..**`, `<tags>`
     choice    letter | letter punctuation words | text, that of one choice of the row
     letter    `B`, `b`, `(B)`, `[B]`, `B.`, `B)`, `<B>`
-    lead      "the answer is", "Answer:", "option", "I choose", "the correct choice would be", and the like
+    lead      "the answer is", "Answer:", "option", "I choose", "the correct choice would be", "so B", and the like
     behind    "is correct", "is the right answer", "because ..", "since .."
 
 A letter that the row has wins over a choice whose text is that letter. What is named besides the one letter decides
 too: where another letter stands by itself anywhere ("A or B", "C (or maybe D)", "A/B/C/D", "not A but B"), or the text
-of another choice behind the letter, the answer picks none. Letters within names do not count ("Vitamin C", "Point A"),
-nor does "A" as an article, nor "I".
+of another choice behind the letter, the answer picks none. What is denied ("B is wrong", "I don't think it's B") is
+named, and not picked. Letters within names do not count ("Vitamin C", "Point A"), nor does "A" as an article, nor "I".
+A number or an expression is the choice that accuracy takes for equal: `72^\\circ` is 72°. "yes, .." is Yes.
 
 The choices come from a column, or from the row's own words. The gold is a letter or a choice's text, in the same forms.
-With `scope: completion` the last `\\boxed{}` counts, else what follows the last lead, else the last line.
+With `scope: completion` the last `\\boxed{}` counts (boxes side by side are several answers), else what follows the
+last lead, else the last line.
 
 Failure modes: with two choices, guessing earns 0.5 on average. An answer that rules out other letters by name is
 wrong; an answer in words is wrong where the choices are not known.
@@ -26,10 +28,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rewards.answers import boxed, stated_answer
 from rewards.base import ScoringRequest, unscorable
 from rewards.choices import read_choices
+from rewards.equality import same
 from rewards.format import Scope, answer_text, check_scope, judged_text
 from rewards.golds import gold_forms
+from rewards.hedging import is_denied
+from rewards.kinds import Letter, Words
+from rewards.reading import read
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 10_000
@@ -38,17 +45,23 @@ _TAGS = re.compile(r"</?[a-zA-Z]{2,12}>|</[A-Za-z]>|<[a-z]>")
 _WRAPPERS = re.compile(
     r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mathit|mathsf)(?=\s*\{)|\\[()\[\]]|\\[,;!]|[*_`\"{}$“”<>]"
 )
-_BOX = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _LONE = re.compile(r"[(\[' ]*([A-Za-z])[)\].:,;!。' ]*")
 _LED = re.compile(r"[(\[]\s*([A-Za-z])(?=\s*[)\]])|([A-Za-z])(?=[):、]|[.,;]\s)|([A-Z])(?=\s[-–—]\s| \()")
 _BEHIND = re.compile(r"([A-Z])(?=,? (?:is|because|since|as)\b)")
 _BARE = re.compile(r"([B-HJ-Z])(?= )")
 _LEAD = re.compile(
     r"(?i)(?:\bI(?:'d| would| will)? )?"
-    r"(?:\b(?:answer|option|choice|choose|chose|select|selected|pick|go with|going with|it is|it's)\b|答案|选项|选择?)"
+    r"(?:\b(?:so|hence|thus|therefore),?(?= [(]?(?-i:[A-Z])[)]?(?:[.!]?$| is\b))|"
+    r"\b(?:answer|option|choice|choose|chose|select|selected|pick|go with|going with|it is|it's)\b|答案|选项|选择?)"
     r"(?: (?:to (?:the|this) question|number|letter|should|would|must|therefore|thus)\b)*"
     r"(?: ?(?:\b(?:is|be|are)\b|为|应为|应该是|是))?(?: (?:option|choice|answer|therefore|thus|letter)\b)* ?[:=–—-]* ?"
 )
+_NOT_IT = re.compile(
+    r"(?i)[(\[]?[a-z][)\].]? ?(?:(?:is|was|seems|would be) ?(?:n't|not|wrong|incorrect|false|impossible)|"
+    r"can(?:not|'t))\b"
+)
+_FIRST_LINE = re.compile(r"[(\[*_ ]*([A-Za-z])[)\].:*_ ]*\n")
+_TRUTH = ("yes", "no", "true", "false")
 _CAPITAL = re.compile(r"(?<![\w'\\-])([A-Z])(?![\w'])")
 _BRACKETED = re.compile(r"[(\[] ?([a-z]) ?[)\]]|(?<![\w'(\[])([a-z])\)")
 _JOINED = re.compile(
@@ -57,7 +70,7 @@ _JOINED = re.compile(
 )
 _CONNECTORS = re.compile(
     r"(?i)(?:or|and|n?either|nor|maybe|perhaps|possibly|also|both|options?|choices?|answers?|is|are|not|than|but|with|be|"
-    r"to|between|though|although|while|since|because|if|then|rather|even|likely|probably|only|so|thus|the|an?|letters?|"
+    r"to|between|though|although|while|since|because|if|then|rather|even|likely|probably|only|so|thus|hence|therefore|the|an?|letters?|"
     r"correct|right|best|wrong)"
 )
 _NAMES = re.compile(
@@ -101,19 +114,20 @@ def concluded(completion: str, choices: Mapping[str, str]) -> str | None:
     its last line."""
     text = answer_text(completion) or completion.strip()
     text = text[-MAX_CHARACTERS:]
-    if boxes := _BOX.findall(text):
-        return picked(boxes[-1], choices)
+    if (box := boxed(text)) is not None:
+        return picked(box.text, choices)
     last = text.rpartition("\n")[2]
     if (choice := picked(last, choices)) is not None or last == text:
         return choice
-    leads = list(_LEAD.finditer(text))
+    leads = [lead for lead in _LEAD.finditer(text) if not _CONNECTORS.fullmatch(lead[0].strip(" ,"))]
     return picked(text[leads[-1].start() :].split("\n\n")[0], choices) if leads else None
 
 
 def picked(text: str, choices: Mapping[str, str]) -> str | None:
     """The letter that `text` chooses; None for none or several. `choices`: letter -> text, empty if not known."""
-    plain = _plain(text)
-    if (choice := _direct(plain, choices)) is not None:
+    text = text.strip()
+    plain = _plain(_FIRST_LINE.sub(r"\1. ", text, count=1) if _FIRST_LINE.match(text) else text)
+    if (choice := _direct(plain, choices) or _of_value(text, choices)) is not None:
         return choice
     leads = list(_LEAD.finditer(plain))
     starts = [0, *(lead.end() for lead in leads)]
@@ -121,16 +135,34 @@ def picked(text: str, choices: Mapping[str, str]) -> str | None:
     said: set[str] = set()
     stated = False
     for start, end in zip(starts, ends, strict=True):
-        piece = plain[start:end].strip()
+        piece, before = plain[start:end].strip(), plain[max(0, start - 80) : start]
         if (choice := _direct(piece, choices)) is not None:
             said.add(choice)
-            stated = True
-        elif (match := _opening(piece, led=start > 0)) is not None:
+        elif (match := _opening(piece, led=start > 0)) is not None and not _NOT_IT.match(piece):
             said |= {_letter(match)} | _mentioned(piece[match.end() :], choices)
-            stated = True
         else:
             said |= _mentioned(piece, choices)
+            continue
+        stated = stated or not is_denied(before, "")
+    if not said and (found := stated_answer(text)) is not None and found.rule == "phrase":
+        return _of_value(found.text, choices)
     return _existing(said.pop(), choices) if stated and len(said) == 1 else None
+
+
+def _of_value(text: str, choices: Mapping[str, str]) -> str | None:
+    """The choice that has the number or expression which is all of `text`, as accuracy compares them; or to which
+    `text` says yes or no."""
+    if not choices or len(text) > 400:
+        return None
+    first, _, rest = _fold(text).partition(",")
+    if first in _TRUTH and not set(re.findall(r"\w+", rest)) & set(_TRUTH):
+        found = [letter for letter, choice in choices.items() if _fold(choice) == first]
+    elif isinstance(read(text), Words | Letter):
+        return None
+    else:
+        values = {letter: read(choice) for letter, choice in choices.items()}
+        found = [k for k, value in values.items() if not isinstance(value, Words | Letter) and same(value, read(text))]
+    return found[0] if len(found) == 1 else None
 
 
 def _plain(text: str) -> str:
@@ -148,6 +180,9 @@ def _direct(plain: str, choices: Mapping[str, str]) -> str | None:
     found = [letter for letter, choice in texts.items() if choice and choice == _fold(plain)]
     if len(found) == 1:
         return found[0]
+    behind = re.fullmatch(r"(.+?),? ?[(\[]([A-Z])[)\]]\.?", plain)
+    if behind is not None and texts.get(behind[2]) == _fold(behind[1]):
+        return behind[2]
     match = _LED.match(plain) or _BARE.match(plain) or re.match("(A)(?= )", plain)
     if match is None or not texts.get(_letter(match)):
         return None

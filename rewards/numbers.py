@@ -1,6 +1,7 @@
 """Numbers: read exactly, with the sign that stands at them, and compared by the digits that are written.
 
-    3, -1,000.5, 1 000, 2e3, 1/3, \\frac{1}{3}, 2\\frac{1}{2}, 6.63 \\times 10^{-34}, 50%, 145°, 37°30', $5
+    3, -1,000.5, 1 000, 2e3, 1/3, \\frac{1}{3}, 2\\frac{1}{2}, 0.\\overline{3}, 6.63 \\times 10^{-34}
+    50%, 145°, 37°30', $5, 5 million
 
 A decimal equals what rounds to the same six digits behind the point, and for numbers below 1 to the same six
 significant digits: 0.333333 is 1/3, 0.0000012 is not 0.0000013. Whole numbers and fractions are equal or not. What
@@ -26,6 +27,9 @@ _MIXED = re.compile(r"(?P<whole>[0-9]+)\s+(?P<top>[0-9]+)/(?P<bottom>[0-9]+)")
 _SCIENTIFIC = re.compile(
     rf"(?:(?P<factor>{_DECIMAL})\s*(?:\\times|\\cdot|\*)\s*)?10\s*\^\s*(?:\{{\s*([+-]?[0-9]{{1,3}})\s*\}}|([+-]?[0-9]{{1,3}}))"
 )
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar)\{\s*([0-9]+)\s*\}|\\dot\{?([0-9])\}?)")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(rf"(?P<factor>{_DECIMAL})\s*(?P<scale>(?i:{'|'.join(_SCALES)}))")
 _SIGNED = re.compile(r"([+-]?)\s*(.+)", re.DOTALL)
 _ANGLE = re.compile(r"([+-]?[0-9]+)°\s*([0-9]+(?:\.[0-9]+)?)'(?:\s*([0-9]+(?:\.[0-9]+)?)(?:\"|''))?")
 _LEADING = re.compile(rf"([+-]?)\s*([{CURRENCIES}])\s*")
@@ -81,6 +85,12 @@ def _unsigned(text: str) -> tuple[Fraction, bool] | None:
             except (ValueError, ZeroDivisionError):
                 return None
             return quotient + int(parts.get("whole") or 0), decimal
+    if match := _SCALED.fullmatch(text):
+        return _fraction(match["factor"]) * 10 ** _SCALES[match["scale"].lower()], decimal
+    if match := _REPEATING.fullmatch(text):
+        whole, first, again = match[1] or "0", match[2], match[3] or match[4]
+        repeated = Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(first))
+        return Fraction(f"{whole}.{first}0") + repeated, False
     if match := _SCIENTIFIC.fullmatch(text):
         power = int(match[2] or match[3])
         return _fraction(match["factor"] or "1") * Fraction(10) ** power, decimal

@@ -30,6 +30,8 @@ _SHORT_UNIT = re.compile(
     r"[cmdkμn]m|[km]g|[mcd][lL]|ft|in|yd|mi|oz|lb|hr|k[JWNV]|m[VA]|Hz|Pa|eV|cc|[pq]t|[KMGT]B|°[CF]|[ap]m"
 )
 """Units of two letters; any others are symbols that are multiplied."""
+_ANY_UNIT = re.compile(r"(?:sq(?:uare|\.)?|cubic|cu\.?)?\s*units?(?:\s*\^(?:\{[23]\}|[23])|\s+(?:squared|cubed))?")
+"""`27 units` says no more than 27."""
 _NAME = re.compile(
     r"(?:m?\s*\\angle\s*)?(?:\\[A-Za-z]+|[A-Za-z]{1,3}|\|\s*[A-Z]{2}\s*\||\\overline\{[A-Z]{2}\}|\\(?:vec|mathbf|overrightarrow)\{[A-Za-z]+\})"
     r"(?:_(?:[A-Za-z0-9]+|\{[^{}]*\}))?'*(?:\s*\(\s*[A-Za-z0-9, ]{1,9}\s*\))?(?:\^(?:-1|\{-1\}))?"
@@ -85,7 +87,7 @@ def _ratio(text: str) -> Ratio | None:
     return Ratio(tuple(parts))
 
 
-def _quantity(text: str) -> Quantity | None:
+def _quantity(text: str) -> Number | Expression | Quantity | None:
     start = _NUMBER_FIRST.match(text)
     first = start.end() if start else 0
     for match in (_UNIT.match(text, first + len(text[first:]) - len(text[first:].lstrip())), _UNIT.search(text)):
@@ -97,6 +99,8 @@ def _quantity(text: str) -> Quantity | None:
             continue
         counted = text[: match.start()].strip()
         value = read_number(counted) or _expression(counted)
+        if value is not None and _ANY_UNIT.fullmatch(unit):
+            return value
         if value is not None:
             return Quantity(value, re.sub(r"[{}\s]", "", unit).replace("\\cdot", "*").replace("\\times", "*"))
     return None

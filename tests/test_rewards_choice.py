@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ BY_LETTER = [
     *("The correct option is: B", "The right choice must be B", "So the answer is \\(B\\).", "I choose B", "It's B"),
     *("I would pick (B)", "I'd go with B.", "答案是B", "答案：B", "选B"),
 ]
-BY_TEXT = ["a dog", "A dog.", "**a dog**", "\\boxed{\\text{a dog}}", "B a dog", "B\na dog", "the answer is a dog"]
+BY_TEXT = ["a dog", "A dog.", "**a dog**", "\\boxed{\\text{a dog}}", "B a dog", "the answer is a dog"]
 NONE = [
     *(
         "",
@@ -89,6 +91,38 @@ def test_what_names_no_single_choice_picks_none(answer: str) -> None:
 )
 def test_letters_in_names_are_no_choices(answer: str, choice: str | None) -> None:
     assert picked(answer, CHOICES) == choice
+
+
+LISTS = {
+    "pets": {"A": "a cat", "B": "a dog", "C": "Vitamin A", "D": "12 cm"},
+    "numbers": {"A": "3", "B": "4", "C": "5", "D": "6"},
+    "angles": {"A": "36°", "B": "72°", "C": "100°", "D": "108°"},
+    "yes_no": {"A": "Yes", "B": "No"},
+    "sentences": {
+        "A": "The dog is to the left of the cat.",
+        "B": "The cat is to the left of the dog.",
+        "C": "Both A and B",
+        "D": "None of the above",
+    },
+}
+
+
+def test_every_answer_of_the_table_picks_what_it_picks() -> None:
+    """Forms in which public models write their last lines, and those that hedge or deny."""
+    lines = (Path(__file__).parent / "data" / "multiple_choice.txt").read_text(encoding="utf-8").splitlines()[1:]
+    read, choices, wrong, count = picked, LISTS["pets"], [], 0
+    for line in lines:
+        if line.startswith("["):
+            name, function = line[1:].split("] ")
+            choices, read = LISTS[name], concluded if function == "concluded" else picked
+            continue
+        expected, answer = line.split(" | ", 1)
+        found = read(re.sub(r"\\n(?!eq)", "\n", answer), choices) or "-"
+        count += 1
+        if found != expected:
+            wrong.append(f"{answer}: {found}, not {expected}")
+    assert not wrong, "\n".join(wrong)
+    assert count > 200
 
 
 def test_letters_win_over_texts_that_are_letters() -> None:
