@@ -235,7 +235,9 @@ def parity(
     ] = None,
     images: Annotated[int, typer.Option(help="Images of the case with several.", min=2)] = 3,
     video: Annotated[bool, typer.Option(help="Videos too, where the model takes them.")] = True,
-    adapter: Annotated[str | None, typer.Option(help="An adapter of your own, package.module:Class.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter of your own, package.module:Class (file.py:Class).")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of both.")] = "float32",

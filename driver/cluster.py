@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -14,12 +13,10 @@ from driver.config import RunConfig
 from driver.display import Display
 from driver.errors import RunError
 from driver.placement import local_resources
+from driver.saved_paths import job_environment
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 """Environment of the driver that its actors need too. Nothing prints it: a gated model's HF_TOKEN is a secret."""
-
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Where `ray job submit` puts the job's runtime environment, as JSON."""
 
 
 @contextmanager
@@ -33,7 +30,7 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
     target = address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray refuses a variable that the submitted job's own environment names already, even with the same value.
-    given = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env", {}).get("env_vars", {})
+    given = job_environment().get("env_vars", {})
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ and name not in given}
     try:
         if target:

@@ -20,7 +20,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of engine and learner. bfloat16 keeps float32 master weights and a float32 loss."""
     adapter: str | None = None
-    """Adapter of a model family of your own, as package.module:Class; by model_type otherwise."""
+    """Adapter of a model family of your own, as package.module:Class (file.py:Class); by model_type otherwise."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
     lora_rank: int = Field(0, ge=0)

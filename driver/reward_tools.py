@@ -25,6 +25,7 @@ from rewards.worker import RewardWorker
 from rollout.conversation import Conversation
 from rollout.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict
+from rollout.user_code import short
 
 ENDS: tuple[FinishReason, ...] = get_args(FinishReason)
 
@@ -106,7 +107,7 @@ def score_file(spec: RewardSpec, path: Path, timeout: float) -> Iterator[Verdict
                 except ValueError as error:
                     yield Verdict("error", reason=f"line {number}: {error}")
                     continue
-                yield _without_name(spec.name, worker.score(request).verdicts[0])
+                yield _without_name(short(spec.name), worker.score(request).verdicts[0])
     except RewardSetupError as error:
         raise ConfigError([str(error)], f"reward {spec.name}") from error
     finally:

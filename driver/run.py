@@ -25,6 +25,7 @@ from driver.placement import place
 from driver.preflight import preflight
 from driver.rollouts import RolloutPipeline, SealedBatch
 from driver.run_folder import held
+from driver.saved_paths import absolute
 from driver.selection import Difficulty
 from driver.signals import stop_on_signals
 from driver.timing import union_seconds
@@ -140,7 +141,7 @@ class Run:
             "ledger": self.ledger.state(),
             "cursor": self.actors.data_state(),
             "difficulty": None if self.rollouts.difficulty is None else self.rollouts.difficulty.state(),
-            "config": config_tree(self.config),
+            "config": config_tree(absolute(self.config)),
         }
         directory = self.directory / "checkpoints"
         keep = self.config.checkpoint.keep
@@ -217,7 +218,7 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
     """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
     directory = Path(config.output_dir)
     log = MetricsLog(directory, config.cluster.metrics_port)
-    atomic_file(directory / "config.yaml", dump_config(config))
+    atomic_file(directory / "config.yaml", dump_config(absolute(config)))
     ledger = Ledger()
     rollouts = RolloutPipeline(
         data=actors.data,
@@ -300,7 +301,7 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     timeout = run.config.rollout.start_timeout
     again = {batch: run.actors.read_prompts(refs, timeout) for batch, refs in batches.items()}
     run.rollouts.go_on_from(run.version, again)
-    if changed := _changed(state["config"], config_tree(run.config)):
+    if changed := _changed(state["config"], config_tree(absolute(run.config))):
         run.display.phase("changed since the checkpoint: " + "; ".join(changed))
 
 

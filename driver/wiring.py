@@ -12,6 +12,7 @@ from rewards.registry import RewardSpec
 from rollout.engine import EngineOptions, SamplingParams
 from rollout.prompts import MEDIA_PER_PROMPT, DataOptions
 from rollout.types import MediaKind
+from rollout.user_code import short
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
 
@@ -157,7 +158,7 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         media_kinds=tuple(media_kinds),
         temperature=config.rollout.temperature,
         advantage=algorithm.advantage,
-        part_weights={f.name: f.weight for f in config.reward.functions if f.weight}
+        part_weights={short(f.name): f.weight for f in config.reward.functions if f.weight}
         if algorithm.normalize_parts
         else {},
         overlong_buffer=round(algorithm.overlong_buffer * config.rollout.max_completion_length),

@@ -10,6 +10,7 @@ import torch
 
 from learner.durable import atomic_directory
 from learner.policy import PolicyModule
+from rollout.user_code import name_of
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import ADAPTERS
 from vlm.saved import publish_saved_model
@@ -43,10 +44,13 @@ def save_policy(
         publish_saved_model(partial, adapter, policy.base)
         adapter.processor.save_pretrained(partial)
         if lora:
+            for config in policy.model.peft_config.values():
+                if Path(config.base_model_name_or_path or "").is_dir():  # found from any folder
+                    config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
             policy.model.save_pretrained(partial / "adapter", state_dict=lora)
             family = type(adapter)
             origin = {
-                "adapter": None if family in ADAPTERS.values() else f"{family.__module__}:{family.__qualname__}",
+                "adapter": None if family in ADAPTERS.values() else name_of(family),
                 "dtype": str(policy.base.get_output_embeddings().weight.dtype).removeprefix("torch."),
                 "quantize": "nf4" if getattr(policy.base, "is_loaded_in_4bit", False) else "none",
             }

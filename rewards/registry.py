@@ -30,6 +30,7 @@ from rewards.reward_model import RewardModelReward
 from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
 from rewards.tool_call import ToolCallReward
 from rewards.user import RewardSetupError, load_user_reward
+from rollout.user_code import short
 
 REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "format": FormatReward,
@@ -97,7 +98,7 @@ def load_reward(
 def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None = None) -> list[str]:
     """All that is wrong with the configured rewards, one line each; imports users' modules."""
     problems = []
-    names = [spec.name for spec in specs]
+    names = [short(spec.name) for spec in specs]
     problems += [f"reward {n!r} is listed {names.count(n)} times" for n in dict.fromkeys(names) if names.count(n) > 1]
     for spec in specs:
         if not math.isfinite(spec.weight):
@@ -124,4 +125,4 @@ def build_rewards(specs: Sequence[RewardSpec]) -> Composite:
     """
     if problems := check_rewards(specs):
         raise RewardSetupError("; ".join(problems))
-    return compose([Term(s.name, s.weight, load_reward(s.name, s.options), s.combine) for s in specs])
+    return compose([Term(short(s.name), s.weight, load_reward(s.name, s.options), s.combine) for s in specs])

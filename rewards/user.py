@@ -9,19 +9,16 @@ A function with a parameter `request` (or annotated `ScoringRequest`) is called 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, ClassVar
 
 from rewards.base import RewardFunction, ScoringRequest, Service
 from rollout.types import Completion, Verdict, is_finite
+from rollout.user_code import UserCodeError, find
 
 _GIVEN = ("completions", "completion_ids", "prompts", "answer")
 """Keyword arguments that every function may ask for; the rest are data columns."""
@@ -131,7 +128,10 @@ def load_user_reward(
     Raises:
         RewardSetupError: not importable, not a function, or with a signature that cannot be called.
     """
-    function = _find(name)
+    try:
+        function = find(name)
+    except UserCodeError as error:
+        raise RewardSetupError(str(error)) from error
     if inspect.isclass(function) or not callable(function):
         raise RewardSetupError(f"{name} is {_kind(function)}; name a function")
     try:
@@ -184,49 +184,3 @@ def _check_required(
                 f"{name} needs `{parameter.name}`, which is no data column known to the run; add it to "
                 f"data.extra_columns, give it in the reward's options, or give it a default"
             )
-
-
-def _find(name: str) -> Any:
-    source, _, attribute = name.rpartition(":")
-    if not source or not attribute:
-        raise RewardSetupError(f"{name!r} must read package.module:function or path/file.py:function")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # an installed command, unlike `python -m`, does not look where it is started
-    try:
-        module = _import_file(source) if source.endswith(".py") else importlib.import_module(source)
-    except RewardSetupError:
-        raise
-    except (Exception, SystemExit) as error:  # foreign code runs at import
-        raise RewardSetupError(f"{name}: importing {source} failed: {type(error).__name__}: {error}") from error
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
-        raise RewardSetupError(
-            f"{name}: {source} has no {attribute!r}; its functions: {', '.join(functions) or 'none'}"
-        ) from None
-
-
-def _import_file(source: str) -> Any:
-    """Imports a file once. A relative path is looked for in the working directory, then along `sys.path`, since a
-    worker on another node finds the project under another directory. Its folder joins the end of `sys.path`."""
-    places = [Path(source)] if Path(source).is_absolute() else [Path(p or ".") / source for p in ("", *sys.path)]
-    path = next((place.resolve() for place in places if place.is_file()), None)
-    if path is None:
-        raise RewardSetupError(f"no file {source} in {Path.cwd()} or on the import path")
-    module_name = f"reward_file_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise RewardSetupError(f"{path} is no Python file")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # before it runs: dataclasses look themselves up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module

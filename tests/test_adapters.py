@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from rollout.types import Media
+from rollout.user_code import name_of
 from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.encoded import concatenate_padded
 from vlm.registry import ADAPTERS, load_adapter
@@ -28,10 +30,15 @@ def test_the_worked_example_of_the_docs_works(
     text = (repository / "docs/adapters.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "my_family.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    # As the installed command starts: the working directory is not on the import path.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
     model = build_tiny("llava", tmp_path / "model")
     adapter = load_adapter(str(model), "my_family:MyAdapter")
-    assert type(adapter).__name__ == "MyAdapter"
+    assert type(adapter).__name__ == type(load_adapter(str(model), "my_family.py:MyAdapter")).__name__ == "MyAdapter"
+    assert name_of(type(adapter)) == f"{tmp_path}/my_family.py:MyAdapter"
+    with pytest.raises(AdapterError, match=r"model\.adapter: no_family:A: importing no_family failed"):
+        load_adapter(str(model), "no_family:A")
     text = adapter.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
     encoded = adapter.encode(text, [picture(60, 80)])
     assert len(encoded.input_ids) == adapter.expanded_length(adapter.tokenize(text), [Media("image", "", b"", 60, 80)])

@@ -25,9 +25,9 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 # What of ours each room may import beyond itself. `bench` and `tests` may import everything.
 MAY_IMPORT = {
     "rollout": ("rollout.types", "vlm", "weight_sync"),
-    "learner": ("rollout.types", "vlm", "weight_sync"),
-    "rewards": ("rollout.types",),
-    "vlm": ("rollout.types",),
+    "learner": ("rollout.types", "rollout.user_code", "vlm", "weight_sync"),
+    "rewards": ("rollout.types", "rollout.user_code"),
+    "vlm": ("rollout.types", "rollout.user_code"),
     "weight_sync": ("rollout.types",),
     "driver": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
     "deploy": (),

@@ -192,7 +192,7 @@ def test_a_request_function_must_return_verdicts() -> None:
         ("accuracy", {"scope": "prompt"}, "'answer' or 'completion'"),
         ("no_such_module:f", {}, "No module named 'no_such_module'"),
         ("no/such/file.py:f", {}, "no file no/such/file.py"),
-        ("{source}:lenght", {}, "has no 'lenght'; its functions: length, level"),
+        ("{source}:lenght", {}, "has no 'lenght'; it has: length, level"),
         ("{source}:", {}, "must read"),
         ("{source}:LIMIT", {}, "is a int"),
         ("{source}:Reward", {}, "is a class"),

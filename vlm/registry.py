@@ -1,12 +1,13 @@
-"""model_type -> adapter. A family of a user's own is named in the config as `model.adapter: package.module:Class`."""
+"""model_type -> adapter. A family of a user's own is named in the config as `model.adapter`: package.module:Class,
+or path/file.py:Class."""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from transformers import AutoConfig
 
+from rollout.user_code import UserCodeError, find
 from vlm.adapter import MultimodalAdapter
 from vlm.aria import AriaAdapter
 from vlm.encoded import AdapterError
@@ -54,11 +55,10 @@ def load_adapter(path: str, adapter: str | None = None, *, trust_remote_code: bo
 
 
 def _own(adapter: str) -> type[MultimodalAdapter]:
-    module, _, name = adapter.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may fail in any way
-        raise AdapterError(f"model.adapter {adapter!r} cannot be imported: {type(error).__name__}: {error}") from error
+        cls = find(adapter)
+    except UserCodeError as error:
+        raise AdapterError(f"model.adapter: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, MultimodalAdapter)):
         raise AdapterError(f"model.adapter {adapter!r} is no subclass of vlm.adapter.MultimodalAdapter")
     return cls

@@ -1,0 +1,90 @@
+"""Code of a user's, by name: `package.module:name` or `path/file.py:name`. Found alike for rewards and adapters.
+
+A module is looked for in the working directory too, where an installed command, unlike `python -m`, does not look. A
+relative path is looked for there, then along the import path, since a worker on another node finds the project under
+another directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class UserCodeError(ValueError):
+    """What cannot be found under a name, and why."""
+
+
+def find(name: str) -> Any:
+    """What the user calls `name`. Raises UserCodeError."""
+    source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        raise UserCodeError(f"{name!r} must read package.module:name or path/file.py:name")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        module = _import_file(source) if source.endswith(".py") else importlib.import_module(source)
+    except UserCodeError:
+        raise
+    except (Exception, SystemExit) as error:  # foreign code runs at import
+        raise UserCodeError(f"{name}: importing {source} failed: {type(error).__name__}: {error}") from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+        public = [n for n in own if not n.startswith("_")]
+        raise UserCodeError(f"{name}: {source} has no {attribute!r}; it has: {', '.join(public) or 'none'}") from None
+
+
+def located(name: str) -> str:
+    """The name under which the same code is found from any folder: a file, or a module that is one file in the working
+    directory, by its absolute path. Modules of packages stay: they must be on the import path."""
+    source, colon, attribute = name.rpartition(":")
+    file = Path(source if source.endswith(".py") else f"{source}.py")
+    if not colon or not file.is_file() or ("." in source and not source.endswith(".py")):
+        return name
+    return f"{file.absolute()}:{attribute}"
+
+
+def short(name: str) -> str:
+    """The name without folders, the same for a file and for the module that it is: what figures go by."""
+    source, colon, attribute = name.rpartition(":")
+    return f"{Path(source).stem}:{attribute}" if colon and source.endswith(".py") else name
+
+
+def name_of(thing: Any) -> str:
+    """A name under which `find` finds a class or function again."""
+    module = sys.modules[thing.__module__]
+    source = module.__file__ if module.__name__.startswith(_FILE) else module.__name__
+    return located(f"{source}:{thing.__qualname__}")
+
+
+_FILE = "user_file_"
+
+
+def _import_file(source: str) -> Any:
+    """Imports a file once. Its folder joins the end of `sys.path`."""
+    places = [Path(source)] if Path(source).is_absolute() else [Path(p or ".") / source for p in ("", *sys.path)]
+    path = next((place.resolve() for place in places if place.is_file()), None)
+    if path is None:
+        raise UserCodeError(f"no file {source} in {Path.cwd()} or on the import path")
+    module_name = f"{_FILE}{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserCodeError(f"{path} is no Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # before it runs: dataclasses look themselves up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
