@@ -239,6 +239,9 @@ def parity(
         str | None, typer.Option(help="An adapter of your own, package.module:Class (file.py:Class).")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+    max_image_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that an image may take, as in the knob model.max_image_tokens.", min=1)
+    ] = None,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of both.")] = "float32",
     tolerance: Annotated[
@@ -269,6 +272,7 @@ def parity(
         console=Console(),
         adapter=adapter,
         trust_remote_code=trust_remote_code,
+        max_image_tokens=max_image_tokens,
         device=device,
         dtype=dtype,
     )

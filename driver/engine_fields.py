@@ -99,7 +99,8 @@ INSTEAD = {
     "tensor_parallel_size": "rollout.tensor_parallel_size",
     "quantization": "model.quantize",
     "quantization_config": "model.quantize",
-    "mm_processor_kwargs": "the model's own preprocessor_config.json, which engine and learner both read",
+    "mm_processor_kwargs": "model.max_image_tokens for the size of images, or the model's own "
+    "preprocessor_config.json, which engine and learner both read",
     "enable_lora": "model.lora_rank",
     "max_lora_rank": "model.lora_rank",
     "lora_target_modules": "model.lora_targets",
@@ -110,6 +111,9 @@ INSTEAD = {
     "weight_transfer_config": "weight_sync.backend",
 }
 """Option -> what sets the same for engine and learner."""
+
+RENDERED_HERE = frozenset(["chat_template", "chat_template_content_format", "default_chat_template_kwargs"])
+"""Options of vLLM's server: an engine here is given tokens, which the model's own template made of the messages."""
 
 REFUSED = frozenset(
     [
@@ -293,6 +297,11 @@ def engine_option_problems(options: Mapping[str, Any]) -> list[str]:
         elif name in REFUSED:
             found.append(
                 f"{where}: it changes what the engine computes or how it is reached; the learner would not follow"
+            )
+        elif name in RENDERED_HERE:
+            found.append(
+                f"{where}: the engine is given tokens and renders nothing; the template is chat_template.jinja in the "
+                "folder of model.path"
             )
         elif name not in ALLOWED:
             nearest = difflib.get_close_matches(name, [*ALLOWED, *INSTEAD], n=1, cutoff=0.5)

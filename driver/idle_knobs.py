@@ -136,6 +136,7 @@ IDLE = (
 )
 
 IDLE_FOR_DATA = (
+    IdleForData("model.max_image_tokens", lambda c, f: "image" not in f.kinds, "the data hold no images"),
     IdleForData("data.max_video_frames", lambda c, f: "video" not in f.kinds, "the data hold no videos"),
     IdleForData(
         "learner.micro_batch_patches",

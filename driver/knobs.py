@@ -34,6 +34,9 @@ class ModelConfig(Section):
     quantize: Literal["none", "nf4"] = "none"
     """nf4: QLoRA. The base weights of the linear layers are held in 4 bits, and adapters trained over them; the engines
     sample with the same rounded weights. Needs model.lora_rank and the package bitsandbytes."""
+    max_image_tokens: int | None = Field(None, ge=1)
+    """Tokens that an image may take: the processors of engine and learner shrink larger ones, or cut them into fewer
+    tiles. null: as the model's own processor has it. docs/data.md says which families can."""
     freeze: Annotated[tuple[Part, ...], ListOfOne] = ()
     """Parts that stay as they are when the full weights are trained: vision, projector, audio, language."""
 

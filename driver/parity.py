@@ -94,6 +94,7 @@ def parity(
     video: bool = True,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    max_image_tokens: int | None = None,
     kv_cache_gib: float = 4.0,
     seed: int = 0,
     device: Device = "cpu",
@@ -103,7 +104,7 @@ def parity(
     when the learner loads, so that one GPU holds either.
 
     Raises AdapterError when there is no such model, RuntimeError when the engine does not start."""
-    family = load_adapter(model, adapter, trust_remote_code=trust_remote_code)
+    family = load_adapter(model, adapter, trust_remote_code=trust_remote_code, max_image_tokens=max_image_tokens)
     chosen = cases(family, images, video)
     prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
     options = EngineOptions(
@@ -265,6 +266,7 @@ def run_parity(
     console: Console,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    max_image_tokens: int | None = None,
     device: Device | None = None,
     dtype: DType = "float32",
 ) -> bool:
@@ -286,6 +288,7 @@ def run_parity(
                 video=video,
                 adapter=adapter,
                 trust_remote_code=trust_remote_code,
+                max_image_tokens=max_image_tokens,
                 kv_cache_gib=4.0 if model is not None else 0.25,
                 device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
                 dtype=dtype,

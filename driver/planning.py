@@ -238,12 +238,12 @@ def _remedy(kind: str, plan: Plan, options: LearnerOptions) -> str:
         return smaller if on else f"learner.gradient_checkpointing=[language], or {smaller}"
     if kind == "vision":
         first = "" if "vision" in options.gradient_checkpointing else "learner.gradient_checkpointing=[vision], "
-        return f"{first}model.freeze=[vision], a lower data.max_image_pixels, or lower learner.micro_batch_patches"
+        return f"{first}model.freeze=[vision], a lower model.max_image_tokens, or lower learner.micro_batch_patches"
     if kind == "logits chunk":
         head = 4 * plan.shape.vocabulary * plan.shape.hidden if plan.shape.head_trained else 0
         return f"lower learner.logprob_chunk_rows (the head's own gradient, {_gib(head) or 0} GiB of it, stays)"
     if kind == "inputs":
-        return "a lower data.max_image_pixels, or more learner.ranks"
+        return "a lower model.max_image_tokens, or more learner.ranks"
     if kind == "parameters":
         return (
             "learner.zero_stage=3 with more learner.ranks" if options.ranks == 1 or options.zero_stage < 3 else smaller

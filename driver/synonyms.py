@@ -11,6 +11,9 @@ SYNONYMS = {
     "model.dtype": "torch_dtype precision bf16 fp16 param_dtype model_dtype",
     "model.lora_rank": "lora_r r use_peft use_lora",
     "model.lora_targets": "target_modules lora_target_modules",
+    "model.max_image_tokens": "max_pixels min_pixels image_max_pixels max_image_size image_resolution image_tokens "
+    "max_dynamic_patch max_patches max_num_tiles limit_image_tokens mm_processor_kwargs",
+    "model.path (its folder has chat_template.jinja)": "chat_template custom_chat_template chat_template_path",
     "model.freeze": "freeze_vision_tower freeze_vision_modules freeze_parameters freeze_vision freeze_prefix",
     "model.quantize": "load_in_4bit qlora quantization",
     "data.train": "train_files train_file train_dataset dataset dataset_name prompt_data train_data",

@@ -102,7 +102,7 @@ def format_batch(
     adapter: MultimodalAdapter, prompts: Sequence[EncodedPrompt], endings: Sequence[str]
 ) -> MultimodalBatch:
     """Each prompt followed by its ending and the end of the turn; only these have a loss."""
-    targets = [torch.tensor([*adapter.tokenize(text), *adapter.stop_token_ids]) for text in endings]
+    targets = [torch.tensor([*adapter.tokenize(text), *adapter.stop_token_ids[:1]]) for text in endings]
     tokens = [torch.cat([p.input_ids, t]) for p, t in zip(prompts, targets, strict=True)]
     input_ids = pad_sequence(tokens, batch_first=True, padding_value=adapter.tokenizer.pad_token_id)
     position = torch.arange(input_ids.shape[1])[None]

@@ -19,7 +19,13 @@ from vlm.registry import load_adapter
 
 def config_adapter(config: RunConfig) -> MultimodalAdapter:
     """The adapter of the configured model. Raises AdapterError."""
-    return load_adapter(config.model.path, config.model.adapter, trust_remote_code=config.model.trust_remote_code)
+    model = config.model
+    return load_adapter(
+        model.path,
+        model.adapter,
+        trust_remote_code=model.trust_remote_code,
+        max_image_tokens=model.max_image_tokens,
+    )
 
 
 def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:
@@ -150,6 +156,7 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         dtype=model.dtype,
         adapter=model.adapter,
         trust_remote_code=model.trust_remote_code,
+        max_image_tokens=model.max_image_tokens,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
         lora_targets=model.lora_targets,

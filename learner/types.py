@@ -68,6 +68,8 @@ class LearnerOptions:
     adapter: str | None = None
     """`package.module:Class` of a family of the user's own; by model_type otherwise."""
     trust_remote_code: bool = False
+    max_image_tokens: int | None = None
+    """Tokens that an image may take; None: as many as the model's processor makes."""
     lora_rank: int = 0
     """0 trains the full weights."""
     lora_alpha: float = 32.0

@@ -85,7 +85,12 @@ class LearnerWorker:
         join(options, self.rank, host, port, self._store)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(options.seed + self.rank)
-        self._adapter = load_adapter(options.model, options.adapter, trust_remote_code=options.trust_remote_code)
+        self._adapter = load_adapter(
+            options.model,
+            options.adapter,
+            trust_remote_code=options.trust_remote_code,
+            max_image_tokens=options.max_image_tokens,
+        )
         self.options = options = with_unit_bytes(options, self._adapter)
         self._engine = DeepSpeedEngine(options, self._adapter)
         self._towers = make_towers(

@@ -290,6 +290,7 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         "seed": options.seed,
         "trust_remote_code": options.trust_remote_code,
         "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # sampling is what `SamplingParams` says, whatever comes with the model
     }
     if adapter.modalities:
         # vLLM leaves out a tower of which nothing is to come, whose weights would then find no place. Videos share that
@@ -298,6 +299,7 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         arguments["limit_mm_per_prompt"] = {**least, **options.max_media_per_prompt}
         # vLLM would normalise inside the model, videos with the statistics of images; the learner's processor does not.
         arguments["mm_device_do_normalize"] = False
+        arguments["mm_processor_kwargs"] = dict(adapter.engine_processor) or None
     if options.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
     if options.tensor_parallel_size > 1:

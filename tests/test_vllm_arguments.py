@@ -29,7 +29,7 @@ from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
 from weight_sync.verify import WeightSyncError
 
-ADAPTER: Any = SimpleNamespace(modalities={"image": None}, has_vision=True)
+ADAPTER: Any = SimpleNamespace(modalities={"image": None}, has_vision=True, engine_processor={})
 OTHER: dict[str, Any] = {
     "model": "other",
     "dtype": "float32",

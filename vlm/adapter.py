@@ -33,7 +33,9 @@ from vlm.encoded import (
     for_engine,
     smallest,
 )
+from vlm.ends import end_tokens
 from vlm.features import TowerFeatures
+from vlm.image_tokens import ImageTokens
 from vlm.parts import ModelParts
 
 __all__ = ["AdapterError", "EncodedPrompt", "Messages", "Modality", "MultimodalAdapter"]
@@ -42,10 +44,10 @@ Messages = Sequence[Mapping[str, Any]]
 _TOKEN_ALIGNED = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-class MultimodalAdapter(ModelParts, TowerFeatures, ABC):
+class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
     """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface. What
     goes by names of parameters (parts, LoRA, the engine's names) is in `vlm/parts.py`, what towers give in
-    `vlm/features.py`."""
+    `vlm/features.py`, how large images may be in `vlm/image_tokens.py`."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
     """What the family takes besides text; empty for a text model."""
@@ -59,6 +61,8 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ABC):
     """Whether every layer of the language model is plainly causal, and hands its keyword arguments on to its attention:
     completions can then be laid behind one copy of their prompt. Not so with sliding windows, or with image tokens that
     see each other."""
+    more_ends: tuple[int, ...] = ()
+    """Ids at which the model's files say that a completion ends, besides the tokenizer's end of sequence."""
     untrainable_on: ClassVar[Mapping[str, str]] = {}
     """Device -> why a model of the family is not trained there: the engine would sample from something else than the
     learner computes, or nobody has seen that it does not."""
@@ -84,7 +88,9 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ABC):
         """Load processor and configuration from a path or hub name, without weights."""
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return cls(processor, config)
+        adapter = cls(processor, config)
+        adapter.more_ends = end_tokens(path, config)
+        return adapter
 
     # ------------------------------------------------------------------ prompt side
 
@@ -95,8 +101,9 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ABC):
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion; they are sampled and trained on."""
-        return (self.tokenizer.eos_token_id,) if self.tokenizer.eos_token_id is not None else ()
+        """Ids that end a completion, the tokenizer's first; they are sampled and trained on."""
+        own = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys(i for i in (own, *self.more_ends) if i is not None))
 
     @property
     def pad_token_id(self) -> int:

@@ -21,6 +21,7 @@ class AriaAdapter(MultimodalAdapter):
     }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<|img|>",)
     tower: ClassVar[str | None] = "vision_tower"
+    image_tokens_fixed: ClassVar[str] = "an image takes as many tokens whatever its size"
     shares_prompts: ClassVar[bool] = True
     untrainable_on: ClassVar[Mapping[str, str]] = {
         "cpu": "vLLM goes on with the former experts after an update",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,11 +50,19 @@ class Idefics3Adapter(MultimodalAdapter):
     nested_images: ClassVar[bool] = True
     tower: ClassVar[str | None] = "vision_model"
     shares_prompts: ClassVar[bool] = True
+    images_alone: ClassVar[bool] = False
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
         tiles = [i for t, i in self.tokenizer.get_vocab().items() if t.startswith("<row_") and t.endswith(">")]
         return tuple(sorted((*super().banned_token_ids, *tiles)))
+
+    def image_settings(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """Images are scaled to a longest edge, up too, and cut into tiles: one tile less along it each time."""
+        images = self.processor.image_processor
+        tile, now = int(images.max_image_size["longest_edge"]), int(images.size["longest_edge"])
+        for count in range((now - 1) // tile, 0, -1):
+            yield {"size": {"longest_edge": count * tile}}
 
     def entries(
         self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.types import MediaKind
+from rollout.types import Media, MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.encoded import Counts, EncodedPrompt, Modality
 
@@ -26,6 +26,18 @@ class InternVLAdapter(MultimodalAdapter):
     tower: ClassVar[str | None] = "vision_tower"
     shares_prompts: ClassVar[bool] = True
     stacks_videos: ClassVar[bool] = True
+
+    def image_settings(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """The most tiles: of several, each image has one more, which shows all of it. Two tokens stand around them."""
+        tiles = (tokens - 2) // int(self.processor.image_seq_length)
+        most = max(1, tiles - 1 if tiles > 2 else 1)
+        yield {"min_patches": min(self.processor.image_processor.min_patches, most), "max_patches": most}
+
+    def most_image_tokens(self) -> int:
+        """Of an image as many tiles wide as there may be."""
+        images = self.processor.image_processor
+        width, height = images.max_patches * images.size["width"], images.size["height"]
+        return self.media_lengths([Media("image", "", b"", width, height)])[0]
 
     def entries(
         self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]

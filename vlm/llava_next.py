@@ -20,6 +20,8 @@ class LlavaNextAdapter(LlavaAdapter):
         "image": Modality("<image>", ("pixel_values", "image_sizes")),
     }
 
+    image_tokens_fixed: ClassVar[str] = "its tilings are those of image_grid_pinpoints in the model's own config.json"
+
     def without_padding(self, inputs: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
         if "pixel_values" not in inputs:
             return inputs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,15 @@ class PixtralAdapter(MultimodalAdapter):
     tower: ClassVar[str | None] = "vision_tower"
     tower_dimension: ClassVar[int] = 1
     shares_prompts: ClassVar[bool] = True
+
+    image_tokens_fixed: ClassVar[str] = "vLLM counts an image's tokens by the model's own vision_config.image_size"
+
+    def image_settings(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """Of a square of n x n tokens, each row ends with one more. (In Mistral3 alone.)"""
+        merged = int(getattr(self.model_config, "spatial_merge_size", 1))
+        if merged > 1:
+            side = merged * int(self.model_config.vision_config.patch_size)
+            yield {"size": {"longest_edge": side * max(2, (math.isqrt(1 + 4 * tokens) - 1) // 2)}}
 
     def media_lengths(self, media: Sequence[Media]) -> list[int]:
         """By trial: the arithmetic foretells tokens for shapes that the processor then scales to nothing."""

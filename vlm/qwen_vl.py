@@ -43,6 +43,22 @@ class QwenVLAdapter(MultimodalAdapter):
     seconds_input: ClassVar[str] = "second_per_grid_ts"
     """How long one step in time of each video's grid lasts."""
 
+    def image_settings(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """The processor's limits are pixels."""
+        most = tokens * self._pixels_per_token()
+        yield {"size": {"shortest_edge": min(self._size["shortest_edge"], most), "longest_edge": most}}
+
+    def most_image_tokens(self) -> int:
+        return int(self._size["longest_edge"]) // self._pixels_per_token()
+
+    @property
+    def _size(self) -> Any:
+        return self.processor.image_processor.size
+
+    def _pixels_per_token(self) -> int:
+        images = self.processor.image_processor
+        return int(images.patch_size * images.merge_size) ** 2
+
     def entries(
         self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
     ) -> list[int]:

@@ -43,15 +43,27 @@ ADAPTERS: dict[str, type[MultimodalAdapter]] = {
 """By `model_type`, or by `model_type/vision tower's model_type` where one model type stands for several families."""
 
 
-def load_adapter(path: str, adapter: str | None = None, *, trust_remote_code: bool = False) -> MultimodalAdapter:
-    """The adapter of the model at `path` (a directory or hub name).
+def load_adapter(
+    path: str,
+    adapter: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    max_image_tokens: int | None = None,
+) -> MultimodalAdapter:
+    """The adapter of the model at `path` (a directory or hub name), images limited to `max_image_tokens`.
 
-    Raises AdapterError when there is no model at `path` or no adapter for its type."""
+    Raises AdapterError when there is no model at `path` no adapter for its type, or the limit cannot be kept."""
     cls = _own(adapter) if adapter is not None else _known(path, trust_remote_code)
     try:
-        return cls.load(path, trust_remote_code=trust_remote_code)
+        loaded = cls.load(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise AdapterError(f"no usable tokenizer or processor at {path!r}: {str(error).splitlines()[0]}") from error
+    if max_image_tokens is not None:
+        try:
+            loaded.limit_images(max_image_tokens)
+        except AdapterError as error:
+            raise AdapterError(f"model.max_image_tokens={max_image_tokens} cannot be kept: {error}") from error
+    return loaded
 
 
 def _own(adapter: str) -> type[MultimodalAdapter]:
