@@ -25,6 +25,7 @@ from driver.wiring import (
     reward_specs,
     weight_transfer_options,
 )
+from learner.deaths import how_it_died
 from learner.group import LearnerGroup
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
@@ -63,6 +64,16 @@ class Actors:
 
     def load_data_state(self, state: dict[str, Any]) -> None:
         wait_for([self.data.load_state.remote(state)], CALL_TIMEOUT, "the data cursor to be set")
+
+    def questions(self) -> dict[str, Callable[[], ray.ObjectRef]]:
+        """Every process of the run by its name for the user, and a call that it answers while it lives. For engines
+        that were started: of them the whole engine answers."""
+        named = {f"learner rank {i}": rank for i, rank in enumerate(self.learner.ranks if self.learner else ())}
+        named |= {f"reward actor {i}": actor for i, actor in enumerate(self.rewards)}
+        named |= {f"reward model {i}": actor for i, actor in enumerate(self.models)}
+        named |= {"the data actor": self.data}
+        engines = {f"engine {handle.name}": handle.actor.check_health.remote for handle in self.handles}
+        return engines | {name: partial(actor.__ray_call__.remote, _answer) for name, actor in named.items()}
 
     def shutdown(self) -> None:
         """End every process; engines and rewards are asked first, since they have children of their own."""
@@ -164,7 +175,11 @@ def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Call
             except ray.exceptions.RayTaskError as error:
                 raise RunError(f"{what} did not start: {error.cause}") from error
             except ray.exceptions.RayError as error:
-                raise RunError(f"{what} did not start: {error}") from error
+                raise RunError(f"{what} did not start: it died{how_it_died(str(error))}") from error
         if starting and time.monotonic() > deadline:
             names = ", ".join(starting.values())
             raise RunError(f"waited {timeout:g} s (rollout.start_timeout) for {names} to start")
+
+
+def _answer(actor: Any) -> None:
+    """What an actor runs to show that it lives."""

@@ -45,6 +45,8 @@ USER_ERRORS = {
     "AdapterError",
     "DamagedError",
     "DataError",
+    "DeathError",
+    "HeadLostError",
     "LearnerError",
     "LearnerTimeoutError",
     "MergeError",

@@ -1,4 +1,9 @@
-"""Joining or starting Ray."""
+"""Joining or starting Ray, and what ends with it.
+
+local   reaper ─▶ ray.init ─▶ head watched ─▶ ... ─▶ ray.shutdown ─▶ the reaper ends what is left, also when the
+                                                     driver is killed
+joined              ray.init ─▶ head watched ─▶ ... ─▶ ray.shutdown; the cluster ends the job's actors
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,15 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
+from driver import reaper
 from driver.config import RunConfig
 from driver.display import Display
 from driver.errors import RunError
+from driver.head import HeadWatch
 from driver.placement import local_resources
 from driver.saved_paths import job_environment
 
@@ -20,14 +28,37 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "V
 
 
 @contextmanager
-def connect(config: RunConfig, address: str | None, display: Display) -> Iterator[None]:
+def connect(config: RunConfig, address: str | None, display: Display) -> Iterator[HeadWatch]:
     """Join the cluster at `address` (or RAY_ADDRESS, which a submitted job has); start a local Ray otherwise.
 
-    A Ray that was started here ends here; a joined one only loses this run's actors."""
+    A Ray that was started here ends here, with everything that it started, also when this process is killed; a joined
+    one only loses this run's actors. Yields the watch over Ray's head service."""
     if ray.is_initialized():  # a notebook, a test: the caller's Ray, which stays
-        yield
+        with _watched(display, local=False) as head:
+            yield head
         return
     target = address or os.environ.get("RAY_ADDRESS")
+    reaping = None if target else reaper.start(Path(ray.__file__).parent)
+    try:
+        _init(config, target)
+        display.phase(f"Ray at {target}" if target else "local Ray started")
+        with _watched(display, local=not target) as head:
+            try:
+                yield head
+            finally:
+                if not head.lost:
+                    head.stop()  # what it would see next is how Ray is shut down
+                ray.shutdown()
+    finally:
+        if reaping is not None:
+            reaper.finish(reaping)
+
+
+def _watched(display: Display, *, local: bool) -> HeadWatch:
+    return HeadWatch(ray.get_runtime_context().gcs_address, display, local=local)
+
+
+def _init(config: RunConfig, target: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray refuses a variable that the submitted job's own environment names already, even with the same value.
     given = job_environment().get("env_vars", {})
@@ -52,8 +83,3 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(f"cannot reach Ray at {target or 'this machine'}: {error}") from error
-    display.phase(f"Ray at {target}" if target else "local Ray started")
-    try:
-        yield
-    finally:
-        ray.shutdown()

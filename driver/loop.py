@@ -39,8 +39,10 @@ def train(
             run.checkpoint()
             return run.result(interrupted=True)
         except Exception as error:
-            run.checkpoint_after(error)
-            raise
+            reason = run.checkpoint_after(error)
+            if reason is error:
+                raise
+            raise reason from error
         run.checkpoint()
         run.save_model()
         return run.result()

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from driver import checkpoints
-from driver.actors import Actors, start_actors
-from driver.cluster import connect
+from driver.actors import Actors
 from driver.config import RunConfig, config_tree, dump_config, require_evaluation
+from driver.deaths import DeathError, explain, first_lines
 from driver.display import Display, SilentDisplay
 from driver.errors import RunError
 from driver.evaluate import Evaluator, Results
+from driver.head import HeadWatch
 from driver.ledger import Ledger
 from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
-from driver.placement import place
 from driver.preflight import preflight
 from driver.rollouts import RolloutPipeline, SealedBatch
 from driver.run_folder import held
 from driver.saved_paths import absolute
 from driver.selection import Difficulty
-from driver.signals import stop_on_signals
+from driver.started import Started, on_ray
 from driver.timing import union_seconds
 from driver.wiring import config_adapter, evaluation_sampling, sampling_params
 from learner.durable import StorageError, atomic_file
@@ -64,6 +64,7 @@ class Run:
     evaluator: Evaluator | None
     log: MetricsLog
     display: Display
+    head: HeadWatch
     version: int = 0
     evaluations: dict[int, Results] = field(default_factory=dict)
     _saved: int = -1
@@ -151,19 +152,24 @@ class Run:
             self.display.phase(f"data.train: {remark}")
         self._saved, self._overdue = self.version, False
 
-    def checkpoint_after(self, error: Exception) -> None:
+    def checkpoint_after(self, error: Exception) -> Exception:
         """Save the state before `error` ends the run, unless the learner itself failed, or a transfer for which several
-        ranks gather: they may be waiting for each other, and the former checkpoint is what there is."""
+        ranks gather: they may be waiting for each other, and the former checkpoint is what there is.
+
+        Returns the error to show: who died, if that is what it comes from."""
         config = self.config.learner
+        reason = explain(error, self.actors.questions(), self.head)
+        dead = isinstance(reason, DeathError) and any(who.startswith("learner") for who in reason.dead)
         cut_off = isinstance(error, WeightSyncError) and config.ranks > 1 and config.zero_stage == 3
-        if isinstance(error, LearnerError) or cut_off:
+        if isinstance(error, LearnerError) or cut_off or dead:
             saved = f"that of step {self._saved}" if self._saved >= 0 else "none yet"
             self.display.phase(f"the learner failed; the newest checkpoint: {saved}")
-            return
+            return reason
         try:
             self.checkpoint()
         except Exception as second:
-            self.display.phase(f"no checkpoint of step {self.version} could be written: {second}")
+            self.display.phase(f"no checkpoint of step {self.version} could be written: {first_lines(second)}")
+        return reason
 
     def save_model(self) -> None:
         """Write the trained model in Hugging Face format to `output_dir/model`."""
@@ -193,29 +199,22 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
     directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
     config = config.model_copy(update={"output_dir": str(directory)})
     saved = checkpoints.newest(directory / "checkpoints", display.phase) if resume else None
-    with connect(config, address, display), stop_on_signals(display) as check_stop:
-        placement = place(config)
-        actors = None
-        try:
-            display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
-            actors = start_actors(config, placement, choices.media_kinds, check_stop)
-            if saved is None:
-                (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
-            run = _assemble(config, actors, display, check_stop)
-            if saved is not None:
-                _restore(run, *saved)
-            elif config.model.quantize != "none":
-                run.sync_weights()  # the engines have loaded the weights that the learner has rounded
-            yield run
-        finally:
-            display.close()
-            if actors is not None:
-                actors.shutdown()
-            placement.release()
+    with on_ray(config, address, display, training=True) as started:
+        display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
+        started.start_actors(config, choices.media_kinds, training=True)
+        if saved is None:
+            (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
+        run = _assemble(config, started, display)
+        if saved is not None:
+            _restore(run, *saved)
+        elif config.model.quantize != "none":
+            run.sync_weights()  # the engines have loaded the weights that the learner has rounded
+        yield run
 
 
-def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: Any) -> Run:
+def _assemble(config: RunConfig, started: Started, display: Display) -> Run:
     """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
+    actors = started.actors
     directory = Path(config.output_dir)
     log = MetricsLog(directory, config.cluster.metrics_port)
     atomic_file(directory / "config.yaml", dump_config(absolute(config)))
@@ -235,15 +234,16 @@ def _assemble(config: RunConfig, actors: Actors, display: Display, check_stop: A
         max_failed_share=config.reward.max_failed_share,
         refill=round(config.algorithm.refill * config.learner.prompts_per_step),
         difficulty=None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
-        check_stop=check_stop,
+        check_stop=started.check,
     )
     assert actors.learner is not None
     actors.learner.form_weight_group(actors.handles)
-    evaluator = open_evaluator(config, actors, display, check_stop) if config.data.eval else None
-    return Run(config, actors, actors.learner, ledger, rollouts, evaluator, log, display)
+    evaluator = open_evaluator(config, started, display) if config.data.eval else None
+    return Run(config, actors, actors.learner, ledger, rollouts, evaluator, log, display, started.head)
 
 
-def open_evaluator(config: RunConfig, actors: Actors, display: Display, check_stop: Any) -> Evaluator:
+def open_evaluator(config: RunConfig, started: Started, display: Display) -> Evaluator:
+    actors = started.actors
     prompts = actors.eval_prompts(config.evaluation.max_prompts, config.rollout.start_timeout)
     held_out = actors.data_report().evaluation
     if held_out is not None and held_out.remark:
@@ -256,7 +256,7 @@ def open_evaluator(config: RunConfig, actors: Actors, display: Display, check_st
         group_by=config.evaluation.group_by,
         timeout=config.rollout.group_timeout + 2 * config.reward.timeout,
         report=display.phase,
-        check_stop=check_stop,
+        check_stop=started.check,
     )
 
 
@@ -268,18 +268,10 @@ def open_engines(config: RunConfig, *, address: str | None, display: Display | N
     choices = preflight(config, resume=True)
     for line in choices.lines:
         display.phase(line)
-    with connect(config, address, display), stop_on_signals(display) as check_stop:
-        placement = place(config, training=False)
-        actors = None
-        try:
-            display.phase(f"starting {config.rollout.engines} engine(s)")
-            actors = start_actors(config, placement, choices.media_kinds, check_stop, training=False)
-            yield open_evaluator(config, actors, display, check_stop)
-        finally:
-            display.close()
-            if actors is not None:
-                actors.shutdown()
-            placement.release()
+    with on_ray(config, address, display, training=False) as started:
+        display.phase(f"starting {config.rollout.engines} engine(s)")
+        started.start_actors(config, choices.media_kinds, training=False)
+        yield open_evaluator(config, started, display)
 
 
 def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:

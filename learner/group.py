@@ -17,6 +17,7 @@ import numpy as np
 import ray
 
 from learner.advantages import ADVANTAGES, contributes, has_baseline
+from learner.deaths import how_it_died
 from learner.durable import StorageError
 from learner.packing import GroupCost, shard
 from learner.shaping import combined_rewards
@@ -36,6 +37,8 @@ from weight_sync.verify import WeightSyncError
 
 TRANSFER_MARGIN = 30.0
 """Seconds beyond a transfer's own limit in which the ranks must have said how it ended."""
+DEATH_SECONDS = 1.0
+"""In which a rank's death is known that made another rank fail."""
 
 
 class LearnerGroup:
@@ -187,6 +190,11 @@ class LearnerGroup:
         return self._wait("sending the weights", calls, self._transfer_limit)[0]
 
     @property
+    def ranks(self) -> tuple[Any, ...]:
+        """Ray's handles of the ranks' actors, in order."""
+        return tuple(self._workers)
+
+    @property
     def _transfer_limit(self) -> float | None:
         return None if self._transfer is None else self._transfer.timeout + TRANSFER_MARGIN
 
@@ -214,10 +222,23 @@ class LearnerGroup:
                 except ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, WeightSyncError | NothingToLearnError | NotFiniteError | StorageError):
                         raise error.cause from None  # an engine's failure or the data's, not the learner's
+                    self._raise_death(what, {c: rank_of[c] for c in (*ready, *pending) if c is not call})
                     raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
                 except ray.exceptions.RayError as error:
-                    raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
+                    how = how_it_died(str(error))
+                    raise LearnerError(f"learner rank {rank_of[call]} died in {what}{how}") from error
         return results
+
+    def _raise_death(self, what: str, others: Mapping[ray.ObjectRef, int]) -> None:
+        """Raises LearnerError if one of `others` died: then what another rank says is only that a connection closed."""
+        ready, _ = ray.wait(list(others), num_returns=len(others), timeout=DEATH_SECONDS) if others else ([], [])
+        for call in ready:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayActorError as error:
+                raise LearnerError(f"learner rank {others[call]} died in {what}{how_it_died(str(error))}") from error
+            except ray.exceptions.RayError:
+                continue
 
 
 def _why(summaries: Sequence[GroupSummary]) -> str:

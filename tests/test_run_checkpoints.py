@@ -89,6 +89,7 @@ def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
         evaluator=None,
         log=None,
         display=SimpleNamespace(phase=said.append),
+        head=None,
     )
     run.checkpoint()
     assert said[1:] == [
@@ -156,6 +157,7 @@ def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_
         evaluator=None,
         log=None,
         display=SimpleNamespace(phase=said.append),
+        head=None,
     )
     for run.version in (1, 2, 3):
         run.checkpoint_if_due()

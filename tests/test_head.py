@@ -1,0 +1,196 @@
+"""Ray's head service dies, or the driver is killed: our words, an orderly end, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from driver import head, reaper
+from driver.display import SilentDisplay
+from driver.errors import RunError
+from driver.head import HeadLostError, HeadWatch, end_process
+
+WAIT = 120.0
+RUN = """
+import json, os, signal, subprocess, sys, psutil, ray
+from driver.cluster import connect
+from driver.config import parse_config
+from driver.display import SilentDisplay
+from driver.head import HeadLostError
+
+class Holder:
+    def __init__(self):
+        self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    def value(self):
+        return 7
+
+config = parse_config({"output_dir": "x", "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}})
+with connect(config, None, SilentDisplay()) as head:
+    holder = ray.remote(Holder).options(num_cpus=0).remote()
+    ray.get(holder.value.remote())
+    family = psutil.Process().children(recursive=True)
+    print(json.dumps([(p.pid, p.create_time()) for p in family]), flush=True)
+    if sys.argv[1] == "driver":
+        os.kill(os.getpid(), signal.SIGKILL)
+    next(p for p in family if p.name() == "gcs_server").kill()
+    try:
+        while True:
+            ray.wait([ray.put(0)], timeout=0.1)
+            head.check()
+    except HeadLostError as error:
+        # Those that run still answer: the state can be saved.
+        print(ray.get(holder.value.remote(), timeout=60), error, flush=True)
+"""
+
+
+class Listening:
+    """Stands for the head: takes connections until it is closed."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.socket.getsockname()[1]}"
+
+
+class Told(SilentDisplay):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.said = threading.Event()
+
+    def phase(self, text: str) -> None:
+        self.texts.append(text)
+        self.said.set()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "PROBE_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_head_that_is_silent_for_too_long_is_lost_and_says_what_to_do():
+    service, display = Listening(), Told()
+    with HeadWatch(service.address, display, local=False, patience=0.01) as watch:
+        watch.check()
+        assert not watch.gone()
+        service.socket.close()
+        assert display.said.wait(WAIT)
+        with pytest.raises(HeadLostError, match=rf"gcs_server at {service.address}.*ray start --head.*--resume"):
+            watch.check()
+    assert issubclass(HeadLostError, RunError)
+    assert len(display.texts) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_before_ray_would_abort_the_process_it_ends_with_our_words(monkeypatch: pytest.MonkeyPatch):
+    ended, texts = threading.Event(), []
+
+    def end(text: str) -> None:
+        texts.append(text)
+        ended.set()
+
+    monkeypatch.setattr(head, "end_process", end)
+    service = Listening()
+    service.socket.close()
+    with HeadWatch(service.address, Told(), local=True, patience=0.01, limit=0.02) as watch:
+        assert ended.wait(WAIT)
+    assert texts[0] == watch.text and "start the same command with --resume" in texts[0]
+
+
+def test_the_last_words_are_written_before_the_process_is_left(capsys: pytest.CaptureFixture[str]):
+    left: list[int] = []
+    end_process("all is lost", left.append)
+    assert (left, capsys.readouterr().err) == ([1], "saccade: all is lost\n")
+
+
+def test_the_head_is_given_up_before_ray_gives_it_up():
+    assert max(head.LOCAL_PATIENCE, head.JOINED_PATIENCE) < head.RAY_LIMIT - head.RAY_MARGIN
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_whatever_descends_from_rays_programs_ends_with_the_driver(tmp_path: Path, how: str):
+    """A program of Ray's, its child in a session of its own; a child of the driver's that is none of Ray's stays."""
+    (tmp_path / "raylet.py").write_text(
+        "import subprocess, sys, time\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], start_new_session=True)\n"
+        "print(worker.pid, flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    code = (
+        "import os, signal, subprocess, sys\nfrom pathlib import Path\nfrom driver import reaper\n"
+        "folder = Path(sys.argv[1])\n"
+        "reaping = reaper.start(folder)\n"
+        "ray = subprocess.Popen([sys.executable, str(folder / 'raylet.py')], stdout=subprocess.PIPE, text=True)\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
+        "worker = int(ray.stdout.readline())\n"
+        "print(ray.pid, worker, reaping.pid, other.pid, flush=True)\n"
+        "sys.stdin.readline()\n"
+        "if sys.argv[2] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "reaper.finish(reaping)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdin is not None and driver.stdout is not None
+        *family, other = (psutil.Process(int(pid)) for pid in driver.stdout.readline().split())
+        known = [(process.pid, process.create_time()) for process in family]
+        driver.stdin.write("\n")
+        driver.stdin.close()
+        driver.wait(WAIT)
+    try:
+        assert all_end(known)
+        assert other.is_running()
+    finally:
+        other.kill()
+
+
+def test_a_process_that_took_a_dead_ones_number_is_left_alone():
+    alive = reaper.processes()
+    me, parent = os.getpid(), os.getppid()
+    assert alive[me].parent == parent
+    assert me in reaper.with_descendants({parent: alive[parent]}, alive)
+    earlier = alive[parent]._replace(started=alive[parent].started - 1)
+    assert reaper.with_descendants({parent: earlier}, alive) == {}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("killed", ["driver", "head"])
+def test_nothing_of_a_local_ray_outlives_a_killed_driver_or_a_killed_head(repository: Path, killed: str):
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    command = [sys.executable, "-c", RUN, killed]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        family = [(pid, created) for pid, created in json.loads(process.stdout.readline())]
+        said = process.stdout.read()
+        code = process.wait(WAIT)
+    assert code == (-signal.SIGKILL if killed == "driver" else 0)
+    assert said.startswith("7 Ray's head service (gcs_server at ") == (killed == "head"), said
+    assert len(family) >= 6  # the head, a raylet, its agents, an actor, the actor's child
+    assert all_end(family)
+
+
+def all_end(family: list[tuple[int, float]]) -> bool:
+    """Whether all of the processes, by number and time of creation, end. A zombie has: its parent may take its time."""
+    deadline = time.monotonic() + WAIT
+    while any(map(lives, family)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def lives(process: tuple[int, float]) -> bool:
+    pid, created = process
+    try:
+        found = psutil.Process(pid)
+        return found.create_time() == created and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
