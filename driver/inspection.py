@@ -155,9 +155,10 @@ def _rest(found: Findings, config: RunConfig, model: str | None) -> Iterator[str
         yield "\nrefused  " + ", ".join(f"{n} {kind}" for kind, n in found.refused.most_common())
         yield from (f"  {refusal}" for refusal in found.first_refusals)
     for prompt in found.samples:
-        text = (
-            prompt.text if len(prompt.text) <= SHOWN else f"{prompt.text[:SHOWN]} ... ({len(prompt.text)} characters)"
-        )
         yield f"\n{prompt.ref.uid}"
-        yield from (f"  | {line}" for line in text.splitlines())
-        yield f"  answer: {prompt.answer}" if prompt.answer is not None else "  no answer"
+        yield from (f"  | {line}" for line in _beginning(prompt.text).splitlines())
+        yield f"  answer: {_beginning(prompt.answer)}" if prompt.answer is not None else "  no answer"
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"

@@ -19,6 +19,7 @@ from driver.cli_help import App
 from driver.config import ConfigError, apply_overrides, load_config
 from driver.screen import say
 from rewards.base import ScoringRequest, as_completion
+from rewards.golds import GoldError, gold_text
 from rewards.registry import RewardSpec, check_rewards
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
@@ -131,7 +132,7 @@ def _request(line: bytes) -> ScoringRequest:
     completion = row["completion"]
     raw = as_completion(completion, next((end for end in ENDS if end == row.get("finish_reason")), "stop"))
     return ScoringRequest(
-        text, (completion,), _answer(row.get("answer")), columns, raw=(raw,), user_text=_user_text(prompt)
+        text, (completion,), _gold(row.get("answer")), columns, raw=(raw,), user_text=_user_text(prompt)
     )
 
 
@@ -143,9 +144,14 @@ def _user_text(prompt: Any) -> str:
         return ""
 
 
-def _answer(value: Any) -> str | None:
-    """As the data side reads it: lists and objects as JSON."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _gold(value: Any) -> str | None:
+    """As a run reads it; None where there is none. Raises ValueError for what a run refuses."""
+    try:
+        return gold_text(value)
+    except GoldError as error:
+        if error.kind == "no answer":
+            return None
+        raise
 
 
 def _without_name(name: str, verdict: Verdict) -> Verdict:

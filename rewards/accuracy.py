@@ -18,9 +18,10 @@ The grammar of answers (each with what it equals; the full table is in docs/rewa
     time, ratio  12:30, 3:05 pm; 3:4                      12:30 pm; 6:8, 3/4
     letter       B                                        b, (B)
     words        red, Paris 2024, 2024-01-02              Red.
-    solution     text that ends in \\boxed{3}, <answer>3</answer>, `the answer is 3` or #### 3 is 3
+    solution     text that marks its answer: \\boxed{3}, <answer>3</answer>, #### 3 or `the answer is 3`
 
-A row whose answer is a whole solution without one of these marks is `unscorable`, like a row without an answer.
+A row whose answer is a whole solution without one of these marks, or a struct, is `unscorable`, like a row without an
+answer.
 
 Failure modes: whatever cannot be read as an answer of the gold's kind scores 0.0, so that a wrong answer is never right
 by accident; the price is that a right answer in an unusual form is wrong ("3 apples" for "3"). With `tolerance` an
@@ -36,12 +37,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, get_args
 
-from rewards.answers import boxed, first_expression, gold_answers, is_abbreviation, last_expression, stated_answer
+from rewards.answers import first_expression, gold_answers, is_abbreviation, last_expression, stated_answer
 from rewards.base import ScoringRequest, unscorable
 from rewards.equality import same
 from rewards.format import Scope, check_scope, judged_text, one_of
-from rewards.golds import gold_forms
+from rewards.golds import gold_forms, is_struct
 from rewards.kinds import Expression, Letter, Named, Quantity, Relation, Words
+from rewards.marks import boxed
 from rewards.notation import MAX_CHARACTERS, folded, plain
 from rewards.quantities import Units, quantities_equal
 from rewards.reading import read
@@ -76,8 +78,9 @@ class AccuracyReward:
             return unscorable(request, "the row has no answer to compare with")
         golds = [gold for form in forms for gold in gold_answers(form)]
         if not golds:
-            reason = "the row's answer is a whole solution that marks no answer (\\boxed{}, <answer> or ####)"
-            return unscorable(request, f"{reason}: {forms[0]!r:.80}")
+            whole = "a whole solution that marks no answer, or several (\\boxed{}, <answer> or ####)"
+            what = "a struct" if is_struct(forms[0]) else whole
+            return unscorable(request, f"the row's answer is {what}: {forms[0]!r:.80}")
         return [self._judge(golds, text) for text in request.completions]
 
     def _judge(self, golds: Sequence[str], completion: str) -> Verdict:

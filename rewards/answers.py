@@ -1,4 +1,4 @@
-"""Answers: where in a completion, or in a gold text, the answer stands.
+"""Answers: where in a completion the answer stands.
 
     1  the last \\boxed{..}, whatever is in it; boxes side by side are one list (`\\boxed{1}, \\boxed{2}`)
     2  the last <answer>..</answer>
@@ -13,11 +13,11 @@ expression is looked for in the last WINDOW characters only.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
 
+from rewards.golds import is_struct
 from rewards.hedging import is_denied, is_hedged
 from rewards.kinds import Letter, Words
+from rewards.marks import Found, boxed, boxes, hashed, tagged
 from rewards.notation import squeezed
 from rewards.reading import read
 
@@ -27,14 +27,7 @@ SENTENCE = 400
 """Longest text that is read behind `the answer is`."""
 MAX_PHRASES = 8
 """How many times, from the end, `the answer is` is read where it is denied."""
-MAX_BOXES = 32
-"""Boxes side by side that make one list."""
 
-_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox) ?\{|\\.|[{}]", re.DOTALL)
-_BETWEEN = re.compile(
-    r"(?:[\s$,;.&]|\\[()\[\],;: ]|\\q?quad|\\text(?:rm)?\{\s*(?:and|or|,)?\s*\}|(?:and|or)(?![a-z])){0,24}"
-)
-_SIGN = re.compile(r"[ $]{0,2}(\\?%|percent|pct|°|\^ ?\{? ?\\circ ?\}?|degrees?)")
 _PHRASE = re.compile(
     r"\banswers?\b[*_]{0,3}\s{0,3}(?:(?:is|are|was|would be|should be|must be|equals)\b|[:=])"
     r"[*_]{0,3}\s{0,3}[:=]?[*_]{0,3}\s{0,3}(?!\s|not\b)",
@@ -59,32 +52,13 @@ _BOUNDS = ("to", "of", "through")
 _PUNCTUATION = ".,;:!?*_`"
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    text: str
-    rule: Literal["box", "answer", "phrase", "hash"]
-    sign: str = ""
-    """A percent or degree sign that stands behind the box: `\\boxed{28}\\%`. It may be part of the answer."""
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        return (self.text, self.text + self.sign) if self.sign else (self.text,)
-
-
 def stated_answer(text: str) -> Found | None:
     """The answer that `text` marks as such, by the first of rules 1 to 4 that applies."""
-    if (box := boxed(text)) is not None:
-        return box
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if 0 <= start < end:
-        return Found(text[start + len("<answer>") : end].strip(), "answer")
+    if (found := boxed(text) or tagged(text)) is not None:
+        return found
     if (sentence := _last_sentence(text)) is not None:
         return Found(sentence, "phrase")
-    start = text.rfind("####")
-    if start >= 0 and (line := text[start + 4 : start + 4 + SENTENCE].strip().partition("\n")[0].strip()):
-        return Found(line, "hash")
-    return None
+    return hashed(text)
 
 
 def _last_sentence(text: str) -> str | None:
@@ -94,43 +68,6 @@ def _last_sentence(text: str) -> str | None:
         if not is_denied(text[max(0, phrase.start() - 80) : phrase.start()], sentence):
             return sentence or None
     return None
-
-
-def boxed(text: str) -> Found | None:
-    """What stands in the last box whose braces are balanced, or in the boxes at its side, with commas between."""
-    boxes = _boxes(text) if "\\boxed" in text or "\\fbox" in text else []
-    if not boxes:
-        return None
-    start, inside, end = boxes.pop()
-    contents = [text[inside:end].strip()]
-    sign = _SIGN.match(text, end + 1)
-    while boxes and len(contents) < MAX_BOXES:
-        before, inside, end = boxes.pop()
-        if start - end > 40 or not _BETWEEN.fullmatch(text, end + 1, start):
-            break
-        if (content := text[inside:end].strip()) != contents[0]:
-            contents.insert(0, content)
-        start = before
-    return Found(", ".join(contents), "box", sign[1] if sign and len(contents) == 1 else "")
-
-
-def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """(start, start of the content, end of it) of the boxes that are in no other box, in order."""
-    opened: list[tuple[int, int] | None] = []
-    found: list[tuple[int, int, int]] = []
-    for match in _BRACES.finditer(text):
-        sign = match[0]
-        if sign == "{":
-            opened.append(None)
-        elif sign == "}":
-            box = opened.pop() if opened else None
-            if box is not None:
-                while found and found[-1][0] > box[0]:
-                    found.pop()
-                found.append((*box, match.start()))
-        elif sign.endswith("{") and len(sign) > 2:
-            opened.append((match.start(), match.end()))
-    return found
 
 
 def _sentence(text: str) -> str:
@@ -245,16 +182,13 @@ def is_abbreviation(unit: str) -> bool:
     return _ABBREVIATION.fullmatch(unit) is not None
 
 
-def gold_answers(text: str) -> tuple[str, ...]:
-    """The answer that a gold text states: itself, or what it marks as such if it is a whole solution (in both forms,
-    if the mark leaves that open). Empty for a solution out of which no one answer can be taken."""
-    boxes = {text[inside:end].strip() for _, inside, end in _boxes(text)}
-    found = stated_answer(text)
-    if len(boxes) > 1 and _is_solution(text) and (found is None or found.text.count(", ") < len(boxes) - 1):
-        return ()
-    if found is not None and (found.rule != "phrase" or isinstance(read(text), Words)):
+def gold_answers(form: str) -> tuple[str, ...]:
+    """The answer of a gold form (rewards/golds.py): the form, or what it says behind `the answer is`. Empty for a whole
+    solution out of which no one answer can be taken, and for a struct."""
+    found = stated_answer(form)
+    if found is not None and found.rule == "phrase" and isinstance(read(form), Words):
         return found.forms
-    return () if _is_solution(text) else (text,)
+    return () if _is_solution(form) or boxes(form) or is_struct(form) else (form,)
 
 
 def _is_solution(text: str) -> bool:

@@ -1,4 +1,5 @@
-"""Which column of the data files plays which role: as named in `data.columns`, or known by its name.
+"""Which column of the data files plays which role: as named in `data.columns`, or known by its name. A field of a
+struct is named with dots: `reward_model.ground_truth`.
 
 data.columns + names of the files' columns ──choose_columns──▶ Columns, the same for every file
 """
@@ -6,7 +7,7 @@ data.columns + names of the files' columns ──choose_columns──▶ Columns
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,11 +21,14 @@ KNOWN_NAMES: Mapping[Role, tuple[str, ...]] = {
     "image": ("image", "images"),
     "video": ("video", "videos"),
     "audio": ("audio", "audios"),
-    "answer": ("answer", "solution", "ground_truth"),
+    "answer": ("answer", "solution", "ground_truth", "reward_model.ground_truth"),
 }
 """Names of columns from which a role is known that the configuration does not name."""
 WHOLE_CONVERSATIONS = ("messages", "conversations")
 """Prompt columns that by custom end with the turn of the assistant that is the expected answer."""
+
+MAX_FIELDS, MAX_DEPTH = 50, 4
+"""Of structs whose fields are known by name."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Columns:
 
     def surprises(self, row: Mapping[str, Any]) -> list[str]:
         """Columns of a row that nothing is known to be done with, though their names say what they hold."""
-        return [name for name in self.unexpected if row.get(name) is not None]
+        return [name for name in self.unexpected if value_of(row, name) is not None]
 
     def __str__(self) -> str:
         roles = [("prompt", self.prompt), *self.media]
@@ -68,10 +72,39 @@ class Columns:
         return ", ".join(f"{role}: {column}" for role, column in roles)
 
 
+def value_of(row: Mapping[str, Any], name: str) -> Any:
+    """What a row has in a column, or in a field of one; None where it has none."""
+    if name in row:
+        return row[name]
+    for dot in (i for i, character in enumerate(name) if character == "."):
+        if isinstance(inner := row.get(name[:dot]), Mapping):
+            return value_of(inner, name[dot + 1 :])
+    return None
+
+
+def is_read(column: str, names: Sequence[str]) -> bool:
+    """Whether one of `names` is a column, or a field in it."""
+    return any(name == column or name.startswith(f"{column}.") for name in names)
+
+
+def unread(present: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those columns, without their fields, of which nothing is read."""
+    return [column for column in _tops(present) if not is_read(column, names)]
+
+
+def field_names(row: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """The columns of a row, each with the dotted names of its fields if it is a struct of so many that they are names
+    and not contents."""
+    for name, value in row.items():
+        yield within + name
+        if isinstance(value, Mapping) and len(value) <= MAX_FIELDS and within.count(".") < MAX_DEPTH:
+            yield from field_names(value, f"{within}{name}.")
+
+
 def choose_columns(
     named: Mapping[Role, str | None], extra: Sequence[str], files: Mapping[str, Sequence[str]], problems: list[str]
 ) -> Columns | None:
-    """The columns of a set of files, from what is named and from the columns that each file has.
+    """The columns of a set of files, from what is named and from the columns, and their fields, that each file has.
 
     A role that is not named gets the one column that is known for it, if there is one. What is missing, what could be
     meant in two ways, and files that differ are added to `problems`; then the result is None, as it is for no files."""
@@ -122,7 +155,7 @@ def _choose(
     if prompt is None:
         missing.append(
             f"{file}: no column that is known to hold prompts ({', '.join(KNOWN_NAMES['prompt'])}); name it with "
-            f"data.columns.prompt. It has {', '.join(present)}"
+            f"data.columns.prompt. It has {', '.join(_tops(present))}"
         )
     if missing or prompt is None:
         problems += missing
@@ -134,4 +167,16 @@ def _choose(
 
 
 def _nearest_first(name: str, known: Sequence[str]) -> list[str]:
-    return sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
+    """The columns, and of their fields those that may be meant."""
+
+    def likeness(other: str) -> float:
+        return max(difflib.SequenceMatcher(None, name, part).ratio() for part in (other, other.rpartition(".")[2]))
+
+    tops = _tops(known)
+    shown = [k for k in known if k in tops or likeness(k) > 0.8]
+    return sorted(shown, key=lambda k: -likeness(k))
+
+
+def _tops(known: Sequence[str]) -> list[str]:
+    """Those names that are no field of another."""
+    return [name for name in known if not any(name != k and is_read(k, [name]) for k in known)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rollout.columns import MEDIA_ROLES
-from rollout.rows import RowRefusedError
+from rollout.rows import RowRefusedError, shown
 from rollout.types import MediaKind
 
 Part = Mapping[str, Any]
@@ -154,7 +154,7 @@ def _turn(value: Any, n: int) -> tuple[str, Any]:
     raise RowRefusedError(
         "bad prompt",
         f"message {n}: expected {{role, content}}, role one of {ROLES}, or {{from, value}}, from one of "
-        f"{tuple(SPEAKERS)}, found {found!r}",
+        f"{tuple(SPEAKERS)}, found {shown(found)}",
     )
 
 

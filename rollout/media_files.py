@@ -1,7 +1,12 @@
-"""The encoded bytes of a row's media: from the row itself, a file under the data root, or, where allowed, the web."""
+"""The encoded bytes of a row's media: from the row itself, as bytes or base64 text, from a file under the data root,
+or, where allowed, from the web.
+
+Base64 text is told from a path by what it begins with: the signature of an image, video or sound (`iVBORw0KGgo`, PNG).
+"""
 
 from __future__ import annotations
 
+import base64
 import re
 import time
 import urllib.request
@@ -9,13 +14,28 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from rollout.rows import RowRefusedError
+from rollout.rows import RowRefusedError, shown
 from rollout.types import MediaKind
 
 FETCH_SECONDS = 20.0
 """Longest wait for an answer from the web, and for the whole of one."""
+MIN_BASE64 = 40
+"""Characters of the smallest picture's text."""
+LONGEST_NAME = 255
+"""Characters of a path below the folder of the data; longer ones are hardly paths."""
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data):")
+_STANDARD = str.maketrans("-_", "+/")
+"""The alphabet of URLs to the usual one."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data):", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
+_NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=_\-\s]")
+SIGNATURES = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....(?:WEBP|WAVE|AVI )|BM.{4}\0{4}|II\*\0|MM\0\*|....ftyp"
+    rb"|\x1aE\xdf\xa3|OggS|ID3|fLaC",
+    re.DOTALL,
+)
+"""How the files of images, videos and sounds begin."""
 
 
 class MediaFiles:
@@ -28,13 +48,15 @@ class MediaFiles:
         self._opener = _web_opener() if allow_urls else None
 
     def read(self, item: Any, kind: MediaKind, n: int, directory: Path) -> bytes:
-        """The bytes of item `n` of a row: bytes, a path, a URL, or a struct {bytes, path}.
+        """The bytes of item `n` of a row: bytes, base64 text, a path, a URL, or a struct {bytes, path}.
 
         `directory`: the data file's folder. Raises RowRefusedError."""
         where = f"{kind} {n}: "
         if isinstance(item, dict):
             data = item.get("bytes")
             item = data if data is not None else item.get("path")
+            if isinstance(data, str):
+                return self._decode(_DATA_URL.sub("", data[:300], count=1) + data[300:], kind, where)
             if data is not None and not isinstance(data, bytes):
                 raise RowRefusedError(f"bad {kind}", f"{where}'bytes' holds {type(data).__name__}, not bytes")
             if item is None:
@@ -46,6 +68,10 @@ class MediaFiles:
             refusal = f"missing {kind}" if item is None else f"bad {kind}"
             found = "nothing" if item is None else type(item).__name__
             raise RowRefusedError(refusal, f"{where}expected bytes, {{bytes, path}} or a path, found {found}")
+        if (url := _DATA_URL.match(item)) is not None:
+            return self._decode(item[url.end() :], kind, where)
+        if _is_base64(item):
+            return self._decode(item, kind, where)
         scheme = _SCHEME.match(item)
         if scheme is not None:
             return self._fetch(item, (scheme[1] or scheme[2]).lower(), kind, where)
@@ -57,35 +83,51 @@ class MediaFiles:
                 f"{kind} too large", f"{where}{size:,} bytes, the limit is {self._max_bytes:,} (data.max_image_bytes)"
             )
 
+    def _decode(self, text: str, kind: MediaKind, where: str) -> bytes:
+        """The bytes that base64 text stands for, in either alphabet, with line breaks or without."""
+        self._check_size(len(text) * 3 // 4 - 2, kind, where)  # before it is copied
+        text = "".join(text.split()).translate(_STANDARD).rstrip("=")
+        try:
+            data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except ValueError as error:  # its message quotes no text
+            raise RowRefusedError(f"bad {kind}", f"{where}no readable base64 text ({error}): {shown(text)}") from error
+        self._check_size(len(data), kind, where)
+        return data
+
     def _read_file(self, name: str, kind: MediaKind, where: str, directory: Path) -> bytes:
         root = self._root or directory.resolve()
         try:
             path = (root / name).resolve()  # symbolic links followed
             if not path.is_relative_to(root):
-                raise RowRefusedError("outside root", f"{where}{name!r} leads to {path}, outside {root} (data.root)")
+                raise RowRefusedError("outside root", f"{where}{shown(name)} leads outside {root} (data.root)")
             if not path.is_file():
-                raise RowRefusedError(f"missing {kind}", f"{where}no file {path}")
+                raise RowRefusedError(f"missing {kind}", f"{where}{_no_file(name, path)}")
             self._check_size(path.stat().st_size, kind, where)
             return path.read_bytes()
         except RowRefusedError:
             raise
         except (OSError, ValueError, RuntimeError) as error:  # no right to read; a NUL in the name; links in a circle
-            raise RowRefusedError(f"missing {kind}", f"{where}{name!r} cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or error  # the whole message quotes the name
+            long = len(name) > LONGEST_NAME
+            said = _no_file(name, root) if long else f"{shown(name)} cannot be read: {reason!s:.80}"
+            raise RowRefusedError(f"missing {kind}", where + said) from error
 
     def _fetch(self, url: str, scheme: str, kind: MediaKind, where: str) -> bytes:
-        shown = repr(url if len(url) <= 100 else url[:100] + "...")
         if scheme not in ("http", "https"):
-            raise RowRefusedError("URL refused", f"{where}{shown} is a {scheme} URL, which is never read")
+            only = "; of data URLs, only base64 ones are read" if scheme == "data" else ", which is never read"
+            raise RowRefusedError("URL refused", f"{where}{shown(url)} is a {scheme} URL{only}")
         if self._opener is None:
             raise RowRefusedError(
-                "URL refused", f"{where}{shown} is a URL, and none is fetched without data.allow_urls; store the file"
+                "URL refused", f"{where}{shown(url)} is a URL, none is fetched without data.allow_urls; store the file"
             )
         try:
             return self._download(url, kind, where)
         except (OSError, HTTPException, ValueError) as error:
             if isinstance(error, RowRefusedError):
                 raise
-            raise RowRefusedError("failed fetch", f"{where}{shown}: {error or type(error).__name__}") from error
+            raise RowRefusedError(
+                "failed fetch", f"{where}{shown(url)}: {str(error)[:120] or type(error).__name__}"
+            ) from error
 
     def _download(self, url: str, kind: MediaKind, where: str) -> bytes:
         assert self._opener is not None
@@ -101,6 +143,27 @@ class MediaFiles:
             if answer.length:
                 raise OSError(f"ended {answer.length:,} bytes early")
         return bytes(data)
+
+
+def _is_base64(text: str) -> bool:
+    """Whether `text` is that of a file of a known format. A path would have to begin just so: no dot, no extension."""
+    if len(text) < MIN_BASE64 or _NOT_BASE64.search(text):
+        return False
+    head = "".join(text[:64].split())[:24].translate(_STANDARD)
+    try:
+        return SIGNATURES.match(base64.b64decode(head[: len(head) // 4 * 4])) is not None
+    except ValueError:
+        return False
+
+
+def _no_file(name: str, path: Path) -> str:
+    """What is said of a path that leads nowhere, or of a text that is none. Of a long path the end is shown, which
+    tells files of a folder apart."""
+    if len(name) > LONGEST_NAME and not _NOT_BASE64.search(name):
+        return f"{shown(name)} is base64 text, but of no known format, and no path ({len(name):,} characters)"
+    if len(name) > LONGEST_NAME:
+        return f"{shown(name)} is a text of {len(name):,} characters, and no path"
+    return f"no file {path}" if len(str(path)) <= 160 else f"no file ...{str(path)[-160:]}"
 
 
 def _web_opener() -> urllib.request.OpenerDirector:

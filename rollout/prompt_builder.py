@@ -6,23 +6,20 @@ columns ──▶ Conversation + bytes of media ──▶ adapter.render ──�
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
 
-from rollout.columns import Columns
+from rewards.golds import GoldError, gold_text
+from rollout.columns import Columns, value_of
 from rollout.conversation import Conversation, Message, Part, places, text_of, texts_of
 from rollout.media_files import MediaFiles
-from rollout.rows import RowRefusedError
+from rollout.rows import RowRefusedError, shown
 from rollout.types import Media, MediaKind, Prompt, PromptRef
 from vlm.clips import check_sound, check_video
 from vlm.media import ImageLimits, MediaError, MediaTooLargeError, check_image, digest
@@ -36,7 +33,6 @@ CHECKED_KEPT = 100_000
 FORMS_KEPT = 1000
 """Forms of conversations (roles, places for media) of which it is remembered what the chat template writes."""
 WORD: Part = {"type": "text", "text": "x"}
-_ANSWER_TAGS = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class PromptBuilder:
         """`directory` is where relative paths of media start without `options.root`. Raises RowRefusedError."""
         self._refuse_surprises(row)
         conversation, answer = self._conversation_and_answer(row)
-        found = {kind: self._read(kind, row.get(column), directory) for kind, column in self.columns.media}
+        found = {kind: self._read(kind, value_of(row, column), directory) for kind, column in self.columns.media}
         counts = {kind: len(items) for kind, items in found.items()}
         messages = self._compose(conversation, counts)
         for message in messages:
@@ -86,7 +82,7 @@ class PromptBuilder:
             expanded_length=encoded.length,
             media=media,
             answer=answer,
-            columns={name: row.get(name) for name in self.columns.extra},
+            columns={name: value_of(row, name) for name in self.columns.extra},
             truncated=truncated,
             user_text=conversation.words,
         )
@@ -97,18 +93,18 @@ class PromptBuilder:
         if surprises := self.columns.surprises(row):
             raise RowRefusedError(
                 "unexpected column",
-                f"the row has {', '.join(map(repr, surprises))}, which the first rows have not; say in data.columns "
+                f"the row has {', '.join(map(shown, surprises))}, which the first rows have not; say in data.columns "
                 "what that is (null in its role: nothing)",
             )
 
     def _conversation_and_answer(self, row: Mapping[str, Any]) -> tuple[Conversation, str | None]:
         columns, answer = self.columns, None
         if columns.answer is not None and not columns.answer_is_last_turn:
-            answer = _answer(row.get(columns.answer))
-        conversation = Conversation.read(row.get(columns.prompt))
+            answer = _gold(columns.answer, value_of(row, columns.answer))
+        conversation = Conversation.read(value_of(row, columns.prompt))
         if columns.answer_is_last_turn:
             conversation, last = conversation.without_last_turn()
-            answer = _answer(last)
+            answer = _gold(columns.prompt, last)
         conversation.check_speaker()
         return conversation, answer
 
@@ -206,7 +202,7 @@ class PromptBuilder:
             return text, self.adapter.tokenize(text)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise RowRefusedError(
-                "bad prompt", f"the model's chat template or tokenizer refuses it: {error}"
+                "bad prompt", f"the model's chat template or tokenizer refuses it: {error!s:.120}"
             ) from error
 
     def _refuse_control_tokens(self, messages: Sequence[Message], ids: Sequence[int]) -> None:
@@ -231,7 +227,7 @@ class PromptBuilder:
             return self.adapter.expanded_length(ids, media)
         except Exception as error:  # processors answer shapes that they cannot take with many kinds of exception
             shapes = ", ".join(f"{m.width} x {m.height}" if m.width else f"{m.samples} samples" for m in media)
-            raise RowRefusedError("bad shape", f"the model's processor refuses {shapes}: {error}") from error
+            raise RowRefusedError("bad shape", f"the model's processor refuses {shapes:.80}: {error!s:.120}") from error
 
 
 def _says(part: Part) -> bool:
@@ -255,22 +251,9 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def _answer(value: Any) -> str:
-    """An answer as text: lists and structs as JSON; `<answer> </answer>` around all of it is taken off."""
-    if isinstance(value, list | dict):
-        try:
-            return json.dumps(value, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise RowRefusedError("bad answer", f"the answer cannot be written as JSON: {error}") from error
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise RowRefusedError("no answer", "the row has no answer")
-    if not isinstance(value, str | int | float | Decimal):
-        raise RowRefusedError(
-            "bad answer", f"the answer must be a text, a number, a list or a struct, found {type(value).__name__}"
-        )
-    text = str(value)
-    if (tagged := _ANSWER_TAGS.fullmatch(text)) is not None:
-        text = tagged[1].strip()
-    if not text.strip():
-        raise RowRefusedError("no answer", "the row has no answer")
-    return text
+def _gold(column: str, value: Any) -> str:
+    """The gold of a column's value. Raises RowRefusedError."""
+    try:
+        return gold_text(value, column)
+    except GoldError as error:
+        raise RowRefusedError(error.kind, error.reason) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rollout.columns import Role, choose_columns
+from rollout.columns import Role, choose_columns, unread
 from rollout.order import EpochOrder
 from rollout.prompt_builder import PromptBuilder
 from rollout.row_files import DataError
@@ -144,7 +144,7 @@ class PromptSource:
             raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
         self.columns = columns
         """Which column plays which role."""
-        self.unused = tuple(dict.fromkeys(n for names in present.values() for n in names if n not in columns.names))
+        self.unused = tuple(dict.fromkeys(n for names in present.values() for n in unread(names, columns.names)))
         """Columns that nothing is done with."""
         self._store = RowStore(files, columns.names, options.window_bytes)
         self._builder = PromptBuilder(options, columns, adapter)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rollout.columns import field_names, is_read
 from rollout.json_elements import ElementError, array_spans, element_spans
 
 BLOCK_BYTES = 16 * 2**20
@@ -55,7 +56,7 @@ class Block:
 class RowFile(Protocol):
     path: Path
     columns: tuple[str, ...]
-    """Names that exist in the file; none if it has no rows."""
+    """Names that exist in the file; none if it has no rows. Fields of structs follow theirs: `struct.field`."""
 
     def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
         """From now on read these columns alone, if the format can; returns the file's blocks."""
@@ -71,16 +72,19 @@ class ParquetRows:
         self.path = path
         with pq.ParquetFile(path) as file:
             self._metadata = file.metadata
-            self.columns = tuple(file.schema_arrow.names) if file.metadata.num_rows else ()
+            self._top = tuple(file.schema_arrow.names)
+            fields = field_names(_fields(file.schema_arrow))
+            self.columns = tuple(fields) if file.metadata.num_rows else ()
         self._selected: list[str] = []
 
     def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
-        self._selected = [name for name in self.columns if name in columns]
+        self._selected = [name for name in self._top if is_read(name, columns)]
         return tuple(self._cut())
 
     def _cut(self) -> Iterator[Block]:
         metadata, schema = self._metadata, self._metadata.schema
-        leaves = [i for i in range(len(schema)) if schema.column(i).path.split(".")[0] in self._selected]
+        paths = [schema.column(i).path for i in range(len(schema))]
+        leaves = [i for i, path in enumerate(paths) if any(is_read(name, [path]) for name in self._selected)]
         start = rows = size = 0
         for g in range(metadata.num_row_groups):
             group = metadata.row_group(g)
@@ -121,6 +125,15 @@ class ParquetRows:
         return lambda i: {name: column[i].as_py() for name, column in named}
 
 
+def _fields(schema: pa.Schema | pa.StructType) -> dict[str, Any]:
+    """Names of columns -> their fields, if they are structs."""
+    return {field.name: _fields(field.type) if pa.types.is_struct(field.type) else None for field in _each(schema)}
+
+
+def _each(schema: pa.Schema | pa.StructType) -> list[pa.Field]:
+    return [schema.field(i) for i in range(len(schema.names))]
+
+
 class _JsonRows(ABC):
     """What JSONL and JSON files have in common: rows are objects in ranges of bytes. A subclass finds the ranges."""
 
@@ -146,7 +159,7 @@ class _JsonRows(ABC):
             row = self.load(block)
             for i in range(min(ROWS_FOR_KEYS, block.rows)):
                 with suppress(ValueError):  # refused, with its reason, when its turn comes
-                    found.update(dict.fromkeys(row(i)))
+                    found.update(dict.fromkeys(field_names(row(i))))
         if self._blocks and not found:
             raise DataError(f"{self.path}: no JSON object with keys among the first {self.unit}")
         return tuple(found)

@@ -18,11 +18,25 @@ import pyarrow as pa
 
 from rollout.row_files import FORMATS, DataError, Loaded, Row, RowFile
 
+SHOWN = 80
+"""Characters of a value that a message quotes."""
+MAX_REASON = 260
+"""Characters of a reason: a row may hold megabytes, and what is said of it stays a line."""
+
+
+def shown(value: object) -> str:
+    """What a row holds, as far as a message quotes it."""
+    text = repr(value if not isinstance(value, str) else value[:SHOWN])
+    whole = len(text) <= SHOWN + 2 and (not isinstance(value, str) or len(value) <= SHOWN)
+    return text if whole else f"{text[:SHOWN]}..."
+
 
 class RowRefusedError(ValueError):
     """One row that cannot be used. `kind` is a few fixed words to count by, the message tells the rest."""
 
     def __init__(self, kind: str, reason: str) -> None:
+        if len(reason) > MAX_REASON:
+            reason = f"{reason[: MAX_REASON - 4]} ..."
         super().__init__(kind, reason)
         self.kind, self.reason = kind, reason
 

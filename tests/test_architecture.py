@@ -24,7 +24,7 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 
 # What of ours each room may import beyond itself. `bench` and `tests` may import everything.
 MAY_IMPORT = {
-    "rollout": ("rollout.types", "vlm", "weight_sync"),
+    "rollout": ("rollout.types", "rewards.golds", "vlm", "weight_sync"),
     "learner": ("rollout.types", "rollout.user_code", "vlm", "weight_sync"),
     "rewards": ("rollout.types", "rollout.user_code"),
     "vlm": ("rollout.types", "rollout.user_code"),

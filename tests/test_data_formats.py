@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from rollout.prompts import PromptSource
+from rollout.prompts import DataError, PromptSource
 from rollout.types import Prompt
 from tests.data_helpers import png, source, write_rows
 from vlm.tiny.noise import noise_sound, noise_video
@@ -57,6 +60,67 @@ def test_easyr1(tmp_path: Path) -> None:
     assert (second.text, images(second)) == ("user:Is<img>like<img>?\nassistant:", [RED, BLUE])
 
 
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_verl(tmp_path: Path, name: str) -> None:
+    """The gold is a field of the struct `reward_model`; fields can be named with dots wherever columns can."""
+    picture = {"bytes": RED} if name.endswith("parquet") else {"bytes": base64.b64encode(RED).decode()}
+    row = {
+        "data_source": "geo",
+        "prompt": [{"role": "user", "content": "<image>Find x."}],
+        "images": [picture],
+        "reward_model": {"style": "rule", "ground_truth": "40"},
+        "extra_info": {"split": "train", "index": 7, "answer": "\\boxed{41}"},
+    }
+    path = write_rows(tmp_path / name, [row])
+    (found,) = prompts(path, extra_columns=("extra_info.index",))
+    assert (found.text, images(found), found.answer) == ("user:<img>Find x.\nassistant:", [RED], "40")
+    assert found.columns == {"extra_info.index": 7}
+    data = source(path)
+    assert str(data.columns) == "prompt: prompt, image: images, answer: reward_model.ground_truth"
+    assert data.unused == ("data_source", "extra_info")
+    assert prompts(path, columns={"answer": "extra_info.answer"})[0].answer == "41"
+    with pytest.raises(DataError, match=r"no column 'ground_truth' .*; it has reward_model\.ground_truth"):
+        source(path, columns={"answer": "ground_truth"})
+    whole = source(path, columns={"answer": "reward_model"}, max_refused_share=1.0)
+    assert list(whole.look(1)) == [None]
+    (refused,) = whole.report().first_refusals
+    assert refused.reason == (
+        "column 'reward_model': a struct (style, ground_truth); name its field: "
+        "data.columns.answer=reward_model.ground_truth"
+    )
+
+
+def test_a_column_whose_name_has_a_dot_goes_before_a_field(tmp_path: Path) -> None:
+    row = {"prompt": "q", "a.b": "column", "a": {"b": "field", "c": {"d": "inner"}}}
+    path = write_rows(tmp_path / "a.parquet", [row])
+    assert prompts(path, columns={"answer": "a.b"})[0].answer == "column"
+    assert prompts(path, columns={"answer": "a.c.d"})[0].answer == "inner"
+
+
+def test_gsm8k(tmp_path: Path) -> None:
+    worked = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nThat makes 48+24 = <<48+24=72>>72 clips.\n#### 72"
+    rows = [{"question": "How many clips?", "answer": worked}, {"question": "And then?", "answer": "#### 2,125"}]
+    assert [p.answer for p in prompts(write_rows(tmp_path / "train.jsonl", rows))] == ["72", "2,125"]
+
+
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes])
+def test_images_as_base64_text_and_data_urls(tmp_path: Path, encode: Callable[[bytes], bytes]) -> None:
+    """JSON cannot hold bytes. Line breaks, the alphabet of URLs, and a missing padding are no matter."""
+    Image.effect_noise((40, 40), 90).convert("RGB").save(tmp_path / "noise.jpg")
+    for data in (RED, BLUE, (tmp_path / "noise.jpg").read_bytes()):
+        text = encode(data).decode()
+        forms = (text, text.rstrip("=\n"), f"data:image/png;base64,{text}", f"DATA:;base64,{text}", {"bytes": text})
+        rows = [{"prompt": "q", "image": form} for form in forms] + [{"prompt": "q", "image": [text]}]
+        assert [images(p) for p in prompts(write_rows(tmp_path / "a.jsonl", rows))] == [[data]] * 6
+
+
+def test_a_path_that_base64_could_be_is_still_a_path(tmp_path: Path) -> None:
+    name = "a" * 60 + "/" + "b" * 60
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(RED)
+    assert images(prompts(write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "image": name}]))[0]) == [RED]
+
+
 def test_open_r1_and_trl(tmp_path: Path) -> None:
     """`prompt` as messages, with and without a part for the image; `solution` in answer tags."""
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "How many?"}]
@@ -69,6 +133,8 @@ def test_open_r1_and_trl(tmp_path: Path) -> None:
     without = {"image": {"bytes": BLUE}, "prompt": turns, "solution": "<answer>4</answer>"}
     (one,) = prompts(write_rows(tmp_path / "one.parquet", [with_part]))
     assert (one.text, images(one), one.answer) == ("user:<img>How many?\nassistant:", [RED], "3")
+    reasoned = without | {"solution": "<think>One, two.</think>\n\n<answer>B</answer>"}
+    assert prompts(write_rows(tmp_path / "three.parquet", [reasoned]))[0].answer == "B"
     (two,) = prompts(write_rows(tmp_path / "two.parquet", [without]))
     assert (two.text, images(two), two.answer) == ("system:Think.\nuser:<img>How many?\nassistant:", [BLUE], "4")
 

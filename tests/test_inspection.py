@@ -132,3 +132,11 @@ def test_a_run_and_a_check_say_which_columns_were_chosen(tiny_model: Path, tmp_p
     assert check_data(config, None, Console(file=out, width=200))
     assert chosen in out.getvalue()
     assert "0 of 4 rows refused" in out.getvalue()
+
+
+def test_a_long_answer_and_a_refused_row_are_shown_in_short_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "image": None, "answer": "a" * 5000}, {"prompt": "q", "image": "x" * 10**6, "answer": "a"}]
+    text = inspected(write_rows(tmp_path / "a.jsonl", rows))
+    assert "... (5,000 characters)" in text
+    assert "is base64 text, but of no known format, and no path (1,000,000 characters)" in text
+    assert max(map(len, text.splitlines())) < 700

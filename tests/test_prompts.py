@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections import Counter
@@ -141,8 +142,9 @@ def test_rows_without_an_image_are_text_prompts(tmp_path: Path) -> None:
         ({"box": [1, 2], "name": "é"}, '{"box": [1, 2], "name": "é"}'),
         ("<answer> 3 </answer>", "3"),
         ("\n<answer>a\nb</answer> ", "a\nb"),
-        ("x <answer>3</answer>", "x <answer>3</answer>"),
-        ("<answer>1</answer> or <answer>2</answer>", "<answer>1</answer> or <answer>2</answer>"),
+        ("<think>x</think>\n\n<answer>B</answer>", "B"),
+        (["x", None], '["x"]'),
+        ([], "[]"),
     ],
 )
 def test_answers_are_texts_numbers_or_json(tmp_path: Path, answer: Any, expected: str) -> None:
@@ -163,9 +165,17 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"image": [png(), None]}, "missing image", "image 1: expected bytes"),
         ({"image": "gone.png"}, "missing image", "image 0: no file"),
         ({"image": {"bytes": None, "path": None}}, "missing image", "neither 'bytes' nor 'path'"),
-        ({"image": {"bytes": "aGk=", "path": None}}, "bad image", "'bytes' holds str"),
-        ({"image": "https://example.org/a.png"}, "URL refused", "is a URL, and none is fetched"),
-        ({"image": "data:image/png;base64,aGk="}, "URL refused", "is a data URL, which is never read"),
+        ({"image": {"bytes": "aGk=", "path": None}}, "bad image", "image 0: not a readable image"),
+        ({"image": {"bytes": "no/text!", "path": None}}, "bad image", "no readable base64 text"),
+        ({"image": {"bytes": 7, "path": None}}, "bad image", "'bytes' holds int"),
+        ({"image": "https://example.org/a.png"}, "URL refused", "is a URL, none is fetched"),
+        ({"image": "data:image/png;base64,aGk="}, "bad image", "image 0: not a readable image"),
+        ({"image": "data:image/png;base64,a%20Gk="}, "bad image", "no readable base64 text"),
+        ({"image": "data:,hello"}, "URL refused", "is a data URL; of data URLs, only base64 ones are read"),
+        ({"image": "a" * 100_000}, "missing image", "is base64 text, but of no known format, and no path (100,000"),
+        ({"image": "a? " * 100_000}, "missing image", "is a text of 300,000 characters, and no path"),
+        ({"image": base64.b64encode(png(size=(400, 300))).decode()}, "image too large", "120,000 pixels"),
+        ({"image": base64.b64encode(png() + b"\x00" * 5000).decode()}, "image too large", "the limit is 5,000"),
         ({"image": 7}, "bad image", "found int"),
         ({"image": png(size=(400, 300))}, "image too large", "120,000 pixels, the limit is 100,000"),
         ({"image": png() + b"\x00" * 5000}, "image too large", "bytes, the limit is 5,000"),
@@ -177,6 +187,10 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"answer": b"a"}, "bad answer", "a text, a number, a list or a struct, found bytes"),
         ({"answer": [b"a"]}, "bad answer", "cannot be written as JSON"),
         ({"answer": "<answer> </answer>"}, "no answer", "the row has no answer"),
+        ({"answer": [None, ""]}, "no answer", "column 'answer': the row has no answer"),
+        ({"answer": "<think>x</think>"}, "no answer", "thoughts, and no answer behind </think>: '<think>x'"),
+        ({"answer": "<answer>1</answer> or <answer>2</answer>"}, "bad answer", "marks 2 answers, '1' and '2'; name a"),
+        ({"answer": {"style": "rule", "ground_truth": "4"}}, "bad answer", "data.columns.answer=answer.ground_truth"),
         ({"prompt": None}, "bad prompt", "found nothing"),
         ({"prompt": 3}, "bad prompt", "found int"),
         ({"prompt": ""}, "bad prompt", "the prompt is empty"),
@@ -211,7 +225,7 @@ def test_bad_rows_are_refused_with_their_reason(
     if reason.startswith("161"):
         monkeypatch.setitem(LIMITS, "max_prompt_length", 160)  # "user:", "q\nassistant:" are 17, 12 x 12 squares 144
     found = refusal(tmp_path, GOOD | change, **LIMITS)
-    assert found[0] == kind
+    assert found[0] == kind and len(found[1]) < 300
     assert reason in found[1]
 
 
@@ -265,7 +279,7 @@ def test_too_many_refused_rows_stop_with_the_first_of_them(tmp_path: Path) -> No
     message = str(caught.value)
     assert "more than 10.00% of the rows refused (data.max_refused_share). 101 of" in message
     assert f"{tmp_path / 'a.parquet'} row 0: expected a text or a list of chat messages, found nothing" in message
-    assert f"{tmp_path / 'a.parquet'} row 7: the row has no answer" in message
+    assert f"{tmp_path / 'a.parquet'} row 7: column 'answer': the row has no answer" in message
     assert message.count("a.parquet row ") == 10
     with pytest.raises(DataError, match=r"more than 10\.00%"):
         data.take(1)  # and it stays so

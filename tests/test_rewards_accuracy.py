@@ -14,6 +14,7 @@ from rewards.accuracy import AccuracyReward, matches
 from rewards.answers import gold_answers
 from rewards.base import ScoringRequest
 from rewards.format import Scope
+from rewards.golds import gold_forms
 from rewards.mathematics import is_mathematics, value_of
 from rewards.notation import plain
 from rewards.numbers import numbers_equal, read_number
@@ -278,6 +279,7 @@ def test_the_ideal_completion_gets_full_marks() -> None:
     "wrapping", ["so \\boxed{%s}.", "<answer>%s</answer>", "I see. The answer is %s.", "x\n#### %s"]
 )
 def test_a_gold_answer_is_right_however_a_completion_marks_it(wrapping: str) -> None:
-    golds = {gold for _, gold, _ in pairs("accuracy_answers.txt") if gold_answers(gold) == (gold,) and "\n" not in gold}
+    said = {gold for _, gold, _ in pairs("accuracy_answers.txt") if gold_forms(gold) == (gold,) and "\n" not in gold}
+    golds = {gold for gold in said if gold_answers(gold) == (gold,)}
     assert len(golds) > 80
     assert [gold for gold in sorted(golds) if score(gold, wrapping % gold, "completion") != 1.0] == []

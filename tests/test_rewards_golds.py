@@ -6,7 +6,7 @@ import pytest
 
 from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction, ScoringRequest
-from rewards.golds import gold_forms
+from rewards.golds import GoldError, gold_forms, gold_text
 from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
 
 
@@ -41,3 +41,83 @@ def test_a_null_among_the_gold_forms_is_no_form(reward: RewardFunction) -> None:
     verdicts = reward(ScoringRequest("", completions, answer='["x", null]'))
     assert [v.score for v in verdicts] == [1.0, 0.0]
     assert reward(ScoringRequest("", completions, answer="[null]"))[0].status == "unscorable"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("red", "red"),
+        (3, "3"),
+        (2.5, "2.5"),
+        # open-r1: reasoning and answer
+        ("<answer> 3 </answer>", "3"),
+        ("<think>It has two ears.</think>\n\n<answer>B</answer>", "B"),
+        ("<think>Is it \\boxed{3}? No.</think> So \\boxed{4}", "4"),
+        ("<think>a <answer>C</answer></think><answer>\\boxed{B}</answer>", "B"),
+        ("<think>a</think>\nred", "red"),
+        ("It is <answer>B</answer>, as <answer> B </answer> says", "B"),
+        # a whole solution with a box
+        ("We get $2+2=4$, so the answer is $\\boxed{4}$.", "4"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("so \\boxed{1}, \\boxed{2} solve it", "1, 2"),
+        ("a fall of $\\boxed{28}\\%$", '["28", "28\\\\%"]'),
+        ("\\boxed{4} as I said: \\boxed{4}", "4"),
+        # GSM8K, MetaMath
+        ("Natalia sold 48/2 = <<48/2=24>>24 clips.\nAltogether 48+24 = <<48+24=72>>72.\n#### 72", "72"),
+        ("#### 2,125", "2,125"),
+        ("5 * 2 = 10\n#### 10\nThe answer is: 10", "10"),
+        ("#### Solution\nThere are two ways to see it.", "#### Solution\nThere are two ways to see it."),
+        ("C#### 3", "C#### 3"),
+        # lists of forms, and what is filled into them
+        (["x", None], '["x"]'),
+        (["x", float("nan")], '["x"]'),
+        (["<answer>x</answer>", "\\boxed{y}"], '["x", "y"]'),
+        ('["<answer>x</answer>", null]', '["x"]'),
+        (["x", "y"], '["x", "y"]'),
+        ('["x","y"]', '["x","y"]'),
+        ([1, 2], "[1, 2]"),
+        ([], "[]"),
+        # what other rewards read is left alone
+        ({"box": [1, 2]}, '{"box": [1, 2]}'),
+        ([{"input": "#### 3", "output": "\\boxed{3}"}], '[{"input": "#### 3", "output": "\\\\boxed{3}"}]'),
+        ('[{"code": "#### 3"}]', '[{"code": "#### 3"}]'),
+    ],
+)
+def test_a_value_is_read_as_a_gold(value: object, text: str) -> None:
+    assert gold_text(value) == text
+    assert gold_text(text) == text  # what was read is read as itself
+    assert gold_forms(text) == gold_forms(value if isinstance(value, str) else text)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "reason"),
+    [
+        (None, "no answer", "column 'solution': the row has no answer"),
+        (float("nan"), "no answer", "the row has no answer"),
+        (" ", "no answer", "the row has no answer"),
+        ([None, ""], "no answer", "the row has no answer"),
+        ("<answer></answer>", "no answer", "the row has no answer"),
+        ("<think>hm</think> ", "no answer", "thoughts, and no answer behind </think>: '<think>hm'"),
+        ("<answer>1</answer> or <answer>2</answer>", "bad answer", "marks 2 answers, '1' and '2'; name a column"),
+        ("First \\boxed{3}, which gives then \\boxed{4}.", "bad answer", "marks 2 answers, '3' and '4'; name a column"),
+        ({"style": "rule", "ground_truth": "4"}, "bad answer", "(style, ground_truth); name its field: data.columns."),
+        ({"x" * 5000: 1, "ground_truth": 2}, "bad answer", "name its field: data.columns.answer=solution.ground_truth"),
+        (b"4", "bad answer", "must be a text, a number, a list or a struct, found bytes"),
+        ([b"4"], "bad answer", "cannot be written as JSON"),
+        ("so \\boxed{%s}, or then \\boxed{b}" % ("a" * 5000), "bad answer", "marks 2 answers"),
+        ("%s</think>" % ("a" * 5000), "no answer", "thoughts, and no answer"),
+    ],
+)  # fmt: skip
+def test_what_is_no_gold_is_refused_in_a_short_line(value: object, kind: str, reason: str) -> None:
+    with pytest.raises(GoldError) as caught:
+        gold_text(value, "solution")
+    assert caught.value.kind == kind
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < 260
+
+
+@pytest.mark.parametrize("gold", ['{"style": "rule", "value": "40"}', '[{"name": "zoom"}]'])
+def test_a_struct_is_no_answer_that_accuracy_compares_with(gold: str) -> None:
+    (verdict,) = AccuracyReward()(ScoringRequest("", (f"<answer>{gold}</answer>",), answer=gold))
+    assert verdict.status == "unscorable"
+    assert "the row's answer is a struct" in verdict.reason

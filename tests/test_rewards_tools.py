@@ -50,6 +50,23 @@ def test_every_line_of_a_file_gets_a_verdict(tmp_path: Path) -> None:
     assert "nested too deeply" in verdicts[11].reason
 
 
+def test_a_gold_is_read_as_a_run_reads_it(tmp_path: Path) -> None:
+    red = "<think>I look.</think><answer>red</answer>"
+    golds = ["<answer> red </answer>", red, "red", "It is \\boxed{red}", ["blue", "red", None], "<answer>blue</answer>"]
+    refused = [
+        {"ground_truth": "red"},
+        "<answer>red</answer> or <answer>blue</answer>",
+        "x" * 10_000 + "</think>",
+        None,
+    ]
+    path = lines(tmp_path / "rows.jsonl", *({"completion": red, "answer": gold} for gold in [*golds, *refused]))
+    verdicts = list(score_file(RewardSpec("accuracy"), path, PATIENCE))
+    assert [v.score for v in verdicts] == [1.0] * 5 + [0.0] + [None] * 4
+    assert [v.status for v in verdicts[6:]] == ["error", "error", "unscorable", "unscorable"]
+    assert verdicts[6].reason.startswith("line 7: column 'answer': a struct (ground_truth); name its field")
+    assert max(len(v.reason) for v in verdicts) < 300
+
+
 def test_score_writes_json_lines_and_takes_options(tmp_path: Path) -> None:
     (tmp_path / "leveled.py").write_text(
         "def mine(completions, level, factor=1.0):\n"
