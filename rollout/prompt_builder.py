@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CHECKED_KEPT = 100_000
 """Media whose shape is remembered by digest, so that later epochs need not decode them to check them."""
+MAX_CHARACTERS = 2**20
+"""Of a row's prompt, and of its answer: tokenizers take hundreds of bytes for each, and abort without them."""
 FORMS_KEPT = 1000
 """Forms of conversations (roles, places for media) of which it is remembered what the chat template writes."""
 WORD: Part = {"type": "text", "text": "x"}
@@ -66,6 +68,7 @@ class PromptBuilder:
     def build(self, row: Mapping[str, Any], ref: PromptRef, directory: Path) -> Prompt:
         """`directory` is where relative paths of media start without `options.root`. Raises RowRefusedError."""
         self._refuse_surprises(row)
+        self._refuse_huge(row)
         conversation, answer = self._conversation_and_answer(row)
         found = {kind: self._read(kind, value_of(row, column), directory) for kind, column in self.columns.media}
         counts = {kind: len(items) for kind, items in found.items()}
@@ -96,6 +99,14 @@ class PromptBuilder:
                 f"the row has {', '.join(map(shown, surprises))}, which the first rows have not; say in data.columns "
                 "what that is (null in its role: nothing)",
             )
+
+    def _refuse_huge(self, row: Mapping[str, Any]) -> None:
+        for column in dict.fromkeys((self.columns.prompt, self.columns.answer)):
+            found = 0 if column is None else characters(value_of(row, column))
+            if found > MAX_CHARACTERS:
+                raise RowRefusedError(
+                    "text too long", f"{column!r} has {found:,} characters, the limit is {MAX_CHARACTERS:,}"
+                )
 
     def _conversation_and_answer(self, row: Mapping[str, Any]) -> tuple[Conversation, str | None]:
         columns, answer = self.columns, None
@@ -232,6 +243,14 @@ class PromptBuilder:
 
 def _says(part: Part) -> bool:
     return part["type"] == "text" and bool(part["text"].strip())
+
+
+def characters(value: Any) -> int:
+    """Of all texts in a value of a row."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(characters, inner))
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

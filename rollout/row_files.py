@@ -1,6 +1,6 @@
-"""Parquet, JSONL and JSON files as blocks of rows: about 16 MiB each, read one at a time.
+"""Files as blocks of rows: about 16 MiB each, read one at a time. JSONL and JSON here, Parquet in `parquet_rows.py`.
 
-A new format is one class with what `RowFile` asks for, and an entry in `FORMATS`.
+A new format is one class with what `RowFile` asks for, and an entry in `rows.FORMATS`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from rollout.columns import field_names, is_read
+from rollout.columns import field_names
 from rollout.json_elements import ElementError, array_spans, element_spans
 
 BLOCK_BYTES = 16 * 2**20
@@ -63,75 +60,6 @@ class RowFile(Protocol):
 
     def load(self, block: Block) -> Loaded:
         """Read one block. Raises DataError."""
-
-
-class ParquetRows:
-    """A Parquet file: small row groups are joined to a block, large ones cut into several."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with pq.ParquetFile(path) as file:
-            self._metadata = file.metadata
-            self._top = tuple(file.schema_arrow.names)
-            fields = field_names(_fields(file.schema_arrow))
-            self.columns = tuple(fields) if file.metadata.num_rows else ()
-        self._selected: list[str] = []
-
-    def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
-        self._selected = [name for name in self._top if is_read(name, columns)]
-        return tuple(self._cut())
-
-    def _cut(self) -> Iterator[Block]:
-        metadata, schema = self._metadata, self._metadata.schema
-        paths = [schema.column(i).path for i in range(len(schema))]
-        leaves = [i for i, path in enumerate(paths) if any(is_read(name, [path]) for name in self._selected)]
-        start = rows = size = 0
-        for g in range(metadata.num_row_groups):
-            group = metadata.row_group(g)
-            group_size = sum(group.column(i).total_uncompressed_size for i in leaves)
-            if rows and size + group_size > BLOCK_BYTES:
-                yield Block(rows, size, start, g)
-                start, rows, size = g, 0, 0
-            rows, size = rows + group.num_rows, size + group_size
-            if size > 2 * BLOCK_BYTES and rows == group.num_rows:
-                each = max(1, rows * BLOCK_BYTES // size)
-                for skip in range(0, rows, each):
-                    n = min(each, rows - skip)
-                    yield Block(n, size * n // rows, g, g + 1, skip)
-                start, rows, size = g + 1, 0, 0
-        if rows:
-            yield Block(rows, size, start, metadata.num_row_groups)
-
-    def load(self, block: Block) -> Loaded:
-        first, last, seen = block.skip, block.skip + block.rows, 0
-        parts: list[pa.RecordBatch] = []
-        try:
-            with pq.ParquetFile(self.path, buffer_size=READ_BUFFER, pre_buffer=False) as file:
-                groups = range(block.start, block.stop)
-                size = min(block.rows, 4096)
-                for batch in file.iter_batches(size, list(groups), self._selected, use_threads=False):
-                    low, high = max(first - seen, 0), min(last - seen, batch.num_rows)
-                    if low < high:
-                        parts.append(batch.slice(low, high - low))
-                    seen += batch.num_rows
-                    if seen >= last:
-                        break
-        except (pa.ArrowException, OSError, IndexError) as error:
-            raise DataError(f"{self.path}: row groups {block.start} to {block.stop - 1} unreadable: {error}") from error
-        table = pa.Table.from_batches(parts)
-        if len(table) != block.rows:
-            raise DataError(f"{self.path}: {block.rows} rows expected, {len(table)} read: changed since it was opened?")
-        named = list(zip(table.column_names, table.columns, strict=True))
-        return lambda i: {name: column[i].as_py() for name, column in named}
-
-
-def _fields(schema: pa.Schema | pa.StructType) -> dict[str, Any]:
-    """Names of columns -> their fields, if they are structs."""
-    return {field.name: _fields(field.type) if pa.types.is_struct(field.type) else None for field in _each(schema)}
-
-
-def _each(schema: pa.Schema | pa.StructType) -> list[pa.Field]:
-    return [schema.field(i) for i in range(len(schema.names))]
 
 
 class _JsonRows(ABC):
@@ -245,15 +173,8 @@ def _parse(row: bytes) -> Row:
     return value
 
 
-def _open_json(path: Path) -> RowFile:
+def open_json(path: Path) -> RowFile:
     """One array of objects, or, as some name JSONL too, one object a line."""
     with path.open("rb") as file:
         beginning = file.read(READ_BUFFER).removeprefix(b"\xef\xbb\xbf").lstrip()
     return JsonArrayRows(path) if beginning.startswith(b"[") else JsonlRows(path)
-
-
-FORMATS: dict[str, Callable[[Path], RowFile]] = {
-    ".parquet": ParquetRows,
-    ".jsonl": JsonlRows,
-    ".json": _open_json,
-}

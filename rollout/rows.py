@@ -10,13 +10,20 @@ from __future__ import annotations
 import glob
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
 
-from rollout.row_files import FORMATS, DataError, Loaded, Row, RowFile
+from rollout.parquet_rows import ParquetRows
+from rollout.row_files import DataError, JsonlRows, Loaded, Row, RowFile, open_json
+
+FORMATS: dict[str, Callable[[Path], RowFile]] = {
+    ".parquet": ParquetRows,
+    ".jsonl": JsonlRows,
+    ".json": open_json,
+}
 
 SHOWN = 80
 """Characters of a value that a message quotes."""
