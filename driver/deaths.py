@@ -33,7 +33,9 @@ class DeathError(RunError):
 
     def __init__(self, dead: Mapping[str, str], noticed: str) -> None:
         deaths = "; ".join(f"{who} died{how}" for who, how in dead.items())
-        super().__init__(f"{deaths}\nIt was noticed as: {noticed}\n--resume goes on from the newest checkpoint.")
+        super().__init__(
+            f"{deaths}\nIt was noticed as: {noticed}\n--resume goes on from the newest checkpoint, if there is one."
+        )
         self.dead = tuple(dead)
 
 

@@ -8,7 +8,7 @@ StepRecord ─▶ metrics.jsonl        (everything; what reports are made from)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client import Gauge as PrometheusGauge
 from ray.util.metrics import Gauge as RayGauge
 
-from learner.durable import atomic_file
+from learner.durable import StorageError, append, atomic_file
 from rollout.types import GroupSummary
 
 GAUGES = {
@@ -111,10 +111,15 @@ def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
 
 @dataclass
 class MetricsLog:
-    """Writes records; every exporter sees the same numbers."""
+    """Writes records; every exporter sees the same numbers.
+
+    Where the file cannot be written to (a full disk), records wait here and follow when it can be."""
 
     directory: Path
     port: int = 0
+    report: Callable[[str], None] = lambda text: None
+    """Told when records begin to wait, and when they are written."""
+    _waiting: list[str] = field(default_factory=list)
     _gauges: dict[str, tuple[RayGauge, PrometheusGauge]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,7 +134,6 @@ class MetricsLog:
         if self.port:
             start_http_server(self.port, registry=registry)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._file = (self.directory / "metrics.jsonl").open("a", buffering=1)
 
     def step(self, record: StepRecord) -> None:
         """Append the record and set every gauge."""
@@ -167,16 +171,26 @@ class MetricsLog:
         be read, which go too."""
         path = self.directory / "metrics.jsonl"
         entries, unreadable = _read(path)
-        self._file.close()
         atomic_file(path, "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step))
-        self._file = path.open("a", buffering=1)
         return unreadable
 
-    def close(self) -> None:
-        self._file.close()
+    def flush(self) -> None:
+        """Write what waits. Raises StorageError when it still cannot be written."""
+        if self._waiting:
+            append(self.directory / "metrics.jsonl", "".join(self._waiting))
+            self._waiting.clear()
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
+        waited = len(self._waiting)
+        self._waiting.append(json.dumps(entry) + "\n")
+        try:
+            self.flush()
+        except StorageError as error:
+            if not waited:
+                self.report(f"{error}; the run goes on, and its figures are written when they can be")
+        else:
+            if waited:
+                self.report(f"metrics.jsonl: {waited} records that had waited are written")
 
 
 def read_metrics(directory: Path, kind: str = "step") -> list[dict[str, Any]]:
@@ -186,7 +200,10 @@ def read_metrics(directory: Path, kind: str = "step") -> list[dict[str, Any]]:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Records, and the number of lines that are none."""
-    entries, unreadable = [], 0
+    entries: list[dict[str, Any]] = []
+    unreadable = 0
+    if not path.exists():
+        return entries, unreadable
     for line in path.read_bytes().splitlines():
         try:
             entry = json.loads(line)

@@ -133,7 +133,7 @@ def _output(config: RunConfig, resume: bool) -> list[str]:
             f"output_dir: {directory} holds an earlier run; continue it with --resume, or name another folder "
             "(output_dir=...)"
         ]
-    if (directory / "metrics.jsonl").exists() and read_metrics(directory):
+    if read_metrics(directory):
         return [
             f"output_dir: {directory} holds the figures of an earlier run that left no checkpoint; delete it, or name "
             "another folder (output_dir=...)"

@@ -137,6 +137,7 @@ class Run:
         """Save weights, optimizer, cursor and ledger as of now; nothing if that was done already."""
         if self._saved == self.version:
             return
+        self.log.flush()
         state = {
             "version": self.version,
             "ledger": self.ledger.state(),
@@ -184,12 +185,13 @@ class Run:
 @contextmanager
 def open_run(config: RunConfig, *, resume: bool, address: str | None, display: Display | None) -> Iterator[Run]:
     """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
-    directory = Path(config.output_dir)
+    directory, display = Path(config.output_dir), display or SilentDisplay()
     with ExitStack() as stack:
         # A folder that cannot be one is said by preflight, together with all else that is wrong.
-        if not any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
-            stack.enter_context(held(directory))
-        yield from _open_run(config, resume, address, display or SilentDisplay())
+        blocked = any(path.exists() and not path.is_dir() for path in (directory, *directory.parents))
+        if not blocked and (remark := stack.enter_context(held(directory))):
+            display.phase(remark)
+        yield from _open_run(config, resume, address, display)
 
 
 def _open_run(config: RunConfig, resume: bool, address: str | None, display: Display) -> Iterator[Run]:
@@ -216,7 +218,7 @@ def _assemble(config: RunConfig, started: Started, display: Display) -> Run:
     """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
     actors = started.actors
     directory = Path(config.output_dir)
-    log = MetricsLog(directory, config.cluster.metrics_port)
+    log = MetricsLog(directory, config.cluster.metrics_port, display.phase)
     atomic_file(directory / "config.yaml", dump_config(absolute(config)))
     ledger = Ledger()
     rollouts = RolloutPipeline(

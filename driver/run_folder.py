@@ -1,10 +1,12 @@
 """The folder of a run: one run at a time writes into it, and what a killed one left half-written is cleared away.
 
-The lock is the kernel's, on `run.lock`: it ends with the process that holds it, however that ends. The file says who.
+The lock is the kernel's, on `run.lock`: it ends with the process that holds it, however that ends, also on another
+machine that shares the folder. The file says who; a file that nobody holds means nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,18 +20,20 @@ from driver.config import ConfigError
 from learner.durable import clear_leftovers, storage_errors
 
 LOCK = "run.lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What file systems say that cannot lock, as Lustre does unless it is mounted with `flock`."""
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Hold `directory`, made if need be, for the length of a run.
+def held(directory: Path) -> Iterator[str | None]:
+    """Hold `directory`, made if need be, for the length of a run. Yields what is to be said of it, if anything.
 
     Raises ConfigError naming the run that holds it, StorageError where nothing can be written."""
     path = directory / LOCK
     made = not directory.exists()
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(path)
+        descriptor, remark = _open_locked(path)
     try:
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
@@ -38,7 +42,7 @@ def held(directory: Path) -> Iterator[None]:
             os.pwrite(descriptor, note.encode(), 0)
             for folder in (directory, directory / "checkpoints"):
                 clear_leftovers(folder)
-        yield
+        yield remark
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
@@ -56,23 +60,29 @@ def in_use(directory: Path) -> str | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _refusal(directory / LOCK)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     finally:
         os.close(descriptor)
     return None
 
 
-def _open_locked(path: Path) -> int:
-    """A locked descriptor of the file that stands at `path`: a run that ends removes its own."""
+def _open_locked(path: Path) -> tuple[int, str | None]:
+    """A locked descriptor of the file that stands at `path`: a run that ends removes its own. And a remark, where the
+    file system has no locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same(descriptor, path):
-                return descriptor
+                return descriptor, None
         except BlockingIOError:
             os.close(descriptor)
             raise ConfigError([_refusal(path)], "what the configuration refers to") from None
-        except BaseException:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return descriptor, f"output_dir: {path.parent} has no file locks: see that no second run writes there"
             os.close(descriptor)
             raise
         os.close(descriptor)

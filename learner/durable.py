@@ -87,6 +87,18 @@ def atomic_file(path: Path, content: str) -> None:
             partial.unlink(missing_ok=True)
 
 
+def append(path: Path, content: str) -> None:
+    """Add `content` to the end of `path` whole, or not at all. Raises StorageError."""
+    with storage_errors(path), path.open("ab", buffering=0) as file:
+        size, rest = file.tell(), content.encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def clear_leftovers(directory: Path) -> None:
     """Remove what a killed writer left half-written under `directory`, and put back what it had moved aside. For the
     only writer there is."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import urllib.request
 
 import pytest
 
 from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
 from driver.timing import union_seconds
+from learner.durable import StorageError
 from rollout.types import GroupSummary, PromptRef
 
 
@@ -67,9 +69,32 @@ def test_the_prometheus_endpoint_and_the_log_agree_and_a_resume_rewrites(local_r
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
     assert log.truncate_after(1) == 1
     log.step(record(2))
-    log.close()
+    log.flush()
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2]
     assert read_metrics(tmp_path)[0]["seconds"]["learn"] == 1.0
+
+
+@pytest.mark.e2e
+def test_figures_that_find_no_room_wait_and_are_written_whole_and_in_order(local_ray, tmp_path):
+    """A limit on the size of files is a real error of the system, like a full disk."""
+    said: list[str] = []
+    log = MetricsLog(tmp_path, report=said.append)
+    log.step(record(1))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, former[1]))
+    try:
+        log.step(record(2))
+        log.evaluation(2, {}, 1.0)
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written: File too large"):
+            log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    log.step(record(3))
+    assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [e["step"] for e in read_metrics(tmp_path, "evaluation")] == [2]
+    assert len(said) == 2 and "the run goes on" in said[0] and "2 records that had waited" in said[1]
 
 
 def test_union_of_spans():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,7 @@ from driver.config import ConfigError, parse_config
 from driver.demo import prepare_folder
 from driver.errors import RunError
 from driver.ledger import Ledger
+from driver.loop import train
 from driver.run import Run
 from learner.durable import StorageError, seal
 from rollout.data_actor import DataActorReport
@@ -87,7 +92,7 @@ def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
         ledger=Ledger(),
         rollouts=SimpleNamespace(difficulty=None),
         evaluator=None,
-        log=None,
+        log=SimpleNamespace(flush=lambda: None),
         display=SimpleNamespace(phase=said.append),
         head=None,
     )
@@ -155,7 +160,7 @@ def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_
         ledger=Ledger(),
         rollouts=SimpleNamespace(difficulty=None),
         evaluator=None,
-        log=None,
+        log=SimpleNamespace(flush=lambda: None),
         display=SimpleNamespace(phase=said.append),
         head=None,
     )
@@ -166,3 +171,63 @@ def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_
     for run.version in (4, 5):
         run.checkpoint_if_due()
     assert checkpoints.found(tmp_path / "checkpoints") == [4]
+
+
+def test_of_runs_that_start_together_one_gets_the_folder(tmp_path):
+    together = threading.Barrier(8)
+    inside = threading.Barrier(8)  # nobody leaves before all have tried
+
+    def start(_: int) -> str:
+        together.wait(60)
+        try:
+            with run_folder.held(tmp_path):
+                inside.wait(60)
+                return "held"
+        except ConfigError as error:
+            inside.wait(60)
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(start, range(8)))
+    assert answers.count("held") == 1
+    assert all("is in use by another run" in answer for answer in answers if answer != "held")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_and_a_resume_are_refused_while_another_run_goes_on(tmp_path, resume):
+    """And leave what is there as it is; the leftovers of a write under way look like those of a killed one."""
+    config = parse_config(
+        {"output_dir": str(tmp_path / "run"), "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}}
+    )
+    with run_folder.held(tmp_path / "run"):
+        under_way = tmp_path / "run/checkpoints/.step-000002.partial-01234567"
+        under_way.mkdir(parents=True)
+        with pytest.raises(ConfigError, match=rf"in use by another run \(process {os.getpid()} on "):
+            train(config, resume=resume)
+        assert under_way.exists()
+    with run_folder.held(tmp_path / "run"):
+        assert not under_way.exists()
+
+
+def test_a_lock_left_by_another_machine_that_nobody_holds_is_none(tmp_path):
+    (tmp_path / "run.lock").write_text('{"host": "elsewhere", "pid": 1, "started": "2020-01-01T00:00:00+00:00"}')
+    with run_folder.held(tmp_path) as remark:
+        assert remark is None
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with run_folder.held(tmp_path) as remark:
+        assert remark is not None and "no file locks" in remark
+        assert run_folder.in_use(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_starts():
+    """The kernel's own folder is read-only for everybody, for root too."""
+    config = {"output_dir": "/sys/kernel/saccade", "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}}
+    with pytest.raises(StorageError, match=r"/sys/kernel/saccade cannot be written: .*make the folder writable"):
+        train(parse_config(config))
