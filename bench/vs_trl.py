@@ -28,6 +28,7 @@ from driver.config import RunConfig, parse_config
 from driver.loop import step
 from driver.metrics import read_metrics
 from driver.run import open_run
+from driver.wiring import threads_of
 
 PROMPTS, K = 8, 8
 SCENARIOS: dict[str, tuple[int, ...]] = {
@@ -61,7 +62,6 @@ def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int
                 "max_staleness": staleness,
                 "kv_cache_gib": 0.25,
                 "max_num_seqs": PROMPTS * K * (1 + staleness),
-                "threads": threads,
             },
             "reward": {"functions": [{"name": "bench.vs_trl:reward_color"}]},
             "algorithm": {"beta": 0.04},
@@ -71,9 +71,8 @@ def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int
                 "micro_batch_tokens": 4096,
                 "zero_stage": 0,
                 "gradient_checkpointing": [],
-                "threads": threads,
             },
-            "cluster": {"device": "cpu"},
+            "cluster": {"device": "cpu", "resources": {role: {"CPU": threads} for role in ("rollout", "learner")}},
         }
     )
 
@@ -110,7 +109,7 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
         "learning_alone": median(learning[1:]),
         "phases": {k: median([r["seconds"][k] for r in records]) for k in records[0]["seconds"]},
         "busy": {k: median([r["busy"][k] for r in records]) for k in records[0]["busy"]},
-        "threads": config.rollout.threads,
+        "threads": threads_of(config, "rollout"),
     }
 
 

@@ -95,14 +95,12 @@ class RunConfig(Section):
         found += [f"model.{text}" for text in role_problems(model.freeze, model.lora_rank, model.lora_targets)]
         found += [
             f"model.{text}"
-            for text in quantization_problems(
-                model.quantize, model.lora_rank, learner.zero_stage, learner.offload_parameters
-            )
+            for text in quantization_problems(model.quantize, model.lora_rank, learner.zero_stage, learner.offload)
         ]
-        if learner.offload_parameters and learner.zero_stage != 3:
-            found.append(f"learner.offload_parameters needs learner.zero_stage=3, not {learner.zero_stage}")
-        if learner.offload_optimizer and learner.zero_stage == 0:
-            found.append("learner.offload_optimizer needs learner.zero_stage of at least 1")
+        if learner.offload == "parameters" and learner.zero_stage != 3:
+            found.append(f"learner.offload=parameters needs learner.zero_stage=3, not {learner.zero_stage}")
+        if learner.offload == "optimizer" and learner.zero_stage == 0:
+            found.append("learner.offload=optimizer needs learner.zero_stage of at least 1")
         if learner.zero_stage == 0 and self.model.dtype == "bfloat16":
             found.append("learner.zero_stage=0 keeps no float32 master weights; use stage 1 or more with bfloat16")
         longest = self.data.max_prompt_length + rollout.max_completion_length

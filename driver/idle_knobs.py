@@ -74,11 +74,6 @@ IDLE = (
     ),
     Idle(
         ("rollout.gpu_memory_utilization",),
-        lambda c: c.rollout.kv_cache_gib is not None,
-        "rollout.kv_cache_gib={rollout.kv_cache_gib} says how large the KV cache is",
-    ),
-    Idle(
-        ("rollout.gpu_memory_utilization",),
         lambda c: c.cluster.device == "cpu",
         "cluster.device=cpu; rollout.kv_cache_gib sets the KV cache there",
     ),
@@ -124,7 +119,7 @@ IDLE = (
         "it is",
     ),
     Idle(
-        ("learner.offload_optimizer", "learner.offload_parameters"),
+        ("learner.offload",),
         lambda c: c.cluster.device == "cpu",
         "cluster.device=cpu: everything is in CPU memory already",
     ),
@@ -225,8 +220,6 @@ ALWAYS = frozenset(
         "learner.micro_batch_gib",
         "learner.micro_batch_logits",
         "learner.logprob_chunk_rows",
-        "rollout.threads",
-        "learner.threads",
         "learner.zero_stage",
         "learner.gradient_checkpointing",
         "learner.timeout",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from driver.section import ListOfOne, Section
+from learner.types import Offload
 from rollout.columns import Role
 from vlm.roles import DEFAULT_LORA_TARGETS, LoraRole, Part
 
@@ -96,11 +97,9 @@ class RolloutConfig(Section):
     kv_cache_gib: float | None = Field(None, gt=0)
     """KV cache in GiB; default: by gpu_memory_utilization, on CPU 1 GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that an engine may take."""
+    """Share of a GPU's memory that must be free when an engine starts, and that it takes without kv_cache_gib."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
     """Further options of vLLM's AsyncEngineArgs, as they are."""
-    threads: int = Field(1, ge=1)
-    """Compute threads of one engine; beside a GPU at least its CPUs in cluster.resources."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds an engine may take to start."""
     group_timeout: float = Field(600.0, gt=0)
@@ -179,18 +178,14 @@ class LearnerConfig(Section):
     512 MiB on GPUs."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    offload_optimizer: bool = False
-    """Keep optimizer state in CPU memory."""
-    offload_parameters: bool = False
-    """Keep parameters in CPU memory (ZeRO-3)."""
+    offload: Offload = "none"
+    """What a rank keeps in CPU memory beside its GPU: the optimizer's state, or that and the parameters (ZeRO-3)."""
     gradient_checkpointing: Annotated[tuple[Literal["language", "vision", "audio"], ...], ListOfOne] = (
         "language",
         "vision",
         "audio",
     )
     """Parts of the model whose activations are recomputed in the backward pass; [] keeps all."""
-    threads: int = Field(1, ge=1)
-    """Compute threads of one rank; beside a GPU at least its CPUs in cluster.resources."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds one learner call may take."""
 
@@ -228,8 +223,9 @@ class ClusterConfig(Section):
     resources: dict[ActorRole, dict[str, Annotated[float, Field(ge=0)]]] = Field(
         {role: {"CPU": cpus} for role, cpus in DEFAULT_CPUS.items()}
     )
-    """Ray resources of one engine (`rollout`), one learner rank (`learner`) and one reward actor (`reward`): CPU, and
-    custom ones that pin them to labelled nodes. GPUs follow from the device."""
+    """Ray resources of one engine (`rollout`), one learner rank (`learner`) and one reward actor (`reward`): CPU,
+    which is the number of its compute threads too, and custom ones that pin them to labelled nodes. GPUs follow from
+    the device."""
     placement_timeout: float = Field(120.0, gt=0)
     """Seconds to wait until the cluster can place everything."""
     metrics_port: int = Field(0, ge=0, le=65535)

@@ -91,9 +91,7 @@ def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[P
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
     family = config_adapter(config)
     # Every part is loaded as if it were reached: adapters that the run did not have stay a change of zero.
-    options = replace(
-        learner_options(config, "cpu", tuple(family.modalities)), ranks=1, zero_stage=2, offload_parameters=False
-    )
+    options = replace(learner_options(config, "cpu", tuple(family.modalities)), ranks=1, zero_stage=2, offload="none")
     try:
         policy = load_policy(options, family)
         named = dict(policy.model.named_parameters())

@@ -65,13 +65,15 @@ SYNONYMS = {
     "learner.max_grad_norm": "grad_clip clip_grad max_norm gradient_clipping grad_norm",
     "learner.weight_decay": "wd l2",
     "learner.attention": "attn_implementation flash_attn",
-    "learner.offload_optimizer": "cpu_offload param_offload optimizer_offload adam_offload offload",
+    "learner.offload (none, optimizer or parameters)": "offload_optimizer offload_parameters cpu_offload param_offload "
+    "optimizer_offload adam_offload",
     "learner.zero_stage": "deepspeed deepspeed_stage zero",
     "evaluation.every": "eval_steps test_freq eval_interval eval_every val_freq",
     "evaluation.temperature": "val_temperature eval_temperature",
     "checkpoint.every": "save_steps save_freq save_interval save_every checkpoint_interval",
     "checkpoint.keep": "save_total_limit max_ckpt_num max_actor_ckpt_to_keep",
     "cluster.resources": "num_cpus cpus",
+    "cluster.resources.<role>.CPU (as many threads)": "threads num_threads omp_num_threads",
     "cluster.device": "use_cpu no_cuda",
 }
 """What it is called here -> what TRL, verl, OpenRLHF, prime-rl and the like call it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from driver.config import RunConfig
 from driver.errors import RunError
+from driver.knobs import ActorRole
 from driver.placement import Device
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.registry import RewardSpec
@@ -107,19 +108,17 @@ def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransfer
     return WeightTransferOptions(backend=backend, bucket_bytes=bucket * 2**20, timeout=sync.timeout)
 
 
+def threads_of(config: RunConfig, role: ActorRole) -> int:
+    """Compute threads of one engine or rank: as many as it has CPUs. Beside a GPU they prepare images, and step an
+    offloaded optimizer."""
+    return max(1, int(config.cluster.resources[role]["CPU"]))
+
+
 def learner_environment(config: RunConfig, device: Device) -> dict[str, str]:
-    """Variables of a rank's process. Beside a GPU it prepares images, and steps an offloaded optimizer, on all CPUs it
-    is given; segments of GPU memory may grow, since rows of many lengths would leave holes in fixed ones."""
-    if device == "cpu":
-        return {"OMP_NUM_THREADS": str(config.learner.threads)}
-    threads = max(config.learner.threads, int(config.cluster.resources["learner"]["CPU"]))
-    return {"OMP_NUM_THREADS": str(threads), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-
-
-def engine_threads(config: RunConfig, device: Device) -> int:
-    """Compute threads of an engine's process: beside a GPU, where they prepare images, all CPUs that it is given."""
-    reserved = int(config.cluster.resources["rollout"]["CPU"]) if device == "cuda" else 1
-    return max(config.rollout.threads, reserved)
+    """Variables of a rank's process. Segments of GPU memory may grow, since rows of many lengths would leave holes in
+    fixed ones."""
+    variables = {"OMP_NUM_THREADS": str(threads_of(config, "learner"))}
+    return variables if device == "cpu" else {**variables, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def engine_options(
@@ -134,7 +133,7 @@ def engine_options(
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel_size,
         device=device,
-        threads=engine_threads(config, device),
+        threads=threads_of(config, "rollout"),
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         max_media_per_prompt={kind: MEDIA_PER_PROMPT[kind] for kind in media_kinds},
@@ -201,11 +200,10 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         feature_cache_gib=learner.feature_cache_gib,
         logprob_chunk_rows=learner.logprob_chunk_rows,
         zero_stage=learner.zero_stage,
-        offload_optimizer=learner.offload_optimizer,
-        offload_parameters=learner.offload_parameters,
+        offload=learner.offload,
         gradient_checkpointing=learner.gradient_checkpointing,
         ranks=learner.ranks,
-        threads=learner.threads,
+        threads=threads_of(config, "learner"),
         timeout=learner.timeout,
         seed=config.seed,
     )

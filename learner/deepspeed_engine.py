@@ -164,9 +164,9 @@ def engine_config(options: LearnerOptions) -> dict[str, Any]:
     """DeepSpeed's configuration. Batch sizes are formal: micro-batches are ours."""
     stage = options.zero_stage
     zero: dict[str, Any] = {"stage": stage}
-    if options.offload_optimizer:
+    if options.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": options.device == "cuda"}
-    if options.offload_parameters:
+    if options.offload == "parameters":
         zero["offload_param"] = {"device": "cpu", "pin_memory": options.device == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -230,6 +230,6 @@ def _make_optimizer(parameters: list[nn.Parameter], options: LearnerOptions) -> 
         return ClippingAdamW(parameters, options, fused=True)
     groups = parameter_groups(parameters, options.weight_decay)
     given: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
-    if options.offload_optimizer and options.device == "cuda":
+    if options.offload != "none" and options.device == "cuda":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **given)
     return torch.optim.AdamW(groups, fused=True, **given)

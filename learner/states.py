@@ -129,14 +129,14 @@ def _offloaded(states: States, shape: ModelShape, options: LearnerOptions) -> St
     host: dict[str, float] = {}
     values = {name: getattr(states, name) for name in States.__dataclass_fields__ if name != "host"}
     part, size = shape.total_trained / options.ranks, element_bytes(options)
-    if options.offload_optimizer and options.zero_stage:
+    if options.offload != "none" and options.zero_stage:
         host |= {"optimizer": states.optimizer + size * part, "gradients": 2 * F32 * part}
         bucket = size * BUCKET
         standing = bucket if options.zero_stage == 3 else 0.0
         values |= {"optimizer": 0.0, "gradients": standing, "standing": standing, "step": standing}
         copied = size * min(shape.total_trained, BUCKET) if options.ranks > 1 or options.zero_stage == 3 else 0
         values["reduction"] = float(bucket + copied + (states.gathered if options.zero_stage == 3 else 0))
-    if options.offload_parameters and options.zero_stage == 3:
+    if options.offload == "parameters" and options.zero_stage == 3:
         host["parameters"] = states.parameters
         values["parameters"] = 0.0
         values["gathered"] = float(size * min(shape.total, LIVE))

@@ -16,6 +16,7 @@ DEFAULT_TOKENS = 8192
 UNLIMITED = 2**62
 
 Aggregation = Literal["token", "sequence", "constant"]
+Offload = Literal["none", "optimizer", "parameters"]
 
 
 class LearnerError(RuntimeError):
@@ -38,7 +39,7 @@ class EncodingMismatchError(ValueError):
     """Learner and engine expand a prompt to different tokens; names the family and the first position that differs."""
 
 
-def quantization_problems(quantize: str, lora_rank: int, zero_stage: int, offload_parameters: bool) -> list[str]:
+def quantization_problems(quantize: str, lora_rank: int, zero_stage: int, offload: str) -> list[str]:
     """Combinations with quantized weights that do not work, or that nobody has seen work."""
     found = []
     if quantize != "none" and not lora_rank:
@@ -48,8 +49,8 @@ def quantization_problems(quantize: str, lora_rank: int, zero_stage: int, offloa
             f"quantize={quantize} with zero_stage=3 was never verified: ZeRO-3 partitions weights, and would have to "
             "do so with 4-bit blocks and their scales together; use zero_stage 0, 1 or 2"
         )
-    if quantize != "none" and offload_parameters:
-        found.append(f"quantize={quantize} with offload_parameters was never verified: switch one of them off")
+    if quantize != "none" and offload == "parameters":
+        found.append(f"quantize={quantize} with offload=parameters was never verified: switch one of them off")
     return found
 
 
@@ -148,8 +149,8 @@ class LearnerOptions:
     logprob_chunk_rows: int | None = None
     """Rows of the vocabulary projection computed at once; None: see `learner.logprobs.rows_per_chunk`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
+    offload: Offload = "none"
+    """What is kept in CPU memory: the optimizer's state, or that and the parameters."""
     gradient_checkpointing: tuple[str, ...] = ("language", "vision", "audio")
     """Parts of the model whose layers are recomputed in the backward pass instead of kept."""
 
@@ -165,7 +166,7 @@ class LearnerOptions:
         if self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError("zero_stage=0 keeps no float32 master weights: with bfloat16 use zero_stage 1, 2 or 3")
         problems = role_problems(self.freeze, self.lora_rank, self.lora_targets)
-        problems += quantization_problems(self.quantize, self.lora_rank, self.zero_stage, self.offload_parameters)
+        problems += quantization_problems(self.quantize, self.lora_rank, self.zero_stage, self.offload)
         if problems:
             raise ValueError("; ".join(problems))
 

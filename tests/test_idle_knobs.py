@@ -23,10 +23,6 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
         ({"model": {"path": "m", "lora_targets": ["vision"]}}, ["model.lora_targets=['vision']"]),
         ({"model": {**FROZEN, "freeze": ["vision"]}}, ["model.freeze=['vision']"]),
         (
-            {"rollout": {"kv_cache_gib": 1, "gpu_memory_utilization": 0.5}},
-            ["rollout.gpu_memory_utilization=0.5 would do nothing: rollout.kv_cache_gib=1.0"],
-        ),
-        (
             {"rollout": {"gpu_memory_utilization": 0.5}, "cluster": {"device": "cpu"}},
             ["rollout.gpu_memory_utilization=0.5"],
         ),
@@ -47,8 +43,8 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
         ({"learner": {"min_lr_ratio": 0.1}}, ["learner.min_lr_ratio=0.1"]),
         ({"learner": {"feature_cache_gib": 2.0}}, ["learner.feature_cache_gib=2.0"]),
         (
-            {"learner": {"offload_optimizer": True}, "cluster": {"device": "cpu"}},
-            ["learner.offload_optimizer=True"],
+            {"learner": {"offload": "optimizer"}, "cluster": {"device": "cpu"}},
+            ["learner.offload=optimizer"],
         ),
         (EVAL, ["evaluation.every=5", "evaluation.temperature=0.5", "evaluation.max_prompts=3"]),
     ],
@@ -113,7 +109,13 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "ours"),
-    [("learner.batch_size", "learner.prompts_per_step"), ("kl_coef", "algorithm.beta"), ("num_epochs", "steps")],
+    [
+        ("learner.batch_size", "learner.prompts_per_step"),
+        ("kl_coef", "algorithm.beta"),
+        ("num_epochs", "steps"),
+        ("learner.offload_optimizer", "learner.offload "),
+        ("rollout.threads", "cluster.resources.<role>.CPU"),
+    ],
 )
 def test_other_programs_names_are_known(key: str, ours: str):
     section, _, name = key.rpartition(".")

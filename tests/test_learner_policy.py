@@ -181,8 +181,8 @@ REFUSED = {
     "4 bits trained in full": ({"quantize": "nf4"}, "needs a lora_rank"),
     "4 bits under ZeRO-3": ({"quantize": "nf4", "lora_rank": 2, "zero_stage": 3}, "zero_stage=3 was never verified"),
     "4 bits offloaded": (
-        {"quantize": "nf4", "lora_rank": 2, "offload_parameters": True},
-        "offload_parameters was never verified",
+        {"quantize": "nf4", "lora_rank": 2, "offload": "parameters"},
+        "offload=parameters was never verified",
     ),
 }
 

@@ -162,10 +162,10 @@ def test_states_by_stage(models: Callable[[str], Path]) -> None:
     with_reference = states(zero_stage=0, beta=0.1)
     assert with_reference.parameters == 8 * n
     assert states(zero_stage=0, beta=0.1, lora_rank=8).parameters == 4 * n, "the adapter switched off is the reference"
-    offloaded = states(device="cuda", offload_optimizer=True)
+    offloaded = states(device="cuda", offload="optimizer")
     assert offloaded.optimizer == 0
     assert offloaded.host["optimizer"] >= 12 * n
-    assert not states(offload_optimizer=True).host, "on a CPU there is but one memory"
+    assert not states(offload="optimizer").host, "on a CPU there is but one memory"
 
 
 def test_logits_by_hand() -> None:

@@ -192,7 +192,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero 2": {"zero_stage": 2},
     "zero 2, optimizer offloaded, checkpointing": {
         "zero_stage": 2,
-        "offload_optimizer": True,
+        "offload": "optimizer",
         "gradient_checkpointing": ("language",),
     },
 }

@@ -37,11 +37,10 @@ VARIANTS = {
     "zero 0": {"zero_stage": 0},
     "zero 1": {"zero_stage": 1},
     "zero 3": {"zero_stage": 3},
-    "zero 2, optimizer offloaded": {"zero_stage": 2, "offload_optimizer": True},
+    "zero 2, optimizer offloaded": {"zero_stage": 2, "offload": "optimizer"},
     "zero 3, all offloaded, checkpointing": {
         "zero_stage": 3,
-        "offload_optimizer": True,
-        "offload_parameters": True,
+        "offload": "parameters",
         "gradient_checkpointing": ("language", "vision"),
     },
 }
@@ -117,7 +116,7 @@ def test_bfloat16_without_zero_is_refused(tiny_model: Path):
     [
         *({"zero_stage": stage} for stage in (0, 1, 3)),
         *({"zero_stage": stage, "dtype": "bfloat16"} for stage in (1, 2, 3)),
-        *({"zero_stage": stage, "dtype": "bfloat16", "offload_optimizer": True} for stage in (1, 2, 3)),
+        *({"zero_stage": stage, "dtype": "bfloat16", "offload": "optimizer"} for stage in (1, 2, 3)),
     ],
     ids=str,
 )

@@ -119,7 +119,7 @@ def test_what_vllm_makes_of_the_options_on_a_gpu(tiny_model: Path, tmp_path: Pat
     assert gemma["images_see_themselves"] and "cuda" in load_adapter(str(tmp_path / "gemma")).untrainable_on
 
 
-@pytest.mark.parametrize(("device", "threads"), [("cuda", 6), ("cpu", 2)])
+@pytest.mark.parametrize(("device", "threads"), [("cuda", 6), ("cpu", 6)])
 def test_beside_a_gpu_an_engine_prepares_images_on_all_its_cpus(device: Any, threads: int) -> None:
     config = parse_config(
         {
@@ -127,7 +127,6 @@ def test_beside_a_gpu_an_engine_prepares_images_on_all_its_cpus(device: Any, thr
             "steps": 1,
             "model": {"path": "m"},
             "data": {"train": ["a"]},
-            "rollout": {"threads": 2},
             "cluster": {"resources": {"rollout": {"CPU": 6}}},
         }
     )

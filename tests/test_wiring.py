@@ -21,9 +21,10 @@ def test_a_rank_beside_a_gpu_uses_the_cpus_it_is_given_and_segments_that_grow():
         "OMP_NUM_THREADS": "6",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
-    assert learner_environment(given, "cpu") == {"OMP_NUM_THREADS": "1"}
-    more = config(learner={"threads": 8}, cluster={"resources": {"learner": {"CPU": 6}}})
-    assert learner_environment(more, "cuda")["OMP_NUM_THREADS"] == "8"
+    assert learner_environment(given, "cpu") == {"OMP_NUM_THREADS": "6"}
+    assert (
+        learner_environment(config(cluster={"resources": {"learner": {"CPU": 0.5}}}), "cpu")["OMP_NUM_THREADS"] == "1"
+    )
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def _steps(path: str, device: Any, offloaded: bool) -> dict[str, float]:
 
 
 def _offload(offloaded: bool) -> dict[str, Any]:
-    return {"offload_optimizer": offloaded}
+    return {"offload": "optimizer" if offloaded else "none"}
 
 
 if __name__ == "__main__":
