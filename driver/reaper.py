@@ -34,14 +34,20 @@ class Process(NamedTuple):
 def start(ray_folder: Path) -> subprocess.Popen[bytes] | None:
     """A reaper for the Ray that this process is about to start, whose programs lie in `ray_folder`.
 
-    It ends, when everything else has, as soon as its standard input is closed. None where there is no /proc."""
+    It looks when this returns. It ends, when everything else has, as soon as its standard input is closed. None where
+    there is no /proc."""
     if not Path("/proc/self/stat").exists():
         return None
-    return subprocess.Popen(
+    reaper = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(ray_folder)],
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C on the terminal is not for it
     )
+    assert reaper.stdout is not None
+    with reaper.stdout as looking:
+        looking.read()
+    return reaper
 
 
 def finish(reaper: subprocess.Popen[bytes]) -> None:
@@ -93,10 +99,14 @@ def _of_ray(driver: int, ray_folder: str, alive: Mapping[int, Process]) -> dict[
 def watch(driver: int, ray_folder: str) -> None:
     """Return when the driver is gone and nothing of its Ray is left."""
     known: dict[int, Process] = {}
+    told = False
     while True:
         alive = processes()
         known = with_descendants(known | _of_ray(driver, ray_folder, alive), alive)
         known.pop(os.getpid(), None)
+        if not told:
+            os.close(1)  # says that it looks
+            told = True
         ready, _, _ = select.select([0], [], [], LOOK_SECONDS)
         if ready or os.getppid() != driver:
             break

@@ -132,10 +132,10 @@ def test_whatever_descends_from_rays_programs_ends_with_the_driver(tmp_path: Pat
     code = (
         "import os, signal, subprocess, sys\nfrom pathlib import Path\nfrom driver import reaper\n"
         "folder = Path(sys.argv[1])\n"
-        "reaping = reaper.start(folder)\n"
         "ray = subprocess.Popen([sys.executable, str(folder / 'raylet.py')], stdout=subprocess.PIPE, text=True)\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
         "worker = int(ray.stdout.readline())\n"
+        "reaping = reaper.start(folder)\n"
         "print(ray.pid, worker, reaping.pid, other.pid, flush=True)\n"
         "sys.stdin.readline()\n"
         "if sys.argv[2] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
