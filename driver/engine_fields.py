@@ -28,8 +28,6 @@ ALLOWED = frozenset(
         "enable_prefix_caching",
         "prefix_caching_hash_algo",
         "disable_cascade_attn",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
         "max_num_batched_tokens",
         "max_num_scheduled_tokens",
         "long_prefill_token_threshold",
@@ -96,6 +94,8 @@ INSTEAD = {
     "trust_remote_code": "model.trust_remote_code",
     "max_model_len": "data.max_prompt_length and rollout.max_completion_length",
     "max_num_seqs": "rollout.max_num_seqs",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
     "tensor_parallel_size": "rollout.tensor_parallel_size",
     "quantization": "model.quantize",
     "quantization_config": "model.quantize",
@@ -110,7 +110,7 @@ INSTEAD = {
     "media_io_kwargs": "data.max_video_frames",
     "weight_transfer_config": "weight_sync.backend",
 }
-"""Option -> what sets the same for engine and learner."""
+"""Option -> the knob for it, which all who need it know of."""
 
 RENDERED_HERE = frozenset(["chat_template", "chat_template_content_format", "default_chat_template_kwargs"])
 """Options of vLLM's server: an engine here is given tokens, which the model's own template made of the messages."""
@@ -293,7 +293,7 @@ def engine_option_problems(options: Mapping[str, Any]) -> list[str]:
     for name in options:
         where = f"rollout.engine_options.{name}"
         if name in INSTEAD:
-            found.append(f"{where}: it would reach the engine alone, and the learner not; use {INSTEAD[name]}")
+            found.append(f"{where}: it would reach the engine alone, and nothing else know of it; use {INSTEAD[name]}")
         elif name in REFUSED:
             found.append(
                 f"{where}: it changes what the engine computes or how it is reached; the learner would not follow"

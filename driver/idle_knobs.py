@@ -88,6 +88,12 @@ IDLE = (
         "algorithm.loss={algorithm.loss} clips nothing",
     ),
     Idle(
+        ("algorithm.clip_eps_low", "algorithm.clip_eps_high", "algorithm.clip_dual"),
+        lambda c: c.old_policy == "current" and c.algorithm.optimizer_steps == 1,
+        "every ratio is 1, since old_policy is current and a batch is one step; rollout.max_staleness, "
+        "algorithm.old_policy and algorithm.optimizer_steps make ratios",
+    ),
+    Idle(
         ("algorithm.clip_dual",),
         lambda c: c.algorithm.loss not in ("ppo_clip", "gspo"),
         "algorithm.loss={algorithm.loss} has no dual clip; ppo_clip and gspo do",

@@ -10,6 +10,7 @@ import yaml
 from driver.config import ConfigError, RunConfig, dump_config, iter_knobs, load_config, parse_config
 from driver.engine_fields import ALLOWED, INSTEAD, REFUSED
 from driver.idle_knobs import ALWAYS, IDLE, IDLE_FOR_DATA, Facts, data_idle_problems
+from driver.knobs import LearnerConfig
 from tests.test_config import MINIMAL
 
 SAPO, FROZEN = {"loss": "sapo"}, {"path": "m", "lora_rank": 4}
@@ -33,6 +34,10 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
         (
             {"algorithm": {**SAPO, "clip_eps_low": 0.2, "clip_eps_high": 0.1}},
             ["algorithm.clip_eps_low=0.2 would do nothing: algorithm.loss=sapo clips nothing", "clip_eps_high=0.1"],
+        ),
+        (
+            {"algorithm": {"clip_eps_high": 0.28, "clip_dual": 3.0}, "rollout": {"max_staleness": 0}},
+            ["algorithm.clip_eps_high=0.28 would do nothing: every ratio is 1", "algorithm.clip_dual=3.0"],
         ),
         ({"algorithm": {"loss": "cispo", "clip_dual": 3.0}}, ["algorithm.clip_dual=3.0"]),
         (
@@ -99,6 +104,8 @@ def test_knobs_that_the_data_make_idle(knob: str, value: Any, facts: dict[str, A
 def test_checks_across_sections_run_in_python_too():
     with pytest.raises(ValueError, match="num_generations=1: grpo compares"):
         RunConfig(**MINIMAL, rollout={"num_generations": 1})
+    with pytest.raises(ValueError, match=r"learner.min_lr_ratio=0.1 would do nothing"):
+        RunConfig(**MINIMAL, learner=LearnerConfig(min_lr_ratio=0.1))
 
 
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
@@ -128,6 +135,9 @@ def test_other_programs_names_are_known(key: str, ours: str):
     [
         ({"mm_processor_kwargs": {"do_normalize": False}}, "mm_processor_kwargs: it would reach the engine alone"),
         ({"override_generation_config": {"top_p": 0.5}}, "use rollout.temperature"),
+        ({"chat_template": "x"}, "chat_template: the engine is given tokens and renders nothing"),
+        ({"enable_lora": True}, "use model.lora_rank"),
+        ({"kv_cache_memory_bytes": 1}, "use rollout.kv_cache_gib"),
         ({"speculative_config": {}}, "speculative_config: it changes what the engine computes"),
         ({"enforce_eagr": True}, "vLLM has no such option; did you mean enforce_eager?"),
     ],
