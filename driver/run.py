@@ -127,10 +127,11 @@ class Run:
                 self.checkpoint()
             except StorageError as error:
                 newest = f"that of step {self._saved}" if self._saved >= 0 else "none"
-                self.display.phase(
-                    f"no checkpoint of step {self.version}: {error}; the newest stays {newest}; "
-                    "the run goes on and tries again after the next step"
-                )
+                if not self._overdue:
+                    self.display.phase(
+                        f"no checkpoint of step {self.version}: {error}; the newest stays {newest}; "
+                        "the run goes on and tries again after each step"
+                    )
                 self._overdue = True
 
     def checkpoint(self) -> None:
