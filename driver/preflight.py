@@ -15,6 +15,7 @@ from rich.console import Console
 from driver import checkpoints
 from driver.config import ConfigError, RunConfig
 from driver.idle_knobs import Facts, data_idle_problems
+from driver.media_use import blindness, overlooked_media
 from driver.metrics import read_metrics
 from driver.planning import memory_problems, planned_device
 from driver.screen import say
@@ -22,10 +23,13 @@ from driver.wiring import config_adapter, data_options, learner_options, reward_
 from learner.samples import layout, shares_prompts
 from learner.towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
-from rollout.prompts import DataError, PromptSource
+from rollout.prompts import DataError, PromptSource, open_data
 from rollout.types import MediaKind
 from vlm.adapter import AdapterError
 from vlm.patches import patches_per_token
+
+ROWS_TRIED = 100
+"""Rows of each set of files that are made prompts of before anything starts."""
 
 
 @dataclass
@@ -51,7 +55,7 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
     try:
         adapter = config_adapter(config)
     except AdapterError as error:
-        return [f"model.path: {error}"]
+        return [f"model.path: {error}", *_data_alone(config)]
     problems = []
     longest = getattr(adapter.model_config.get_text_config(), "max_position_embeddings", None)
     needed = config.data.max_prompt_length + config.rollout.max_completion_length
@@ -78,7 +82,8 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
         except DataError as error:
             problems.append(f"{key}: {error}")
             continue
-        choices.lines.append(f"{key}: {len(source)} rows; {source.columns}")
+        choices.lines += [f"{key}: {len(source)} rows; {source.columns}", *blindness(key, source, adapter, config)]
+        problems += overlooked_media(key, source, adapter) or _first_rows(key, source)
         comparing = [f.name for f in config.reward.functions if f.name in COMPARING]
         if source.columns.answer is None and comparing:
             problems.append(
@@ -107,6 +112,28 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
     if config.learner.micro_batch_gib is not None and not problems:
         problems = memory_problems(config, adapter, choices.media_kinds)
     return problems
+
+
+def _data_alone(config: RunConfig) -> list[str]:
+    """What is wrong with the data files whatever the model is."""
+    problems = []
+    for files, key in ((config.data.train, "data.train"), (config.data.eval, "data.eval")):
+        try:
+            if files:
+                open_data(data_options(config, files))
+        except DataError as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def _first_rows(key: str, source: PromptSource) -> list[str]:
+    """Rows that would stop the run at its first step, prompts too long among them: known before engines are started."""
+    try:
+        if not source.options.allow_urls:  # fetching takes a while
+            source.try_rows(ROWS_TRIED)
+    except DataError as error:
+        return [f"{key}: {error}"]
+    return []
 
 
 def _quantization(config: RunConfig) -> list[str]:
@@ -151,16 +178,19 @@ def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
     for key, files in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if not files:
             continue
-        source = None
         try:
             source = PromptSource(data_options(config, files, train=False), adapter)
-            say(console, f"{key}: {len(source)} rows; {source.columns}")
-            lengths = [prompt.expanded_length for prompt in source.one_epoch(rows)]
-            longest = f"longest prompt {max(lengths, default=0)} tokens"
-            say(console, f"  {longest}; {source.report()}")
         except DataError as error:
             say(console, f"{key}: {error}")
             accepted = False
-        for refusal in source.report().first_refusals if source is not None else ():
-            say(console, f"  {refusal}")
+            continue
+        say(console, f"{key}: {len(source)} rows; {source.columns}")
+        lengths = [prompt.expanded_length for prompt in source.look(rows or len(source)) if prompt is not None]
+        say(console, f"  longest prompt {max(lengths, default=0)} tokens; {source.report()}")
+        for line in (*source.report().first_refusals, *blindness(key, source, adapter, config)):
+            say(console, f"  {line}")
+        verdicts = [source.excess() or ("" if lengths else "no row is usable"), *overlooked_media(key, source, adapter)]
+        for verdict in filter(None, verdicts):
+            say(console, f"  a run would stop: {verdict.removeprefix(f'{key}: ')}")
+            accepted = False
     return accepted

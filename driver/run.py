@@ -167,6 +167,8 @@ class Run:
             saved = f"that of step {self._saved}" if self._saved >= 0 else "none yet"
             self.display.phase(f"the learner failed; the newest checkpoint: {saved}")
             return reason
+        if self.version == 0 and self._saved < 0:
+            return reason  # nothing was trained: a checkpoint would only stand in the way of the next attempt
         try:
             self.checkpoint()
         except Exception as second:

@@ -10,6 +10,7 @@ import base64
 import re
 import time
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,31 @@ def _web_opener() -> urllib.request.OpenerDirector:
     ):
         opener.add_handler(handler())
     return opener
+
+
+_SUFFIXES: dict[str, MediaKind] = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"), "image"),
+    **dict.fromkeys((".mp4", ".webm", ".mov", ".mkv", ".avi"), "video"),
+    **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audio"),
+}
+_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*")
+
+
+def media_kind(value: Any, directory: Path) -> MediaKind | None:
+    """Which kind of media a value plainly is: an encoded image, a struct with one, a path of a file that exists, a URL
+    by its suffix, or a list of such. None for all else."""
+    if isinstance(value, list):
+        return next((kind for item in value if (kind := media_kind(item, directory)) is not None), None)
+    if isinstance(value, dict):
+        return media_kind(value.get("bytes"), directory) or media_kind(value.get("path"), directory)
+    if isinstance(value, bytes):
+        return "image" if value.startswith(_BEGINNINGS) or value[8:12] == b"WEBP" else None
+    if not isinstance(value, str) or len(value) > 4096:
+        return "image" if isinstance(value, str) and value.startswith("data:image/") else None
+    if value.startswith("data:image/"):
+        return "image"
+    kind = _SUFFIXES.get(Path(value).suffix.lower())
+    with suppress(OSError, ValueError):
+        if kind is not None and (_SCHEME.match(value) or (directory / value).is_file()):
+            return kind
+    return None

@@ -8,16 +8,20 @@ Row numbers count from 0 everywhere; in JSONL row n is line n.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rollout.columns import Role, choose_columns, unread
+from rollout.columns import MEDIA_ROLES, Columns, Role, choose_columns, unread
+from rollout.data_report import WHAT_TO_DO, DataReport, Refusal, differences
+from rollout.media_files import media_kind
 from rollout.order import EpochOrder
 from rollout.prompt_builder import PromptBuilder
-from rollout.row_files import DataError
+from rollout.row_files import DataError, RowFile
 from rollout.rows import RowRefusedError, RowStore, open_files
 from rollout.types import MEDIA_PER_PROMPT, MediaKind, Prompt, PromptRef
 
@@ -37,6 +41,8 @@ SYSTEM_PROMPTS: Mapping[str, str] = {
 MIN_ROWS_FOR_SHARE = 1000
 """The refused share is judged as if at least this many rows had been seen (or all rows of smaller data)."""
 REFUSALS_KEPT = 10
+ROWS_FOR_MEDIA = 20
+"""Rows that are looked at for media in columns that no role is for."""
 
 
 @dataclass(frozen=True)
@@ -85,47 +91,17 @@ class DataOptions:
         return None if self.root is None else Path(self.root).expanduser()
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One row that was not used, and why."""
-
-    file: str
-    row: int
-    kind: str
-    """A few fixed words, to count by."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file} row {self.row}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What a source has seen since it was made. A row that comes up in several epochs counts once."""
-
-    rows: int
-    """Rows of the data set, over all files."""
-    seen: int
-    refused: Mapping[str, int] = field(default_factory=dict)
-    """Refused rows by kind."""
-    first_refusals: tuple[Refusal, ...] = ()
-    truncated: int = 0
-    """Rows whose user's text was shortened to fit."""
-
-    @property
-    def refused_total(self) -> int:
-        return sum(self.refused.values())
-
-    @property
-    def remark(self) -> str:
-        """What a user should know of it, in one line: nothing where all rows were used as they are."""
-        first = f"; the first: {self.first_refusals[0]}" if self.first_refusals else ""
-        return f"{self}{first}" if self.refused or self.truncated else ""
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.refused.items(), key=lambda item: -item[1]))
-        refused = f"{self.refused_total} of {self.seen} rows refused" + (f": {kinds}" if kinds else "")
-        return refused + (f"; {self.truncated} truncated" if self.truncated else "")
+def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:
+    """The files, and which column plays which role. Raises DataError with all that is missing at once."""
+    problems: list[str] = []
+    if options.root_folder is not None and not options.root_folder.is_dir():
+        problems.append(f"data.root: no folder {options.root}")
+    files = open_files(options.files, problems)
+    present = {str(file.path): file.columns for file in files if file.columns}
+    columns = choose_columns(options.columns, options.extra_columns, present, problems)
+    if problems or columns is None:
+        raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
+    return files, columns
 
 
 class PromptSource:
@@ -134,14 +110,8 @@ class PromptSource:
     def __init__(self, options: DataOptions, adapter: MultimodalAdapter) -> None:
         """Reads the files' indexes. Raises DataError with all missing files and columns at once."""
         self.options = options
-        problems: list[str] = []
-        if options.root_folder is not None and not options.root_folder.is_dir():
-            problems.append(f"data.root: no folder {options.root}")
-        files = open_files(options.files, problems)
+        files, columns = open_data(options)
         present = {str(file.path): file.columns for file in files if file.columns}
-        columns = choose_columns(options.columns, options.extra_columns, present, problems)
-        if problems or columns is None:
-            raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
         self.columns = columns
         """Which column plays which role."""
         self.unused = tuple(dict.fromkeys(n for names in present.values() for n in unread(names, columns.names)))
@@ -203,6 +173,31 @@ class PromptSource:
         for position in range(min(rows, len(self))):
             yield self.attempt(self._order.row(0, position))
 
+    def try_rows(self, rows: int) -> None:
+        """Look at the first `rows` rows of epoch 0. Raises DataError if a run would stop at them."""
+        usable = 0
+        for prompt in self.look(rows):
+            self._check_refused()
+            usable += prompt is not None
+        self._check_refused()
+        if not usable and rows >= len(self):
+            raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
+
+    def overlooked(self) -> dict[str, MediaKind]:
+        """Columns that nothing is done with though the first rows hold media in them, of kinds that no role is for, and
+        that the configuration does not leave out."""
+        missing = [k for k in MEDIA_ROLES if getattr(self.columns, k) is None and k not in self.options.columns]
+        files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
+        store = RowStore(files, self.unused, self.options.window_bytes)
+        found: dict[str, MediaKind] = {}
+        for row in range(min(ROWS_FOR_MEDIA, len(store)) if missing and self.unused else 0):
+            with suppress(RowRefusedError):
+                values = store.read(row)
+                directory = self.options.root_folder or files[store.locate(row)[0]].path.parent
+                kinds = {name: media_kind(values.get(name), directory) for name in self.unused}
+                found |= {name: kind for name, kind in kinds.items() if kind in missing}
+        return found
+
     def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
         """The same prompts again, by row, in the order given: after a resume, or when their media were lost.
 
@@ -247,13 +242,16 @@ class PromptSource:
         """Distinct rows, but for those that a resumed first epoch leaves to the second."""
         return min(self._tried, len(self))
 
-    def _check_refused(self) -> None:
+    def excess(self) -> str:
+        """Why a run stops at what was refused so far; empty if it goes on."""
         share = self.options.max_refused_share
         counted = max(self._seen, min(len(self), MIN_ROWS_FOR_SHARE))
-        if len(self._refused) > share * counted:
-            raise DataError(
-                f"more than {share:.2%} of the rows refused (data.max_refused_share). {self._refusals_text()}"
-            )
+        too_many = len(self._refused) > share * counted
+        return f"more than {share:.2%} of the rows refused (data.max_refused_share)" if too_many else ""
+
+    def _check_refused(self) -> None:
+        if excess := self.excess():
+            raise DataError(f"{excess}. {self._refusals_text()}")
 
     def _refusals_text(self) -> str:
         return "\n  - ".join([f"{self.report()}. The first:", *map(str, self._refusals)])
@@ -267,12 +265,9 @@ class PromptSource:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises DataError when this source has another order of rows."""
         identity = self._identity()
-        differing = [key for key in identity if state.get(key) != identity[key]]
-        if differing:
-            lines = [f"{key}: {state.get(key)!r} then, {identity[key]!r} now" for key in differing]
-            raise DataError(
-                "\n  - ".join(["the saved position belongs to other data or another order of them:", *lines])
-            )
+        if differing := differences(state, identity):
+            what = "the saved position belongs to other data, or to another order of them:"
+            raise DataError("\n  - ".join([what, *differing, WHAT_TO_DO]))
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
 
     def _identity(self) -> dict[str, Any]:

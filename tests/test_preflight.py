@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from driver.config import ConfigError, RunConfig, parse_config
 from driver.errors import RunError
-from driver.preflight import preflight
+from driver.preflight import check_data, preflight
+from driver.run import Run
 from driver.shapes import make_shapes
 from driver.wiring import transfer_backend, weight_transfer_options
-from tests.data_helpers import write_rows
+from tests.data_helpers import png, write_rows
 from vlm.adapter import AdapterError
 from vlm.registry import load_adapter
 from vlm.tiny import build_tiny
@@ -163,3 +167,104 @@ def test_limits_of_a_micro_batch_that_hold_no_sample_are_said(settings: dict, tm
     assert "micro_batch_gib=0.001 cannot hold one sample of up to" in problems(micro_batch_gib=0.001)
     enough = {**settings["learner"], "micro_batch_gib": 1.0, "micro_batch_patches": 1024}
     preflight(parse_config({**settings, "learner": enough, "output_dir": str(tmp_path / "run")}))
+
+
+def refused(settings: dict, folder: Path, rows: list[dict], **data: object) -> str:
+    """What preflight says of these rows."""
+    path = write_rows(folder / "rows.parquet", rows)
+    given = {**settings["data"], "train": [str(path)], **data}
+    config = parse_config({**settings, "data": given, "output_dir": str(folder / "out")})
+    with pytest.raises(ConfigError) as caught:
+        preflight(config)
+    return str(caught.value)
+
+
+def lines(settings: dict, folder: Path, rows: list[dict], **data: object) -> list[str]:
+    given = {**settings["data"], "train": [str(write_rows(folder / "rows.parquet", rows))], **data}
+    return preflight(parse_config({**settings, "data": given, "output_dir": str(folder / "out")})).lines
+
+
+@pytest.mark.parametrize("column", ["picture", "image_path", "img"])
+def test_images_in_a_column_that_no_role_is_for_are_not_left_out_silently(
+    settings: dict, tmp_path: Path, column: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    values = {"picture": {"bytes": png(), "path": "x"}, "image_path": "a.png", "img": [png()]}
+    rows = [{"prompt": f"{n}?", column: values[column], "answer": "x", "note": "see a.png"} for n in range(4)]
+    text = refused(settings, tmp_path, rows)
+    assert f"data.train: the column {column!r} holds images, and no role is for it: set data.columns: " in text
+    assert f"{{image: {column}}}, or {{image: null}} to leave them out" in text and "note" not in text
+    named = lines(settings, tmp_path, rows, columns={"image": column})
+    assert f"data.train: 4 rows; prompt: prompt, image: {column}, answer: answer" in named
+    assert not [line for line in lines(settings, tmp_path, rows, columns={"image": None}) if "WARNING" in line]
+
+
+def test_text_alone_for_a_model_that_sees_is_said_loudly(settings: dict, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "answer": "x", "file": "a.png"} for n in range(4)]  # there is no such file
+    (warning,) = [line for line in lines(settings, tmp_path, rows) if "WARNING" in line]
+    assert "data.train has no column of images" in warning and "{image: null}" in warning
+    out = io.StringIO()
+    data = {**settings["data"], "train": [str(tmp_path / "rows.parquet")]}
+    assert check_data(parse_config({**settings, "data": data, "output_dir": "x"}), None, Console(file=out, width=60))
+    assert warning in out.getvalue()
+
+
+def test_prompts_that_are_all_too_long_are_found_before_anything_starts(settings: dict, tmp_path: Path) -> None:
+    rows = [{"prompt": "long " * 100, "answer": "x"} for _ in range(4)]
+    text = refused(settings, tmp_path, rows, columns={"image": None})
+    assert "data.train: more than 1.00% of the rows refused (data.max_refused_share)" in text
+    assert "prompt too long" in text and "the limit is 256 (data.max_prompt_length)" in text
+    all_refused = refused(settings, tmp_path, rows, columns={"image": None}, max_refused_share=1.0)
+    assert "data.train: no usable row of 4" in all_refused
+
+
+def test_a_check_reads_everything_then_judges_and_says_nothing_twice(settings: dict, tmp_path: Path) -> None:
+    rows = [{"prompt": "long " * (100 * (n % 2)) + f"{n}?", "answer": "x"} for n in range(10)]
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    path = write_rows(folder / "rows.parquet", rows)
+    out = io.StringIO()
+    data = {**settings["data"], "train": [str(path)], "columns": {"image": None}}
+    config = parse_config({**settings, "data": data, "output_dir": "x"})
+    assert not check_data(config, None, Console(file=out, width=60))
+    said = out.getvalue().splitlines()
+    assert len(set(said)) == len(said)
+    assert sum(f"{path} row " in line for line in said) == 5
+    assert "5 of 10 rows refused: 5 prompt too long" in said[1]
+    assert said[-1] == "  a run would stop: more than 1.00% of the rows refused (data.max_refused_share)"
+
+
+def test_missing_model_data_and_rewards_are_named_at_once_and_in_their_words(settings: dict, tmp_path: Path) -> None:
+    gone = {
+        **settings,
+        "model": {"path": "runs/mine/model"},
+        "data": {**settings["data"], "train": ["gone.parquet"], "eval": ["away.json"]},
+        "reward": {"functions": [{"name": "gone_rewards.py:digit"}]},
+        "output_dir": str(tmp_path / "out"),
+    }
+    with pytest.raises(ConfigError) as caught:
+        preflight(parse_config(gone))
+    text = str(caught.value)
+    for said in (
+        "model.path: no usable model at 'runs/mine/model': there is no such folder",
+        "data.train: 1 problem(s) with the data:\n  - gone.parquet: no such file",
+        "away.json: no such file",
+        "gone_rewards.py",
+    ):
+        assert said in text.replace("\n    ", "\n  "), said
+    assert "Repo id" not in text and "qwen2_5_vl" not in text
+
+
+def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_said_to_be_no_folder() -> None:
+    with pytest.raises(AdapterError, match="no usable model at 'runs/model': there is no such folder, and the Hugging"):
+        load_adapter("runs/model")
+
+
+def test_nothing_is_saved_of_a_run_that_trained_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("driver.run.explain", lambda error, asked, head: error)
+    monkeypatch.setattr(Run, "checkpoint", lambda self: pytest.fail("a checkpoint of step 0 blocks the folder"))
+    run = object.__new__(Run)
+    run.config = SimpleNamespace(learner=SimpleNamespace(ranks=1, zero_stage=0))  # type: ignore[assignment]
+    run.actors, run.head = SimpleNamespace(questions=dict), None  # type: ignore[assignment]
+    error = RunError("no usable row")
+    assert run.checkpoint_after(error) is error

@@ -77,7 +77,9 @@ def _own(adapter: str) -> type[MultimodalAdapter]:
 
 
 def _known(path: str, trust_remote_code: bool) -> type[MultimodalAdapter]:
-    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+    here = Path(path)
+    names_a_folder = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if names_a_folder and not here.is_dir():
         raise AdapterError(f"no usable model at {path!r}: there is no such folder")
     hint = (
         f"Model types with an adapter: {', '.join(sorted(ADAPTERS))}. Write one for another and name it as "
@@ -87,6 +89,9 @@ def _known(path: str, trust_remote_code: bool) -> type[MultimodalAdapter]:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # files that others made: configurations fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if not here.is_dir():
+            reason = f"there is no such folder, and the Hugging Face hub, if it is a name there, did not help: {reason}"
+            raise AdapterError(f"no usable model at {path!r}: {reason}") from error
         raise AdapterError(f"no usable model at {path!r}: {reason}. {hint}") from error
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     found = ADAPTERS.get(f"{config.model_type}/{tower}") or ADAPTERS.get(config.model_type)
