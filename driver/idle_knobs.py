@@ -200,6 +200,7 @@ ALWAYS = frozenset(
         "rollout.max_attempts",
         "reward.functions",
         "reward.trace",
+        "reward.check_golds",
         "reward.max_failed_share",
         "reward.actors",
         "reward.timeout",

@@ -133,6 +133,8 @@ class RewardConfig(Section):
     trace: Literal["visible", "internal", "stripped"] = "visible"
     """The <think> trace: `visible`: asked for and shown; `internal`: asked for, and left out of what is shown;
     `stripped`: not asked for. `format` goes by it."""
+    check_golds: bool = True
+    """Score golds of a few hundred rows against themselves first, and do not start where they miss full marks."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
     """Share of a batch's completions whose reward may fail (error or timeout) before the run stops."""
     actors: int = Field(1, ge=1)

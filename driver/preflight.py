@@ -14,6 +14,7 @@ from rich.console import Console
 
 from driver import checkpoints
 from driver.config import ConfigError, RunConfig
+from driver.gold_check import gold_problems
 from driver.idle_knobs import Facts, data_idle_problems
 from driver.media_use import blindness, overlooked_media
 from driver.metrics import read_metrics
@@ -90,6 +91,7 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
                 f"{key}: the reward {comparing[0]!r} compares with answers, and no column is known to hold them; name "
                 f"it: data.columns.answer. Not used are: {', '.join(source.unused) or 'none'}"
             )
+        problems += gold_problems(config, key, source)
         kinds = [kind for kind, _ in source.columns.media if kind in adapter.modalities]
         choices.media_kinds = tuple(dict.fromkeys((*choices.media_kinds, *kinds)))
         if key == "data.train" and len(source) < config.learner.prompts_per_step:
@@ -190,6 +192,7 @@ def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
         for line in (*source.report().first_refusals, *blindness(key, source, adapter, config)):
             say(console, f"  {line}")
         verdicts = [source.excess() or ("" if lengths else "no row is usable"), *overlooked_media(key, source, adapter)]
+        verdicts += gold_problems(config, key, source)
         for verdict in filter(None, verdicts):
             say(console, f"  a run would stop: {verdict.removeprefix(f'{key}: ')}")
             accepted = False

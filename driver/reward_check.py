@@ -91,7 +91,7 @@ def probe(spec: RewardSpec, requests: Mapping[str, ScoringRequest], config: RunC
 def _probe(specs: Sequence[RewardSpec], name: str, requests: Mapping[str, ScoringRequest], config: RunConfig) -> Probe:
     bounded = len(specs) == 1 and specs[0].name in REWARDS and specs[0].name not in UNBOUNDED
     found = Probe(name, bounded)
-    wrap = _wrapper(config)
+    wrap = wrapper(config)
     ideals = [getattr(load_reward(s.name, s.options), "ideal", None) for s in specs] if len(specs) == 1 else []
     worker = RewardWorker(specs, config.reward.timeout)
     try:
@@ -113,7 +113,7 @@ def _probe_row(
     config: RunConfig,
 ) -> None:
     def ask(names: Sequence[str]) -> dict[str, Verdict]:
-        group = _with(row, [texts[name] for name in names])
+        group = with_completions(row, [texts[name] for name in names])
         return dict(zip(names, worker.score(group).verdicts, strict=True))
 
     names = list(texts)
@@ -125,11 +125,11 @@ def _probe_row(
     if any((first[n].status, first[n].score) != (v.status, v.score) for n, v in [*again.items(), *alone.items()]):
         found.disordered.append(uid)
     right = texts.get("gold in the format", texts["junk in the format"])
-    timed = worker.score(_with(row, [right] * config.rollout.num_generations))
+    timed = worker.score(with_completions(row, [right] * config.rollout.num_generations))
     found.seconds.append(sum(timed.seconds.values()))
 
 
-def _wrapper(config: RunConfig) -> Callable[[str], str]:
+def wrapper(config: RunConfig) -> Callable[[str], str]:
     """Puts an answer into the format that the run asks for."""
     spec = next((s for s in reward_specs(config) if s.name == "format"), None)
     options = {"trace": config.reward.trace, **(spec.options if spec else {})}
@@ -219,7 +219,7 @@ def _request(prompt: Prompt) -> ScoringRequest:
     return ScoringRequest(prompt.text, (), prompt.answer, prompt.columns, prompt.media, user_text=prompt.user_text)
 
 
-def _with(row: ScoringRequest, texts: Sequence[str]) -> ScoringRequest:
+def with_completions(row: ScoringRequest, texts: Sequence[str]) -> ScoringRequest:
     """The row with completions that nobody sampled."""
     return replace(row, completions=tuple(texts), raw=tuple(map(as_completion, texts)))
 

@@ -10,6 +10,7 @@ What a reward may have besides its call:
     warm_up()                   called once before the first group
     connect(services)           handed what the driver offers: `{"generate": callable, "reward_model": callable}`
     ideal(request)              a completion that deserves full marks, where the row tells; for `saccade rewards check`
+                                and for the check of golds at the start of a run
 """
 
 from __future__ import annotations

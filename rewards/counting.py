@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from rewards.answers import first_expression, last_expression, stated_answer
 from rewards.base import ScoringRequest, unscorable
-from rewards.format import Scope, check_scope, judged_text
+from rewards.format import Scope, check_scope, judged_text, placed
 from rewards.golds import gold_forms
 from rewards.kinds import Kind, Named, Quantity, Words
 from rewards.notation import folded, plain
@@ -57,6 +57,11 @@ class CountingReward:
         if not golds:
             return unscorable(request, f"the row's answer {request.answer!r:.60} is no whole number")
         return [self._judge(golds, text) for text in request.completions]
+
+    def ideal(self, request: ScoringRequest) -> str | None:
+        """The first gold form that is a count, where this reward looks for it."""
+        counts = (form for form in gold_forms(request.answer) if self._read(form) is not None)
+        return placed(next(counts, None), self.scope)
 
     def _judge(self, golds: set[int], completion: str) -> Verdict:
         count = self._concluded(completion) if self.scope == "completion" else self._answered(completion)

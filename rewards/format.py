@@ -89,6 +89,11 @@ def judged_text(completion: str, scope: Scope) -> str | None:
     return answer_text(completion) if scope == "answer" else completion.strip()
 
 
+def placed(answer: str | None, scope: Scope) -> str | None:
+    """The completion in which a reward of that scope finds just this answer."""
+    return answer if answer is None or scope == "completion" else f"<answer>{answer}</answer>"
+
+
 def unfenced(text: str, label: str) -> str:
     """The contents of a Markdown fence that is all of `text`, with `label` or without one; other text as it is."""
     body = text.strip()

@@ -32,7 +32,7 @@ from rewards.answers import boxed, stated_answer
 from rewards.base import ScoringRequest, unscorable
 from rewards.choices import read_choices
 from rewards.equality import same
-from rewards.format import Scope, answer_text, check_scope, judged_text
+from rewards.format import Scope, answer_text, check_scope, judged_text, placed
 from rewards.golds import gold_forms
 from rewards.hedging import is_denied
 from rewards.kinds import Letter, Words
@@ -98,6 +98,12 @@ class MultipleChoiceReward:
         if not golds:
             return unscorable(request, f"the row's answer {request.answer!r:.60} is none of its choices")
         return [self._judge(golds, choices, text) for text in request.completions]
+
+    def ideal(self, request: ScoringRequest) -> str | None:
+        """The first gold form that picks a choice, where this reward looks for it."""
+        choices = read_choices(request.columns.get(self.choices) if self.choices else None, request.user_text)
+        picking = (form for form in gold_forms(request.answer) if picked(form, choices) is not None)
+        return placed(next(picking, None), self.scope)
 
     def _judge(self, golds: set[str | None], choices: Mapping[str, str], completion: str) -> Verdict:
         answer = judged_text(completion, self.scope)

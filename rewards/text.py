@@ -26,7 +26,7 @@ from typing import ClassVar
 import numpy as np
 
 from rewards.base import ScoringRequest, unscorable
-from rewards.format import Scope, check_scope, judged_text
+from rewards.format import Scope, check_scope, judged_text, placed
 from rewards.golds import gold_forms
 from rollout.types import Verdict
 
@@ -88,6 +88,10 @@ class _TextReward(ABC):
         if not golds:
             return unscorable(request, "the row has no answer to compare with")
         return [self._judge(golds, text) for text in request.completions]
+
+    def ideal(self, request: ScoringRequest) -> str | None:
+        """The first gold form, where this reward looks for it."""
+        return placed(next(iter(gold_forms(request.answer)), None), self.scope)
 
     def _judge(self, golds: Sequence[str], completion: str) -> Verdict:
         answer = judged_text(completion, self.scope)

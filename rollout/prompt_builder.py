@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rollout.prompts import DataOptions
     from vlm.adapter import MultimodalAdapter
 
+ANSWER_REFUSALS = ("no answer", "bad answer")
+"""Kinds of refusals of a row for its answer."""
 CHECKED_KEPT = 100_000
 """Media whose shape is remembered by digest, so that later epochs need not decode them to check them."""
 MAX_CHARACTERS = 2**20
@@ -89,6 +91,13 @@ class PromptBuilder:
             truncated=truncated,
             user_text=conversation.words,
         )
+
+    def gold(self, row: Mapping[str, Any], ref: PromptRef) -> Prompt:
+        """What a reward sees of a row without a model: answer, further columns, words. Raises RowRefusedError."""
+        conversation, answer = self._conversation_and_answer(row)
+        columns = {name: value_of(row, name) for name in self.columns.extra}
+        words, none = conversation.words, np.zeros(0, np.int32)
+        return Prompt(ref, words, none, 0, answer=answer, columns=columns, user_text=words)
 
     # ------------------------------------------------------------------ columns
 

@@ -9,6 +9,7 @@ Row numbers count from 0 everywhere; in JSONL row n is line n.
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from rollout.columns import MEDIA_ROLES, Columns, Role, choose_columns, unread
 from rollout.data_report import WHAT_TO_DO, DataReport, Refusal, differences
 from rollout.media_files import media_kind
 from rollout.order import EpochOrder
-from rollout.prompt_builder import PromptBuilder
+from rollout.prompt_builder import ANSWER_REFUSALS, PromptBuilder
 from rollout.row_files import DataError, RowFile
 from rollout.rows import RowRefusedError, RowStore, open_files
 from rollout.types import MEDIA_PER_PROMPT, MediaKind, Prompt, PromptRef
@@ -197,6 +198,22 @@ class PromptSource:
                 kinds = {name: media_kind(values.get(name), directory) for name in self.unused}
                 found |= {name: kind for name, kind in kinds.items() if kind in missing}
         return found
+
+    def golds(self, rows: int) -> Iterator[tuple[str, Prompt | Refusal]]:
+        """Up to `rows` rows at random, some of every file, with that file's name: the answer, further columns and the
+        user's words, without media and tokens; or why the answer is refused. Rows with a bad prompt are left out."""
+        names = [name for name in self.columns.names if name not in dict(self.columns.media).values()]
+        files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
+        store, draw, first = RowStore(files, names, self.options.window_bytes), random.Random(self.options.seed), 0
+        for name, count in zip(store.names, store.rows_of_files, strict=True):
+            drawn = draw.sample(range(count), min(count, max(1, rows // len(files))))
+            for row in (first + n for n in drawn):
+                try:
+                    yield name, self._builder.gold(store.read(row), PromptRef(store.uid(row), 0, 0, row))
+                except RowRefusedError as error:
+                    if error.kind in ANSWER_REFUSALS:
+                        yield name, Refusal(name, row - first, error.kind, error.reason)
+            first += count
 
     def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
         """The same prompts again, by row, in the order given: after a resume, or when their media were lost.
