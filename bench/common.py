@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -17,6 +16,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from learner.durable import strict_json
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 220), "yellow": (235, 215, 30)}
 QUESTION = "What color?"
@@ -72,5 +73,5 @@ def report(name: str, results: Mapping[str, Any], table: Table, path: Path | Non
     Console(width=140).print(table)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"benchmark": name, "environment": environment(), **results}, indent=1) + "\n")
+        path.write_text(strict_json({"benchmark": name, "environment": environment(), **results}, 1) + "\n")
         Console().print(f"written to {path}")

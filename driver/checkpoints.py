@@ -2,7 +2,7 @@
 
     output_dir/checkpoints/step-000020/
         learner/     weights, optimizer, scheduler, RNG: independent of the number of ranks (learner/checkpoint.py)
-        run.json     policy version, ledger (issued but untrained prompts), data cursor, resolved configuration
+        run.json     policy version, ledger (issued but untrained prompts), data cursor, resolved configuration, ...
         digests.json size and SHA-256 of every file
 
 Written beside its place and renamed, so that a crash leaves the former checkpoint and nothing half-written. A resume
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from driver.errors import RunError
-from learner.durable import atomic_directory, damage
+from learner.durable import atomic_directory, damage, strict_json
 
-FORMAT = 2
+FORMAT = 3
 
 
 class DamagedError(RunError):
@@ -36,7 +36,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Cal
     with atomic_directory(final, sealed=True) as partial:
         save_learner(partial / "learner")
         check_visible(partial / "learner")
-        (partial / "run.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        (partial / "run.json").write_text(strict_json({"format": FORMAT, "step": step, **state}, 1))
     # Later steps than this one belong to checkpoints that a resume found damaged: they count for nothing.
     before = [s for s in found(directory) if s < step]
     for old in before[: max(0, len(before) + 1 - keep)]:

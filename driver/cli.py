@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -53,6 +52,7 @@ USER_ERRORS = {
     "NotFiniteError",
     "NothingToLearnError",
     "PlacementError",
+    "RewardError",
     "RunError",
     "StorageError",
     "WeightSyncError",
@@ -129,9 +129,10 @@ def evaluate(
     require_evaluation(settings)
     from driver.display import TerminalDisplay
     from driver.loop import evaluate as run
+    from learner.durable import strict_json
 
     results = run(settings, address=address, display=TerminalDisplay(errors))
-    typer.echo(json.dumps(results, indent=2, allow_nan=False))
+    typer.echo(strict_json(results, 2))
 
 
 @app.command()

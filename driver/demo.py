@@ -8,7 +8,6 @@ training run writes: metrics, checkpoints, the trained model), `summary.json` an
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from driver.run_folder import in_use
 from driver.screen import say, show
 from driver.shapes import ShapesFiles, make_shapes, vocabulary
 from driver.warm_start import warm_start
+from learner.durable import strict_json
 from vlm.tiny import build_tiny
 
 STEPS = 120
@@ -102,7 +102,7 @@ def run_demo(
     records, evaluations = read_metrics(result.output_dir), read_metrics(result.output_dir, "evaluation")
     seconds = time.perf_counter() - begin
     summary = summarise(records, evaluations, warm_start_seconds=warm.seconds, total_seconds=seconds)
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (directory / "summary.json").write_text(strict_json(summary, 2) + "\n")
     plot(records, evaluations, directory / "curves.png", title=f"A tiny VLM learns to see (seed {seed})")
     show(console, accuracy_table(summary), speed_table(summary))
     say(console, f"model {result.model_dir}  curves {directory / 'curves.png'}  figures {directory / 'summary.json'}")

@@ -13,6 +13,13 @@ _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")
 MOST_KINDS = 5
 
 
+def unscored(summary: GroupSummary) -> str | None:
+    """Why a group without a baseline, hence without a part in any step, has none; None where it has one."""
+    if sum(summary.valid) >= 2:
+        return None
+    return f"fewer than two scores: {next(iter(summary.invalid_reasons), 'no reason was given')[:200]}"
+
+
 def check_failures(summaries: Sequence[GroupSummary], max_share: float) -> None:
     """Raises RunError when the rewards failed (`error` or `timeout`; `unscorable` is no failure) for more than
     `max_share` of all completions: with the reasons grouped, the most frequent first, and an example of each."""

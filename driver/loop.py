@@ -49,7 +49,8 @@ def train(
 
 
 def step(run: Run, config: RunConfig) -> None:
-    """One optimizer step: from prompts admitted to weights the engines sample with."""
+    """One update: from prompts admitted to weights the engines sample with. Where its optimizer step was not taken, the
+    weights are the same under the next version, and its prompts are in the ledger with the reason."""
     watch = Stopwatch()
     last_batch = config.steps - 1
     run.rollouts.admit_through(min(run.version + config.rollout.max_staleness, last_batch))
@@ -60,13 +61,14 @@ def step(run: Run, config: RunConfig) -> None:
 
     with watch.phase("learn"):
         update = run.learner.update(batch.groups, batch.summaries, run.version)
-    run.book(batch)
+    run.book(batch, update)
     run.version += 1
 
     with watch.phase("sync"):
         run.sync_weights()
 
     run.record(batch, update, staleness, watch.seconds())
+    run.heed(update)
     run.evaluate_if_due()
     run.checkpoint_if_due()
 

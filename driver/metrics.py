@@ -1,6 +1,6 @@
 """One record per step, written to `metrics.jsonl`, to Ray's metrics and, if wanted, to a Prometheus endpoint.
 
-StepRecord ─▶ metrics.jsonl        (everything; what reports are made from)
+StepRecord ─▶ metrics.jsonl        (everything; what reports are made from; null where a number is not finite)
            ─▶ ray.util.metrics     (gauges `ray_saccade_*` on every node's metrics port)
            ─▶ prometheus_client    (gauges `saccade_*` on the driver, if cluster.metrics_port is set)
 """
@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client import Gauge as PrometheusGauge
 from ray.util.metrics import Gauge as RayGauge
 
-from learner.durable import StorageError, append, atomic_file
+from learner.durable import StorageError, append, atomic_file, strict_json
 from rollout.types import GroupSummary
 
 GAUGES = {
@@ -38,6 +38,7 @@ GAUGES = {
     "invalid_share": "share of completions without a score",
     "completion_length": "mean completion length in tokens",
     "grad_norm": "gradient norm before clipping",
+    "steps_not_taken": "optimizer steps of the last update that were not taken, as the gradient was not finite",
     "entropy": "mean token entropy",
 }
 REWARD_SECONDS = "reward_seconds", "mean seconds that a reward took for one group"
@@ -57,6 +58,9 @@ class StepRecord:
     groups: int
     groups_without_signal: int
     """Groups of no variance or fewer than two valid completions: they contribute nothing."""
+    steps_not_taken: int
+    """Optimizer steps of the update that were not taken, as the loss or gradient was not finite; the learner's figures
+    are of the others, if there is one."""
     samples: int
     tokens: int
     """Completion tokens."""
@@ -151,6 +155,7 @@ class MetricsLog:
             "invalid_share": sum(record.invalid.values()) / max(1, record.samples),
             "completion_length": record.completion_length,
             "grad_norm": record.grad_norm,
+            "steps_not_taken": record.steps_not_taken,
             **{k: v for k, v in record.learner.items() if k in GAUGES},
         }
         for name, value in values.items():
@@ -171,7 +176,7 @@ class MetricsLog:
         be read, which go too."""
         path = self.directory / "metrics.jsonl"
         entries, unreadable = _read(path)
-        atomic_file(path, "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step))
+        atomic_file(path, "".join(strict_json(entry) + "\n" for entry in entries if entry["step"] <= step))
         return unreadable
 
     def flush(self) -> None:
@@ -182,7 +187,7 @@ class MetricsLog:
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         waited = len(self._waiting)
-        self._waiting.append(json.dumps(entry) + "\n")
+        self._waiting.append(strict_json(entry) + "\n")
         try:
             self.flush()
         except StorageError as error:

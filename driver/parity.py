@@ -7,7 +7,6 @@ prompt ──▶ vLLM: sampled tokens, their log-probabilities ──▶ learner
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from torch import Tensor
 from driver.config import ConfigError
 from driver.placement import Device
 from driver.screen import say, show
+from learner.durable import strict_json
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import score_groups
@@ -299,14 +299,9 @@ def run_parity(
                     say(console, f"{result.case}: {result.problem}")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = {n: [_jsonable(r) for r in rs] for n, rs in results.items()}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        found = {name: [asdict(result) for result in own] for name, own in results.items()}
+        path.write_text(strict_json(found, 1) + "\n")
     return all(result.agrees(limit, dtype) for own in results.values() for result in own)
-
-
-def _jsonable(result: CaseResult) -> dict[str, Any]:
-    """A figure that does not exist is null: NaN is no JSON."""
-    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(result).items()}
 
 
 def _table(name: str, results: Sequence[CaseResult], tolerance: float, dtype: str) -> Table:

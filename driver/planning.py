@@ -6,7 +6,6 @@ data files ──▶ lengths of prompts, patches of images (or the configuration
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from driver.config import ConfigError, RunConfig
 from driver.placement import Device
 from driver.screen import say, show
 from driver.wiring import config_adapter, data_options, learner_options
+from learner.durable import strict_json
 from learner.flops import Flops, GroupShape, step_flops
 from learner.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
 from learner.model_shape import ModelShape, describe
@@ -63,7 +63,7 @@ def plan_run(config: RunConfig, console: Console, path: Path | None) -> None:
     say(console, advice(plan))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(as_json(plan), indent=1) + "\n")
+        path.write_text(strict_json(as_json(plan), 1) + "\n")
 
 
 def make_plan(config: RunConfig) -> Plan:

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from driver.errors import RunError
-from driver.failures import check_failures
+from driver.failures import check_failures, unscored
 from driver.ledger import Ledger
 from driver.selection import Difficulty, without_signal
 from rollout.engine import SamplingParams
@@ -159,7 +159,7 @@ class RolloutPipeline:
         or nothing of the batch is left."""
         groups = self._batches[batch]
         self._await(batch, groups)
-        check_failures([g.result for g in groups if g.result is not None], self.max_failed_share)
+        self._check_failures(groups)
         replaced = self._replace_without_signal(batch)
         kept = [g for g in groups if g.result is not None]
         del self._batches[batch]
@@ -170,6 +170,9 @@ class RolloutPipeline:
             for summary in results:
                 self.difficulty.observe(summary)
         return SealedBatch(tuple(g.group for g in kept), results, self._dropped.pop(batch, 0), replaced)
+
+    def _check_failures(self, groups: Sequence[_Group]) -> None:
+        check_failures([g.result for g in groups if g.result is not None], self.max_failed_share)
 
     def _replace_without_signal(self, batch: int) -> int:
         """Put new prompts in the place of groups whose scores are all equal, until none is left or `refill` is spent.
@@ -186,10 +189,12 @@ class RolloutPipeline:
             for group in flat:
                 if self.difficulty is not None and group.result is not None:
                     self.difficulty.observe(group.result)
-                self.ledger.drop(group.prompt.ref, "its scores are all equal (algorithm.refill)")
+                reason = None if group.result is None else unscored(group.result)
+                self.ledger.drop(group.prompt.ref, reason or "its scores are all equal (algorithm.refill)")
             slots = [group.slot for group in flat]
             self._admit(batch, prompts, slots)
             self._await(batch, [groups[slot] for slot in slots])
+            self._check_failures(groups)
             spare -= len(flat)
         return self.refill - spare
 

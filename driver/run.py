@@ -19,7 +19,9 @@ from driver.deaths import DeathError, explain, first_lines
 from driver.display import Display, SilentDisplay
 from driver.errors import RunError
 from driver.evaluate import Evaluator, Results
+from driver.failures import unscored
 from driver.head import HeadWatch
+from driver.health import Health
 from driver.ledger import Ledger
 from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
 from driver.preflight import preflight
@@ -46,7 +48,7 @@ class RunResult:
     model_dir: Path | None
     """The trained model in Hugging Face format; None if the run was interrupted."""
     steps: int
-    """Optimizer steps done, over all resumes."""
+    """Updates done, over all resumes."""
     evaluations: Mapping[int, Results]
     """Step -> results, over all resumes."""
     interrupted: bool = False
@@ -54,7 +56,8 @@ class RunResult:
 
 @dataclass
 class Run:
-    """The state of a run. `version` counts optimizer steps; the engines hold the same version between steps."""
+    """The state of a run. `version` counts updates, those included whose step was not taken; the engines hold the same
+    version between updates."""
 
     config: RunConfig
     actors: Actors
@@ -66,10 +69,15 @@ class Run:
     display: Display
     head: HeadWatch
     version: int = 0
+    health: Health = field(init=False)
     evaluations: dict[int, Results] = field(default_factory=dict)
     _saved: int = -1
     _overdue: bool = False
     """Whether the last checkpoint that was due found no room."""
+
+    def __post_init__(self) -> None:
+        model = self.config.model
+        self.health = Health(model.dtype, self.config.algorithm.optimizer_steps, model.path)
 
     @property
     def directory(self) -> Path:
@@ -79,14 +87,20 @@ class Run:
         """Send the learner's weights to every engine and commit them as the current version."""
         sync_weights(self.learner, self.actors.handles, self.version, timeout=self.config.weight_sync.timeout)
 
-    def book(self, batch: SealedBatch) -> None:
-        """Enter a batch that went through an optimizer step into the ledger. A group with fewer than two scores took
-        no part in it, and stands there with its reason."""
+    def book(self, batch: SealedBatch, update: UpdateStats) -> None:
+        """Enter a batch that went through an update into the ledger. A group with fewer than two scores took no part
+        in it, and one whose step was not taken was not trained: they stand there with their reasons."""
+        reasons = {ref: step.reason for step in update.refused for ref in step.prompts}
         for summary in batch.summaries:
-            if sum(summary.valid) >= 2:
-                self.ledger.train([summary.ref])
+            if reason := unscored(summary) or reasons.get(summary.ref):
+                self.ledger.drop(summary.ref, reason)
             else:
-                self.ledger.drop(summary.ref, f"fewer than two scores: {summary.invalid_reasons[0][:200]}")
+                self.ledger.train([summary.ref])
+
+    def heed(self, update: UpdateStats) -> None:
+        """Say what is wrong with an update. Raises NotFiniteError and RunError where the run has to end."""
+        for line in self.health.observe(update):
+            self.display.phase(f"step {self.version}: {line}")
 
     def record(self, batch: SealedBatch, update: UpdateStats, staleness: int, seconds: Mapping[str, float]) -> None:
         """Write down the step that just ended."""
@@ -95,6 +109,7 @@ class Run:
             version=self.version,
             **group_statistics(batch.summaries),
             groups_without_signal=update.groups_dropped + update.groups_flat,
+            steps_not_taken=len(update.refused),
             dropped=batch.dropped,
             replaced=batch.replaced,
             staleness=staleness,
@@ -144,6 +159,7 @@ class Run:
             "ledger": self.ledger.state(),
             "cursor": self.actors.data_state(),
             "difficulty": None if self.rollouts.difficulty is None else self.rollouts.difficulty.state(),
+            "refused_in_row": self.health.refused_in_row,
             "config": config_tree(absolute(self.config)),
         }
         directory = self.directory / "checkpoints"
@@ -283,6 +299,7 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     """Continue from a checkpoint: weights to learner and engines, the data cursor, and all that was in flight."""
     run.display.phase(f"resuming from {path}")
     run.version = run._saved = state["version"]
+    run.health.refused_in_row = state["refused_in_row"]
     run.learner.load_checkpoint(path / "learner")
     if cut := run.log.truncate_after(run.version):
         run.display.phase(f"metrics.jsonl: {cut} unreadable line(s) dropped; a run was killed while writing")

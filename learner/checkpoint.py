@@ -22,6 +22,7 @@ from torch import Tensor
 
 from learner.durable import StorageError, atomic_directory, damage
 from learner.engine import TrainEngine
+from learner.types import NotFiniteError
 
 FORMAT = 2
 FILE_BYTES = 2 * 2**30
@@ -35,8 +36,9 @@ class CheckpointError(ValueError):
 def save_checkpoint(engine: TrainEngine, directory: Path) -> None:
     """Write `engine`'s state into `directory`, replacing what was there. Collective; rank 0 writes.
 
-    Raises StorageError, before anything is written where its size is seen not to fit. All ranks go through the whole
-    collective then too, so that the engine stays usable."""
+    Raises StorageError, before anything is written where its size is seen not to fit, and NotFiniteError naming the
+    first tensor that is not finite; what was there stands. All ranks go through the whole collective then too, so that
+    the engine stays usable."""
     generators = gather_generators(engine)
     if engine.rank != 0:
         for _ in engine.state_tensors():
@@ -49,7 +51,7 @@ def save_checkpoint(engine: TrainEngine, directory: Path) -> None:
             save_file({str(rank): state for rank, state in enumerate(generators)}, partial / "rng.safetensors")
             state = {"format": FORMAT, "steps": engine.steps, "ranks": engine.world_size, "tensors": where}
             (partial / "state.json").write_text(json.dumps(state, indent=1))
-    except StorageError:
+    except (StorageError, NotFiniteError):
         for _ in tensors:  # the other ranks are on their way through it
             pass
         raise
@@ -128,6 +130,7 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> di
         held, size = {}, 0
 
     for name, tensor in tensors:
+        check_finite(name, tensor, directory)
         held[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         size += held[name].nbytes
         if size >= FILE_BYTES:
@@ -135,6 +138,15 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> di
     if held:
         flush()
     return where
+
+
+def check_finite(name: str, tensor: Tensor, directory: Path) -> None:
+    """Raises NotFiniteError: what is not finite is written nowhere, least of all over what is."""
+    if bad := tensor.numel() - int(tensor.isfinite().sum()):
+        raise NotFiniteError(
+            f"{directory} is not written, and what was there stands: {bad} of {tensor.numel()} numbers of {name} are "
+            "not finite; go on from an earlier checkpoint, with a smaller learner.learning_rate if the last steps grew"
+        )
 
 
 def gather_generators(engine: TrainEngine) -> list[Tensor]:

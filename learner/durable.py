@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 DIGESTS = "digests.json"
 """In every sealed directory: file -> its size and SHA-256. A sealed directory inside counts by its own digests."""
@@ -72,6 +74,19 @@ def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) 
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(former, ignore_errors=True)
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is not finite is null. Python would write `NaN`, which is none."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def atomic_file(path: Path, content: str) -> None:

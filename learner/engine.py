@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from learner.objective import LossTerms
+from learner.objective import MISMATCH, LossTerms, token_means
 from rollout.types import MediaKind
 from vlm.batch import MultimodalBatch
 from vlm.encoded import FeatureRow
@@ -136,6 +136,18 @@ class StepTotals:
         sums = dict(zip(self._sums, engine.all_reduce_sum(_read(self._sums)), strict=True))
         maxima = dict(zip(self._maxima, engine.all_reduce_max(_read(self._maxima)), strict=True))
         return sums.pop("loss"), sums, maxima
+
+
+def step_metrics(results: Sequence[StepResult], tokens: Sequence[float], known: int) -> dict[str, float]:
+    """Over all steps of an update, of `tokens` each. The mismatch is between the engines and the policy before the
+    update, which only the first `known` steps have."""
+    sums = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
+    maxima = {name: max(r.maxima[name] for r in results) for name in results[0].maxima}
+    if known < len(results):
+        share = sum(tokens) / sum(tokens[:known])
+        sums |= {name: share * sum(r.sums[name] for r in results[:known]) for name in MISMATCH}
+        maxima["mismatch_max"] = max(r.maxima["mismatch_max"] for r in results[:known])
+    return {**token_means(sums, sum(tokens)), **maxima}
 
 
 def state_bytes(trained: int, steps: int, reference: bool) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from learner.checkpoint import check_finite
 from learner.durable import atomic_directory
 from learner.policy import PolicyModule
 from rollout.user_code import name_of
@@ -26,7 +27,7 @@ def save_policy(
     """Write model (LoRA merged), configuration, tokenizer, processor and chat template into `directory`, replacing
     what was there; with LoRA the peft adapter into `directory/adapter`, unless `with_adapter` is False. Collective:
     under ZeRO-3 every rank takes part in gathering, parameter by parameter; rank 0 holds the whole model in CPU memory
-    and writes."""
+    and writes. Raises NotFiniteError on rank 0, and what was there stands, where a weight is not finite."""
     with torch.no_grad():
         weights = {
             name: tensor.cpu().clone() if rank == 0 else torch.empty(0) for name, tensor in PolicySource(policy.model)
@@ -36,6 +37,9 @@ def save_policy(
             if ".lora_" in name and with_adapter:
                 with gathered([parameter]):
                     lora[name] = parameter.detach().cpu().clone()
+    if rank == 0:
+        for name, tensor in [*weights.items(), *lora.items()]:
+            check_finite(name, tensor, directory)
     needed = sum(tensor.nbytes for tensor in [*weights.values(), *lora.values()]) if rank == 0 else 0
     with atomic_directory(directory, needed=needed) if rank == 0 else nullcontext() as partial:
         if partial is None:

@@ -20,7 +20,8 @@ from learner.advantages import ADVANTAGES, contributes, has_baseline
 from learner.deaths import how_it_died
 from learner.durable import StorageError
 from learner.packing import GroupCost, shard
-from learner.shaping import combined_rewards
+from learner.refusal import joined
+from learner.shaping import check_rewards, combined_rewards
 from learner.types import (
     LearnerError,
     LearnerOptions,
@@ -83,11 +84,11 @@ class LearnerGroup:
     def update(
         self, group_refs: Sequence[ray.ObjectRef], summaries: Sequence[GroupSummary], version: int
     ) -> UpdateStats:
-        """One optimizer step on a sealed batch: `group_refs[i]` resolves to the scored RolloutGroup of `summaries[i]`.
+        """One update on a sealed batch: `group_refs[i]` resolves to the scored RolloutGroup of `summaries[i]`.
 
         `version`: the policy version of the weights before the step. The order of the groups does not matter: they
         are sorted by uid and epoch, so that a rerun computes the same batches.
-        Raises NothingToLearnError (before anything is computed), LearnerError, LearnerTimeoutError."""
+        Raises NothingToLearnError and RewardError (before anything is trained), LearnerError, LearnerTimeoutError."""
         if len(group_refs) != len(summaries):
             raise ValueError(f"{len(group_refs)} groups but {len(summaries)} summaries")
         order = sorted(range(len(summaries)), key=lambda i: (summaries[i].ref.uid, summaries[i].ref.epoch))
@@ -105,6 +106,7 @@ class LearnerGroup:
         deal = [shard([costs[i] for i in part], self.options.ranks) for part in parts]
         if self.options.beta > 0 and self.options.kl_in == "reward":
             rewards -= self.options.beta * self._reference_kl(group_refs, parts, deal, rewards.shape)
+        check_rewards(rewards, valid, summaries, self.options)
         advantages = ADVANTAGES[self.options.advantage](rewards, valid)
         shards = [
             [
@@ -115,7 +117,8 @@ class LearnerGroup:
             for rank in range(self.options.ranks)
         ]
         calls = [w.update.remote(mine, version) for w, mine in zip(self._workers, shards, strict=True)]
-        stats = self._wait(f"the update at version {version}", calls)[0]
+        ranks = self._wait(f"the update at version {version}", calls)
+        refused = joined([r["refused"] for r in ranks], [[summaries[i].ref for i in part] for part in parts])
         if self.options.reference_every and (version + 1) % self.options.reference_every == 0:
             self._wait("refreshing the reference", [w.refresh_reference.remote() for w in self._workers])
         return UpdateStats(
@@ -123,7 +126,7 @@ class LearnerGroup:
             groups=len(summaries),
             groups_dropped=int((~used).sum()),
             groups_flat=int((used & ~contributes(rewards, valid)).sum()),
-            **stats,
+            **{**ranks[0], "refused": refused},
         )
 
     def _reference_kl(

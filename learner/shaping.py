@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from learner.advantages import Bools, Floats, normalized_sum, overlong_penalty
-from learner.types import LearnerOptions
+from learner.types import LearnerOptions, RewardError
 from rollout.types import GroupSummary
 
 
@@ -28,6 +28,25 @@ def combined_rewards(summaries: Sequence[GroupSummary], options: LearnerOptions)
         lengths = np.array([s.lengths for s in summaries], np.float64)
         rewards = rewards + overlong_penalty(lengths, options.max_completion_length, options.overlong_buffer)
     return rewards, valid
+
+
+def check_rewards(rewards: Floats, valid: Bools, summaries: Sequence[GroupSummary], options: LearnerOptions) -> None:
+    """Raises RewardError where `rewards`, from which advantages are computed, are not finite, or negative for maxrl."""
+    for g, summary in enumerate(summaries):
+        own = rewards[g, valid[g]]
+        if not np.isfinite(own).all():
+            raise RewardError(
+                f"prompt {summary.ref}: its rewards are {own.tolist()} once weights, penalties and the KL to the "
+                "reference are counted in, and these must be finite; look at the scores, and whether the reference's "
+                "log-probabilities are finite"
+            )
+        if options.advantage == "maxrl" and own.min(initial=0.0) < 0:
+            parts = [f"{name} {min(scores):g}" for name, scores in summary.parts.items() if min(scores, default=0) < 0]
+            raise RewardError(
+                f"prompt {summary.ref}: its lowest reward is {own.min():g} (of {', '.join(parts) or 'their sum'}), but "
+                "algorithm.advantage=maxrl divides by the mean reward, which must not be negative: let rewards be 0 or "
+                "more, or use another advantage"
+            )
 
 
 def _parts(summaries: Sequence[GroupSummary], names: Sequence[str], valid: Bools) -> Floats:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from learner.packing import Size
+from learner.refusal import RefusedStep
 from rollout.types import MediaKind
 from vlm.roles import DEFAULT_LORA_TARGETS, role_problems
 
@@ -32,7 +33,12 @@ class NothingToLearnError(ValueError):
 
 
 class NotFiniteError(ValueError):
-    """The loss or the gradient of a step was not finite. The step was not taken: the weights are unchanged."""
+    """Numbers that are not finite, where the run cannot go on with them: one step after another that is not taken,
+    rewards, or weights that would be written."""
+
+
+class RewardError(ValueError):
+    """Rewards from which no advantage can be computed; names the prompt and the reward. The weights are unchanged."""
 
 
 class EncodingMismatchError(ValueError):
@@ -213,7 +219,7 @@ class WeightTransferOptions:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """One optimizer step, over all ranks."""
+    """One update: `optimizer_steps` steps, over all ranks. Of those that were taken, if any was."""
 
     version: int
     """Version of the weights it started from; those it made are `version + 1`."""
@@ -245,3 +251,5 @@ class UpdateStats:
     `features_from_store`) since the last update, and `feature_cache_gib`, what all ranks hold in memory."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall time of the slowest rank: `fetch` (object store), `encode`, `reference`, `train`, `total`."""
+    refused: tuple[RefusedStep, ...] = ()
+    """Steps that were not taken."""

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from learner.divergence import KL_ESTIMATORS
-from learner.engine import MicroLoss, StepResult, TrainEngine
+from learner.engine import MicroLoss, StepResult, TrainEngine, step_metrics
 from learner.losses import Clip
-from learner.objective import MISMATCH, GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss, token_means
+from learner.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss
 from learner.packing import GroupCost, balance, fewest_bins, pack_padded
+from learner.refusal import RefusedStep, refused_step
 from learner.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
 from learner.towers import ConstantTowers
-from learner.types import LearnerError, LearnerOptions, NotFiniteError, NothingToLearnError
+from learner.types import LearnerOptions, NothingToLearnError
 from rollout.types import PromptRef, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -70,9 +71,9 @@ def run_update(
     `advantages[i][k]`: of completion k of group i, ignored where its verdict is not a score. `media`: encoded bytes by
     digest. `minibatches[i]`: in which of the `options.optimizer_steps` group i is trained; None: all in the first.
     `towers`: those that run ahead of all this, where features are cached.
-    Returns those fields of UpdateStats that the group does not know, the same on every rank.
-    Raises EncodingMismatchError, StalenessError, NothingToLearnError, NotFiniteError (LearnerError behind a step that
-    was taken)."""
+    Returns those fields of UpdateStats that the group does not know, the same on every rank but for what each has seen
+    of steps that were not taken; the figures are then of those that were, if any was.
+    Raises EncodingMismatchError, StalenessError, NothingToLearnError."""
     watch = Stopwatch.start(fetch=fetch_seconds)
     rows: list[list[Row]] = [[] for _ in range(options.optimizer_steps)]
     owners: list[list[PromptRef]] = [[] for _ in rows]
@@ -99,47 +100,50 @@ def run_update(
         )
     watch.split("encode")
     batches = _with_other_policies(engine, options, batches, watch)
-    results: list[StepResult] = []
-    for micro, count, plan, refs in zip(batches, counts, plans, owners, strict=True):
-        if count.tokens:
-            results.append(engine.train_step(micro, micro_loss(options, count)))
-            check_taken(results, count, [[refs[i] for i in members] for members in plan])
+    seen = [[[refs[i] for i in members] for members in plan] for refs, plan in zip(owners, plans, strict=True)]
+    steps, refused = take_steps(engine, options, batches, counts, seen)
     watch.split("train")
-    stepped = [c.tokens for c in counts if c.tokens]
-    known = len(stepped) if options.needs_policy_before else 1
+    taken = [step for step in steps if step[0].taken]
+    results, shown = zip(*(taken or steps), strict=True)
+    known = len(results) if options.needs_policy_before else 1
     seconds = dict(zip(watch.seconds, engine.all_reduce_max(list(watch.seconds.values())), strict=True))
     return {
         "loss": float(np.mean([r.loss for r in results])),
         "grad_norm": float(np.mean([r.grad_norm for r in results])),
         "learning_rate": results[-1].learning_rate,
-        "samples": int(sum(c.completions for c in counts)),
-        "tokens": int(trained),
+        "samples": int(sum(c.completions for _, c in taken)),
+        "tokens": int(sum(c.tokens for _, c in taken)),
         "tokens_computed": int(reduced[0]),
         "micro_batches": sum(map(len, batches)),
         "staleness_mean": reduced[1] / trained,
         "staleness_max": int(engine.all_reduce_max([lag_max])[0]),
-        "metrics": {**_metrics(results, stepped, known), **(towers.take_metrics() if towers is not None else {})},
+        "metrics": {
+            **step_metrics(results, [c.tokens for c in shown], known),
+            **(towers.take_metrics() if towers is not None else {}),
+        },
         "seconds": {**seconds, "total": sum(seconds.values())},
+        "refused": refused,
     }
 
 
-def check_taken(results: Sequence[StepResult], count: GlobalCounts, prompts: Sequence[Sequence[PromptRef]]) -> None:
-    """Raises NotFiniteError, on every rank, if the last step was not taken; LearnerError if one before it was, so that
-    the weights are those of no version. `prompts`: of this rank's micro-batches."""
-    last = results[-1]
-    if last.taken:
-        return
-    terms = sorted({name for names in last.not_finite.values() for name in names}) or ["the gradient's norm"]
-    at = last.not_finite or range(len(prompts))
-    named = list(dict.fromkeys(str(ref) for i in at if i < len(prompts) for ref in prompts[i]))
-    gap = last.sums.get("mismatch_mean", 0.0) / count.tokens
-    text = (
-        f"the gradient is not finite, so the step was not taken and the weights are unchanged. Not finite: "
-        f"{', '.join(terms)} (loss {last.loss:g}, gradient norm {last.grad_norm:g}). Look at scores and completions "
-        f"of the prompts {', '.join(named[:8]) or 'of the other ranks'}, and at mismatch_mean, {gap:.3g} in this step: "
-        "engine and learner should agree"
-    )
-    raise NotFiniteError(text) if len(results) == 1 else LearnerError(text)
+def take_steps(
+    engine: TrainEngine,
+    options: LearnerOptions,
+    batches: Sequence[Sequence[MultimodalBatch]],
+    counts: Sequence[GlobalCounts],
+    prompts: Sequence[Sequence[Sequence[PromptRef]]],
+) -> tuple[list[tuple[StepResult, GlobalCounts]], tuple[RefusedStep, ...]]:
+    """The optimizer steps of an update, but those with nothing to train; and which of them were not taken. A step
+    behind such a one is as good as ever: it is on prompts of its own, from unchanged weights. Collective."""
+    steps: list[tuple[StepResult, GlobalCounts]] = []
+    refused: list[RefusedStep] = []
+    for position, (micro, count) in enumerate(zip(batches, counts, strict=True)):
+        if count.tokens:
+            result = engine.train_step(micro, micro_loss(options, count))
+            steps.append((result, count))
+            if not result.taken:
+                refused.append(refused_step(position, result, count.tokens, prompts[position]))
+    return steps, tuple(refused)
 
 
 def _with_other_policies(
@@ -314,18 +318,6 @@ def reference_kl(
         behavior = [sample.logprobs[sample.trainable] for sample in sampled]
         result.append([float(estimate(b, torch.from_numpy(r)).sum()) for b, r in zip(behavior, own, strict=True)])
     return result
-
-
-def _metrics(results: Sequence[StepResult], tokens: Sequence[float], known: int) -> dict[str, float]:
-    """Over all steps of an update, of `tokens` each. The mismatch is between the engines and the policy before the
-    update, which only the first `known` steps have."""
-    sums = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
-    maxima = {name: max(r.maxima[name] for r in results) for name in results[0].maxima}
-    if known < len(results):
-        share = sum(tokens) / sum(tokens[:known])
-        sums |= {name: share * sum(r.sums[name] for r in results[:known]) for name in MISMATCH}
-        maxima["mismatch_max"] = max(r.maxima["mismatch_max"] for r in results[:known])
-    return {**token_means(sums, sum(tokens)), **maxima}
 
 
 def row_costs(rows: Sequence[Row], adapter: MultimodalAdapter, media_cost: float) -> list[float]:

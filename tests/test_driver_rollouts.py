@@ -73,16 +73,18 @@ class ScriptedEngine:
 
 
 class ScriptedReward:
-    """Scores 0, 1, ...; all 1 for the rows that `load` names."""
+    """Scores 0, 1, ...; all 1 for the rows that `load` names as flat, and nothing in time for those it names slow."""
 
-    def load(self, flat: set[int]) -> None:
-        self.flat = flat
+    def load(self, flat: set[int], slow: set[int]) -> None:
+        self.flat, self.slow = flat, slow
 
     def score(self, group):
         if isinstance(group, RolloutFailure):
             return group, GroupSummary.of_failure(group)
         equal = group.prompt.ref.row in getattr(self, "flat", ())
         verdicts = tuple(Verdict.scored(1.0 if equal else float(k)) for k in range(len(group.completions)))
+        if group.prompt.ref.row in getattr(self, "slow", ()):
+            verdicts = (Verdict("timeout", reason="no score in 60 s"),) * len(verdicts)
         scored = RolloutGroup(group.prompt, group.prompt_token_ids, group.completions, verdicts, engine=group.engine)
         return scored, GroupSummary.of(scored)
 
@@ -101,8 +103,8 @@ def actors(local_ray) -> Iterator[tuple]:
 def pipeline(actors, local_ray) -> Callable[..., RolloutPipeline]:
     data, engine, reward = actors
 
-    def build(script: dict[int, list[dict]] | None = None, flat: set[int] = frozenset(), **changes) -> RolloutPipeline:
-        local_ray.get([data.load.remote(), engine.load.remote(script or {}), reward.load.remote(flat)])
+    def build(script=None, flat: set[int] = frozenset(), slow: set[int] = frozenset(), **changes) -> RolloutPipeline:
+        local_ray.get([data.load.remote(), engine.load.remote(script or {}), reward.load.remote(flat, slow)])
         options = {
             "sampling": SamplingParams(n=2),
             "run_seed": 5,
@@ -227,6 +229,23 @@ def test_a_replacement_that_fails_is_given_up_with_its_reason(pipeline):
     run.admit_through(0)
     batch = run.collect(0)
     assert rows(batch) == [1, 2] and (batch.replaced, batch.dropped) == (1, 1)
+
+
+def test_a_group_without_scores_is_replaced_under_that_name(pipeline):
+    run = pipeline(flat={2}, slow={0}, refill=3)
+    run.admit_through(0)
+    assert rows(run.collect(0)) == [3, 1, 4]
+    assert run.ledger.dropped == {
+        "fewer than two scores: timeout: no score in 60 s": 1,
+        "its scores are all equal (algorithm.refill)": 1,
+    }
+
+
+def test_rewards_that_fail_for_replacements_end_the_run_too(pipeline):
+    run = pipeline(flat={0, 1}, slow={3, 4}, refill=9, max_failed_share=0.5)
+    run.admit_through(0)
+    with pytest.raises(RunError, match=r"failed for 4 of 6 completions(.|\n)*no score in 60 s"):
+        run.collect(0)
 
 
 def test_prompts_that_are_too_easy_or_too_hard_are_passed_over(pipeline):

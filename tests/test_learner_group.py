@@ -76,9 +76,11 @@ def test_a_batch_without_a_baseline_is_refused_before_any_work(
 
 
 def test_a_batch_of_which_every_rank_finds_nothing_to_train_leaves_the_learner_usable(
-    local_ray: ModuleType, tiny_model: Path
+    local_ray: ModuleType, tiny_model: Path, tmp_path: Path
 ):
-    chosen = options(tiny_model, ranks=2, zero_stage=2, mask_truncated=True)
+    chosen = options(
+        tiny_model, ranks=2, zero_stage=2, mask_truncated=True, advantage="dr_grpo", optimizer_steps=2, max_staleness=1
+    )
     case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0]) for seed in range(2)])
     cut = [
         replace(g, completions=tuple(replace(c, finish_reason="length") for c in g.completions)) for g in case.groups
@@ -88,7 +90,14 @@ def test_a_batch_of_which_every_rank_finds_nothing_to_train_leaves_the_learner_u
     try:
         with pytest.raises(NothingToLearnError, match="cut off"):
             group.update(*store(local_ray, cut), 0)
-        assert group.update(*store(local_ray, case.groups), 0).samples == 4
+        # Of two steps the second, on group 1, has scores that are finite and gradients that are not.
+        huge = make_group(adapter_of(tiny_model), 1, scores=[0.0, 3e38])
+        stats = group.update(*store(local_ray, [case.groups[0], huge]), 0)
+        assert np.isfinite(stats.loss) and stats.samples == 2
+        assert [(r.position, r.prompts) for r in stats.refused] == [(1, (huge.prompt.ref,))]
+        group.save_checkpoint(tmp_path / "finite")
+        stats = group.update(*store(local_ray, case.groups), 1)
+        assert stats.samples == 4 and stats.refused == ()
     finally:
         group.shutdown()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import urllib.request
+from dataclasses import replace
+from math import inf, nan
 
 import pytest
 
 from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
 from driver.timing import union_seconds
-from learner.durable import StorageError
+from learner.durable import StorageError, strict_json
 from rollout.types import GroupSummary, PromptRef
 
 
@@ -37,6 +40,7 @@ def record(step: int) -> StepRecord:
         parts={"accuracy": 0.25},
         groups=2,
         groups_without_signal=1,
+        steps_not_taken=0,
         samples=4,
         tokens=14,
         invalid={"timeout": 1},
@@ -58,15 +62,19 @@ def record(step: int) -> StepRecord:
 @pytest.mark.e2e
 def test_the_prometheus_endpoint_and_the_log_agree_and_a_resume_rewrites(local_ray, tmp_path, unused_port):
     log = MetricsLog(tmp_path, unused_port)
-    for step in (1, 2, 3):
+    for step in (1, 2):
         log.step(record(step))
+    log.step(replace(record(3), loss=nan, grad_norm=inf, learner={"kl": nan}, steps_not_taken=1))
+    written = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=no_json)
+    assert (written["loss"], written["grad_norm"], written["learner"]) == (None, None, {"kl": None})
+    log.step(record(4))
     text = urllib.request.urlopen(f"http://127.0.0.1:{unused_port}/metrics", timeout=10).read().decode()
     latency = 'saccade_reward_seconds{reward="accuracy"} 0.75'
     for line in ("saccade_samples_per_second 2.0", "saccade_kl 0.01", "saccade_invalid_share 0.25", latency):
         assert line in text
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # a run killed while writing
-    assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert log.truncate_after(1) == 1
     log.step(record(2))
     log.flush()
@@ -95,6 +103,16 @@ def test_figures_that_find_no_room_wait_and_are_written_whole_and_in_order(local
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
     assert [e["step"] for e in read_metrics(tmp_path, "evaluation")] == [2]
     assert len(said) == 2 and "the run goes on" in said[0] and "2 records that had waited" in said[1]
+
+
+def no_json(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_what_others_read_is_strict_json():
+    value = {"a": [nan, (inf, 1.5, {"b": -inf})], "c": "NaN", "d": None, "e": True, "f": 7}
+    expected = {"a": [None, [None, 1.5, {"b": None}]], "c": "NaN", "d": None, "e": True, "f": 7}
+    assert json.loads(strict_json(value), parse_constant=no_json) == expected
 
 
 def test_union_of_spans():

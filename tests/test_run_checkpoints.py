@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,16 @@ from driver.config import ConfigError, parse_config
 from driver.demo import prepare_folder
 from driver.errors import RunError
 from driver.ledger import Ledger
+from driver.loop import step as one_step
 from driver.loop import train
+from driver.rollouts import SealedBatch
 from driver.run import Run
 from learner.durable import StorageError, seal
+from learner.refusal import RefusedStep
+from learner.types import NotFiniteError, UpdateStats
 from rollout.data_actor import DataActorReport
 from rollout.prompts import DataReport, Refusal
+from rollout.types import GroupSummary, PromptRef
 
 
 def write_learner(path):
@@ -231,3 +237,51 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_starts():
     config = {"output_dir": "/sys/kernel/saccade", "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}}
     with pytest.raises(StorageError, match=r"/sys/kernel/saccade cannot be written: .*make the folder writable"):
         train(parse_config(config))
+
+
+def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_step_ends_the_run(tmp_path):
+    said, synced, recorded = [], [], []
+    summaries = [
+        GroupSummary(PromptRef(f"d:{i}"), (1.0, 0.0), valid, {}, (1, 1), ("stop", "stop"), 2, 0, invalid_reasons=why)
+        for i, (valid, why) in enumerate([((True, True), ()), ((True, True), ()), ((True, False), ("timeout: 9 s",))])
+    ]
+    refused = RefusedStep(0, ("kl",), (), float("nan"), float("nan"), 0.0, (summaries[1].ref,))
+    stats = UpdateStats(0, 0.1, 1.0, 1e-6, 3, 1, 0, 2, 2, 9, 1, 0.0, 0, {}, {"total": 1.0}, (refused,))
+
+    def collect(version):
+        for summary in summaries:
+            run.ledger.issue(summary.ref, version)
+        batch = [replace(s, oldest_version=version) for s in summaries]
+        return SealedBatch((), tuple(batch), 0)
+
+    run = Run(
+        config=parse_config(
+            {
+                "output_dir": str(tmp_path),
+                "steps": 9,
+                "model": {"path": "m"},
+                "data": {"train": ["a.json"]},
+                "learner": {"prompts_per_step": 2},
+            }
+        ),
+        actors=SimpleNamespace(data_state=dict, data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0)),
+        learner=SimpleNamespace(save_checkpoint=write_learner, update=lambda *given: stats),
+        ledger=Ledger(),
+        rollouts=SimpleNamespace(difficulty=None, admit_through=lambda batch: None, collect=collect),
+        evaluator=None,
+        log=SimpleNamespace(step=recorded.append, flush=lambda: None),
+        display=SimpleNamespace(phase=said.append, step=lambda record, total: None),
+        head=None,
+    )
+    run.sync_weights = lambda: synced.append(run.version)
+    one_step(run, run.config)
+    assert (run.version, synced, run.ledger.trained, run.ledger.outstanding()) == (1, [1], 1, [])
+    reason = "its optimizer step was not taken: kl not finite"
+    assert run.ledger.dropped == {reason: 1, "fewer than two scores: timeout: 9 s": 1}
+    assert recorded[0].steps_not_taken == 1 and "step 1: the gradient is not finite" in said[0]
+    one_step(run, run.config)
+    with pytest.raises(NotFiniteError, match="3 optimizer steps in a row"):
+        one_step(run, run.config)
+    run.checkpoint()
+    state = checkpoints.newest(tmp_path / "checkpoints", print)[1]
+    assert (state["version"], state["refused_in_row"], state["ledger"]["dropped"][reason]) == (3, 3, 3)

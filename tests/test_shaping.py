@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.shaping import combined_rewards
-from learner.types import LearnerOptions
+from learner.shaping import check_rewards, combined_rewards
+from learner.types import LearnerOptions, RewardError
 from rollout.types import GroupSummary, PromptRef
 
 
@@ -40,6 +40,18 @@ def test_parts_are_normalised_one_by_one():
     np.testing.assert_allclose(rewards, [[0.0, 0.0, 0.0]], atol=2e-4)
     rewards, _ = combined_rewards([group], options(part_weights={"a": 1.0, "b": 0.0}))
     np.testing.assert_allclose(rewards[0, [0, 2]], [-np.sqrt(0.5), np.sqrt(0.5)], rtol=1e-3)
+
+
+def test_rewards_that_give_no_advantage_are_named_with_their_prompt():
+    group = summary((0.5, -1.5, 1.0), parts={"mine": (0.5, -1.5, 1.0), "format": (1.0, 1.0, 1.0)})
+    rewards, valid = combined_rewards([group], options(advantage="maxrl"))
+    with pytest.raises(RewardError, match=r"prompt d:0 .*lowest reward is -1\.5 \(of mine -1\.5\).*maxrl"):
+        check_rewards(rewards, valid, [group], options(advantage="maxrl"))
+    check_rewards(rewards, valid, [group], options())
+    unscored = np.array([[True, False, True]])
+    check_rewards(rewards, unscored, [group], options(advantage="maxrl"))  # what has no score is in no mean
+    with pytest.raises(RewardError, match=r"prompt d:0 .*\[0\.5, nan, 1\.0\].*must be finite"):
+        check_rewards(np.array([[0.5, np.nan, 1.0]]), valid, [group], options())
 
 
 def test_a_part_that_is_missing_is_named():

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.engine import StepResult, TrainEngine
-from learner.objective import GlobalCounts
+from learner.engine import TrainEngine
 from learner.schedule import learning_rate
 from learner.torch_engine import TorchEngine
-from learner.types import LearnerError, NotFiniteError
-from learner.update import check_taken
-from rollout.types import PromptRef
 from tests.learner_cases import adapter_of, options
 from tests.train_engine_contract import Make, TrainEngineContract
 
@@ -47,15 +43,3 @@ def test_schedules_by_hand(schedule: str, expected: list[float]):
     )
     # after two steps of warm-up four intervals remain: done = 0, 1/4, 1/2, 3/4 in the last step, and 1 behind it
     assert [learning_rate(step, chosen) for step in range(7)] == pytest.approx(expected)
-
-
-def test_a_step_that_was_not_taken_ends_the_update_with_what_to_look_at():
-    nan, prompts = float("nan"), [[PromptRef("d:1")], [PromptRef("d:2"), PromptRef("d:2")]]
-    sound = StepResult(1.0, 1.0, 1.0, {}, {})
-    refused = StepResult(nan, nan, 1.0, {"mismatch_mean": 5.0}, {}, False, {1: ["kl", "loss"]})
-    check_taken([sound], GlobalCounts(10, 3), prompts)
-    with pytest.raises(NotFiniteError, match=r"not finite.*Not finite: kl, loss .*d:2.*mismatch_mean, 0\.5") as error:
-        check_taken([refused], GlobalCounts(10, 3), prompts)
-    assert "d:1" not in str(error.value)
-    with pytest.raises(LearnerError):  # weights between two versions: no checkpoint of them
-        check_taken([sound, refused], GlobalCounts(10, 3), prompts)

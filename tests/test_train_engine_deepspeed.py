@@ -129,6 +129,7 @@ def test_every_stage_and_precision_refuses_steps_that_are_not_finite(
         return DeepSpeedEngine(replace(chosen, **changes), adapter_of(tiny_model))
 
     contract, case = TrainEngineContract(), mixed_case(adapter_of(tiny_model))
+    contract.test_an_update_takes_the_steps_that_are_finite(make, tiny_model, case)
     for broken in ("loss", "first step"):
         contract.test_no_step_is_taken_on_what_is_not_finite(make, tiny_model, case, broken)
     contract.test_vectors_do_not_decay(make, tiny_model, case)

@@ -18,7 +18,7 @@ from learner.engine import TrainEngine
 from learner.model import load_policy
 from learner.objective import LossTerms
 from learner.samples import collate
-from learner.types import LearnerOptions, NothingToLearnError
+from learner.types import LearnerOptions, NotFiniteError, NothingToLearnError
 from learner.update import reference_kl, run_update, score_groups
 from rollout.types import Verdict
 from tests.learner_cases import Case, adapter_of, expected_update, mixed_case, options, rows_of
@@ -344,6 +344,46 @@ class TrainEngineContract:
         assert again.taken and (again.learning_rate, again.grad_norm) == (expected.learning_rate, expected.grad_norm)
         states = [dict(e.state_tensors()) for e in (engine, undisturbed)]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    def test_an_update_takes_the_steps_that_are_finite(self, make: Make, tiny_model: Path, case: Case):
+        """The first of two steps has an advantage that is infinite: the second is the whole update."""
+        chosen = options(tiny_model, optimizer_steps=2, micro_batch_tokens=90)
+        engine, alone = make(chosen), make(chosen)
+        spoiled = replace(case, advantages=[[np.inf] * 4, *case.advantages[1:]])
+        adapter, minibatches = engine.adapter, [0, 1, 1, 0]  # type: ignore[attr-defined]
+        stats = run_update(
+            engine, adapter, chosen, case.groups, spoiled.advantages, case.media, 0, minibatches=minibatches
+        )
+        part = case.part([1, 2])
+        expected = run_update(alone, adapter, chosen, part.groups, part.advantages, case.media, 0, minibatches=[1, 1])
+        assert engine.steps == alone.steps == 1
+        for name in ("loss", "grad_norm", "learning_rate", "samples", "tokens"):
+            assert stats[name] == expected[name]
+        states = [dict(e.state_tensors()) for e in (engine, alone)]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        (refused,) = stats["refused"]
+        assert refused.position == 0 and set(refused.terms) >= {"loss", "policy_loss"}
+        assert refused.suspects == (case.groups[0].prompt.ref,)
+        assert expected["refused"] == ()
+
+    def test_weights_that_are_not_finite_are_written_nowhere(
+        self, make: Make, tiny_model: Path, case: Case, tmp_path: Path
+    ):
+        chosen = options(tiny_model)
+        engine = make(chosen)
+        for write in (lambda: save_checkpoint(engine, tmp_path / "c"), lambda: engine.save_pretrained(tmp_path / "m")):
+            write()
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        states = dict(engine.state_tensors())
+        name = next(n for n in states if "layers.0" in n)
+        spoiled = {n: value.detach().clone() for n, value in states.items()}
+        spoiled[name].view(-1)[3] = torch.nan
+        engine.load_state_tensors(lambda n, shape: spoiled[n], 0)
+        bare = name.rpartition("layers.")[2]
+        for write in (lambda: save_checkpoint(engine, tmp_path / "c"), lambda: engine.save_pretrained(tmp_path / "m")):
+            with pytest.raises(NotFiniteError, match=rf"1 of \d+ numbers of .*{bare}.* are not finite"):
+                write()
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
     def test_vectors_do_not_decay(self, make: Make, tiny_model: Path, case: Case):
         chosen = options(tiny_model, beta=0.0, weight_decay=0.5, learning_rate=0.1)
