@@ -24,6 +24,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
         "advantage": "rloo",
         "loss": "reinforce",
         "aggregation": "constant",
+        "correction": "tis",
         "kl_estimator": "k1",
         "kl_in": "reward",
     },
@@ -130,6 +131,7 @@ def algorithm_problems(config: RunConfig) -> list[str]:
             f"algorithm.old_policy=current with rollout.max_staleness={config.rollout.max_staleness}: the ratio would "
             "ignore that older weights sampled the tokens; use behavior (or auto), or an algorithm.correction"
         )
+    found += _reinforce_problems(config) + _maxrl_problems(config)
     if config.old_policy == "behavior" and algorithm.correction != "none":
         found.append(
             f"algorithm.correction={algorithm.correction} with algorithm.old_policy=behavior: the ratio already "
@@ -164,3 +166,47 @@ def algorithm_problems(config: RunConfig) -> list[str]:
     if algorithm.normalize_parts and gates:
         found.append(f"algorithm.normalize_parts normalises the parts of a sum, and takes no {', '.join(gates)}")
     return found
+
+
+def _reinforce_problems(config: RunConfig) -> list[str]:
+    """The loss without a ratio, where tokens are of other weights than those that they train."""
+    algorithm = config.algorithm
+    found: list[str] = []
+    if algorithm.loss != "reinforce":
+        return found
+    if algorithm.correction == "none" and config.rollout.max_staleness > 0:
+        found.append(
+            f"algorithm.loss=reinforce with rollout.max_staleness={config.rollout.max_staleness}: it has no ratio, and "
+            "would take tokens of older weights for its own; use algorithm.correction=tis, a loss with a ratio "
+            "(ppo_clip, cispo), or max_staleness=0"
+        )
+    if algorithm.optimizer_steps > 1:
+        found.append(
+            f"algorithm.loss=reinforce with algorithm.optimizer_steps={algorithm.optimizer_steps}: it has no ratio, "
+            "and would take tokens from before the first step for its own in the later ones; use a loss with a ratio "
+            "(ppo_clip, cispo), or optimizer_steps=1"
+        )
+    return found
+
+
+def _maxrl_problems(config: RunConfig) -> list[str]:
+    """maxrl divides by the mean reward: nothing may make one negative."""
+    algorithm = config.algorithm
+    if algorithm.advantage != "maxrl":
+        return []
+    functions = config.reward.functions
+    makers = {
+        f"algorithm.overlong_buffer={algorithm.overlong_buffer:g} takes up to 1 off them": algorithm.overlong_buffer
+        > 0,
+        "algorithm.normalize_parts centres them on 0": algorithm.normalize_parts,
+        f"algorithm.kl_in=reward with algorithm.beta={algorithm.beta:g} takes the KL off them": (
+            algorithm.kl_in == "reward" and algorithm.beta > 0
+        ),
+        **{f"the weight of reward {f.name} is {f.weight:g}": f.combine == "sum" and f.weight < 0 for f in functions},
+        "reward_model gives scores of either sign": any(f.name == "reward_model" and f.weight for f in functions),
+    }
+    return [
+        f"algorithm.advantage=maxrl takes rewards of 0 and more, but {why}; leave that out, or use another advantage"
+        for why, makes in makers.items()
+        if makes
+    ]

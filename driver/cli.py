@@ -131,8 +131,7 @@ def evaluate(
     from driver.loop import evaluate as run
     from learner.durable import strict_json
 
-    results = run(settings, address=address, display=TerminalDisplay(errors))
-    typer.echo(strict_json(results, 2))
+    typer.echo(strict_json(run(settings, address=address, display=TerminalDisplay(errors)), 2))
 
 
 @app.command()

@@ -105,8 +105,8 @@ IDLE = (
     ),
     Idle(
         ("algorithm.old_policy",),
-        lambda c: c.algorithm.loss == "reinforce" and c.algorithm.correction == "none",
-        "algorithm.loss=reinforce has no ratio, and algorithm.correction is none",
+        lambda c: c.algorithm.loss == "reinforce",
+        "algorithm.loss=reinforce has no ratio",
     ),
     Idle(
         ("algorithm.correction_range",),

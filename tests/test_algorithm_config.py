@@ -44,11 +44,37 @@ def test_what_is_given_goes_before_the_preset(tmp_path):
         ({"algorithm": {"reward_range": [0.9, 0.1]}}, "the first must be less"),
         ({"algorithm": {"optimizer_steps": 3}, "learner": {"prompts_per_step": 64}}, "cannot be dealt out evenly"),
         ({"algorithm": "grpp"}, "algorithm.name"),
+        ({"algorithm": {"correction_range": [0.5, float("inf")]}}, "algorithm.correction_range.*finite"),
+        ({"algorithm": {"loss": "reinforce"}}, "no ratio.*older weights.*correction=tis.*max_staleness=0"),
+        ({"algorithm": {"name": "rloo", "correction": "none"}}, "no ratio.*older weights"),
+        ({"algorithm": {"name": "rloo", "optimizer_steps": 4}}, "no ratio.*before the first step.*optimizer_steps=1"),
+        ({"algorithm": {"advantage": "maxrl", "overlong_buffer": 0.9}}, "maxrl takes.*overlong_buffer=0.9"),
+        ({"algorithm": {"name": "dapo", "advantage": "maxrl"}}, "maxrl takes.*overlong_buffer=0.2"),
+        ({"algorithm": {"advantage": "maxrl", "normalize_parts": True}}, "maxrl takes.*normalize_parts"),
+        ({"algorithm": {"advantage": "maxrl", "kl_in": "reward", "beta": 0.1}}, "maxrl takes.*kl_in=reward"),
+        (
+            {"algorithm": {"advantage": "maxrl"}, "reward": {"functions": [{"name": "length", "weight": -0.5}]}},
+            "maxrl takes.*weight of reward length is -0.5",
+        ),
+        (
+            {"algorithm": {"advantage": "maxrl"}, "reward": {"functions": [{"name": "reward_model"}]}},
+            "maxrl takes.*either sign",
+        ),
     ],
 )
 def test_parts_of_an_algorithm_that_do_not_go_together_are_named(changes, complaint):
     with pytest.raises(ConfigError, match=complaint):
         parse_config({**MINIMAL, **changes})
+
+
+def test_what_goes_together_is_taken():
+    for algorithm in ("rloo", {"name": "rloo", "beta": 0.1}, {"advantage": "maxrl", "beta": 0.1}):
+        parse_config({**MINIMAL, "algorithm": algorithm})
+    alone = {**MINIMAL, "rollout": {"max_staleness": 0}, "algorithm": {"name": "rloo", "correction": "none"}}
+    assert parse_config(alone).algorithm.loss == "reinforce"
+    # A gate or a cap of a negative weight counts as one of any other.
+    gate = {"functions": [{"name": "accuracy"}, {"name": "format", "weight": -1.0, "combine": "product"}]}
+    parse_config({**MINIMAL, "algorithm": {"advantage": "maxrl"}, "reward": gate})
 
 
 def test_a_correction_makes_the_ratio_that_of_the_learner():
