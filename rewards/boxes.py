@@ -47,7 +47,7 @@ def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | Non
     """
     try:
         found = _items(_parsed(value) if isinstance(value, str) else value)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     if len(found) > MAX_BOXES:
         return None
@@ -64,11 +64,15 @@ def _parsed(text: str) -> Any:
 def _items(value: Any) -> list[Item]:
     """Raises ValueError or TypeError for what is no box."""
     if isinstance(value, Mapping):
-        keys = [key for key in (*_BOX_KEYS, *_POINT_KEYS) if key in value]
+        keys = [key for key in (*_BOX_KEYS, *_POINT_KEYS) if value.get(key) is not None]
         if len(keys) != 1:
             raise ValueError("an object without one box")
-        return [Item(_box(value[keys[0]]), " ".join(str(value.get("label", "")).casefold().split()))]
-    values = list(value)
+        return [Item(_box(value[keys[0]]), " ".join(str(value.get("label") or "").casefold().split()))]
+    if not isinstance(value, list | tuple):
+        raise TypeError("neither an object nor a list")
+    values = [v for v in value if v is not None]  # nulls are what tables fill in
+    if len(values) < len(value) and all(isinstance(v, int | float) for v in values):
+        raise ValueError("a coordinate is missing")
     if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return [Item(_box(values))]
     return [item for v in values for item in _single(v)]
@@ -82,6 +86,8 @@ def _single(value: Any) -> list[Item]:
 
 
 def _box(numbers: Any) -> Box:
+    if not isinstance(numbers, list | tuple) or not all(type(v) in (int, float) for v in numbers):
+        raise TypeError("coordinates are numbers")
     values = [float(v) for v in numbers]
     if len(values) == 2:
         values *= 2

@@ -9,6 +9,7 @@ most 0.1 s a text: what takes longer (`^(a+)+$` on many a's) is a violation.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -37,7 +38,9 @@ def read_json(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise NotJSONError(f"longer than {MAX_CHARACTERS} characters")
     try:
-        document = json.loads(unfenced(text, "json"), object_pairs_hook=_distinct, parse_constant=_refuse)
+        document = json.loads(
+            unfenced(text, "json"), object_pairs_hook=_distinct, parse_constant=_refuse, parse_float=_finite
+        )
     except RecursionError:
         raise NotJSONError("nested too deeply") from None
     except ValueError as error:
@@ -57,6 +60,12 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice in one object")
     return result
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:20]} is beyond all numbers")
+    return value
 
 
 def _refuse(constant: str) -> Any:

@@ -22,7 +22,7 @@ from rollout.types import Verdict
 
 MAX_CHARACTERS = 20_000
 _NO_LANGUAGE = re.compile(r"```.*?(?:```|\Z)|\$[^$]*\$|</?\w+>|\\[a-zA-Z]+|[0-9_^{}=+*/<>|#]+", re.DOTALL)
-_TRACE = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_TRACE = re.compile(r"<think>((?:(?!<think>).)*?)</think>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
