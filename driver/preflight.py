@@ -175,7 +175,7 @@ def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
     try:
         adapter = config_adapter(config)
     except AdapterError as error:
-        raise ConfigError([f"model.path: {error}"]) from error
+        raise ConfigError([f"model.path: {error}", *_data_alone(config)]) from error
     accepted = True
     for key, files in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if not files:

@@ -253,6 +253,8 @@ def test_missing_model_data_and_rewards_are_named_at_once_and_in_their_words(set
     ):
         assert said in text.replace("\n    ", "\n  "), said
     assert "Repo id" not in text and "qwen2_5_vl" not in text
+    with pytest.raises(ConfigError, match=r"(?s)mine/model.*gone\.parquet: no such file.*away\.json: no such file"):
+        check_data(parse_config(gone), None, Console(file=io.StringIO()))
 
 
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_said_to_be_no_folder() -> None:
