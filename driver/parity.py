@@ -46,10 +46,12 @@ ENGINE_SHARE = 0.5
 DType = Literal["float32", "bfloat16"]
 VISIBLE = 1e-3
 """By less than this, changed pixels do not count as seen."""
-TOLERANCES: Mapping[str, float] = {"float32": 1e-5, "bfloat16": 0.05}
-"""Of a log-probability: the largest difference in float32, the mean in bfloat16. A logit of up to 8 is rounded to steps
-of 2^-5 there, by up to 2^-6 = 0.016 on either side, and about as much again on its way through the layers: a single
-token may be far off, and the mean of two right sides stays below 0.05."""
+TOLERANCES: Mapping[str, float] = {"float32": 2.0**-15, "bfloat16": 0.05}
+"""Of a log-probability: the largest difference in float32, the mean in bfloat16. One of 8 to 16 is rounded to steps of
+2^-20, and processors sum in different orders, a few steps apart after some layers: 32 of them. A wrong position or
+pixel moves it by thousands. In bfloat16 a logit of up to 8 is rounded to steps of 2^-5, by up to 2^-6 = 0.016 on either
+side, and about as much again on its way through the layers: a single token may be far off, and the mean of two right
+sides stays below 0.05."""
 PIXELS = 1e-5
 """Inputs of the towers that differ by no more are equal: rounding of the normalisation."""
 

@@ -30,7 +30,7 @@ The others are slow."""
 UNTRAINABLE = ("aria",)
 """vLLM's CPU build goes on with its former experts after an update; tests/test_preflight.py has the refusal."""
 OTHERS = sorted(set(TINY) - set(REPRESENTATIVE) - set(UNTRAINABLE))
-TOLERANCE = 1e-5
+TOLERANCE = TOLERANCES["float32"]
 
 
 @pytest.mark.e2e

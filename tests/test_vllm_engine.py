@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from driver.parity import TOLERANCES
 from rollout.engine import EngineDeadError, EngineOptions, EngineOutput, RolloutEngine, SamplingParams
 from rollout.log_tail import LogTail
 from rollout.types import Prompt
@@ -42,7 +43,7 @@ from vlm.registry import load_adapter
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
 
-TOLERANCE = 1e-5
+TOLERANCE = TOLERANCES["float32"]
 LONG = "a question that fills a block of 128 tokens of the prefix cache, " * 3
 """So that a stale block, where there is a prefix cache, would be used."""
 

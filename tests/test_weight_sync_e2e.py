@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from driver.parity import TOLERANCES
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
@@ -35,7 +36,7 @@ from weight_sync.sync import form_group, sync_weights
 from weight_sync.verify import WeightSyncError
 
 pytestmark = pytest.mark.e2e
-TOLERANCE = 1e-5
+TOLERANCE = TOLERANCES["float32"]
 START_TIMEOUT = 400.0
 CALL_TIMEOUT = 60.0
 BUCKET_BYTES = 2**18
