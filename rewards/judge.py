@@ -19,7 +19,6 @@ import base64
 import hashlib
 import json
 import os
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from rollout.types import Media, Verdict
 
 MAX_CHARACTERS = 20_000
 """Longest completion that is sent."""
-_OBJECT = re.compile(r"\{[^{}]*\}")
+_DECODER = json.JSONDecoder()
 _TRANSIENT = (408, 409, 425, 429)
 _KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"))
 _PROMPT = """You grade an answer to a task. Grade strictly by the rubric, and by nothing else.
@@ -162,19 +161,24 @@ class JudgeReward:
 
     def _read(self, reply: str) -> Verdict:
         """The verdict that a reply holds; `error` for anything but exactly one score within bounds."""
-        found = []
-        for text in _OBJECT.findall(shown(reply, "stripped")):
-            try:
-                document = json.loads(text)
-            except ValueError:
-                continue
-            if "score" in document:
-                found.append(document)
+        found = [document for document in _objects(shown(reply, "stripped")) if "score" in document]
         score: Any = found[0]["score"] if len(found) == 1 else None
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= self.best:
             problem = f"the judge's reply holds no single score of 0 to {self.best:g}"
             return Verdict("error", reason=f"{problem}: {reply[:200]!r}")
         return Verdict.scored(score / self.best, note=str(found[0].get("reason", ""))[:300])
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in `text` that are in no other one, braces in their own texts included."""
+    found, start, text = [], 0, text[-MAX_CHARACTERS:]
+    while (start := text.find("{", start)) >= 0:
+        try:
+            document, start = _DECODER.raw_decode(text, start)
+            found.append(document)
+        except (ValueError, RecursionError):
+            start += 1
+    return found
 
 
 def _data_url(image: Media) -> str:

@@ -122,9 +122,10 @@ def _key(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without keys whose value is null, at any depth."""
+    """Without keys whose value is null, or an object of nothing but nulls, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        kept = {key: (_without_nulls(item), item) for key, item in value.items() if item is not None}
+        return {key: new for key, (new, old) in kept.items() if new or not (isinstance(old, Mapping) and old)}
     return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -127,7 +127,7 @@ def test_a_reply_without_one_score_is_an_error_never_a_score(serve: Callable[...
 
 
 def test_a_reply_may_think_and_talk_around_its_score(serve: Callable[..., Server]) -> None:
-    reply = '<think>{"score": 1}?</think>Here: ```json\n{"reason": "so so", "score": 2.5}\n```'
+    reply = '<think>{"score": 1}?</think>Here: ```json\n{"reason": "so {so}", "score": 2.5}\n```'
     assert JudgeReward("r", serve(lambda _: reply).url, "m", best=5)(ScoringRequest("", ("x",)))[0].score == 0.5
 
 

@@ -60,6 +60,8 @@ RIGHT: list[tuple[Any, str]] = [
     ([], ""),
     (call("f", a={"b": 1, "c": None}), made(call("f", a={"b": 1}))),
     (call("f", a=[1, None]), made(call("f", a=[1, None]))),
+    (call("f", a=1, b={"c": None, "d": {"e": None}}), made(call("f", a=1))),
+    (call("f", b={}), made(call("f", b={}))),
     (call("f", a=-0.0), made(call("f", a=0))),
     (call("f", a=1e3), made(call("f", a=1000))),
     (call("f", a="é"), made('{"name": "f", "arguments": {"a": "é"}}')),
@@ -101,6 +103,8 @@ WRONG: list[tuple[Any, str]] = [
     (call("f", a=9007199254740993), made(call("f", a=9007199254740992))),
     (call("f", a=0.1), made('{"name": "f", "arguments": {"a": NaN}}')),
     (PING, made("[" * 50_000)),
+    (call("f", b={"c": 0}), made(call("f"))),
+    (call("f", a=0.1), made('{"name": "f", "arguments": {"a": 1e999}}')),
 ]
 
 
