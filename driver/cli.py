@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from driver import __version__
-from driver.cli_help import App
+from driver.cli_help import QUIET, App
 from driver.config import (
     ConfigError,
     RunConfig,
@@ -21,6 +21,7 @@ from driver.config import (
     load_config,
     require_evaluation,
 )
+from driver.demands import asked_for
 from driver.merge_source import check_source
 from driver.reward_tools import app as rewards
 from driver.screen import say
@@ -33,13 +34,6 @@ app = App(
     "Start with [bold]saccade demo[/bold]: it makes its own data and model and learns to see in minutes.",
 )
 errors = Console(stderr=True)
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""Read by libraries at import: their chatter would tear the progress display."""
 USER_ERRORS = {
     "AdapterError",
     "DamagedError",
@@ -168,7 +162,10 @@ def show_config(
             default = "required" if info.is_required() else info.get_default(call_default_factory=True)
             typer.echo(f"{name} = {default}\n    {' '.join((info.description or '').split())}")
         return
-    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+    settings = load_config(config, overrides or [])
+    typer.echo(dump_config(settings), nl=False)
+    for line in asked_for(settings):
+        typer.echo(f"# {line}")
 
 
 app.add_typer(rewards, name="rewards")

@@ -9,6 +9,14 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Read by libraries at import: their chatter would tear the progress display."""
+
 
 def unwrapped(text: str) -> str:
     """A docstring with its paragraphs in one line each, for the terminal to wrap; lines of examples stay lines."""

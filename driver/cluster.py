@@ -17,10 +17,10 @@ import ray
 
 from driver import reaper
 from driver.config import RunConfig
+from driver.demands import local_resources
 from driver.display import Display
 from driver.errors import RunError
 from driver.head import HeadWatch
-from driver.placement import local_resources
 from driver.saved_paths import job_environment
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")

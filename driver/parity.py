@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from driver.config import ConfigError
-from driver.placement import Device
+from driver.demands import Device
 from driver.screen import say, show
 from learner.durable import strict_json
 from learner.torch_engine import TorchEngine

@@ -7,33 +7,25 @@ be met within `cluster.placement_timeout` fails, saying what is missing.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from driver.config import RunConfig
-from rewards.registry import load_reward
-from rewards.reward_model import RewardModelReward
+from driver.demands import Demand, Device, demands, totals
 
-Device = Literal["cuda", "cpu"]
+SAY_SECONDS = 5.0
+"""Between two lines on what is awaited."""
+LOOK_SECONDS = 1.0
+"""Longest wait for one demand before the others are looked at."""
 
 
 class PlacementError(RuntimeError):
     """The cluster cannot place an actor; says which, what it asks for, and what there is."""
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What one kind of actor asks for: `count` bundles of `resources`."""
-
-    role: str
-    resources: Mapping[str, float]
-    count: int
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK"]
 
 
 @dataclass
@@ -66,48 +58,15 @@ def choose_device(config: RunConfig) -> Device:
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
-def demands(config: RunConfig, device: Device, *, training: bool = True) -> list[Demand]:
-    """Everything that must be placed, without the learner if nothing is trained.
-
-    On GPUs an engine takes `tensor_parallel_size` of them in one node, a learner rank takes one."""
-    gpus = device == "cuda"
-    tp = config.rollout.tensor_parallel_size
-    asked = config.cluster.resources
-    rollout = {**({"GPU": float(tp)} if gpus else {}), **asked["rollout"]}
-    learner = {**({"GPU": 1.0} if gpus else {}), **asked["learner"]}
-    reward = asked["reward"]
-    engines = [Demand(f"rollout-{i}", rollout, 1, "STRICT_PACK") for i in range(config.rollout.engines)]
-    rewards = Demand("reward", reward, config.reward.actors, "SPREAD")
-    learners = [Demand("learner", learner, config.learner.ranks, "PACK")] if training else []
-    return [*engines, *learners, rewards, *reward_models(config)]
-
-
-def reward_models(config: RunConfig) -> list[Demand]:
-    """The actors of reward models, which take a GPU (a share, with `gpus`) where they compute on one."""
-    found = []
-    for i, spec in enumerate(config.reward.functions):
-        if spec.name == "reward_model":
-            reward = load_reward(spec.name, spec.options)
-            assert isinstance(reward, RewardModelReward)
-            options = reward.model_options
-            gpus = options.gpus if options.device.startswith("cuda") else 0.0
-            found.append(Demand(f"reward_model-{i}", {"GPU": gpus} if gpus else {}, 1, "STRICT_PACK"))
-    return found
-
-
-def local_resources(config: RunConfig) -> dict[str, float]:
-    """What a local Ray must offer for the whole configuration, but for GPUs, which it finds itself: logical CPUs,
-    and the custom resources of cluster.resources, which name groups of nodes where there is more than one."""
-    wanted: dict[str, float] = {"CPU": 0.0}
-    for demand in demands(config, "cpu"):
-        for name, amount in demand.resources.items():
-            if name != "GPU":
-                wanted[name] = wanted.get(name, 0.0) + amount * demand.count
-    return {**wanted, "CPU": int(wanted["CPU"]) + 1}
-
-
-def place(config: RunConfig, *, training: bool = True) -> Placement:
-    """Create all placement groups and wait until they are met. Raises PlacementError."""
+def place(
+    config: RunConfig,
+    *,
+    training: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Placement:
+    """Create all placement groups and wait until they are met; `say` is told every few seconds what is awaited, and
+    `check_stop` raises what ends the wait. Raises PlacementError."""
     device = choose_device(config)
     placement = Placement(device)
     wanted = demands(config, device, training=training)
@@ -118,32 +77,95 @@ def place(config: RunConfig, *, training: bool = True) -> Placement:
         role = demand.role.split("-")[0]
         slots = placement._slots.setdefault(role, [])
         slots += [(groups[demand.role], i, bundles[demand.role]) for i in range(demand.count)]
-    deadline = time.monotonic() + config.cluster.placement_timeout
-    unmet = [d for d in wanted if not groups[d.role].wait(max(0.0, deadline - time.monotonic()))]
-    if unmet:
+    timeout = config.cluster.placement_timeout
+    begin = spoke = time.monotonic()
+    unmet = wanted
+    try:
+        while unmet:
+            check_stop()
+            left = begin + timeout - time.monotonic()
+            unmet = [d for d in unmet if not groups[d.role].wait(max(0.0, min(LOOK_SECONDS, left)))]
+            if unmet and left <= 0:
+                raise PlacementError(_explain(unmet, wanted, timeout, device))
+            if unmet and time.monotonic() - spoke >= SAY_SECONDS:
+                spoke = time.monotonic()
+                lines = shortages(wanted, unmet, *_resources())
+                say(f"waiting for the cluster ({spoke - begin:.0f} of {timeout:g} s): {'; '.join(lines)}")
+    except BaseException:
         placement.release()
-        raise PlacementError(_explain(unmet, wanted, config.cluster.placement_timeout, device))
+        raise
     return placement
 
 
-def _explain(unmet: list[Demand], wanted: list[Demand], timeout: float, device: Device) -> str:
-    """Which demand was not met, and how it compares with what the cluster has in all and free."""
-    total, free = ray.cluster_resources(), ray.available_resources()
-    needed: dict[str, float] = {}
-    for demand in wanted:
-        for name, amount in demand.resources.items():
-            needed[name] = needed.get(name, 0.0) + amount * demand.count
+def _resources() -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """What the cluster has in all, and what is free."""
+    return ray.cluster_resources(), ray.available_resources()
+
+
+def _explain(unmet: Sequence[Demand], wanted: Sequence[Demand], timeout: float, device: Device) -> str:
+    total, free = _resources()
     lines = [f"the cluster could not place everything within {timeout:g} s (cluster.placement_timeout):"]
-    for demand in unmet:
-        asks = ", ".join(f"{v:g} {k}" for k, v in demand.resources.items())
-        lines.append(f"  - {demand.role}: {demand.count} x ({asks}) not placed")
-    for name, amount in needed.items():
-        has, left = total.get(name, 0.0), free.get(name, 0.0)
-        short = f"; {amount - has:g} missing" if amount > has else ""
-        lines.append(f"  {name}: the run needs {amount:g}, the cluster has {has:g} ({left:g} free){short}")
-    if device == "cuda":
-        lines.append("  set rollout.engines, rollout.tensor_parallel_size and learner.ranks to what the cluster has,")
-        lines.append("  or add nodes; an engine's GPUs must be in one node")
-    else:
-        lines.append("  lower the CPUs in cluster.resources, or add nodes")
+    lines += [f"  - {demand.role}: {demand.count} x ({_asks(demand)}) not placed" for demand in unmet]
+    lines += [f"  {line}" for line in shortages(wanted, unmet, total, free)]
+    lines += [f"  {line}" for line in remedies(wanted, unmet, total, free, device)]
     return "\n".join(lines)
+
+
+def _asks(demand: Demand) -> str:
+    return ", ".join(f"{v:g} {k}" for k, v in demand.resources.items())
+
+
+def shortages(
+    wanted: Sequence[Demand], unmet: Sequence[Demand], total: Mapping[str, float], free: Mapping[str, float]
+) -> list[str]:
+    """A line for each resource that unmet demands ask for: what the run needs, what there is, and who has the rest."""
+    needed, lines = totals(wanted), []
+    for name in totals(unmet):
+        amount, has = needed[name], total.get(name, 0.0)
+        others = held_by_others(name, wanted, unmet, total, free)
+        rest = f"; {amount - has:g} missing" if amount > has else f"; other jobs hold {others:g}" if others else ""
+        line = f"{name}: the run needs {amount:g}, the cluster has {has:g} ({free.get(name, 0.0):g} free){rest}"
+        lines.append(line)
+    return lines
+
+
+def held_by_others(
+    name: str,
+    wanted: Sequence[Demand],
+    unmet: Sequence[Demand],
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+) -> float:
+    """What of a resource is neither free nor held by this run's own demands that were met."""
+    own = totals([demand for demand in wanted if demand not in unmet]).get(name, 0.0)
+    others = total.get(name, 0.0) - free.get(name, 0.0) - own
+    return others if others > 1e-3 else 0.0  # bundles of nothing hold a thousandth of a CPU each
+
+
+def remedies(
+    wanted: Sequence[Demand],
+    unmet: Sequence[Demand],
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+    device: Device,
+) -> list[str]:
+    """What to do: wait for others, ask for less, add nodes."""
+    needed, lines = totals(wanted), []
+    names = list(totals(unmet))
+    missing = [name for name in names if needed[name] > total.get(name, 0.0)]
+    held = [name for name in names if held_by_others(name, wanted, unmet, total, free)]
+    if missing:
+        add = "or add nodes; an engine's GPUs must be in one node" if device == "cuda" else "or add nodes"
+        if "GPU" in missing:
+            knobs = "rollout.engines, rollout.tensor_parallel_size and learner.ranks"
+            lines.append(f"set {knobs} to what the cluster has, {add}")
+        for name in [name for name in missing if name != "GPU"]:
+            lines.append(f"lower {'the CPUs' if name == 'CPU' else name} in cluster.resources, {add}")
+    elif held:
+        lines.append(
+            f"other jobs hold the {', '.join(held)} that is lacking: wait for their end (a larger "
+            "cluster.placement_timeout), or stop one (ray job list)"
+        )
+    else:
+        lines.append("the cluster has enough in all, but not in one node as each of those wants it: add larger nodes")
+    return lines

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from driver.config import ConfigError, RunConfig
-from driver.placement import Device
+from driver.demands import Device
 from driver.screen import say, show
 from driver.wiring import config_adapter, data_options, learner_options
 from learner.durable import strict_json

@@ -46,7 +46,8 @@ def on_ray(config: RunConfig, address: str | None, display: Display, *, training
     with connect(config, address, display) as head, stop_on_signals(display) as stop_requested:
         started = None
         try:
-            started = Started(head, place(config, training=training), stop_requested)
+            placement = place(config, training=training, say=display.phase, check_stop=stop_requested)
+            started = Started(head, placement, stop_requested)
             yield started
         except Exception as error:
             asked = started.actors.questions() if started is not None and started.all_started else {}

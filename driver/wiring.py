@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from driver.config import RunConfig
+from driver.demands import Device
 from driver.errors import RunError
 from driver.knobs import ActorRole
-from driver.placement import Device
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.registry import RewardSpec
 from rollout.engine import EngineOptions, SamplingParams

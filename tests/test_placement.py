@@ -12,7 +12,8 @@ import yaml
 from ray.util import placement_group_table
 
 from driver.config import ConfigError, RunConfig, parse_config
-from driver.placement import PlacementError, demands, local_resources, place
+from driver.demands import asked_for, demands, local_resources
+from driver.placement import PlacementError, place, remedies, shortages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +76,8 @@ def test_the_recipe_for_one_gpu_is_a_configuration_that_one_gpu_holds():
 SEEN = """
 import os, sys, yaml, ray
 from driver.config import load_config
-from driver.placement import local_resources, place
+from driver.demands import local_resources
+from driver.placement import place
 config = load_config(sys.argv[1], ["cluster.placement_timeout=30"])
 offered = local_resources(config)
 ray.init(address="local", num_cpus=int(offered.pop("CPU")), num_gpus=8, resources=offered, include_dashboard=False)
@@ -141,3 +143,24 @@ def test_what_is_missing_is_said_with_numbers_and_nothing_stays_reserved(local_r
     assert "lower the CPUs in cluster.resources" in text
     held = [p for p in placement_group_table().values() if p["state"] not in ("REMOVED", "CREATED")]
     assert held == []
+
+
+def test_a_shortage_is_told_by_who_holds_what_is_lacking():
+    wanted = demands(config(rollout={"engines": 2}), "cpu")
+    total = {"CPU": 3.5}
+    taken_by_others = remedies(wanted, wanted, total, {"CPU": 0.0}, "cpu")
+    assert shortages(wanted, wanted, total, {"CPU": 0.0}) == [
+        "CPU: the run needs 3.5, the cluster has 3.5 (0 free); other jobs hold 3.5"
+    ]
+    assert "other jobs hold the CPU that is lacking" in taken_by_others[0] and "lower" not in taken_by_others[0]
+    assert remedies(wanted, wanted, {"CPU": 1.0}, {"CPU": 1.0}, "cpu") == [
+        "lower the CPUs in cluster.resources, or add nodes"
+    ]
+    assert "not in one node" in remedies(wanted, wanted, {"CPU": 9.0}, {"CPU": 9.0}, "cpu")[0]
+
+
+def test_config_sums_up_what_is_asked_of_ray():
+    c = config(rollout={"engines": 8, "tensor_parallel_size": 2}, learner={"ranks": 4}, cluster={"device": "cuda"})
+    assert asked_for(c) == [
+        "asks Ray for 20 GPU, 12.5 CPU: rollout 8 x (2 GPU + 1 CPU), learner 4 x (1 GPU + 1 CPU), reward 1 x (0.5 CPU)"
+    ]
