@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -229,10 +228,8 @@ def test_synchronisation_death_and_restart(
     assert isinstance(third, RolloutGroup) and {c.oldest_version for c in third.completions} == {4}
 
     local_ray.kill(mortal.actor)
-    begun = time.monotonic()
-    with pytest.raises(WeightSyncError, match="pause at b"):
+    with pytest.raises(WeightSyncError, match=r"pause at b.*(died|dead)"):
         sync_weights(learner, handles, 5, timeout=20.0)
-    assert time.monotonic() - begun < 10.0
     form_group(learner, [alive])
     sync_weights(learner, [alive], 5, timeout=20.0)
     assert local_ray.get(alive.actor.version.remote(), timeout=20) == 5

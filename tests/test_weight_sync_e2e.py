@@ -7,7 +7,6 @@ communicator and its streams (tests/nccl_over_gloo).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -179,13 +178,11 @@ def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path:
     long = replace(cluster.sampling, max_tokens=200)
     running = single.actor.generate.remote(cluster.prompts[1], long)
     ray.get(single.actor.generate.remote(cluster.prompts[1], replace(long, max_tokens=1)), timeout=CALL_TIMEOUT)
-    start = time.monotonic()
     _engine_core(ray, single).kill()
     failure = ray.get(running, timeout=CALL_TIMEOUT)
     assert isinstance(failure, RolloutFailure) and failure.engine_dead and failure.engine == "single", failure
     with pytest.raises(WeightSyncError, match=r"pause at single.*EngineDeadError"):
         sync_weights(learner, [single, pair], 10, timeout=CALL_TIMEOUT)
-    assert time.monotonic() - start < 30.0
 
     form_group(learner, [pair])
     sync_weights(learner, [pair], 10, timeout=CALL_TIMEOUT)

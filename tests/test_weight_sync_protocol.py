@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -106,10 +105,9 @@ def test_a_hanging_engine_is_named_after_the_deadline(phase: str) -> None:
     journal: list[str] = []
     release = threading.Event()
     engines = [FakeEngine("a", journal), FakeEngine("b", journal, {phase: release.wait})]
-    start = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"no answer within 0\.2 s") as caught:
         sync_weights(FakeLearner(journal, good("a", "b")), engines, 7, timeout=0.2)
-    assert time.monotonic() - start < 2.0 and caught.value.engines == ("b",)
+    assert caught.value.engines == ("b",)
     release.set()
 
 
@@ -146,10 +144,8 @@ def test_first_failure_ends_the_wait() -> None:
     slow: Future[None] = Future()
     failed: Future[None] = Future()
     failed.set_exception(RuntimeError("gone"))
-    start = time.monotonic()
     with pytest.raises(WeightSyncError, match="gone"):
-        await_all("pause", {"slow": slow, "failed": failed}, 60.0)
-    assert time.monotonic() - start < 5.0
+        await_all("pause", {"slow": slow, "failed": failed}, 1e6)
 
 
 def test_engine_names_must_differ() -> None:
@@ -259,10 +255,8 @@ def test_after_a_failed_transfer_the_group_is_formed_again(model: nn.Module) -> 
 def test_an_engine_that_never_joins_is_named_in_time(model: nn.Module) -> None:
     release = threading.Event()
     learner = LocalLearner(model, timeout=1.0)
-    start = time.monotonic()
     with pytest.raises(WeightSyncError, match="join the transfer group"):
         learner.form_weight_group([ThreadEngine("a"), ThreadEngine("b", {"init": release.wait})])
-    assert time.monotonic() - start < 10.0
     release.set()
 
 
