@@ -123,7 +123,7 @@ class CodeTestsReward:
         jobs = {"role": "test", "text": test, "word": word}, {"role": "program", "text": program}
         modules = {f"rewards/{name}": Path(__file__).with_name(name).read_text("utf-8") for name in _MODULES}
         asking, answering = ({"main.py": _MAIN, "job.json": json.dumps(job), **modules} for job in jobs)
-        outcome = run_linked(asking, answering, limits)
+        outcome, answered = run_linked(asking, answering, limits)
         if outcome.exit == UNSUPPORTED:
             raise _UnjudgeableError(outcome.errors.strip()[-300:])
         if outcome.exit is None:
@@ -131,6 +131,8 @@ class CodeTestsReward:
         if outcome.exit == FAILED:
             return outcome.errors.strip().rpartition("\n")[2][:200]
         passed = outcome.exit == PASSED and outcome.errors.endswith(f"\n{word}\n")
+        if not passed and answered.exit is None:  # its time began, and ended, before the test's
+            return f"longer than {self.seconds:g} s"
         return "" if passed else "the program ended before the test did"
 
 

@@ -75,23 +75,22 @@ def run(files: Mapping[str, str], stdin: str = "", limits: Limits | None = None)
         return _run(files, source, limits or Limits(), 0)
 
 
-def run_linked(asking: Mapping[str, str], answering: Mapping[str, str], limits: Limits) -> Outcome:
+def run_linked(asking: Mapping[str, str], answering: Mapping[str, str], limits: Limits) -> tuple[Outcome, Outcome]:
     """Runs two programs at once, each in a sandbox of its own, joined by a socket that is the standard input of both:
-    how the first ended. With it the second loses its link, and each loses it when the other ends.
+    how each ended. Each loses its link when the other ends.
 
     Raises SandboxError."""
     ours, theirs = socket.socketpair()
     with ThreadPoolExecutor(1) as pool:
 
-        def answer() -> None:
+        def answer() -> Outcome:
             with theirs:
-                _run(answering, theirs, limits, 1)
+                return _run(answering, theirs, limits, 1)
 
         other = pool.submit(answer)
         with ours:
             outcome = _run(asking, ours, limits, 0)
-        other.result()
-    return outcome
+        return outcome, other.result()
 
 
 def _run(files: Mapping[str, str], source: IO[bytes] | socket.socket, limits: Limits, number: int) -> Outcome:
