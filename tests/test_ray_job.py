@@ -147,7 +147,7 @@ class Jobs:
                 "--submission-id",
                 "saccade",
                 "--runtime-env-json",
-                json.dumps({"env_vars": {"HF_HUB_OFFLINE": "1"}}),
+                json.dumps({"env_vars": {"HF_HUB_OFFLINE": "1", "RAY_JOB_STOP_WAIT_TIME_S": "600"}}),
                 "--",
                 *entrypoint,
             )

@@ -94,12 +94,12 @@ def test_scoring_is_chained_on_a_rollout_and_survives_its_rewards(local_ray: Mod
     assert isinstance(first, GroupSummary)
     assert first.rewards == last.rewards == (2.0, 4.0)
     assert first.valid == (True, True) and first.oldest_version == 5 and first.lengths == (1, 2)
-    assert first.parts == {"format": (0.0, 0.0), f"{source}:length": (2.0, 4.0)}
+    assert first.parts == {"format": (0.0, 0.0), "mine:length": (2.0, 4.0)}
     assert hung.valid == exited.valid == (False, False)
     assert all(reason.startswith("timeout: ") and "3 s" in reason for reason in hung.invalid_reasons)
     assert all(reason.startswith("error: ") and "exit status 3" in reason for reason in exited.invalid_reasons)
     assert exited.invalid_excerpts == ("exit", "b") and first.invalid_excerpts == ()
-    assert first.part_seconds.keys() == {"format", f"{source}:length"} and min(first.part_seconds.values()) > 0
+    assert first.part_seconds.keys() == {"format", "mine:length"} and min(first.part_seconds.values()) > 0
 
     group = ray.get(pairs[0][0], timeout=PATIENCE)
     assert [v.score for v in group.verdicts] == [2.0, 4.0]
