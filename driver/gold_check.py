@@ -37,6 +37,8 @@ ROWS = 256
 SECONDS = 2.0
 """For one set. A row that is begun is finished."""
 EXAMPLES = 3
+WHOLE = 5
+"""Golds of one kind in one file that show what becomes of all of them."""
 LONG = 200
 """Characters of a gold that is named by its length, and not by what it is."""
 
@@ -61,9 +63,11 @@ class Tally:
                 kept.append(example)
 
     def is_fault(self, share: float) -> bool:
-        """Whether more than `share` of all failed, or two or more of one kind in one file, and that is all of them."""
-        whole = any(self.asked[group] == failed > 1 for group, failed in self.short.items())
-        return whole or self.short.total() > share * self.asked.total()
+        """Whether more than `share` of all failed, beyond what a sample of rows with that share may show by chance
+        (three standard deviations), or WHOLE or more of one kind in one file, and that is all of them."""
+        whole = any(self.asked[group] == failed >= WHOLE for group, failed in self.short.items())
+        allowed = share * self.asked.total()
+        return whole or self.short.total() == self.asked.total() > 0 or self.short.total() > allowed + 3 * allowed**0.5
 
     def __str__(self) -> str:
         kinds: Counter[str] = Counter()

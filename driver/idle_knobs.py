@@ -262,6 +262,15 @@ def value_of(config: RunConfig, knob: str) -> Any:
     return node
 
 
+def _usual(config: RunConfig, knob: str) -> tuple[Any, ...]:
+    """What a knob is where nobody gives it: its default, and what the algorithm's preset sets."""
+    section, _, name = knob.rpartition(".")
+    node = getattr(config, section) if section else config
+    default = type(node).model_fields[name].get_default(call_default_factory=True)
+    preset = PRESETS[config.algorithm.name] if section == "algorithm" else {}
+    return (default, preset.get(name, default))
+
+
 def idle(config: RunConfig) -> dict[str, str]:
     """Every knob that does nothing in this configuration, given or not, and why."""
     found: dict[str, str] = {}
@@ -284,10 +293,11 @@ def data_idle_problems(config: RunConfig, facts: Facts) -> list[str]:
 
 
 def _complaints(config: RunConfig, reasons: dict[str, str]) -> list[str]:
+    """A saved configuration gives every knob: what it has by default or from its preset asks for nothing."""
     found = []
     for knob in sorted(set(given(config)) & set(reasons)):
         value = value_of(config, knob)
-        if value not in NEUTRAL:
+        if value not in (*NEUTRAL, *_usual(config, knob)):
             shown = list(value) if isinstance(value, tuple) else value
             found.append(f"{knob}={shown} would do nothing: {reasons[knob]}; leave it out")
     return found

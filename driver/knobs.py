@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -40,6 +41,11 @@ class ModelConfig(Section):
     tiles. null: as the model's own processor has it. docs/data.md says which families can."""
     freeze: Annotated[tuple[Part, ...], ListOfOne] = ()
     """Parts that stay as they are when the full weights are trained: vision, projector, audio, language."""
+
+    @field_validator("path")
+    @classmethod
+    def _at_home(cls, path: str) -> str:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 class DataConfig(Section):

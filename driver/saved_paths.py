@@ -6,6 +6,7 @@ a submitted job that was shipped its working directory: the next job's copy of i
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ def absolute(config: RunConfig) -> RunConfig:
     model, data = config.model, config.data
     adapter = None if model.adapter is None else located(model.adapter)
     model = model.model_copy(update={"path": _folder(model.path), "adapter": adapter})
-    files = {"train": tuple(map(_path, data.train)), "eval": tuple(map(_path, data.eval))}
+    files = {"train": tuple(map(_pattern, data.train)), "eval": tuple(map(_pattern, data.eval))}
     data = data.model_copy(update={**files, "root": None if data.root is None else _path(data.root)})
     functions = tuple(map(_reward, config.reward.functions))
     reward = config.reward.model_copy(update={"functions": functions})
@@ -49,6 +50,14 @@ def _reward(spec: RewardSpec) -> RewardSpec:
 
 def _path(path: str) -> str:
     return str(Path(path).expanduser().absolute())
+
+
+def _pattern(path: str) -> str:
+    """The same for what may name files by a pattern: brackets in the working directory's name are none."""
+    if not glob.has_magic(path) or Path(path).exists():
+        return _path(path)
+    given = Path(path).expanduser()
+    return path if given.is_absolute() else f"{glob.escape(str(Path.cwd()))}/{given}"
 
 
 def _folder(path: str) -> str:

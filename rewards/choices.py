@@ -28,6 +28,9 @@ def _of_column(value: Any) -> dict[str, str]:
     if isinstance(value, str):
         value = _literal(value)
     if isinstance(value, Mapping):
+        labels, texts = value.get("label"), value.get("text")
+        if isinstance(labels, Sequence) and isinstance(texts, Sequence) and len(labels) == len(texts):
+            value = dict(zip(labels, texts, strict=True))  # the columns of ARC, CommonsenseQA, OpenBookQA
         return {str(letter).strip().upper(): str(text) for letter, text in value.items() if text is not None}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return {chr(ord("A") + i): str(text) for i, text in enumerate(value[:26]) if text is not None}

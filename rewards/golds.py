@@ -130,7 +130,7 @@ def _stated(text: str) -> tuple[str, ...]:
     if answers := dict.fromkeys(answer.strip() for answer in _ANSWER.findall(behind)):
         behind = _only(list(answers), text)
     if (box := boxed(behind)) is not None:
-        if others := {behind[inside:end].strip() for _, inside, end in boxes(behind)} - set(box.parts):
+        if others := {behind[inside:end].strip() for _, inside, end in boxes(behind)} - {"", *box.parts}:
             _only([*sorted(others), box.text], text)
         return box.forms
     hashes, mark, line = behind.rpartition("####")

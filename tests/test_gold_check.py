@@ -111,9 +111,10 @@ def test_refused_answers_are_counted_too(tmp_path: Path) -> None:
 def test_single_faults_are_within_the_share_that_may_be_refused_but_a_kind_of_gold_is_not(tmp_path: Path) -> None:
     good = ["7"] * 200
     assert asked(tmp_path, [*good, SOLUTION], "accuracy") == []
-    few = [f"{n} dogs" for n in range(2)]
+    assert asked(tmp_path, ["7"] * 79 + ["red", "blue"], "counting") == []  # chance, where one in 100 may
+    few = [f"{n} dogs" for n in range(5)]
     (problem,) = asked(tmp_path, [*good, *few], "counting")
-    assert "for 2 of 202 golds looked at (2 of 2 quantity)" in problem
+    assert "for 5 of 205 golds looked at (5 of 5 quantity)" in problem
     assert asked(tmp_path, ["7"] * 8 + ["red"], "counting", data={"max_refused_share": 0.2}) == []
 
 
@@ -121,9 +122,9 @@ def test_some_rows_of_every_file_are_looked_at_and_no_media(tmp_path: Path) -> N
     """The images do not exist."""
     rows = [{"prompt": "q", "image": "gone.png", "answer": n} for n in range(1000)]
     large = write_rows(tmp_path / "large.parquet", rows)
-    small = write_rows(tmp_path / "small.parquet", [{"prompt": "q", "image": "gone.png", "answer": SOLUTION}] * 2)
+    small = write_rows(tmp_path / "small.parquet", [{"prompt": "q", "image": "gone.png", "answer": SOLUTION}] * 5)
     (problem,) = problems(configured([large, small], "accuracy"))
-    assert "for 2 of 130 golds looked at" in problem
+    assert "for 5 of 133 golds looked at" in problem
     assert "small.parquet:0" in problem and "large" not in problem
 
 

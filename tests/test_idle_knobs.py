@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,8 +33,8 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
             ["algorithm.name=dr_grpo"],
         ),
         (
-            {"algorithm": {**SAPO, "clip_eps_low": 0.2, "clip_eps_high": 0.1}},
-            ["algorithm.clip_eps_low=0.2 would do nothing: algorithm.loss=sapo clips nothing", "clip_eps_high=0.1"],
+            {"algorithm": {**SAPO, "clip_eps_low": 0.3, "clip_eps_high": 0.1}},
+            ["algorithm.clip_eps_low=0.3 would do nothing: algorithm.loss=sapo clips nothing", "clip_eps_high=0.1"],
         ),
         (
             {"algorithm": {"clip_eps_high": 0.28, "clip_dual": 3.0}, "rollout": {"max_staleness": 0}},
@@ -80,6 +81,15 @@ def test_what_is_saved_leaves_out_knobs_that_do_nothing_and_reads_back_equal(tmp
     saved = yaml.safe_load(dump_config(config))
     assert "clip_eps_low" not in saved["algorithm"] and saved["algorithm"]["loss"] == "sapo"
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_saved_configuration_asks_for_nothing_that_nobody_gave(tmp_path: Path) -> None:
+    """It holds every default, and what a preset sets: of data without videos as well, and after a change to it."""
+    (tmp_path / "saved.yaml").write_text(dump_config(parse_config({**MINIMAL, "algorithm": "dapo"})))
+    nothing = Facts(rows=10**9, kinds=(), once=False, shares_prompts=False)
+    assert data_idle_problems(load_config(tmp_path / "saved.yaml"), nothing) == []
+    changed = load_config(tmp_path / "saved.yaml", ["algorithm.loss=sapo", "algorithm.overlong_buffer=0"])
+    assert changed.algorithm.loss == "sapo"
 
 
 @pytest.mark.parametrize(

@@ -201,3 +201,11 @@ def test_hostile_text_ends_quickly(unit: str) -> None:
     """A minute's limit of the test suite would pass if the time grew with the square: 100,000 repetitions."""
     assert concluded(unit * 100_000, CHOICES) in (None, "A")
     assert len(read_choices(None, unit * 100_000)) < 26
+
+
+def test_labels_beside_texts_are_choices() -> None:
+    """As in ARC, CommonsenseQA and OpenBookQA."""
+    choices = {"label": ["A", "B"], "text": ["red", "blue"]}
+    for gold in ("B", "blue"):
+        request = ScoringRequest("", ("<answer>B</answer>", "<answer>A</answer>"), gold, {"choices": choices})
+        assert [v.score for v in MultipleChoiceReward(choices="choices")(request)] == [1.0, 0.0]

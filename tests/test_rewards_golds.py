@@ -57,6 +57,7 @@ def test_a_null_among_the_gold_forms_is_no_form(reward: RewardFunction) -> None:
         ("<think>a</think>\nred", "red"),
         ("It is <answer>B</answer>, as <answer> B </answer> says", "B"),
         # a whole solution with a box
+        ("Put it in \\boxed{}. So \\boxed{4}", "4"),
         ("We get $2+2=4$, so the answer is $\\boxed{4}$.", "4"),
         ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
         ("so \\boxed{1}, \\boxed{2} solve it", "1, 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def config(home: Path) -> RunConfig:
             },
         }
     )
+
+
+def test_brackets_of_the_working_directory_are_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a[1]b").mkdir()
+    (tmp_path / "a[1]b/x.parquet").touch()
+    monkeypatch.chdir(tmp_path / "a[1]b")
+    given = {"output_dir": "x", "steps": 1, "model": {"path": "~/m"}, "data": {"train": "*.parquet"}}
+    saved = absolute(parse_config(given))
+    assert glob.glob(saved.data.train[0]) == [f"{tmp_path}/a[1]b/x.parquet"]
+    assert saved.model.path == str(Path.home() / "m")
 
 
 def test_paths_are_saved_absolute_and_mean_the_same(config: RunConfig, home: Path) -> None:
