@@ -135,8 +135,7 @@ class MetricsLog:
             RayGauge(f"saccade_{REWARD_SECONDS[0]}", description=REWARD_SECONDS[1], tag_keys=("reward",)),
             PrometheusGauge(f"saccade_{REWARD_SECONDS[0]}", REWARD_SECONDS[1], ["reward"], registry=registry),
         )
-        if self.port:
-            start_http_server(self.port, registry=registry)
+        self._server = start_http_server(self.port, registry=registry)[0] if self.port else None
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def step(self, record: StepRecord) -> None:
@@ -178,6 +177,12 @@ class MetricsLog:
         entries, unreadable = _read(path)
         atomic_file(path, "".join(strict_json(entry) + "\n" for entry in entries if entry["step"] <= step))
         return unreadable
+
+    def close(self) -> None:
+        """Give the port back."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
 
     def flush(self) -> None:
         """Write what waits. Raises StorageError when it still cannot be written."""

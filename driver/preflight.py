@@ -7,10 +7,13 @@ rewards, precision, output folder.
 from __future__ import annotations
 
 import importlib.util
+import json
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from driver import checkpoints
 from driver.config import ConfigError, RunConfig
@@ -47,6 +50,7 @@ def preflight(config: RunConfig, *, resume: bool = False) -> Choices:
     """Raises ConfigError listing all that would stop the run."""
     choices = Choices()
     problems = [*_model_and_data(config, choices), *_quantization(config), *_rewards(config), *_output(config, resume)]
+    problems += _metrics_port(config.cluster.metrics_port)
     if problems:
         raise ConfigError(problems, "what the configuration refers to")
     return choices
@@ -57,7 +61,7 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
         adapter = config_adapter(config)
     except AdapterError as error:
         return [f"model.path: {error}", *_data_alone(config)]
-    problems = []
+    problems = missing_weights(config.model.path)
     longest = getattr(adapter.model_config.get_text_config(), "max_position_embeddings", None)
     needed = config.data.max_prompt_length + config.rollout.max_completion_length
     if longest is not None and needed > longest:
@@ -135,6 +139,37 @@ def _first_rows(key: str, source: PromptSource) -> list[str]:
             source.try_rows(ROWS_TRIED)
     except DataError as error:
         return [f"{key}: {error}"]
+    return []
+
+
+def missing_weights(path: str) -> list[str]:
+    """What a local model folder lacks of its weights; a hub's model is fetched whole."""
+    folder = Path(path)
+    if not folder.is_dir() or any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)):
+        return []
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        try:
+            shards = set(json.loads((folder / name).read_text())["weight_map"].values())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            return [f"model.path: {folder / name} cannot be read: {error}"]
+        missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        return [f"model.path: {path} lacks {len(missing)} of {len(shards)} files of weights: {few}"] if missing else []
+    return [f"model.path: {path} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"]
+
+
+def _metrics_port(port: int) -> list[str]:
+    if not port:
+        return []
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            reason = f"cannot be served on this machine ({error.strerror}), maybe for another run"
+            return [f"cluster.metrics_port={port} {reason}; name another, or 0: Ray serves the figures too"]
     return []
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,11 +226,12 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
         if saved is None:
             (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
         run = _assemble(config, started, display)
-        if saved is not None:
-            _restore(run, *saved)
-        elif config.model.quantize != "none":
-            run.sync_weights()  # the engines have loaded the weights that the learner has rounded
-        yield run
+        with closing(run.log):
+            if saved is not None:
+                _restore(run, *saved)
+            elif config.model.quantize != "none":
+                run.sync_weights()  # the engines have loaded the weights that the learner has rounded
+            yield run
 
 
 def _assemble(config: RunConfig, started: Started, display: Display) -> Run:

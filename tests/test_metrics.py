@@ -80,6 +80,8 @@ def test_the_prometheus_endpoint_and_the_log_agree_and_a_resume_rewrites(local_r
     log.flush()
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2]
     assert read_metrics(tmp_path)[0]["seconds"]["learn"] == 1.0
+    log.close()
+    MetricsLog(tmp_path, unused_port).close()  # the next run of this process
 
 
 @pytest.mark.e2e

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from driver.config import ConfigError, RunConfig, parse_config
 from driver.errors import RunError
-from driver.preflight import check_data, preflight
+from driver.preflight import check_data, missing_weights, preflight
 from driver.run import Run
 from driver.shapes import make_shapes
 from driver.wiring import transfer_backend, weight_transfer_options
@@ -270,3 +271,23 @@ def test_nothing_is_saved_of_a_run_that_trained_nothing(monkeypatch: pytest.Monk
     run.actors, run.head = SimpleNamespace(questions=dict), None  # type: ignore[assignment]
     error = RunError("no usable row")
     assert run.checkpoint_after(error) is error
+
+
+def test_a_folder_without_all_its_weights_and_a_port_in_use_are_said(settings: dict, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(settings["model"]["path"], model)
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    given = {**settings, "output_dir": str(tmp_path / "run"), "model": {"path": str(model)}}
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            preflight(parse_config({**given, "cluster": {"metrics_port": port}}))
+    assert f"cluster.metrics_port={port} cannot be served on this machine" in str(caught.value)
+    assert f"{model} holds no weights: neither model.safetensors nor model.safetensors.index.json" in str(caught.value)
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert missing_weights(str(model)) == [
+        f"model.path: {model} lacks 1 of 2 files of weights: model-00002-of-00002.safetensors"
+    ]
+    (model / "model-00002-of-00002.safetensors").touch()
+    assert missing_weights(str(model)) == missing_weights("Qwen/Qwen2.5-VL-3B-Instruct") == []
