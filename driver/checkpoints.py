@@ -80,14 +80,20 @@ def newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str,
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The run state of a checkpoint whose files are all as they were written. Raises DamagedError."""
+    """The run state of a checkpoint whose files are all as they were written. Raises DamagedError, and
+    RunError for one of another version."""
     try:
         state = json.loads((path / "run.json").read_text())
     except (OSError, ValueError) as error:
         raise DamagedError(f"checkpoint {path} is damaged: run.json cannot be read ({error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        other = state.get("format") if isinstance(state, dict) else None
-        raise DamagedError(f"{path} has checkpoint format {other}, this version reads {FORMAT}")
+    other = state.get("format") if isinstance(state, dict) else None
+    if isinstance(other, int) and other != FORMAT:
+        raise RunError(
+            f"{path} has checkpoint format {other}, and this version of saccade reads {FORMAT}: go on with the version "
+            "that wrote it, or start a new run from its model"
+        )
+    if other != FORMAT:
+        raise DamagedError(f"checkpoint {path} is damaged: run.json names no format")
     if text := damage(path):
         raise DamagedError(f"checkpoint {path} is damaged: {text}")
     return state

@@ -67,6 +67,8 @@ def find_dead(questions: Questions, limit: float = ASKING_SECONDS) -> dict[str, 
         except ray.exceptions.RayActorError as error:
             if not isinstance(error, ray.exceptions.ActorUnavailableError):
                 dead[who] = how_it_died(str(error))
+        except ray.exceptions.RayError:
+            continue  # no answer: it says nothing of who is dead
         if dead:
             deadline = min(deadline, time.monotonic() + HIDDEN_SECONDS)
     return {who: dead[who] for who in questions if who in dead}

@@ -8,6 +8,7 @@ Without the head no actor can be started or found, but those that run still answ
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -31,6 +32,10 @@ JOINED_PATIENCE = RAY_LIMIT / 2
 
 class HeadLostError(RunError):
     """Ray's head service is gone, and with it the cluster."""
+
+
+OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
+"""Why this process cannot ask; it says nothing of the head."""
 
 
 class HeadWatch:
@@ -68,8 +73,12 @@ class HeadWatch:
             raise HeadLostError(self.text)
 
     def gone(self) -> bool:
-        """Whether the head is lost, or does not answer now: asked when something else has failed."""
-        self.lost = self.lost or not self.answers()
+        """Whether the head is lost, as far as it takes to know: asked when something else has failed."""
+        end = time.monotonic() + self._patience
+        while not self.lost and not self.answers():
+            if time.monotonic() >= end:
+                self.lost = True
+            time.sleep(PROBE_SECONDS)
         return self.lost
 
     def answers(self) -> bool:
@@ -77,8 +86,8 @@ class HeadWatch:
         host, _, port = self._address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno in OWN_TROUBLE
         return True
 
     def _watch(self) -> None:

@@ -43,8 +43,10 @@ def train(
             if reason is error:
                 raise
             raise reason from error
-        run.checkpoint()
-        run.save_model()
+        try:
+            run.checkpoint()
+        finally:
+            run.save_model()  # also where a checkpoint finds no room: the model is a part of its size
         return run.result()
 
 

@@ -91,7 +91,7 @@ def _of_ray(driver: int, ray_folder: str, alive: Mapping[int, Process]) -> dict[
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
             except OSError:
                 continue
-            if ray_folder.encode() in command:
+            if f"{ray_folder}/".encode() in command:
                 found[pid] = process
     return found
 

@@ -129,13 +129,14 @@ class RolloutPipeline:
         self, batch: int, prompts: Sequence[StoredPrompt], slots: Sequence[int], already_issued: bool = False
     ) -> None:
         """Issue prompts for `batch` at the places `slots` of it, held back until all are queued if reruns are to repeat
-        them."""
+        them. In the ledger they are first of all: the data cursor is past them, whatever fails from here on."""
+        if not already_issued:
+            for prompt in prompts:
+                self.ledger.issue(prompt.ref, batch)
         held = self._hold() if self.hold_while_admitting else None
         groups = self._batches[batch]
         sampling = ray.put(self.sampling)
         for slot, prompt in zip(slots, prompts, strict=True):
-            if not already_issued:
-                self.ledger.issue(prompt.ref, batch)
             groups[slot : slot + 1] = [self._issue(prompt, slot, sampling)]
         if held is not None:
             self._release(batch, [slot % len(self.engines) for slot in slots], held)
