@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from driver import __version__
-from driver.cli_help import QUIET, App
+from driver.cli_help import QUIET, App, knob_text
 from driver.config import (
     ConfigError,
     RunConfig,
@@ -159,8 +159,7 @@ def show_config(
     """
     if knobs or config is None:
         for name, info in iter_knobs():
-            default = "required" if info.is_required() else info.get_default(call_default_factory=True)
-            typer.echo(f"{name} = {default}\n    {' '.join((info.description or '').split())}")
+            typer.echo(knob_text(name, info))
         return
     settings = load_config(config, overrides or [])
     typer.echo(dump_config(settings), nl=False)

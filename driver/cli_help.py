@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 QUIET = {
@@ -23,6 +26,36 @@ def unwrapped(text: str) -> str:
     paragraphs = inspect.cleandoc(text).split("\n\n")
     joined = [p if p.startswith("Example") else " ".join(p.split()) for p in paragraphs]
     return "\n\n".join(joined)
+
+
+def knob_text(name: str, info: FieldInfo) -> str:
+    """A knob with its default as YAML (of the algorithm: with the default preset), what it may be, and its meaning."""
+    from driver.algorithm import AlgorithmConfig
+
+    if name.startswith("algorithm."):
+        default = getattr(AlgorithmConfig(), name.removeprefix("algorithm."))
+    else:
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+    written = (
+        "(required)" if info.is_required() else yaml.safe_dump(_plain(default), default_flow_style=True, width=1e6)
+    )
+    choices = _choices(info.annotation)
+    allowed = f"  # {', '.join(map(str, choices))}" if choices else ""
+    meaning = " ".join((info.description or "").split())
+    return f"{name}: {written.removesuffix(chr(10)).removesuffix(chr(10) + '...')}{allowed}\n    {meaning}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of the literals in a type."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for part in get_args(annotation) for value in _choices(part))
 
 
 class Command(TyperCommand):

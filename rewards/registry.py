@@ -92,7 +92,8 @@ def load_reward(
         inspect.signature(factory).bind(**options)
         return factory(**options)
     except (TypeError, ValueError) as error:
-        raise RewardSetupError(f"options of reward {name!r}: {error}") from error
+        known = ", ".join(inspect.signature(factory).parameters) or "none"
+        raise RewardSetupError(f"options of reward {name!r}: {error}; it has: {known}") from error
 
 
 def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None = None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from driver.cli_help import knob_text
 from driver.config import ConfigError, dump_config, iter_knobs, load_config, parse_config
 from driver.wiring import data_options
 
@@ -195,3 +196,13 @@ def test_knobs_are_few_and_documented():
 
 def test_momenta_of_one_and_more_are_refused():
     assert "learner.betas" in problems_of({**MINIMAL, "learner": {"betas": [1.5, -2]}})
+
+
+def test_knobs_are_listed_as_yaml_with_what_they_may_be() -> None:
+    """The algorithm's are those of its default preset."""
+    texts = [knob_text(name, info) for name, info in iter_knobs()]
+    listed = yaml.safe_load("\n".join(text.split("\n")[0] for text in texts))
+    assert listed["algorithm.aggregation"] == parse_config(MINIMAL).algorithm.aggregation == "sequence"
+    assert listed["model.lora_targets"] == ["language.attention", "language.mlp"]
+    assert listed["reward.functions"] == [{"name": "format", "weight": 0.5}, {"name": "accuracy"}]
+    assert any("ppo_clip  # ppo_clip, gspo, cispo, sapo, reinforce" in text for text in texts)
