@@ -46,6 +46,8 @@ class HeadWatch:
     ) -> None:
         """`limit`: seconds of silence after which this process is ended. `patience` is chosen by `local`, if 0."""
         self._address, self._display, self._limit = address, display, limit
+        self.local = local
+        """Whether this process started it, for this run."""
         self._patience = patience or (LOCAL_PATIENCE if local else JOINED_PATIENCE)
         again = "start the same command" if local else "start Ray anew (ray start --head), and then the same command"
         self.text = (

@@ -62,14 +62,19 @@ def place(
     config: RunConfig,
     *,
     training: bool = True,
+    grows: bool = True,
     say: Callable[[str], None] = lambda text: None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Placement:
     """Create all placement groups and wait until they are met; `say` is told every few seconds what is awaited, and
-    `check_stop` raises what ends the wait. Raises PlacementError."""
+    `check_stop` raises what ends the wait. Raises PlacementError, at once where a Ray that does not grow lacks
+    something."""
     device = choose_device(config)
     placement = Placement(device)
     wanted = demands(config, device, training=training)
+    total, _ = _resources()
+    if not grows and any(amount > total.get(name, 0.0) for name, amount in totals(wanted).items()):
+        raise PlacementError(_explain(wanted, wanted, None, device))
     # A bundle of nothing cannot be placed; an actor that asks for nothing still needs one.
     bundles = {d.role: {k: v for k, v in d.resources.items() if v > 0} or {"CPU": 0.001} for d in wanted}
     groups = {d.role: placement_group([bundles[d.role]] * d.count, strategy=d.strategy) for d in wanted}
@@ -102,9 +107,11 @@ def _resources() -> tuple[Mapping[str, float], Mapping[str, float]]:
     return ray.cluster_resources(), ray.available_resources()
 
 
-def _explain(unmet: Sequence[Demand], wanted: Sequence[Demand], timeout: float, device: Device) -> str:
+def _explain(unmet: Sequence[Demand], wanted: Sequence[Demand], timeout: float | None, device: Device) -> str:
     total, free = _resources()
-    lines = [f"the cluster could not place everything within {timeout:g} s (cluster.placement_timeout):"]
+    lines = ["this machine does not have what the run asks for:"]
+    if timeout is not None:
+        lines = [f"the cluster could not place everything within {timeout:g} s (cluster.placement_timeout):"]
     lines += [f"  - {demand.role}: {demand.count} x ({_asks(demand)}) not placed" for demand in unmet]
     lines += [f"  {line}" for line in shortages(wanted, unmet, total, free)]
     lines += [f"  {line}" for line in remedies(wanted, unmet, total, free, device)]

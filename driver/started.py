@@ -46,7 +46,9 @@ def on_ray(config: RunConfig, address: str | None, display: Display, *, training
     with connect(config, address, display) as head, stop_on_signals(display) as stop_requested:
         started = None
         try:
-            placement = place(config, training=training, say=display.phase, check_stop=stop_requested)
+            placement = place(
+                config, training=training, grows=not head.local, say=display.phase, check_stop=stop_requested
+            )
             started = Started(head, placement, stop_requested)
             yield started
         except Exception as error:

@@ -145,6 +145,12 @@ def test_what_is_missing_is_said_with_numbers_and_nothing_stays_reserved(local_r
     assert held == []
 
 
+@pytest.mark.e2e
+def test_a_ray_that_does_not_grow_is_not_waited_for(local_ray):
+    with pytest.raises(PlacementError, match=r"this machine does not have what .*\n(.*\n)*.*GPU: the run needs 2"):
+        place(config(cluster={"device": "cuda", "placement_timeout": 1e6}), grows=False)
+
+
 def test_a_shortage_is_told_by_who_holds_what_is_lacking():
     wanted = demands(config(rollout={"engines": 2}), "cpu")
     total = {"CPU": 3.5}
