@@ -41,7 +41,7 @@ HEAVY = {
 }
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
-MAX_KNOBS = 104
+MAX_KNOBS = 101
 
 
 @dataclass(frozen=True)
