@@ -20,7 +20,7 @@ from driver.config import ConfigError, apply_overrides, load_config
 from driver.screen import say
 from rewards.base import ScoringRequest, as_completion
 from rewards.golds import GoldError, gold_text
-from rewards.registry import RewardSpec, check_rewards
+from rewards.registry import RewardSpec, answers_are_programs, check_rewards
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
 from rollout.conversation import Conversation
@@ -104,7 +104,7 @@ def score_file(spec: RewardSpec, path: Path, timeout: float) -> Iterator[Verdict
                 if not line.strip():
                     continue
                 try:
-                    request = _request(line)
+                    request = _request(line, answers_are_programs([spec]))
                 except ValueError as error:
                     yield Verdict("error", reason=f"line {number}: {error}")
                     continue
@@ -115,7 +115,7 @@ def score_file(spec: RewardSpec, path: Path, timeout: float) -> Iterator[Verdict
         worker.close()
 
 
-def _request(line: bytes) -> ScoringRequest:
+def _request(line: bytes, as_written: bool = False) -> ScoringRequest:
     """Raises ValueError for a line that holds no completion. Bytes that are no UTF-8 stay as lone surrogates, as a
     tokenizer may leave them."""
     try:
@@ -132,7 +132,7 @@ def _request(line: bytes) -> ScoringRequest:
     completion = row["completion"]
     raw = as_completion(completion, next((end for end in ENDS if end == row.get("finish_reason")), "stop"))
     return ScoringRequest(
-        text, (completion,), _gold(row.get("answer")), columns, raw=(raw,), user_text=_user_text(prompt)
+        text, (completion,), _gold(row.get("answer"), as_written), columns, raw=(raw,), user_text=_user_text(prompt)
     )
 
 
@@ -144,10 +144,10 @@ def _user_text(prompt: Any) -> str:
         return ""
 
 
-def _gold(value: Any) -> str | None:
+def _gold(value: Any, as_written: bool) -> str | None:
     """As a run reads it; None where there is none. Raises ValueError for what a run refuses."""
     try:
-        return gold_text(value)
+        return gold_text(value, as_written=as_written)
     except GoldError as error:
         if error.kind == "no answer":
             return None

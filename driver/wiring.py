@@ -9,7 +9,7 @@ from driver.demands import Device
 from driver.errors import RunError
 from driver.knobs import ActorRole
 from learner.types import LearnerOptions, WeightTransferOptions
-from rewards.registry import RewardSpec
+from rewards.registry import RewardSpec, answers_are_programs
 from rollout.engine import EngineOptions, SamplingParams
 from rollout.prompts import MEDIA_PER_PROMPT, DataOptions
 from rollout.types import MediaKind
@@ -44,6 +44,7 @@ def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True)
         files=tuple(files),
         columns=data.columns,
         extra_columns=data.extra_columns,
+        answers_as_written=answers_are_programs(reward_specs(config)),
         system_prompt=data.system_prompt,
         prompt_template=data.prompt_template,
         shuffle=data.shuffle or not train,

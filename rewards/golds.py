@@ -12,6 +12,7 @@ red                                        itself; of a number, its digits
 [1, 2]                                     one form: numbers in brackets are an answer by themselves
 {"box": [1, 2]}, [{"name": ..}]            JSON, for the rewards that read it
 [null], [], ""                             none: the row has no answer
+["assert f() == 1"] with `as_written`      tests of programs stay as they are, and so does JSON, be it in a fence
 {"style": .., "ground_truth": ..}          refused: the field is the gold (`data.columns.answer: column.ground_truth`)
 
 This file imports nothing of ours but marks.py: the data side, which knows no reward, reads by it too.
@@ -30,6 +31,7 @@ from typing import Any
 from rewards.marks import boxed, boxes
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 _FIELD = "ground_truth"
 """The field of verl's struct `reward_model` that is the gold."""
 _HASH = re.compile(r"[ \t]*(\S[^\n]*?)\s*(?:\n\s*the answer is\b[^\n]*\s*)?", re.IGNORECASE)
@@ -47,15 +49,17 @@ class GoldError(ValueError):
         return self.reason
 
 
-def gold_text(value: Any, column: str = "answer") -> str:
-    """The gold of a column's value as one text; several forms are a JSON list. Raises GoldError."""
+def gold_text(value: Any, column: str = "answer", *, as_written: bool = False) -> str:
+    """The gold of a column's value as one text; several forms are a JSON list. Raises GoldError.
+
+    `as_written`: it is no text answer but a program or tests, in which `</think>`, `####` and boxes mark nothing."""
     try:
-        return _gold_text(value, column[:60])
+        return _gold_text(value, column[:60], as_written)
     except GoldError as error:
         raise GoldError(error.kind, f"column {column[:60]!r}: {error.reason}") from error
 
 
-def _gold_text(value: Any, column: str) -> str:
+def _gold_text(value: Any, column: str, as_written: bool) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise GoldError("no answer", "the row has no answer")
     if isinstance(value, Mapping) and _FIELD in value:
@@ -69,7 +73,8 @@ def _gold_text(value: Any, column: str) -> str:
         found = type(value).__name__
         raise GoldError("bad answer", f"the answer must be a text, a number, a list or a struct, found {found}")
     listed = _listed(text)
-    forms = _stated_forms((text,) if listed is None else listed)
+    written = tuple(form for form in ((text,) if listed is None else listed) if form.strip())
+    forms = written if as_written else _stated_forms(written)
     if not forms and text.strip() != "[]":  # an empty list is a gold of tool_call: nothing is to be called
         raise GoldError("no answer", "the row has no answer")
     if listed is None:
@@ -158,7 +163,9 @@ def is_struct(text: str) -> bool:
 
 
 def _json(text: str) -> Any:
-    """The JSON object or list that a text is; else None."""
+    """The JSON object or list that a text is, perhaps in a Markdown fence; else None."""
+    if (fence := _FENCE.fullmatch(text.strip())) is not None:
+        text = fence[1]
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:

@@ -118,6 +118,12 @@ def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None =
     return problems
 
 
+def answers_are_programs(specs: Sequence[RewardSpec]) -> bool:
+    """Whether a reward reads the row's answer as tests of programs, in which nothing marks an answer. Rewards of text
+    answers beside it read what is marked by themselves (`gold_forms`)."""
+    return any(spec.name == "code_tests" and spec.options.get("column", "tests") is None for spec in specs)
+
+
 def build_rewards(specs: Sequence[RewardSpec]) -> Composite:
     """The configured rewards as one.
 

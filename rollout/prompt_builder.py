@@ -120,11 +120,11 @@ class PromptBuilder:
     def _conversation_and_answer(self, row: Mapping[str, Any]) -> tuple[Conversation, str | None]:
         columns, answer = self.columns, None
         if columns.answer is not None and not columns.answer_is_last_turn:
-            answer = _gold(columns.answer, value_of(row, columns.answer))
+            answer = _gold(columns.answer, value_of(row, columns.answer), self.options.answers_as_written)
         conversation = Conversation.read(value_of(row, columns.prompt))
         if columns.answer_is_last_turn:
             conversation, last = conversation.without_last_turn()
-            answer = _gold(columns.prompt, last)
+            answer = _gold(columns.prompt, last, self.options.answers_as_written)
         conversation.check_speaker()
         return conversation, answer
 
@@ -279,9 +279,9 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def _gold(column: str, value: Any) -> str:
+def _gold(column: str, value: Any, as_written: bool) -> str:
     """The gold of a column's value. Raises RowRefusedError."""
     try:
-        return gold_text(value, column)
+        return gold_text(value, column, as_written=as_written)
     except GoldError as error:
         raise RowRefusedError(error.kind, error.reason) from error

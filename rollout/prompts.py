@@ -56,6 +56,8 @@ class DataOptions:
     """Role -> column; None: nothing plays it. Roles that are not here are known by the names of the columns."""
     extra_columns: tuple[str, ...] = ()
     """Further columns, handed to rewards untouched."""
+    answers_as_written: bool = False
+    """Answers are programs or tests: nothing in them marks an answer."""
     system_prompt: str | None = None
     """Put before every prompt that has no system message; a key of SYSTEM_PROMPTS stands for its text."""
     prompt_template: str | None = None

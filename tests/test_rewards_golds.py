@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from driver.config import parse_config
+from driver.wiring import data_options
 from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction, ScoringRequest
 from rewards.golds import GoldError, gold_forms, gold_text
+from rewards.registry import RewardSpec, answers_are_programs
 from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
+from rewards.tool_call import ToolCallReward
+from tests.data_helpers import source, write_rows
 
 
 @pytest.mark.parametrize(
@@ -115,6 +124,59 @@ def test_what_is_no_gold_is_refused_in_a_short_line(value: object, kind: str, re
     assert caught.value.kind == kind
     assert reason in str(caught.value)
     assert len(str(caught.value)) < 260
+
+
+CODES = [
+    "assert visible('<think>a</think>b') == 'b'",
+    "assert f(1) == 2  #### 1",
+    "assert f('\\\\boxed{3} \\\\boxed{4}') == 3",
+    "x = '<answer>1</answer>'",
+    "strip('</think>",
+]
+
+
+@pytest.mark.parametrize("value", [CODES, [*CODES, None], json.dumps([*CODES, None])])
+def test_tests_of_programs_stay_as_they_are_written(value: object) -> None:
+    text = gold_text(value, as_written=True)
+    assert [code for code in json.loads(text) if code is not None] == CODES
+    with pytest.raises(GoldError, match=r"thoughts, and no answer|marks 2 answers"):
+        gold_text(value)
+    assert gold_text("so \\boxed{1}, then \\boxed{2}</think>", as_written=True).endswith("</think>")
+    for nothing in ("", " ", [None], None):
+        with pytest.raises(GoldError, match="the row has no answer"):
+            gold_text(nothing, as_written=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("code_tests", {"column": None}, True),
+        ("code_tests", {}, False),
+        ("code_tests", {"column": "tests"}, False),
+        ("accuracy", {}, False),
+        ("tool_call", {}, False),
+    ],
+)
+def test_only_answers_that_are_programs_are_left_uncut(name: str, options: dict[str, Any], expected: bool) -> None:
+    assert answers_are_programs([RewardSpec("format"), RewardSpec(name, options=options)]) == expected
+
+
+def test_a_run_hands_tests_to_their_reward_uncut_and_texts_cut(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "answer": [CODES[0]]}])
+    base = {"output_dir": "run", "steps": 1, "model": {"path": "none"}, "data": {"train": [str(path)]}}
+    functions = [{"name": "code_tests", "options": {"column": None}}]
+    for given, expected in ((functions, CODES[:1]), ([{"name": "accuracy"}], ["b') == 'b'"])):
+        config = parse_config({**base, "reward": {"functions": given}})
+        options = data_options(config, config.data.train)
+        prompt = source(path, answers_as_written=options.answers_as_written).attempt(0)
+        assert prompt is not None and json.loads(prompt.answer or "") == expected
+        assert gold_forms(prompt.answer) == ("b') == 'b'",)  # what a reward of texts beside it compares with
+
+
+def test_json_in_a_fence_is_not_cut() -> None:
+    call = '```json\n{"name": "say", "arguments": {"text": "a</think>\\n#### b"}}\n```'
+    assert gold_text(call) == call
+    assert ToolCallReward()(ScoringRequest("", ("",), answer=gold_text(call)))[0].score == 0.0
 
 
 @pytest.mark.parametrize("gold", ['{"style": "rule", "value": "40"}', '[{"name": "zoom"}]'])

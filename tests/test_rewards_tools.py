@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from driver.cli import app
 from driver.config import ConfigError, parse_config
 from driver.reward_check import JUNK, Probe, findings, generation_seconds, probe
-from driver.reward_tools import score_file
+from driver.reward_tools import _request, score_file
 from driver.shapes import make_shapes
 from rewards.base import ScoringRequest
 from rewards.registry import RewardSpec
@@ -65,6 +65,13 @@ def test_a_gold_is_read_as_a_run_reads_it(tmp_path: Path) -> None:
     assert [v.status for v in verdicts[6:]] == ["error", "error", "unscorable", "unscorable"]
     assert verdicts[6].reason.startswith("line 7: column 'answer': a struct (ground_truth); name its field")
     assert max(len(v.reason) for v in verdicts) < 300
+
+
+def test_tests_of_programs_are_no_text_that_marks_an_answer() -> None:
+    codes = ["assert visible('<think>a</think>b') == 'b'", "assert f(1) == 2  #### 1"]
+    line = json.dumps({"completion": "", "answer": codes}).encode()
+    assert json.loads(_request(line, as_written=True).answer or "") == codes
+    assert json.loads(_request(line).answer or "") == ["b') == 'b'", "1"]
 
 
 def test_score_writes_json_lines_and_takes_options(tmp_path: Path) -> None:
