@@ -27,6 +27,7 @@ from driver.wiring import config_adapter, data_options, learner_options, reward_
 from learner.samples import layout, shares_prompts
 from learner.towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
+from rollout.elsewhere import address_problem
 from rollout.prompts import DataError, PromptSource, open_data
 from rollout.types import MediaKind
 from vlm.adapter import AdapterError
@@ -186,6 +187,8 @@ def _rewards(config: RunConfig) -> list[str]:
 
 def _output(config: RunConfig, resume: bool) -> list[str]:
     directory = Path(config.output_dir)
+    if problem := address_problem(config.output_dir):  # as a path, it would be made in the working directory
+        return [f"output_dir={config.output_dir}: {problem}"]
     if directory.exists() and not directory.is_dir():
         return [f"output_dir: {directory} exists and is not a folder"]
     if file := next((p for p in directory.parents if p.exists() and not p.is_dir()), None):

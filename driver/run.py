@@ -35,6 +35,7 @@ from driver.wiring import config_adapter, evaluation_sampling, sampling_params
 from learner.durable import StorageError, atomic_file
 from learner.group import LearnerGroup
 from learner.types import LearnerError, UpdateStats
+from rollout.elsewhere import address_problem
 from rollout.types import PromptRef
 from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightSyncError
@@ -207,7 +208,8 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
     directory, display = Path(config.output_dir), display or SilentDisplay()
     with ExitStack() as stack:
         # A folder that cannot be one is said by preflight, together with all else that is wrong.
-        blocked = any(path.exists() and not path.is_dir() for path in (directory, *directory.parents))
+        files = [path for path in (directory, *directory.parents) if path.exists() and not path.is_dir()]
+        blocked = files or address_problem(config.output_dir)
         if not blocked and (remark := stack.enter_context(held(directory))):
             display.phase(remark)
         yield from _open_run(config, resume, address, display)

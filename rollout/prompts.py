@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rollout.columns import MEDIA_ROLES, Columns, Role, choose_columns, unread
 from rollout.data_report import WHAT_TO_DO, DataReport, Refusal, differences
+from rollout.elsewhere import address_problem
 from rollout.media_files import media_kind
 from rollout.order import EpochOrder
 from rollout.prompt_builder import ANSWER_REFUSALS, PromptBuilder
@@ -98,7 +99,8 @@ def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:
     """The files, and which column plays which role. Raises DataError with all that is missing at once."""
     problems: list[str] = []
     if options.root_folder is not None and not options.root_folder.is_dir():
-        problems.append(f"data.root: no folder {options.root}")
+        why = address_problem(str(options.root))
+        problems.append(f"data.root: no folder {options.root}" + (f"; {why}" if why else ""))
     files = open_files(options.files, problems)
     present = {str(file.path): file.columns for file in files if file.columns}
     columns = choose_columns(options.columns, options.extra_columns, present, problems)

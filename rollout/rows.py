@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from rollout.elsewhere import not_here
 from rollout.parquet_rows import ParquetRows
 from rollout.row_files import DataError, JsonlRows, Loaded, Row, RowFile, open_json
 
@@ -124,7 +125,9 @@ def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
         is_file = Path(name).exists()
         matches = [name] if is_file else sorted(glob.glob(name, recursive=True))
         if not matches:
-            problems.append(f"{pattern}: no such file" + (" (nothing matches)" if glob.has_magic(name) else ""))
+            why = not_here(pattern)
+            matching = " (nothing matches)" if glob.has_magic(name) and not why else ""
+            problems.append(f"{pattern}: no such file{matching}" + (f"; {why}" if why else ""))
         for match in matches:
             path = Path(match).absolute()  # links not followed: it is the name that tells the format
             if path.resolve() in found:

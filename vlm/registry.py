@@ -79,6 +79,11 @@ def _own(adapter: str) -> type[MultimodalAdapter]:
 def _known(path: str, trust_remote_code: bool) -> type[MultimodalAdapter]:
     here = Path(path)
     names_a_folder = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if "://" in path:
+        raise AdapterError(
+            f"no usable model at {path!r}: it is loaded from a folder of this machine, or by its name on the Hugging "
+            "Face hub (org/name); download or mount it, and give the folder"
+        )
     if names_a_folder and not here.is_dir():
         raise AdapterError(f"no usable model at {path!r}: there is no such folder")
     hint = (
