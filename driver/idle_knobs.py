@@ -1,4 +1,5 @@
-"""Knobs that would do nothing, by what they depend on. One that was given is an error; a default is none.
+"""Knobs that would do nothing, by what they depend on. One that was given is an error; a default is none, so that
+what a saved configuration holds can be set back where a change to another knob makes it idle.
 
 Where `cluster.device` is auto, knobs of either device may be given: the same file then runs on both. What only the
 model and the data can tell is in `IDLE_FOR_DATA` and is asked before anything starts.
@@ -6,9 +7,12 @@ model and the data can tell is in `IDLE_FOR_DATA` and is asked before anything s
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from driver.algorithm import PRESETS
 
@@ -299,5 +303,13 @@ def _complaints(config: RunConfig, reasons: dict[str, str]) -> list[str]:
         value = value_of(config, knob)
         if value not in (*NEUTRAL, *_usual(config, knob)):
             shown = list(value) if isinstance(value, tuple) else value
-            found.append(f"{knob}={shown} would do nothing: {reasons[knob]}; leave it out")
+            back = override(knob, _usual(config, knob)[-1])
+            found.append(f"{knob}={shown} would do nothing: {reasons[knob]}; leave it out, or set it back: {back}")
     return found
+
+
+def override(knob: str, value: Any) -> str:
+    """`knob=value` as an argument of a command in a shell."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return shlex.quote(f"{knob}={text}")

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import copy
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from driver.config import ConfigError, RunConfig, dump_config, iter_knobs, load_config, parse_config
+from driver.config import (
+    ConfigError,
+    RunConfig,
+    apply_overrides,
+    dump_config,
+    iter_knobs,
+    load_config,
+    parse_config,
+)
 from driver.engine_fields import ALLOWED, INSTEAD, REFUSED
-from driver.idle_knobs import ALWAYS, IDLE, IDLE_FOR_DATA, Facts, data_idle_problems
+from driver.idle_knobs import ALWAYS, IDLE, IDLE_FOR_DATA, Facts, data_idle_problems, override, value_of
 from driver.knobs import LearnerConfig
 from tests.test_config import MINIMAL
 
+BUSY: dict[str, dict[str, Any]] = {
+    "model": {"path": "m", "lora_rank": 4, "lora_alpha": 8.0, "lora_targets": ["vision", "projector"]},
+    "data": {"train": ["a.jsonl"], "eval": ["b.jsonl"], "extra_columns": ["kind"]},
+    "rollout": {"gpu_memory_utilization": 0.5},
+    "algorithm": {
+        "name": "dr_grpo",
+        "clip_eps_low": 0.1,
+        "clip_eps_high": 0.28,
+        "clip_dual": 3.0,
+        "beta": 0.1,
+        "kl_estimator": "k2",
+        "kl_in": "reward",
+        "old_policy": "behavior",
+    },
+    "learner": {"lr_schedule": "cosine", "min_lr_ratio": 0.1, "feature_cache_gib": 2.0, "offload": "optimizer"},
+    "evaluation": {"every": 5, "temperature": 0.5, "group_by": "kind", "max_prompts": 3},
+}
+"""Knobs at other values than their defaults, all of which do something."""
+CHANGES = {
+    "model.lora_rank=0": ["learner.feature_cache_gib", "model.lora_alpha", "model.lora_targets"],
+    "cluster.device=cpu": ["rollout.gpu_memory_utilization", "learner.offload"],
+    "algorithm.beta=0": ["algorithm.kl_estimator", "algorithm.kl_in"],
+    "algorithm.loss=sapo": ["algorithm.clip_eps_low", "algorithm.clip_eps_high", "algorithm.clip_dual"],
+    "learner.lr_schedule=constant": ["learner.min_lr_ratio"],
+    "data.eval=[]": ["evaluation.every", "evaluation.group_by", "evaluation.max_prompts", "evaluation.temperature"],
+}
 SAPO, FROZEN = {"loss": "sapo"}, {"path": "m", "lora_rank": 4}
 EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
 
@@ -90,6 +126,31 @@ def test_a_saved_configuration_asks_for_nothing_that_nobody_gave(tmp_path: Path)
     assert data_idle_problems(load_config(tmp_path / "saved.yaml"), nothing) == []
     changed = load_config(tmp_path / "saved.yaml", ["algorithm.loss=sapo", "algorithm.overlong_buffer=0"])
     assert changed.algorithm.loss == "sapo"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_change_of_a_saved_configuration_makes_idle_can_be_set_back_as_is_said(
+    change: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_config(parse_config({**MINIMAL, **BUSY})))
+    with pytest.raises(ConfigError) as caught:
+        load_config(saved, [change])
+    back = [shlex.split(problem.partition("set it back: ")[2])[0] for problem in caught.value.problems]
+    assert sorted(text.partition("=")[0] for text in back) == sorted(CHANGES[change])
+    changed = load_config(saved, [change, *back])
+    knobs = dict(iter_knobs())
+    assert all(value_of(changed, knob) == knobs[knob].get_default() for knob in CHANGES[change])
+
+
+@pytest.mark.parametrize("name", sorted({knob for rule in IDLE for knob in rule.knobs}))
+def test_a_knob_at_its_default_is_never_idle(name: str) -> None:
+    """Given in so many words, as `override` writes it, whatever it depends on."""
+    default = dict(iter_knobs())[name].get_default(call_default_factory=True)
+    for changes in ([], ["algorithm.loss=sapo"], ["cluster.device=cpu"], ["model.lora_rank=4"]):
+        tree = copy.deepcopy(MINIMAL)
+        assert apply_overrides(tree, [*changes, *shlex.split(override(name, default))]) == []
+        assert value_of(parse_config(tree), name) == default
 
 
 @pytest.mark.parametrize(
