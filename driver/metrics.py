@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client import Gauge as PrometheusGauge
 from ray.util.metrics import Gauge as RayGauge
 
-from learner.durable import StorageError, append, atomic_file, strict_json
+from learner.durable import StorageError, append, atomic_file, strict_json, sync_file
 from rollout.types import GroupSummary
 
 GAUGES = {
@@ -185,7 +185,13 @@ class MetricsLog:
             self._server.server_close()
 
     def flush(self) -> None:
-        """Write what waits. Raises StorageError when it still cannot be written."""
+        """Write what waits, and make all of it survive a power failure: a run that goes on from the checkpoint that
+        follows does not write it again. Raises StorageError when it still cannot be written."""
+        self._append()
+        if (path := self.directory / "metrics.jsonl").exists():
+            sync_file(path)
+
+    def _append(self) -> None:
         if self._waiting:
             append(self.directory / "metrics.jsonl", "".join(self._waiting))
             self._waiting.clear()
@@ -194,7 +200,7 @@ class MetricsLog:
         waited = len(self._waiting)
         self._waiting.append(strict_json(entry) + "\n")
         try:
-            self.flush()
+            self._append()
         except StorageError as error:
             if not waited:
                 self.report(f"{error}; the run goes on, and its figures are written when they can be")

@@ -19,7 +19,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ PLACE_ERRORS = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+"""What is said where a folder cannot be synced, as on some network and FUSE mounts, or may be written but not read. Its
+files are synced by themselves; that their names last is left to the file system then."""
 
 
 class StorageError(RuntimeError):
@@ -49,12 +52,13 @@ def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) 
     """A new directory beside `directory` to write into; takes its place, durably, when the block ends without error.
 
     `needed` bytes have to be free before anything is written; `sealed` writes DIGESTS. After an error the former
-    content stands where it was. A crash leaves the former content or the new one; at worst, between two renames, the
-    former under a hidden name beside it, which `clear_leftovers` puts back. Raises StorageError."""
+    content stands where it was. A crash leaves the former content or the new one; at worst, between two renames, or
+    where it cannot be put back, the former under a hidden name beside it, which `clear_leftovers` puts back. Raises
+    StorageError."""
     mark = uuid.uuid4().hex[:8]
     partial, former = (directory.parent / f".{directory.name}.{kind}-{mark}" for kind in ("partial", "former"))
     with storage_errors(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(directory.parent)
         check_room(directory, needed)
         try:
             partial.mkdir()
@@ -68,12 +72,14 @@ def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) 
             partial.rename(directory)
             _sync(directory.parent)
         except BaseException:
-            if former.exists() and not directory.exists():
-                former.rename(directory)
+            with suppress(OSError):  # the first error is the one to tell
+                if former.exists() and not directory.exists():
+                    former.rename(directory)
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(former, ignore_errors=True)
+            if os.path.exists(directory):  # else `former` is all there is
+                shutil.rmtree(former, ignore_errors=True)
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
@@ -99,19 +105,38 @@ def atomic_file(path: Path, content: str) -> None:
             partial.replace(path)
             _sync(path.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
 
 def append(path: Path, content: str) -> None:
-    """Add `content` to the end of `path` whole, or not at all. Raises StorageError."""
+    """Add `content` to the end of `path` whole, or not at all. Raises StorageError.
+
+    A power failure may take what was appended since `sync_file`."""
     with storage_errors(path), path.open("ab", buffering=0) as file:
         size, rest = file.tell(), content.encode()
         try:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
-            file.truncate(size)
+            with suppress(OSError):  # the first error is the one to tell
+                file.truncate(size)
             raise
+
+
+def make_folder(directory: Path) -> None:
+    """Make `directory` with its parents, those that are new so that they survive a power failure."""
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file and its name survive a power failure. Raises StorageError."""
+    with storage_errors(path):
+        _sync(path)
+        _sync(path.parent)
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -237,9 +262,13 @@ def _gib(size: int) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's or directory's content survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a file's or folder's content survive a power failure."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,15 @@ from torch import Tensor
 
 from learner import checkpoint
 from learner.checkpoint import CheckpointError, load_checkpoint, read_weights, save_checkpoint
-from learner.durable import StorageError, atomic_directory, clear_leftovers, damage
+from learner.durable import (
+    StorageError,
+    append,
+    atomic_directory,
+    atomic_file,
+    clear_leftovers,
+    damage,
+    sync_file,
+)
 from learner.engine import ReadTensor
 
 
@@ -153,6 +163,83 @@ def test_a_file_that_the_system_refuses_to_write_is_said_and_the_former_checkpoi
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert [p.name for p in tmp_path.iterdir()] == ["c"] and damage(tmp_path / "c") is None
+
+
+@pytest.fixture
+def no_folder_sync(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
+    """A file system that syncs files and answers an error where a folder is to be. What was synced, in order."""
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if os.path.isdir(synced[-1]):
+            raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return synced
+
+
+@pytest.mark.parametrize(
+    "no_folder_sync", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], indirect=True, ids=errno.errorcode.get
+)
+def test_where_folders_cannot_be_synced_everything_is_saved_all_the_same(tmp_path: Path, no_folder_sync: list[str]):
+    save_checkpoint(HeldState(some_state()), tmp_path / "c")  # type: ignore[arg-type]
+    assert damage(tmp_path / "c") is None
+    atomic_file(tmp_path / "f", "content")
+    append(tmp_path / "f", "s")
+    sync_file(tmp_path / "f")
+    assert (tmp_path / "f").read_text() == "contents"
+    assert no_folder_sync[-2:] == [str(tmp_path / "f"), str(tmp_path)]
+
+
+@pytest.mark.parametrize("no_folder_sync", [errno.EIO], indirect=True)
+def test_a_folder_that_is_damaged_is_an_error(tmp_path: Path, no_folder_sync: list[str]):
+    with pytest.raises(StorageError, match="Input/output error"):
+        atomic_file(tmp_path / "f", "content")
+
+
+def test_a_file_that_cannot_be_synced_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "f").write_text("former")
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="no"):
+        atomic_file(tmp_path / "f", "content")
+    assert (tmp_path / "f").read_text() == "former" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("no_folder_sync", [errno.EINVAL], indirect=True)
+def test_folders_that_are_new_are_synced_from_where_they_are_named(tmp_path: Path, no_folder_sync: list[str]):
+    with atomic_directory(tmp_path / "a/b/c"):
+        pass
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")} < set(no_folder_sync)
+
+
+def test_where_nothing_can_be_put_back_the_first_error_is_told_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_checkpoint(HeldState({"param/x": torch.ones(1)}, steps=1), tmp_path / "c")  # type: ignore[arg-type]
+    rename, refused = Path.rename, iter((errno.EIO, errno.EROFS))
+
+    def fail(self: Path, to: Path) -> Path:
+        if to.name == "c":
+            raise OSError(number := next(refused), os.strerror(number))
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(StorageError, match="Input/output error"):
+            save_checkpoint(HeldState({"param/x": torch.zeros(1)}, steps=2), tmp_path / "c")  # type: ignore[arg-type]
+    clear_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and damage(tmp_path / "c") is None
+
+
+def test_what_cannot_be_cut_back_hides_no_error(tmp_path: Path):
+    """A device that is always full, and cannot be cut."""
+    with pytest.raises(StorageError, match="/dev/full cannot be written: No space left on device"):
+        append(Path("/dev/full"), "content")
 
 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path):

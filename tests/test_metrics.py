@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import urllib.request
 from dataclasses import replace
@@ -105,6 +106,18 @@ def test_figures_that_find_no_room_wait_and_are_written_whole_and_in_order(local
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
     assert [e["step"] for e in read_metrics(tmp_path, "evaluation")] == [2]
     assert len(said) == 2 and "the run goes on" in said[0] and "2 records that had waited" in said[1]
+
+
+@pytest.mark.e2e
+def test_figures_are_made_to_last_before_a_checkpoint_and_not_each_by_itself(local_ray, tmp_path, monkeypatch):
+    synced: list[str] = []
+    log = MetricsLog(tmp_path)
+    log.flush()  # a run that is stopped before its first step
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    log.step(record(1))
+    assert synced == []
+    log.flush()
+    assert synced == [str(tmp_path / "metrics.jsonl"), str(tmp_path)]
 
 
 def no_json(constant: str) -> None:
