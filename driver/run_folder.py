@@ -12,12 +12,12 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from driver.config import ConfigError
-from learner.durable import clear_leftovers, storage_errors
+from learner.durable import clear_leftovers, make_folder, storage_errors
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -32,7 +32,7 @@ def held(directory: Path) -> Iterator[str | None]:
     path = directory / LOCK
     made = not directory.exists()
     with storage_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         descriptor, remark = _open_locked(path)
     try:
         started = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -44,10 +44,13 @@ def held(directory: Path) -> Iterator[str | None]:
                 clear_leftovers(folder)
         yield remark
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder is gone, or another's by now: no reason to hide how the run ended
+            if _same(descriptor, path):
+                path.unlink()
         os.close(descriptor)
-        if made and not any(directory.iterdir()):
-            directory.rmdir()
+        if made:
+            with suppress(OSError):  # something is in it
+                directory.rmdir()
 
 
 def in_use(directory: Path) -> str | None:

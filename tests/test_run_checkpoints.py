@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,31 @@ def test_a_folder_is_held_by_one_run_and_freed_with_its_process(tmp_path):
     assert (folder / "run.lock").exists() and run_folder.in_use(folder) is None
     with run_folder.held(folder):
         pass
+
+
+@pytest.mark.parametrize("then", ["removed", "made anew", "not writable"])
+def test_what_became_of_the_folder_hides_no_error_of_the_run(tmp_path, monkeypatch, then):
+    folder = tmp_path / "run"
+
+    def refuse(path, **given):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def run():
+        if then == "not writable":  # as after a change of its owner
+            for method in ("unlink", "iterdir", "rmdir"):
+                monkeypatch.setattr(type(folder), method, refuse)
+        else:
+            shutil.rmtree(folder)
+        if then == "made anew":  # by another run, which holds it
+            folder.mkdir()
+            (folder / "run.lock").touch()
+        raise RunError("its own")
+
+    with pytest.raises(RunError, match="its own"), run_folder.held(folder):
+        run()
+    monkeypatch.undo()
+    assert folder.exists() == (then != "removed")
+    assert (folder / "run.lock").exists() == (then != "removed")
 
 
 def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_path):
