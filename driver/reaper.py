@@ -1,7 +1,11 @@
 """Ends what is left of a local Ray when its driver is gone: a small process of its own, started before Ray is.
 
 driver ── pipe ──▶ reaper    every second: which processes descend from Ray's, which are the driver's children?
-       end of file, or another parent: the driver ended, however it did ─▶ those that still live are killed
+       a byte, end of file, or another parent: the run or the driver ended ─▶ those that still live are killed
+
+Whoever is forked from the driver holds the pipe too: an end of file may never come, hence the byte and the parent. A
+driver that is process 1 of a container has no other parent after it, and needs none: the kernel ends all with it. While
+it lives, whatever lost its parent is its child: what is older than the reaper is not of this Ray.
 
 Ray's own processes mostly notice a dead driver; its agents on the node do not, and what an actor started may not.
 Linux only: it reads /proc. Standard library only: it starts in milliseconds and holds almost no memory.
@@ -34,8 +38,7 @@ class Process(NamedTuple):
 def start(ray_folder: Path) -> subprocess.Popen[bytes] | None:
     """A reaper for the Ray that this process is about to start, whose programs lie in `ray_folder`.
 
-    It looks when this returns. It ends, when everything else has, as soon as its standard input is closed. None where
-    there is no /proc."""
+    It looks when this returns. None where there is no /proc."""
     if not Path("/proc/self/stat").exists():
         return None
     reaper = subprocess.Popen(
@@ -46,14 +49,15 @@ def start(ray_folder: Path) -> subprocess.Popen[bytes] | None:
     )
     assert reaper.stdout is not None
     with reaper.stdout as looking:
-        looking.read()
+        looking.readline()  # not to the end of file: somebody may have forked just now
     return reaper
 
 
 def finish(reaper: subprocess.Popen[bytes]) -> None:
     """Have the reaper end what Ray left, and wait until it has."""
     assert reaper.stdin is not None
-    reaper.stdin.close()
+    with suppress(BrokenPipeError), reaper.stdin as pipe:
+        pipe.write(b"\n")
     with suppress(subprocess.TimeoutExpired):  # something hangs in the kernel; the reaper ends by itself
         reaper.wait(END_SECONDS + LOOK_SECONDS)
 
@@ -82,17 +86,21 @@ def with_descendants(roots: Mapping[int, Process], alive: Mapping[int, Process])
     return found
 
 
+def children_since(parent: int, started: int, alive: Mapping[int, Process]) -> dict[int, Process]:
+    """The children of `parent` that are no older than `started`."""
+    return {pid: process for pid, process in alive.items() if process.parent == parent and process.started >= started}
+
+
 def _of_ray(driver: int, ray_folder: str, alive: Mapping[int, Process]) -> dict[int, Process]:
-    """The driver's children that run a program of Ray's."""
+    """The driver's children that run a program of Ray's, and are no older than this process."""
     found = {}
-    for pid, process in alive.items():
-        if process.parent == driver:
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:
-                continue
-            if f"{ray_folder}/".encode() in command:
-                found[pid] = process
+    for pid, process in children_since(driver, alive[os.getpid()].started, alive).items():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"{ray_folder}/".encode() in command:
+            found[pid] = process
     return found
 
 
@@ -105,7 +113,9 @@ def watch(driver: int, ray_folder: str) -> None:
         known = with_descendants(known | _of_ray(driver, ray_folder, alive), alive)
         known.pop(os.getpid(), None)
         if not told:
-            os.close(1)  # says that it looks
+            with suppress(BrokenPipeError):
+                os.write(1, b"\n")  # says that it looks
+            os.close(1)
             told = True
         ready, _, _ = select.select([0], [], [], LOOK_SECONDS)
         if ready or os.getppid() != driver:

@@ -120,9 +120,10 @@ def test_the_head_is_given_up_before_ray_gives_it_up():
     assert max(head.LOCAL_PATIENCE, head.JOINED_PATIENCE) < head.RAY_LIMIT - head.RAY_MARGIN
 
 
-@pytest.mark.parametrize("how", ["killed", "ended"])
-def test_whatever_descends_from_rays_programs_ends_with_the_driver(tmp_path: Path, how: str):
-    """A program of Ray's, its child in a session of its own; a child of the driver's that is none of Ray's stays."""
+@pytest.mark.parametrize("how", ["killed", "ended", "goes on"])
+def test_whatever_descends_from_rays_programs_ends_with_the_run(tmp_path: Path, how: str):
+    """A program of Ray's, its child in a session of its own. A child of the driver's that is none of Ray's stays, and
+    one forked from it, which holds the pipe to the reaper."""
     (tmp_path / "raylet.py").write_text(
         "import subprocess, sys, time\n"
         "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], start_new_session=True)\n"
@@ -130,30 +131,46 @@ def test_whatever_descends_from_rays_programs_ends_with_the_driver(tmp_path: Pat
         "time.sleep(1000)\n"
     )
     code = (
-        "import os, signal, subprocess, sys\nfrom pathlib import Path\nfrom driver import reaper\n"
+        "import os, signal, subprocess, sys, time\nfrom pathlib import Path\nfrom driver import reaper\n"
         "folder = Path(sys.argv[1])\n"
+        "reaping = reaper.start(folder)\n"
         "ray = subprocess.Popen([sys.executable, str(folder / 'raylet.py')], stdout=subprocess.PIPE, text=True)\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
         "worker = int(ray.stdout.readline())\n"
-        "reaping = reaper.start(folder)\n"
-        "print(ray.pid, worker, reaping.pid, other.pid, flush=True)\n"
+        "if not (forked := os.fork()): time.sleep(1000)\n"
+        "time.sleep(1.5 * reaper.LOOK_SECONDS)\n"
+        "print(ray.pid, worker, reaping.pid, other.pid, forked, flush=True)\n"
         "sys.stdin.readline()\n"
         "if sys.argv[2] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
         "reaper.finish(reaping)\n"
+        "if sys.argv[2] == 'goes on': time.sleep(1000)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), how]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdin is not None and driver.stdout is not None
-        *family, other = (psutil.Process(int(pid)) for pid in driver.stdout.readline().split())
+        *family, other, forked = (psutil.Process(int(pid)) for pid in driver.stdout.readline().split())
         known = [(process.pid, process.create_time()) for process in family]
         driver.stdin.write("\n")
         driver.stdin.close()
-        driver.wait(WAIT)
-    try:
-        assert all_end(known)
-        assert other.is_running()
-    finally:
-        other.kill()
+        try:
+            assert all_end(known)
+            assert other.is_running() and forked.is_running()
+            assert how == "goes on" or driver.wait(WAIT) is not None
+        finally:
+            for process in (other, forked, driver):
+                process.kill()
+
+
+def test_whoever_lost_his_parent_and_is_now_of_a_driver_that_is_process_1_is_left_alone():
+    """In a container: another Ray's programs, that were there before."""
+    alive = {
+        1: reaper.Process(parent=0, started=100),
+        7: reaper.Process(parent=1, started=150),  # started by who ended since
+        8: reaper.Process(parent=1, started=200),  # the reaper
+        9: reaper.Process(parent=1, started=200),
+        10: reaper.Process(parent=9, started=300),
+    }
+    assert set(reaper.children_since(1, alive[8].started, alive)) == {8, 9}
 
 
 def test_a_process_that_took_a_dead_ones_number_is_left_alone():
