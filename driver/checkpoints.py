@@ -15,11 +15,12 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from driver.errors import RunError
-from learner.durable import atomic_directory, damage, strict_json
+from learner.durable import atomic_directory, damage, moved_aside, strict_json
 
 FORMAT = 3
 
@@ -40,7 +41,8 @@ def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Cal
     # Later steps than this one belong to checkpoints that a resume found damaged: they count for nothing.
     before = [s for s in found(directory) if s < step]
     for old in before[: max(0, len(before) + 1 - keep)]:
-        shutil.rmtree(_path(directory, old))
+        with suppress(OSError):  # what cannot be removed now is tried again at the next checkpoint
+            shutil.rmtree(moved_aside(_path(directory, old)))
     return final
 
 

@@ -7,5 +7,9 @@ class RunError(RuntimeError):
     """The run cannot go on; says what happened, where, and what to do."""
 
 
+class MismatchError(RunError):
+    """Engine and learner hold the same weights and disagree: what the update made of it is kept nowhere."""
+
+
 class RunStopped(Exception):
     """The user asked the run to stop (Ctrl-C, SIGTERM); its state is saved on the way out."""

@@ -1,6 +1,7 @@
 """Whether a run may go on as it does: steps that are not taken, and engines that disagree with the learner.
 
-UpdateStats ──observe──▶ lines for the user, or the error that ends the run
+UpdateStats ──judge────▶ a line, or MismatchError: before anything of the update is booked
+            ──observe──▶ lines, or NotFiniteError: its prompts are booked by then, with the reason
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from driver.errors import RunError
+from driver.errors import MismatchError
 from learner.types import NotFiniteError, UpdateStats
 
 MOST_REFUSED = 3
@@ -26,27 +27,26 @@ class Health:
     """Of one run. `refused_in_row` is part of its checkpoints."""
 
     dtype: Literal["float32", "bfloat16"]
-    optimizer_steps: int
     model: str
     refused_in_row: int = 0
     _judged: bool = False
     """Whether the mismatch was looked at; later ones have to do with staleness too."""
 
     def observe(self, update: UpdateStats) -> list[str]:
-        """What there is to say about an update. Raises NotFiniteError after MOST_REFUSED steps in a row that were not
-        taken, and RunError when engine and learner disagree."""
-        lines = [str(step) for step in update.refused]
+        """What there is to say about steps that were not taken. Raises NotFiniteError after MOST_REFUSED in a row; a
+        run that is resumed after that counts anew."""
         refused, longest = {step.position for step in update.refused}, 0
-        for position in range(self.optimizer_steps):
+        for position in update.attempted:
             self.refused_in_row = self.refused_in_row + 1 if position in refused else 0
             longest = max(longest, self.refused_in_row)
-        lines += self._judge(update)
         if longest >= MOST_REFUSED:
+            self.refused_in_row = 0
             raise NotFiniteError(f"{longest} optimizer steps in a row were not taken. The last: {update.refused[-1]}")
-        return lines
+        return [str(step) for step in update.refused]
 
-    def _judge(self, update: UpdateStats) -> list[str]:
-        """The gap of the first update whose tokens were sampled by the very weights that it trains."""
+    def judge(self, update: UpdateStats) -> list[str]:
+        """What there is to say about the gap of the first update whose tokens were sampled by the very weights that it
+        trains. Raises MismatchError when it is beyond what the precision explains."""
         gap, usual = update.metrics.get("mismatch_mean", math.nan), USUAL_MISMATCH[self.dtype]
         if self._judged or update.staleness_max > 0 or math.isnan(gap):
             return []
@@ -60,5 +60,5 @@ class Health:
             f"--dtype {self.dtype}"
         )
         if gap > STOP_FACTOR * usual:
-            raise RunError(text)
+            raise MismatchError(text)
         return [text]

@@ -219,8 +219,8 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0: only at the end and on interruption."""
+    every: int = Field(50, ge=0)
+    """Steps between checkpoints: what a crash costs at most; 0: only at the end and on interruption."""
     keep: int = Field(2, ge=1)
     """Checkpoints kept."""
 

@@ -14,12 +14,14 @@ and training alternate, strictly on-policy.
 from __future__ import annotations
 
 from driver.config import RunConfig
-from driver.display import Display
+from driver.display import Display, SilentDisplay
 from driver.errors import RunStopped
 from driver.evaluate import Results
+from driver.finished import finished
 from driver.rollouts import check_staleness
 from driver.run import Run, RunResult, open_engines, open_run
 from driver.timing import Stopwatch
+from learner.durable import StorageError
 
 
 def train(
@@ -30,6 +32,10 @@ def train(
     `resume` continues from the newest checkpoint in `config.output_dir`; `address` joins a running Ray cluster. Raises
     ConfigError before anything starts, RunError when the run cannot go on (its state is saved as a checkpoint first).
     """
+    if resume and (done := finished(config)):
+        display = display or SilentDisplay()
+        display.phase(f"nothing is left of the {config.steps} steps of {done.output_dir}; to train on, raise steps")
+        return done
     with open_run(config, resume=resume, address=address, display=display) as run:
         try:
             run.evaluate_if_due()
@@ -45,8 +51,10 @@ def train(
             raise reason from error
         try:
             run.checkpoint()
-        finally:
-            run.save_model()  # also where a checkpoint finds no room: the model is a part of its size
+        except StorageError:
+            run.save_model()  # a part of the checkpoint's size: it may find room
+            raise
+        run.save_model()
         return run.result()
 
 
@@ -63,6 +71,7 @@ def step(run: Run, config: RunConfig) -> None:
 
     with watch.phase("learn"):
         update = run.learner.update(batch.groups, batch.summaries, run.version)
+    run.judge(update)
     run.book(batch, update)
     run.version += 1
 

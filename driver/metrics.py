@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ GAUGES = {
     "steps_not_taken": "optimizer steps of the last update that were not taken, as the gradient was not finite",
     "entropy": "mean token entropy",
 }
+MODEL = "model"
+"""Kind of the record of a saved model."""
 REWARD_SECONDS = "reward_seconds", "mean seconds that a reward took for one group"
 """A gauge with a label: the name of the reward."""
 
@@ -170,6 +173,10 @@ class MetricsLog:
         """Append one evaluation."""
         self._write({"kind": "evaluation", "step": step, "seconds": seconds, "results": results})
 
+    def model(self, step: int) -> None:
+        """Append that the model of `step` is saved."""
+        self._write({"kind": MODEL, "step": step})
+
     def truncate_after(self, step: int) -> int:
         """Forget records of steps later than `step`: a resumed run writes them again. Returns how many lines could not
         be read, which go too."""
@@ -185,32 +192,33 @@ class MetricsLog:
             self._server.server_close()
 
     def flush(self) -> None:
-        """Write what waits, and make all of it survive a power failure: a run that goes on from the checkpoint that
-        follows does not write it again. Raises StorageError when it still cannot be written."""
-        self._append()
-        if (path := self.directory / "metrics.jsonl").exists():
-            sync_file(path)
-
-    def _append(self) -> None:
-        if self._waiting:
-            append(self.directory / "metrics.jsonl", "".join(self._waiting))
-            self._waiting.clear()
+        """Write what waits, if it can be written, and make all of it survive a power failure: a run that goes on from
+        the checkpoint that follows does not write it again."""
+        self._write_waiting(len(self._waiting))
+        with suppress(StorageError, FileNotFoundError):
+            sync_file(self.directory / "metrics.jsonl")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         waited = len(self._waiting)
         self._waiting.append(strict_json(entry) + "\n")
+        self._write_waiting(waited)
+
+    def _write_waiting(self, waited: int) -> None:
+        if not self._waiting:
+            return
         try:
-            self._append()
+            append(self.directory / "metrics.jsonl", "".join(self._waiting))
         except StorageError as error:
             if not waited:
                 self.report(f"{error}; the run goes on, and its figures are written when they can be")
         else:
+            self._waiting.clear()
             if waited:
                 self.report(f"metrics.jsonl: {waited} records that had waited are written")
 
 
 def read_metrics(directory: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """Records of one kind (`step` or `evaluation`) of a run's `metrics.jsonl`; without lines that a kill cut off."""
+    """Records of one kind (`step`, `evaluation`, `model`) of `metrics.jsonl`; without lines that a kill cut off."""
     return [entry for entry in _read(directory / "metrics.jsonl")[0] if entry["kind"] == kind]
 
 

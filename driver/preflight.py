@@ -70,7 +70,7 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
             f"data.max_prompt_length + rollout.max_completion_length = {needed} tokens, but the model at "
             f"{config.model.path} takes at most {longest}; lower one of them"
         )
-    choices.lines.append(f"learner: {layout(adapter)}")
+    choices.lines += [f"learner: {layout(adapter)}", *idle_ranks(config)]
     limit = config.learner.micro_batch_patches
     most = max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0)
     if limit is not None and limit < config.data.max_prompt_length * most:
@@ -119,6 +119,19 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
     if config.learner.micro_batch_gib is not None and not problems:
         problems = memory_problems(config, adapter, choices.media_kinds)
     return problems
+
+
+def idle_ranks(config: RunConfig) -> list[str]:
+    """A line where ranks stay without work, as a group is trained by one of them."""
+    learner, steps = config.learner, config.algorithm.optimizer_steps
+    groups = learner.prompts_per_step // steps
+    if learner.ranks <= groups:
+        return []
+    divided = f" / algorithm.optimizer_steps={steps}" if steps > 1 else ""
+    return [
+        f"learner: {learner.ranks - groups} of learner.ranks={learner.ranks} have nothing to train: an optimizer step "
+        f"has {groups} prompts (learner.prompts_per_step={learner.prompts_per_step}{divided}), each for one rank"
+    ]
 
 
 def _data_alone(config: RunConfig) -> list[str]:

@@ -17,9 +17,10 @@ from driver.actors import Actors
 from driver.config import RunConfig, config_tree, dump_config, require_evaluation
 from driver.deaths import DeathError, explain, first_lines
 from driver.display import Display, SilentDisplay
-from driver.errors import RunError
+from driver.errors import MismatchError, RunError
 from driver.evaluate import Evaluator, Results
 from driver.failures import unscored
+from driver.finished import RunResult
 from driver.head import HeadWatch
 from driver.health import Health
 from driver.ledger import Ledger
@@ -39,20 +40,6 @@ from rollout.elsewhere import address_problem
 from rollout.types import PromptRef
 from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightSyncError
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What `train` returns."""
-
-    output_dir: Path
-    model_dir: Path | None
-    """The trained model in Hugging Face format; None if the run was interrupted."""
-    steps: int
-    """Updates done, over all resumes."""
-    evaluations: Mapping[int, Results]
-    """Step -> results, over all resumes."""
-    interrupted: bool = False
 
 
 @dataclass
@@ -78,7 +65,7 @@ class Run:
 
     def __post_init__(self) -> None:
         model = self.config.model
-        self.health = Health(model.dtype, self.config.algorithm.optimizer_steps, model.path)
+        self.health = Health(model.dtype, model.path)
 
     @property
     def directory(self) -> Path:
@@ -98,8 +85,13 @@ class Run:
             else:
                 self.ledger.train([summary.ref])
 
+    def judge(self, update: UpdateStats) -> None:
+        """Before an update is booked: raises MismatchError where engine and learner do not compute the same."""
+        for line in self.health.judge(update):
+            self.display.phase(f"step {self.version + 1}: {line}")
+
     def heed(self, update: UpdateStats) -> None:
-        """Say what is wrong with an update. Raises NotFiniteError and RunError where the run has to end."""
+        """Say which of its steps were not taken. Raises NotFiniteError where these are too many in a row."""
         for line in self.health.observe(update):
             self.display.phase(f"step {self.version}: {line}")
 
@@ -138,17 +130,20 @@ class Run:
 
     def checkpoint_if_due(self) -> None:
         every = self.config.checkpoint.every
-        if self._overdue or (every and self.version % every == 0):
+        due = bool(every) and self.version % every == 0
+        if self._overdue or due:
             try:
                 self.checkpoint()
             except StorageError as error:
-                newest = f"that of step {self._saved}" if self._saved >= 0 else "none"
-                if not self._overdue:
+                if due or not self._overdue:
                     self.display.phase(
-                        f"no checkpoint of step {self.version}: {error}; the newest stays {newest}; "
+                        f"no checkpoint of step {self.version}: {error}; the newest stays {self._newest()}; "
                         "the run goes on and tries again after each step"
                     )
                 self._overdue = True
+
+    def _newest(self) -> str:
+        return f"that of step {self._saved}" if self._saved >= 0 else "none"
 
     def checkpoint(self) -> None:
         """Save weights, optimizer, cursor and ledger as of now; nothing if that was done already."""
@@ -173,16 +168,17 @@ class Run:
 
     def checkpoint_after(self, error: Exception) -> Exception:
         """Save the state before `error` ends the run, unless the learner itself failed, or a transfer for which several
-        ranks gather: they may be waiting for each other, and the former checkpoint is what there is.
+        ranks gather: they may be waiting for each other, and the former checkpoint is what there is. It is too where
+        the learner trained on what it disagrees about with the engines.
 
         Returns the error to show: who died, if that is what it comes from."""
         config = self.config.learner
         reason = explain(error, self.actors.questions(), self.head)
         dead = isinstance(reason, DeathError) and any(who.startswith("learner") for who in reason.dead)
         cut_off = isinstance(error, WeightSyncError) and config.ranks > 1 and config.zero_stage == 3
-        if isinstance(error, LearnerError) or cut_off or dead:
-            saved = f"that of step {self._saved}" if self._saved >= 0 else "none yet"
-            self.display.phase(f"the learner failed; the newest checkpoint: {saved}")
+        if isinstance(error, LearnerError | MismatchError) or cut_off or dead:
+            what = "nothing of the last update is kept" if isinstance(error, MismatchError) else "the learner failed"
+            self.display.phase(f"{what}; the newest checkpoint: {self._newest()}")
             return reason
         if self.version == 0 and self._saved < 0:
             return reason  # nothing was trained: a checkpoint would only stand in the way of the next attempt
@@ -196,6 +192,7 @@ class Run:
         """Write the trained model in Hugging Face format to `output_dir/model`."""
         self.learner.save_pretrained(self.directory / "model")
         checkpoints.check_visible(self.directory / "model")
+        self.log.model(self.version)
 
     def result(self, *, interrupted: bool = False) -> RunResult:
         model = None if interrupted else self.directory / "model"

@@ -82,6 +82,12 @@ def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) 
                 shutil.rmtree(former, ignore_errors=True)
 
 
+def moved_aside(directory: Path) -> Path:
+    """`directory` under the name of something half-written, so that a removal that is cut short leaves no part of it
+    under its own. Raises OSError."""
+    return directory.rename(directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}")
+
+
 def strict_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: a number that is not finite is null. Python would write `NaN`, which is none."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

@@ -253,3 +253,5 @@ class UpdateStats:
     """Wall time of the slowest rank: `fetch` (object store), `encode`, `reference`, `train`, `total`."""
     refused: tuple[RefusedStep, ...] = ()
     """Steps that were not taken."""
+    attempted: tuple[int, ...] = (0,)
+    """Positions of the steps that had something to train, these among them."""

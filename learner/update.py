@@ -105,7 +105,6 @@ def run_update(
     watch.split("train")
     taken = [step for step in steps if step[0].taken]
     results, shown = zip(*(taken or steps), strict=True)
-    known = len(results) if options.needs_policy_before else 1
     seconds = dict(zip(watch.seconds, engine.all_reduce_max(list(watch.seconds.values())), strict=True))
     return {
         "loss": float(np.mean([r.loss for r in results])),
@@ -118,10 +117,11 @@ def run_update(
         "staleness_mean": reduced[1] / trained,
         "staleness_max": int(engine.all_reduce_max([lag_max])[0]),
         "metrics": {
-            **step_metrics(results, [c.tokens for c in shown], known),
+            **step_metrics(results, [c.tokens for c in shown], len(results) if options.needs_policy_before else 1),
             **(towers.take_metrics() if towers is not None else {}),
         },
         "seconds": {**seconds, "total": sum(seconds.values())},
+        "attempted": tuple(i for i, count in enumerate(counts) if count.tokens),
         "refused": refused,
     }
 

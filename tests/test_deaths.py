@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from driver.deaths import DeathError, explain, find_dead, first_lines
-from driver.errors import RunError, RunStopped
+from driver.errors import MismatchError, RunError, RunStopped
 from driver.head import HeadLostError
 from driver.run import Run
 from learner.deaths import how_it_died
@@ -179,6 +179,7 @@ def test_a_rank_that_died_is_named_not_the_one_that_gloo_told_of_it(processes, t
         (WeightSyncError("receive", ("rollout-0",), GLOO), ["engine rollout-0"], True),
         (RunError("a group was lost with its actor"), ["learner rank 1"], False),
         (LearnerError("rank 0 failed"), [], False),
+        (MismatchError("they differ by 1"), [], False),
     ],
 )
 def test_the_state_is_saved_unless_the_learner_is_what_failed(error, dead, saved, monkeypatch):
@@ -193,5 +194,6 @@ def test_the_state_is_saved_unless_the_learner_is_what_failed(error, dead, saved
     run.display = SimpleNamespace(phase=said.append)  # type: ignore[assignment]
     run._saved = 4
     shown = run.checkpoint_after(error)
-    assert said == (["saved"] if saved else ["the learner failed; the newest checkpoint: that of step 4"])
+    why = "nothing of the last update is kept" if isinstance(error, MismatchError) else "the learner failed"
+    assert said == (["saved"] if saved else [f"{why}; the newest checkpoint: that of step 4"])
     assert (shown is error) == (not dead)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from driver.errors import RunError
+from driver.errors import MismatchError
 from driver.health import Health
 from learner.engine import StepResult
 from learner.refusal import RefusedStep, joined, refused_step
@@ -21,7 +21,9 @@ def refused(position: int = 0) -> RefusedStep:
     return RefusedStep(position, ("kl",), (PromptRef("d:7"),), NAN, math.inf, 0.5, (PromptRef("d:7"), PromptRef("d:8")))
 
 
-def update(*steps: RefusedStep, mismatch: float = 1e-6, staleness: int = 0) -> UpdateStats:
+def update(
+    *steps: RefusedStep, attempted: tuple[int, ...] = (0,), mismatch: float = 1e-6, staleness: int = 0
+) -> UpdateStats:
     counts = {"groups": 2, "groups_dropped": 0, "groups_flat": 0, "samples": 4, "tokens": 9, "tokens_computed": 20}
     return UpdateStats(
         **{"version": 0, "loss": 0.1, "grad_norm": 1.0, "learning_rate": 1e-6, **counts},
@@ -29,12 +31,13 @@ def update(*steps: RefusedStep, mismatch: float = 1e-6, staleness: int = 0) -> U
         staleness_mean=0.0,
         staleness_max=staleness,
         metrics={"mismatch_mean": mismatch},
+        attempted=attempted,
         refused=steps,
     )
 
 
-def health(steps: int = 1, dtype: str = "float32") -> Health:
-    return Health(dtype, steps, "some/model")  # type: ignore[arg-type]
+def health(dtype: str = "float32") -> Health:
+    return Health(dtype, "some/model")  # type: ignore[arg-type]
 
 
 def test_the_third_step_in_a_row_that_is_not_taken_ends_the_run():
@@ -53,33 +56,44 @@ def test_a_resumed_run_goes_on_counting():
     run.refused_in_row = 2
     with pytest.raises(NotFiniteError):
         run.observe(update(refused()))
+    assert run.refused_in_row == 0 and run.observe(update(refused()))  # and one after this end counts anew
 
 
 def test_steps_of_one_update_are_counted_one_by_one():
-    run = health(steps=4)
-    assert len(run.observe(update(refused(0), refused(2), refused(3)))) == 3 and run.refused_in_row == 2
+    run, all_four = health(), (0, 1, 2, 3)
+    lines = run.observe(update(refused(0), refused(2), refused(3), attempted=all_four))
+    assert len(lines) == 3 and run.refused_in_row == 2
     with pytest.raises(NotFiniteError):
-        run.observe(update(refused(0)))
+        run.observe(update(refused(0), attempted=all_four))
     with pytest.raises(NotFiniteError):
-        health(steps=4).observe(update(refused(1), refused(2), refused(3)))
+        health().observe(update(refused(1), refused(2), refused(3), attempted=all_four))
+
+
+def test_steps_with_nothing_to_train_do_not_break_the_row():
+    """Of four steps two have groups with scores, in each update others."""
+    run = health()
+    run.observe(update(refused(0), refused(2), attempted=(0, 2)))
+    assert run.refused_in_row == 2
+    with pytest.raises(NotFiniteError, match="3 optimizer steps in a row"):
+        run.observe(update(refused(1), attempted=(1, 3)))
 
 
 @pytest.mark.parametrize(("dtype", "usual"), [("float32", 0.01), ("bfloat16", 0.1)])
 def test_engines_that_disagree_are_said_and_beyond_ten_times_the_run_ends(dtype: str, usual: float):
-    assert health(dtype=dtype).observe(update(mismatch=0.9 * usual)) == []
-    (line,) = health(dtype=dtype).observe(update(mismatch=1.1 * usual))
+    assert health(dtype).judge(update(mismatch=0.9 * usual)) == []
+    (line,) = health(dtype).judge(update(mismatch=1.1 * usual))
     assert f"differ by {1.1 * usual:.3g}" in line and f"saccade parity some/model --dtype {dtype}" in line
     for gap in (10.1 * usual, math.inf):
-        with pytest.raises(RunError, match=r"rollout\.engine_options"):
-            health(dtype=dtype).observe(update(mismatch=gap))
+        with pytest.raises(MismatchError, match=r"rollout\.engine_options"):
+            health(dtype).judge(update(mismatch=gap))
 
 
 def test_the_gap_is_judged_once_and_only_between_the_same_weights():
     run = health()
-    assert run.observe(update(mismatch=1.0, staleness=1)) == []
-    assert run.observe(update(refused(), mismatch=NAN))[1:] == []
-    assert len(run.observe(update(mismatch=0.05))) == 1
-    assert run.observe(update(mismatch=0.05)) == []
+    assert run.judge(update(mismatch=1.0, staleness=1)) == []
+    assert run.judge(update(refused(), mismatch=NAN)) == []
+    assert len(run.judge(update(mismatch=0.05))) == 1
+    assert run.judge(update(mismatch=0.05)) == []
 
 
 def test_what_ranks_saw_of_a_step_is_put_together():

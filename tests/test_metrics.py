@@ -13,7 +13,7 @@ import pytest
 
 from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
 from driver.timing import union_seconds
-from learner.durable import StorageError, strict_json
+from learner.durable import strict_json
 from rollout.types import GroupSummary, PromptRef
 
 
@@ -98,14 +98,14 @@ def test_figures_that_find_no_room_wait_and_are_written_whole_and_in_order(local
         log.step(record(2))
         log.evaluation(2, {}, 1.0)
         assert (tmp_path / "metrics.jsonl").stat().st_size == size
-        with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written: File too large"):
-            log.flush()
+        log.flush()  # as before every checkpoint, which is saved all the same
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     log.step(record(3))
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
     assert [e["step"] for e in read_metrics(tmp_path, "evaluation")] == [2]
-    assert len(said) == 2 and "the run goes on" in said[0] and "2 records that had waited" in said[1]
+    assert len(said) == 2 and "metrics.jsonl cannot be written: File too large" in said[0]
+    assert "the run goes on" in said[0] and "2 records that had waited" in said[1]
 
 
 @pytest.mark.e2e

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from driver.config import ConfigError, RunConfig, parse_config
 from driver.errors import RunError
-from driver.preflight import check_data, missing_weights, preflight
+from driver.preflight import check_data, idle_ranks, missing_weights, preflight
 from driver.run import Run
 from driver.shapes import make_shapes
 from driver.wiring import transfer_backend, weight_transfer_options
@@ -117,6 +117,22 @@ def test_parts_and_roles_that_the_family_does_not_have_are_refused_by_name(setti
     )
     with pytest.raises(ConfigError, match="nothing would be trained: frozen: language; media of the data: none"):
         preflight(config)
+
+
+def test_ranks_that_have_nothing_to_train_are_said(settings: dict, tmp_path: Path) -> None:
+    """A group is trained by one rank: 8 prompts in 2 steps are work for 4."""
+
+    def said(ranks: int, **algorithm: int) -> list[str]:
+        learner = {**settings.get("learner", {}), "ranks": ranks, "prompts_per_step": 8}
+        return idle_ranks(
+            parse_config(settings | {"output_dir": str(tmp_path), "learner": learner, "algorithm": algorithm})
+        )
+
+    assert said(8) == said(4, optimizer_steps=2) == []
+    (line,) = said(9)
+    assert line.startswith("learner: 1 of learner.ranks=9 have nothing to train")
+    (line,) = said(8, optimizer_steps=2)
+    assert "4 of learner.ranks=8" in line and "prompts_per_step=8 / algorithm.optimizer_steps=2" in line
 
 
 def test_quantization_without_its_package_is_refused(

@@ -20,13 +20,14 @@ import pytest
 from driver import checkpoints, run_folder
 from driver.config import ConfigError, parse_config
 from driver.demo import prepare_folder
-from driver.errors import RunError
+from driver.errors import MismatchError, RunError
+from driver.finished import finished
 from driver.ledger import Ledger
 from driver.loop import step as one_step
 from driver.loop import train
 from driver.rollouts import SealedBatch
-from driver.run import Run
-from learner.durable import StorageError, seal
+from driver.run import Run, RunResult
+from learner.durable import StorageError, clear_leftovers, seal
 from learner.refusal import RefusedStep
 from learner.types import NotFiniteError, UpdateStats
 from rollout.data_actor import DataActorReport
@@ -196,13 +197,14 @@ def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_
         display=SimpleNamespace(phase=said.append),
         head=None,
     )
-    for run.version in (1, 2, 3, 4):
+    for run.version in (1, 2, 3, 4, 5, 6, 7):  # said whenever one is due, not after each attempt
         run.checkpoint_if_due()
-    assert len(said) == 1 and "no checkpoint of step 3" in said[0] and "No space left" in said[0]
+    assert [text.split(":")[0] for text in said] == ["no checkpoint of step 3", "no checkpoint of step 6"]
+    assert "No space left" in said[0]
     full[0] = False
-    for run.version in (5, 7):
+    for run.version in (8, 10):
         run.checkpoint_if_due()
-    assert checkpoints.found(tmp_path / "checkpoints") == [5]
+    assert checkpoints.found(tmp_path / "checkpoints") == [8]
 
 
 def test_of_runs_that_start_together_one_gets_the_folder(tmp_path):
@@ -265,14 +267,8 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_starts():
         train(parse_config(config))
 
 
-def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_step_ends_the_run(tmp_path):
-    said, synced, recorded = [], [], []
-    summaries = [
-        GroupSummary(PromptRef(f"d:{i}"), (1.0, 0.0), valid, {}, (1, 1), ("stop", "stop"), 2, 0, invalid_reasons=why)
-        for i, (valid, why) in enumerate([((True, True), ()), ((True, True), ()), ((True, False), ("timeout: 9 s",))])
-    ]
-    refused = RefusedStep(0, ("kl",), (), float("nan"), float("nan"), 0.0, (summaries[1].ref,))
-    stats = UpdateStats(0, 0.1, 1.0, 1e-6, 3, 1, 0, 2, 2, 9, 1, 0.0, 0, {}, {"total": 1.0}, (refused,))
+def run_of(directory, summaries, stats):
+    """A run whose every batch has these summaries, and whose every update these figures; and what it says."""
 
     def collect(version):
         for summary in summaries:
@@ -280,10 +276,11 @@ def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_ste
         batch = [replace(s, oldest_version=version) for s in summaries]
         return SealedBatch((), tuple(batch), 0)
 
+    said: list[str] = []
     run = Run(
         config=parse_config(
             {
-                "output_dir": str(tmp_path),
+                "output_dir": str(directory),
                 "steps": 9,
                 "model": {"path": "m"},
                 "data": {"train": ["a.json"]},
@@ -295,10 +292,23 @@ def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_ste
         ledger=Ledger(),
         rollouts=SimpleNamespace(difficulty=None, admit_through=lambda batch: None, collect=collect),
         evaluator=None,
-        log=SimpleNamespace(step=recorded.append, flush=lambda: None),
+        log=SimpleNamespace(flush=lambda: None),
         display=SimpleNamespace(phase=said.append, step=lambda record, total: None),
         head=None,
     )
+    return run, said
+
+
+def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_step_ends_the_run(tmp_path):
+    synced, recorded = [], []
+    summaries = [
+        GroupSummary(PromptRef(f"d:{i}"), (1.0, 0.0), valid, {}, (1, 1), ("stop", "stop"), 2, 0, invalid_reasons=why)
+        for i, (valid, why) in enumerate([((True, True), ()), ((True, True), ()), ((True, False), ("timeout: 9 s",))])
+    ]
+    refused = RefusedStep(0, ("kl",), (), float("nan"), float("nan"), 0.0, (summaries[1].ref,))
+    stats = UpdateStats(0, 0.1, 1.0, 1e-6, 3, 1, 0, 2, 2, 9, 1, 0.0, 0, {}, {"total": 1.0}, (refused,))
+    run, said = run_of(tmp_path, summaries, stats)
+    run.log.step = recorded.append
     run.sync_weights = lambda: synced.append(run.version)
     one_step(run, run.config)
     assert (run.version, synced, run.ledger.trained, run.ledger.outstanding()) == (1, [1], 1, [])
@@ -310,4 +320,68 @@ def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_ste
         one_step(run, run.config)
     run.checkpoint()
     state = checkpoints.newest(tmp_path / "checkpoints", print)[1]
-    assert (state["version"], state["refused_in_row"], state["ledger"]["dropped"][reason]) == (3, 3, 3)
+    assert (state["version"], state["refused_in_row"], state["ledger"]["dropped"][reason]) == (3, 0, 3)
+
+
+def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp_path):
+    """Its prompts are issued again by a resume, from the checkpoint before it."""
+    summaries = [
+        GroupSummary(PromptRef(f"d:{i}"), (1.0, 0.0), (True, True), {}, (1, 1), ("stop", "stop"), 2, 0) for i in (0, 1)
+    ]
+    stats = UpdateStats(0, 0.1, 1.0, 1e-6, 2, 0, 0, 4, 4, 9, 1, 0.0, 0, {"mismatch_mean": 2.0}, {"total": 1.0})
+    run, said = run_of(tmp_path, summaries, stats)
+    with pytest.raises(MismatchError, match=r"differ by 2 on average"):
+        one_step(run, run.config)
+    assert (run.version, run.ledger.trained, len(run.ledger.outstanding())) == (0, 0, 2)
+    error = MismatchError("they differ")
+    run.actors.questions, run.head = dict, SimpleNamespace(gone=lambda: False)
+    assert run.checkpoint_after(error) is error and checkpoints.found(tmp_path / "checkpoints") == []
+    assert said == ["nothing of the last update is kept; the newest checkpoint: none"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run_and_is_never_half_there(tmp_path, monkeypatch):
+    real = checkpoints.shutil.rmtree
+
+    def busy(path, **options):
+        if "000001" not in path.name:
+            return real(path, **options)
+        (path / "run.json").unlink()
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    checkpoints.save(tmp_path, 1, {"version": 1}, write_learner, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, "rmtree", busy)
+        checkpoints.save(tmp_path, 2, {"version": 2}, write_learner, keep=1)
+    assert checkpoints.found(tmp_path) == [2] and len(list(tmp_path.iterdir())) == 2
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_run_with_nothing_left_to_do_is_told_from_one_that_was_not_evaluated_or_not_saved(tmp_path):
+    """Without starting anything: no model, data or Ray of this configuration exists."""
+    given = {"output_dir": str(tmp_path), "steps": 2, "model": {"path": "m"}, "data": {"train": ["a"], "eval": ["b"]}}
+    config, lines = parse_config(given), []
+
+    def add(line):
+        lines.append(json.dumps(line) + "\n")
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+
+    for step in (1, 2):
+        checkpoints.save(tmp_path / "checkpoints", step, {}, write_learner, keep=2)
+        assert finished(config) is None
+    (tmp_path / "model").mkdir()  # of an earlier end
+    add({"kind": "model", "step": 1})
+    add({"kind": "evaluation", "step": 2, "results": {"all": {"score": 1.0}}})
+    assert finished(config) is None
+    add({"kind": "model", "step": 2})
+    said: list[str] = []
+    result = train(config, resume=True, display=SimpleNamespace(phase=said.append))
+    assert result == RunResult(tmp_path, tmp_path / "model", 2, {2: {"all": {"score": 1.0}}})
+    assert said == [f"nothing is left of the 2 steps of {tmp_path}; to train on, raise steps"]
+    assert finished(parse_config(given | {"steps": 3})) is None
+    assert finished(parse_config(given | {"steps": 1})) == result
+    lines.pop(1)
+    add({"kind": "step", "step": 2})
+    assert finished(config) is None  # never evaluated
+    with run_folder.held(tmp_path):
+        assert finished(parse_config(given | {"steps": 1})) is None  # and the run says who holds it
