@@ -26,6 +26,8 @@ UNPACKED_BYTES = 64 * 2**20
 UNPACKED_TIMES = 100
 """A column of a row group that takes more than so many bytes, and so many times what it takes in the file, is not
 unpacked: data of use never come near both."""
+SMALLER_GROUPS = "good data pass after pq.write_table(pq.read_table(FILE), NEW, row_group_size={})"
+"""What to do about good data that are refused for the size of their row groups; `pq` is pyarrow.parquet."""
 DECODED_BYTES = 256 * 2**20
 """What the rows of a block, and one row, may take in memory."""
 SHAREABLE = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
@@ -91,15 +93,18 @@ class ParquetRows:
 
     def _bomb(self, group: int) -> str:
         """Why a row group is not unpacked; empty for one that is."""
+        rows = self._metadata.row_group(group).num_rows
         for i in self._leaves:
             column = self._metadata.row_group(group).column(i)
-            elements = column.num_values - self._metadata.row_group(group).num_rows  # of lists, 4 bytes each
+            elements = column.num_values - rows  # of lists, 4 bytes each
             packed, unpacked = column.total_compressed_size, max(column.total_uncompressed_size, 4 * elements)
             if unpacked > max(UNPACKED_BYTES, UNPACKED_TIMES * packed):
-                return (
+                reason = (
                     f"{column.path_in_schema!r} of row group {group} unpacks from {packed:,} to {unpacked:,} bytes; "
                     f"more than {UNPACKED_BYTES >> 20} MiB and {UNPACKED_TIMES} times as much are not unpacked"
                 )
+                fewer = rows * UNPACKED_BYTES // (2 * unpacked)
+                return f"{reason}; {SMALLER_GROUPS.format(fewer)}" if fewer else reason
         return ""
 
     def load(self, block: Block) -> Loaded:

@@ -28,7 +28,7 @@ FORMATS: dict[str, Callable[[Path], RowFile]] = {
 
 SHOWN = 80
 """Characters of a value that a message quotes."""
-MAX_REASON = 260
+MAX_REASON = 300
 """Characters of a reason: a row may hold megabytes, and what is said of it stays a line."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -94,6 +95,26 @@ def test_rows_of_what_is_not_unpacked_are_refused_and_counted_beside_good_ones(
     assert [prompt.ref.row for prompt in data.one_epoch()] == [0, 1, 4]
     assert data.report().refused == {"unreadable row": 2}
     assert "'prompt' of row group 1 unpacks from" in data.report().first_refusals[0].reason
+
+
+def test_good_data_in_a_row_group_that_is_not_unpacked_are_read_once_written_as_the_refusal_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long system prompt before every question, stored without a dictionary, packs as well as a bomb does."""
+    monkeypatch.setattr(parquet_rows, "UNPACKED_BYTES", MIB)
+    words = " ".join(f"{n * n % 977:x}" for n in range(1000))
+    path, smaller = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    table = pa.table(
+        {"prompt": [[{"role": "system", "content": words}, {"role": "user", "content": f"{n}?"}] for n in range(2000)]}
+    )
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
+    with pytest.raises(RowRefusedError) as refused:
+        RowStore(open_files([str(path)], []), ("prompt",), MIB).read(0)
+    found = re.search(r"pq\.write_table\(pq\.read_table\(FILE\), NEW, row_group_size=(\d+)\)$", refused.value.reason)
+    assert found is not None and "'prompt.list.element.content' of row group 0" in refused.value.reason
+    pq.write_table(pq.read_table(path), smaller, row_group_size=int(found[1]), compression="zstd", use_dictionary=False)
+    store = RowStore(open_files([str(smaller)], []), ("prompt",), MIB)
+    assert [store.read(n)["prompt"] for n in (0, 1999)] == [table["prompt"][n].as_py() for n in (0, 1999)]
 
 
 def test_a_value_over_the_limit_is_refused_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
