@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rewards.format import unfenced
+from rewards.nulls import is_blank, is_null
 
 Coordinates = Literal["absolute", "normalized", "thousandths"]
 Box = tuple[float, float, float, float]
@@ -64,13 +65,13 @@ def _parsed(text: str) -> Any:
 def _items(value: Any) -> list[Item]:
     """Raises ValueError or TypeError for what is no box."""
     if isinstance(value, Mapping):
-        keys = [key for key in (*_BOX_KEYS, *_POINT_KEYS) if value.get(key) is not None]
+        keys = [key for key in (*_BOX_KEYS, *_POINT_KEYS) if not is_null(value.get(key))]
         if len(keys) != 1:
             raise ValueError("an object without one box")
         return [Item(_box(value[keys[0]]), " ".join(str(value.get("label") or "").casefold().split()))]
     if not isinstance(value, list | tuple):
         raise TypeError("neither an object nor a list")
-    values = [v for v in value if v is not None]  # nulls are what tables fill in
+    values = [v for v in value if not is_blank(v)]
     if len(values) < len(value) and all(isinstance(v, int | float) for v in values):
         raise ValueError("a coordinate is missing")
     if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):

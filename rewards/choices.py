@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rewards.nulls import is_null
+
 MAX_CHARACTERS = 20_000
 """Longest question, and longest column text, in which choices are looked for; the last characters count."""
 _LINE = re.compile(r"(?m)^[ \t]*\(?([A-Z])[).:]\s*(\S[^\n]*)$")
@@ -31,9 +33,9 @@ def _of_column(value: Any) -> dict[str, str]:
         labels, texts = value.get("label"), value.get("text")
         if isinstance(labels, Sequence) and isinstance(texts, Sequence) and len(labels) == len(texts):
             value = dict(zip(labels, texts, strict=True))  # the columns of ARC, CommonsenseQA, OpenBookQA
-        return {str(letter).strip().upper(): str(text) for letter, text in value.items() if text is not None}
+        return {str(letter).strip().upper(): str(text) for letter, text in value.items() if not is_null(text)}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return {chr(ord("A") + i): str(text) for i, text in enumerate(value[:26]) if text is not None}
+        return {chr(ord("A") + i): str(text) for i, text in enumerate(value[:26]) if not is_null(text)}
     return {}
 
 

@@ -2,7 +2,8 @@
 
     test {"input": "3 4", "output": "7"}     the program reads standard input and prints
     test {"code": "assert add(3, 4) == 7"}   calls the program's functions, from a process and a sandbox of its own
-    tests                                    a list of those, of codes, or `{"inputs": [..], "outputs": [..]}`
+    tests                                    a list of those, of codes, or `{"inputs": [..], "outputs": [..]}`;
+                                             nulls, and tests of nothing but nulls, are none: tables fill them in
 
 The program is the last Markdown fence labelled `python`, `Python`, `py`, `python3` and the like; else the last fence
 without a label, else the whole answer. What is printed must be the expected lines: white space at the end of a line and
@@ -31,6 +32,7 @@ from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, gold_of, unscorable
 from rewards.format import Scope, check_scope, judged_text
+from rewards.nulls import is_blank, is_null
 from rewards.remote_program import FAILED, PASSED, UNSUPPORTED
 from rewards.sandbox import Limits, Outcome, isolation_problem, run, run_linked
 from rewards.user import RewardSetupError
@@ -40,6 +42,8 @@ MAX_CHARACTERS = 100_000
 _OPENING = re.compile(r"(`{3,}|~{3,})[ \t]*([^`~]*)$")
 _PYTHON = re.compile(r"(?i)[{.\s]*(?:i?python|py)[\d.]*(?![\w])")
 _MAIN = "import sys\nsys.path.insert(0, '.')\nfrom rewards.remote_program import main\nmain()\n"
+_LISTS = {part + s: part for part in ("input", "output", "code") for s in ("", "s")}
+"""What an object of lists calls them: `Sequence` of `datasets` makes `{"input": [..], "output": [..]}` of objects."""
 _MODULES = ("remote_program.py", "remote_object.py")
 
 
@@ -168,20 +172,29 @@ def _lines(text: str) -> list[str]:
 def _tests(value: Any) -> list[Mapping[str, str]]:
     """Raises ValueError or TypeError for what is no list of tests."""
     tests = json.loads(value) if isinstance(value, str) else value
-    if isinstance(tests, Mapping) and isinstance(tests.get("inputs"), list) and isinstance(tests.get("outputs"), list):
-        pairs = zip(tests["inputs"], tests["outputs"], strict=True)
-        tests = [{"input": given, "output": expected} for given, expected in pairs]
-    tests = [tests] if isinstance(tests, Mapping) else [test for test in tests if test is not None]
-    if not tests:
-        raise ValueError("the list is empty")
-    return [_test(test) for test in tests]
+    if isinstance(tests, Mapping):
+        tests = _rows(tests)
+    if not isinstance(tests, list | tuple):
+        raise TypeError(f"tests are a list or an object, found {type(tests).__name__}")
+    if not (given := [test for test in tests if not is_blank(test)]):
+        raise ValueError("nothing but nulls" if tests else "the list is empty")
+    return [_test(test) for test in given]
+
+
+def _rows(tests: Mapping[str, Any]) -> list[Any]:
+    """The tests of an object: it is one, or has a list for each of their parts."""
+    lists = {part: tests[name] for name, part in _LISTS.items() if isinstance(tests.get(name), list)}
+    lists = {part: values for part, values in lists.items() if not all(map(is_null, values))} or lists
+    if len({len(values) for values in lists.values()}) > 1:
+        raise ValueError(f"its lists {', '.join(lists)} are of different lengths")
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)] if lists else [tests]
 
 
 def _test(test: Any) -> Mapping[str, str]:
-    """One test with its texts alone: tables give every row all the keys, some of them None."""
+    """One test with its texts alone: tables give every row all the keys, some of them null."""
     given = {"code": test} if isinstance(test, str) else {}
     if isinstance(test, Mapping):
-        given = {k: v for k, v in test.items() if v is not None}
+        given = {k: v for k, v in test.items() if not is_null(v)}
     found = {"code": given["code"]} if "code" in given else {"input": "", **given}
     wanted = ("code",) if "code" in given else ("input", "output")
     if not all(isinstance(found.get(name), str) for name in wanted):

@@ -4,6 +4,11 @@ Failure modes: a schema says what an answer looks like, not whether it is right;
 Documents with a key twice, NaN or Infinity are no JSON here, other than to Python. A reference in a schema to another
 document is never fetched: the verdict is then an error. A schema's patterns are searched by the `regex` package, for at
 most 0.1 s a text: what takes longer (`^(a+)+$` on many a's) is a violation.
+
+A row's own schema may come from a table, which gives it the keys of all rows' schemas. No keyword is ever null but
+`const` and `default`, so a null is a keyword, a name or a schema that this row has not, and left out. What stands in
+`enum`, `examples` and within a `const` stays as it is, and so does `{"const": null}` by itself; beside other keywords a
+null `const` is one of other rows (`"type": "null"` says the same).
 """
 
 from __future__ import annotations
@@ -17,12 +22,17 @@ from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, gold_of, unscorable
 from rewards.format import Scope, check_scope, judged_text, unfenced
+from rewards.nulls import is_null
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 100_000
 MAX_DEPTH = 100
 """Lists and objects within each other."""
 PATTERN_SECONDS = 0.1
+_VALUES = ("const", "enum", "default", "examples", "type")
+"""Keywords that hold documents, whose nulls are meant; a null in the list of a `type` is a mistake for "null"."""
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+"""Keywords that hold schemas by names, which may be those of keywords."""
 
 
 class NotJSONError(ValueError):
@@ -169,9 +179,9 @@ class JsonSchemaReward:
         schema = self.schema
         if schema is None:
             try:
-                schema = _object(gold_of(request, self.column))
+                schema = _row_schema(gold_of(request, self.column))
                 check_schema(schema)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 return unscorable(request, f"column {self.column} holds no JSON schema: {error}"[:300])
         return [self._judge(schema, text) for text in request.completions]
 
@@ -188,8 +198,34 @@ class JsonSchemaReward:
         return Verdict.scored(0.0 if problem else 1.0, reason=problem)
 
 
-def _object(value: Any) -> Mapping[str, Any]:
+def _row_schema(value: Any) -> Mapping[str, Any]:
+    """The schema that a row holds, without what its table filled in. Raises ValueError for what is no object."""
     document = read_json(value) if isinstance(value, str) else value
+    if _absent(document):
+        raise ValueError("it is null")
     if not isinstance(document, Mapping):
-        raise ValueError("it is no object")
-    return document
+        raise ValueError(f"it is no object but a {type(document).__name__}")
+    return dict(_unpadded(document))
+
+
+def _absent(value: Any) -> bool:
+    """Whether a place in a row's schema holds nothing but nulls, other than a `{"const": null}`."""
+    if not isinstance(value, Mapping) or set(value) in (set(), {"const"}):
+        return is_null(value)
+    return all(map(_absent, value.values()))
+
+
+def _unpadded(schema: Any) -> Any:
+    """A row's schema without nulls that stand for keywords, names and schemas of other rows."""
+    if isinstance(schema, list | tuple):
+        return [_unpadded(item) for item in schema if not _absent(item)]
+    if not isinstance(schema, Mapping) or set(schema) == {"const"}:
+        return schema
+    kept = {keyword: value for keyword, value in schema.items() if not _absent(value)}
+    return {keyword: value if keyword in _VALUES else _inner(keyword, value) for keyword, value in kept.items()}
+
+
+def _inner(keyword: str, value: Any) -> Any:
+    if keyword in _BY_NAME and isinstance(value, Mapping):
+        return {name: _unpadded(schema) for name, schema in value.items() if not _absent(schema)}
+    return _unpadded(value)

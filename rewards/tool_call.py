@@ -6,8 +6,9 @@ call          also `{"type": "function", "function": {..}}`, `parameters` for `a
 tools         what may be called, in OpenAI's form `{"name": .., "parameters": schema}`; what violates it is wrong
 
 Equal are calls of the same name whose arguments have equal values: 5 is 5.0, true is not 1, "Paris" is not "paris", nor
-3 "3". The order of calls and of keys does not count, that of lists does. A null argument is the same as none at all:
-tables fill every row up with the keys of all others. The schema sees a model's nulls as they are written.
+3 "3". The order of calls and of keys does not count, that of lists does. A null argument is the same as none at all,
+and a gold call of nothing but nulls is none: tables fill every row up with the keys of all others. The schema sees a
+model's nulls as they are written.
 
 Failure modes: what the completion says besides its calls is not judged. A tool's defaults are not known: an argument
 that is left out differs from one that is given.
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, gold_of, unscorable
 from rewards.json_schema import check_schema, read_json, violation
+from rewards.nulls import is_blank, is_null, without_blanks
 from rollout.types import Verdict
 
 _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
@@ -57,7 +59,7 @@ class ToolCallReward:
         """The gold calls as a completion makes them; None where the row has none."""
         try:
             calls = [_read(call) for call in self._gold(request)]
-            written = [json.dumps({"name": name, "arguments": _without_nulls(given)}) for name, given in calls]
+            written = [json.dumps({"name": name, "arguments": without_blanks(given)}) for name, given in calls]
         except (ValueError, TypeError, RecursionError):
             return None
         return "\n".join(f"{_OPENING}{call}{_CLOSING}" for call in written)
@@ -66,7 +68,14 @@ class ToolCallReward:
         """The row's calls, as they are written. Raises ValueError or TypeError for what is no list."""
         gold = gold_of(request, self.column)
         document = read_json(gold) if isinstance(gold, str) else gold
-        return [document] if isinstance(document, Mapping) else [call for call in document if call is not None]
+        if isinstance(document, Mapping):
+            return [document]
+        if not isinstance(document, list | tuple):
+            raise TypeError(f"neither a call nor a list of them, found {type(document).__name__}")
+        calls = [call for call in document if not is_blank(call)]
+        if document and not calls:
+            raise ValueError("nothing but nulls; where no tool is to be called, the list is empty")
+        return calls
 
     def _judge(self, wanted: Counter[str], completion: str) -> Verdict:
         made: Counter[str] = Counter()
@@ -100,16 +109,16 @@ class ToolCallReward:
 
 def _read(call: Any) -> tuple[str, Mapping[str, Any]]:
     """Name and arguments of a call in any of its forms. Raises ValueError for what is no call."""
-    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping) and not is_blank(call["function"]):
         call = call["function"]
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise ValueError('a call is an object {"name": .., "arguments": {..}}')
     arguments = call.get("arguments")
-    if arguments is None:
+    if is_null(arguments):
         arguments = call.get("parameters")
     if isinstance(arguments, str):
         arguments = read_json(arguments) if arguments.strip() else None
-    if arguments is None:
+    if is_null(arguments):
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError("arguments are an object")
@@ -118,15 +127,7 @@ def _read(call: Any) -> tuple[str, Mapping[str, Any]]:
 
 def _key(name: str, arguments: Mapping[str, Any]) -> str:
     """A call as text, the same for equal calls."""
-    return json.dumps([name, _canonical(_without_nulls(arguments))], sort_keys=True)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without keys whose value is null, or an object of nothing but nulls, at any depth."""
-    if isinstance(value, Mapping):
-        kept = {key: (_without_nulls(item), item) for key, item in value.items() if item is not None}
-        return {key: new for key, (new, old) in kept.items() if new or not (isinstance(old, Mapping) and old)}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+    return json.dumps([name, _canonical(without_blanks(arguments))], sort_keys=True)
 
 
 def _canonical(value: Any) -> Any:

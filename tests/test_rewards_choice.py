@@ -139,6 +139,7 @@ def test_letters_win_over_texts_that_are_letters() -> None:
         (["cat", "dog"], QUESTION, {"A": "cat", "B": "dog"}),
         (["cat", "dog", None], "", {"A": "cat", "B": "dog"}),  # nulls are what Parquet fills in
         ({"A": "cat", "b": "dog", "C": None}, "", {"A": "cat", "B": "dog"}),
+        (["cat", "dog", float("nan")], "", {"A": "cat", "B": "dog"}),
         ('["cat", "dog"]', "", {"A": "cat", "B": "dog"}),
         ("['cat', \"dog's\"]", "", {"A": "cat", "B": "dog's"}),  # MMMU writes lists as Python does
         ("[" * 5000, "", {}),

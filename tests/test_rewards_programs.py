@@ -6,12 +6,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rewards.code_tests import _lines, _tests, program_of
 from rewards.remote_program import LinkEndedError, ProgramEnd, UnsupportedError, run_test
+from tests.data_helpers import source
 
 X = "x = 1\nprint(x)"
 
@@ -75,6 +79,57 @@ def test_forms_of_tests() -> None:
     ]
     assert _tests('["assert f(1) == 2", null]') == [{"code": "assert f(1) == 2"}]
     assert _tests([{"input": None, "output": "7", "code": None}]) == [{"input": "", "output": "7"}]
+
+
+NAN = float("nan")
+ONE = [{"input": "1", "output": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("tests", "read"),
+    [
+        ([*ONE, {"input": None, "output": None}], ONE),
+        ([{"input": None, "output": None, "code": None}, {**ONE[0], "code": None}, None], ONE),
+        ([*ONE, {"input": NAN, "output": NAN}, NAN], ONE),
+        ([{**ONE[0], "more": {"a": None}}, {"input": None, "output": None, "more": {"a": None}}], ONE),
+        ('[{"input": "1", "output": "2"}, {"input": null, "output": null}]', ONE),
+        ({"input": ["1", None], "output": ["2", None]}, ONE),
+        ({"inputs": ["1"], "outputs": ["2"], "code": None, "fn_name": None}, ONE),
+        ({"inputs": ["1", None], "outputs": ["2", None], "code": [None, None, None]}, ONE),
+        ({"inputs": None, "outputs": None, "code": ["f(1)", None]}, [{"code": "f(1)"}]),
+        ({"inputs": [], "outputs": [], "code": ["f(1)"]}, [{"code": "f(1)"}]),
+        ({"input": None, "output": None, "code": "f(1)"}, [{"code": "f(1)"}]),
+    ],
+)
+def test_what_tables_fill_in_is_no_test(tests: object, read: object) -> None:
+    assert _tests(tests) == read
+
+
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        ([None], "nothing but nulls"),
+        ([{"input": None, "output": None}], "nothing but nulls"),
+        ({"input": None, "output": None}, "nothing but nulls"),
+        ({"inputs": ["1"], "outputs": ["2", "3"]}, "its lists input, output are of different lengths"),
+        ({"inputs": [], "outputs": []}, "the list is empty"),
+        ([{"input": "1", "output": None}], "a test is"),
+        (None, "a list or an object, found NoneType"),
+        (3, "a list or an object, found int"),
+    ],
+)
+def test_what_holds_no_tests_says_why(tests: object, said: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=said):
+        _tests(tests)
+
+
+def test_tests_of_a_parquet_file_are_those_that_were_written(tmp_path: Path) -> None:
+    rows = [[*ONE, None], [{"code": "f(1)"}]]
+    table = pa.Table.from_pylist([{"prompt": "q", "answer": "1", "tests": row} for row in rows])
+    pq.write_table(table, tmp_path / "a.parquet")
+    data = source(tmp_path / "a.parquet", extra_columns=("tests",), shuffle=False)
+    prompts = [data.attempt(row) for row in range(2)]
+    assert [_tests(prompt.columns["tests"]) for prompt in prompts if prompt] == [ONE, rows[1]]
 
 
 def tried(program: str, test: str) -> str:

@@ -128,6 +128,16 @@ def test_boxes_are_read_or_wrong(answer: str, expected: float) -> None:
     assert score(reward, answer, "[0, 0, 0.4, 0.5]") == pytest.approx(expected)
 
 
+def test_a_gold_box_of_a_table_has_the_nulls_of_other_rows() -> None:
+    box = {"bbox_2d": [0.0, 0.0, 0.4, 0.5], "label": "cat", "point_2d": None}
+    blank = {"bbox_2d": None, "label": None, "point_2d": float("nan")}
+    reward = GroundingReward("normalized", metric="boxes", column="boxes")
+    answer = ('<answer>[{"bbox_2d": [0, 0, 0.4, 0.5], "label": "cat"}]</answer>',)
+    assert reward(ScoringRequest("", answer, columns={"boxes": [box, blank, None]}))[0].score == 1.0
+    for nothing in ([blank], [None], blank):
+        assert reward(ScoringRequest("", answer, columns={"boxes": nothing}))[0].status == "unscorable"
+
+
 def test_metrics_and_coordinates_of_grounding() -> None:
     image = (Media("image", "0" * 64, b"", width=200, height=100),)
     gold = "[0, 0, 0.4, 0.5]"  # in pixels: 0, 0, 80, 50

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from rewards.base import ScoringRequest
@@ -130,6 +131,87 @@ def test_columns_hold_golds_with_the_nulls_of_their_table() -> None:
     assert ideal == '<tool_call>{"name": "zoom", "arguments": {"bbox": [1.0, 2.0, 3.0, 4.0]}}</tool_call>'
     for no_gold in (None, "", "red", "3", '[{"no": "name"}]', '[["zoom"]]'):
         assert score(ToolCallReward(), no_gold, made(ZOOM)) == "unscorable"
+
+
+BLANK = {"name": None, "arguments": None}
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        [ZOOM, BLANK],
+        [BLANK, ZOOM, {"name": None, "arguments": {"bbox": None}}],
+        [{**ZOOM, "type": None, "function": BLANK}],
+        [{"type": "function", "function": ZOOM, **BLANK}, {"type": None, "function": BLANK, **BLANK}],
+        [ZOOM, {"name": float("nan"), "arguments": float("nan")}],
+    ],
+)
+def test_calls_of_nothing_but_nulls_are_no_calls(gold: Any) -> None:
+    reward = ToolCallReward(column="calls")
+    request = ScoringRequest("", (made(ZOOM), made(ZOOM, ZOOM)), columns={"calls": gold})
+    assert [v.score for v in reward(request)] == [1.0, 0.0]
+    assert reward.ideal(request) == made(ZOOM).replace("\n", "")
+
+
+@pytest.mark.parametrize("gold", [[None], [BLANK], BLANK, [BLANK, None]])
+def test_golds_of_nothing_but_nulls_do_not_say_that_nothing_is_called(gold: Any) -> None:
+    (verdict,) = ToolCallReward(column="calls")(ScoringRequest("", ("",), columns={"calls": gold}))
+    assert verdict.status == "unscorable" and "holds no tool calls" in verdict.reason
+
+
+# ---------------------------------------------------------------------- schemas of tables
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0}}, "required": ["x"]}
+NAMES = {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2}
+EITHER = {"anyOf": [{"type": "integer"}, {"pattern": "^a", "type": "string"}]}
+NAMED = {"type": "object", "properties": {"enum": {"type": "integer"}, "const": {"type": "string", "maxLength": 2}}}
+SCHEMAS: list[tuple[dict[str, Any], Any, Any]] = [
+    (POINT, {"x": 1}, {"x": -1}),
+    (NAMES, ["a"], ["c"]),
+    (EITHER, "ab", "b"),
+    (NAMED, {"const": "ab"}, {"const": "abc"}),
+    ({"const": "red"}, "red", None),
+]
+
+
+def schema_scores(schema: Any, *documents: Any) -> list[float | str]:
+    completions = tuple(f"<answer>{json.dumps(document)}</answer>" for document in documents)
+    verdicts = JsonSchemaReward(column="schema")(ScoringRequest("", completions, columns={"schema": schema}))
+    return [v.status if v.score is None else v.score for v in verdicts]
+
+
+def test_schemas_of_a_table_are_those_that_were_written() -> None:
+    written = [schema for schema, _, _ in SCHEMAS]
+    read = pa.Table.from_pylist([{"schema": schema} for schema in written]).to_pylist()
+    assert all(
+        row["schema"]["type"] is None or row["schema"] != schema for row, schema in zip(read, written, strict=True)
+    )
+    for row, (_, right, wrong) in zip(read, SCHEMAS, strict=True):
+        assert schema_scores(row["schema"], right, wrong) == [1.0, 0.0]
+        assert schema_scores(json.dumps(row["schema"]), right, wrong) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("schema", "documents", "scores"),
+    [
+        ({"const": None}, (None, 1), [1.0, 0.0]),
+        ({"properties": {"a": {"const": None}}}, ({"a": None}, {"a": 1}), [1.0, 0.0]),
+        ({"enum": [None, "a"], "type": None}, (None, "a", "b"), [1.0, 1.0, 0.0]),
+        ({"type": "string", "const": None, "enum": None}, ("a", None), [1.0, 0.0]),
+        ({"type": "null", "const": None}, (None, 1), [1.0, 0.0]),
+        ({"const": {"a": None, "b": 1}, "type": None}, ({"a": None, "b": 1}, {"b": 1}), [1.0, 0.0]),
+        ({"default": None, "maximum": 3, "minimum": float("nan")}, (3, 4), [1.0, 0.0]),
+        ({"properties": {"a": {"type": "string"}, "b": None}, "additionalProperties": False}, ({"b": 1},), [0.0]),
+        ({"minimum": 0, "properties": {"b": {"type": None}}, "items": {"type": None}}, ({"b": 1}, [1]), [1.0, 1.0]),
+        ({}, (1,), [1.0]),
+        ({"type": None, "properties": {"a": None}}, (1,), ["unscorable"]),
+        ({"type": ["string", None]}, (1,), ["unscorable"]),
+        (None, (1,), ["unscorable"]),
+        ([POINT], (1,), ["unscorable"]),
+    ],
+)
+def test_nulls_of_a_schema(schema: Any, documents: tuple[Any, ...], scores: list[Any]) -> None:
+    assert schema_scores(schema, *documents) == scores
 
 
 def test_declared_tools_see_arguments_in_every_form_and_nulls_as_written() -> None:
