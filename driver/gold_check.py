@@ -147,7 +147,7 @@ def _place(config: RunConfig) -> Callable[[str], str]:
 
 def _scored(function: RewardFunction, row: Prompt, place: Callable[[str], str]) -> tuple[str, str | None]:
     """The kind of a row's gold; and the gold with what the reward said of it, if that is not full marks."""
-    request = ScoringRequest(row.text, (), row.answer, row.columns, user_text=row.user_text)
+    request = ScoringRequest.of_row(row)
     try:
         ideal = function.ideal(request)  # type: ignore[attr-defined]
         completed = with_completions(request, ["" if ideal is None else place(ideal)])

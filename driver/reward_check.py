@@ -23,7 +23,7 @@ from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
 from rollout.prompts import DataError, PromptSource
-from rollout.types import Prompt, Verdict
+from rollout.types import Verdict
 from vlm.adapter import AdapterError
 
 JUNK = "lorem ipsum 7 or 8, who knows; (A) (B) red blue"
@@ -195,7 +195,7 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
     prompts = [prompt for prompt in source.look(rows) if prompt is not None]
     if not prompts:
         raise ConfigError([f"data.train: none of the first rows can be used: {source.report()}"])
-    requests = {prompt.ref.uid: _request(prompt) for prompt in prompts}
+    requests = {prompt.ref.uid: ScoringRequest.of_row(prompt) for prompt in prompts}
     say(console, f"{len(requests)} rows of data.train")
     limit = generation_seconds(config, token_ms)
     try:
@@ -213,10 +213,6 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
     for line in lines or ["nothing to report"]:
         say(console, line)
     return bool(lines)
-
-
-def _request(prompt: Prompt) -> ScoringRequest:
-    return ScoringRequest(prompt.text, (), prompt.answer, prompt.columns, prompt.media, user_text=prompt.user_text)
 
 
 def with_completions(row: ScoringRequest, texts: Sequence[str]) -> ScoringRequest:

@@ -19,7 +19,7 @@ from driver.cli_help import App
 from driver.config import ConfigError, apply_overrides, load_config
 from driver.screen import say
 from rewards.base import ScoringRequest, as_completion
-from rewards.golds import GoldError, gold_text
+from rewards.golds import GoldError, gold_text, is_number
 from rewards.registry import RewardSpec, answers_are_programs, check_rewards
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
@@ -131,8 +131,15 @@ def _request(line: bytes, as_written: bool = False) -> ScoringRequest:
     text = prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(prompt)
     completion = row["completion"]
     raw = as_completion(completion, next((end for end in ENDS if end == row.get("finish_reason")), "stop"))
+    answer = row.get("answer")
     return ScoringRequest(
-        text, (completion,), _gold(row.get("answer"), as_written), columns, raw=(raw,), user_text=_user_text(prompt)
+        text,
+        (completion,),
+        _gold(answer, as_written),
+        columns,
+        raw=(raw,),
+        user_text=_user_text(prompt),
+        numeric_answer=is_number(answer),
     )
 
 

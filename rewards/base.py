@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rollout.types import Completion, FinishReason, Media, RolloutGroup, Segment, Verdict
+from rollout.types import Completion, FinishReason, Media, Prompt, RolloutGroup, Segment, Verdict
 
 Service = Callable[..., Any]
 """Something that runs elsewhere on behalf of a reward. What the driver offers takes `timeout` (seconds) besides its
@@ -46,6 +46,8 @@ class ScoringRequest:
     completions: tuple[str, ...]
     """Decoded text of each completion. Control tokens are left out; tags stay, be they special tokens or not."""
     answer: str | None = None
+    numeric_answer: bool = field(default=False, kw_only=True)
+    """The row's answer is a number, and no text that says one."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the data row."""
     media: tuple[Media, ...] = ()
@@ -61,8 +63,20 @@ class ScoringRequest:
     def of(cls, group: RolloutGroup) -> ScoringRequest:
         prompt, raw = group.prompt, group.completions
         texts, lengths = tuple(c.text for c in raw), tuple(c.num_tokens for c in raw)
+        row = cls.of_row(prompt)
+        return replace(row, completions=texts, raw=raw, lengths=lengths)
+
+    @classmethod
+    def of_row(cls, prompt: Prompt) -> ScoringRequest:
+        """What a reward may look at before there are completions."""
         return cls(
-            prompt.text, texts, prompt.answer, prompt.columns, prompt.media, raw, lengths, user_text=prompt.user_text
+            prompt.text,
+            (),
+            prompt.answer,
+            prompt.columns,
+            prompt.media,
+            user_text=prompt.user_text,
+            numeric_answer=prompt.numeric_answer,
         )
 
     def alone(self, k: int) -> ScoringRequest:

@@ -156,6 +156,11 @@ def _only(answers: Sequence[str], text: str) -> str:
     )
 
 
+def is_number(value: Any) -> bool:
+    """Whether a column's value is a number, and no text that says one."""
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+
+
 def is_struct(text: str) -> bool:
     """Whether a text is a JSON object, or a JSON list with objects in it."""
     document = _json(text)

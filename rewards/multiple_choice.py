@@ -12,7 +12,9 @@ of another choice behind the letter, the answer picks none. What is denied ("B i
 named, and not picked. Letters within names do not count ("Vitamin C", "Point A"), nor does "A" as an article, nor "I".
 A number or an expression is the choice that accuracy takes for equal: `72^\\circ` is 72°. "yes, .." is Yes.
 
-The choices come from a column, or from the row's own words. The gold is a letter or a choice's text, in the same forms.
+The choices come from a column, or from the row's own words. The gold is a letter or a choice's text, in the same forms,
+or a number that counts the choices from 0 (as in MMLU). A text such as "1" is first of all the choice that says 1; a
+number that could be that or another choice's place is refused.
 With `scope: completion` the last `\\boxed{}` counts (boxes side by side are several answers), else what follows the
 last lead, else the last line.
 
@@ -73,6 +75,8 @@ _CONNECTORS = re.compile(
     r"to|between|though|although|while|since|because|if|then|rather|even|likely|probably|only|so|thus|hence|therefore|the|an?|letters?|"
     r"correct|right|best|wrong)"
 )
+_INDEX = re.compile(r"\s*(\d{1,2})(?:\.0)?\s*")
+"""A place among the choices; with a zero where a table made a float of it."""
 _NAMES = re.compile(
     r"(?i)(?:vitamin|point|line|angle|fig|figure|plan|type|class|group|hepatitis|grade|part|case|team|company|country|"
     r"city|machine|graph|vertex|node|box|block|region|area|section|table|step|set|matrix|curve|circle|triangle)"
@@ -94,18 +98,23 @@ class MultipleChoiceReward:
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         choices = read_choices(request.columns.get(self.choices) if self.choices else None, request.user_text)
-        golds = {picked(form, choices) for form in gold_forms(request.answer)} - {None}
-        if not golds:
-            return unscorable(request, f"the row's answer {request.answer!r:.60} is none of its choices")
+        try:
+            golds = gold_choices(request, choices)
+        except ValueError as error:
+            return unscorable(request, f"the row's answer {request.answer!r:.60} {error}")
         return [self._judge(golds, choices, text) for text in request.completions]
 
     def ideal(self, request: ScoringRequest) -> str | None:
-        """The first gold form that picks a choice, where this reward looks for it."""
+        """The first gold form that picks a choice, else the letter of a number's, where this reward looks for it."""
         choices = read_choices(request.columns.get(self.choices) if self.choices else None, request.user_text)
         picking = (form for form in gold_forms(request.answer) if picked(form, choices) is not None)
-        return placed(next(picking, None), self.scope)
+        try:
+            letter = min(gold_choices(request, choices))
+        except ValueError:
+            return None
+        return placed(next(picking, letter), self.scope)
 
-    def _judge(self, golds: set[str | None], choices: Mapping[str, str], completion: str) -> Verdict:
+    def _judge(self, golds: set[str], choices: Mapping[str, str], completion: str) -> Verdict:
         answer = judged_text(completion, self.scope)
         if answer is None:
             return Verdict.scored(0.0, reason="no single <answer>...</answer>")
@@ -113,6 +122,29 @@ class MultipleChoiceReward:
         if choice is None:
             return Verdict.scored(0.0, reason="names no choice, or several")
         return Verdict.scored(1.0 if choice in golds else 0.0, reason="" if choice in golds else f"chose {choice}")
+
+
+def gold_choices(request: ScoringRequest, choices: Mapping[str, str]) -> set[str]:
+    """The letters that the row's answer stands for. Raises ValueError, which says what is wrong with the answer."""
+    forms = gold_forms(request.answer)
+    named = {letter for form in forms if (letter := picked(form, choices)) is not None}
+    number = _INDEX.fullmatch(forms[0]) if len(forms) == 1 else None
+    if number is None:
+        if not named:
+            wanted = f"a letter ({', '.join(choices)}) or a choice's text" if choices else "a letter"
+            raise ValueError(f"is none of its choices; it must be {wanted:.80}")
+        return named
+    counted = {chr(ord("A") + int(number[1]))} & set(choices)
+    if not named and not choices:
+        raise ValueError("is a number, and the choices are not known; name their column (option `choices`)")
+    if not named and not counted:
+        raise ValueError(
+            f"is none of its {len(choices)} choices, nor counts them from 0; it must be a letter or a text"
+        )
+    if request.numeric_answer and counted and named and counted != named:
+        both = f"is the text of choice {min(named)} and, counted from 0, choice {min(counted)}"
+        raise ValueError(f"{both}; it must be a letter, or the text as a text")
+    return named or counted
 
 
 def concluded(completion: str, choices: Mapping[str, str]) -> str | None:

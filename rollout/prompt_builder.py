@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from rewards.golds import GoldError, gold_text
+from rewards.golds import GoldError, gold_text, is_number
 from rollout.columns import Columns, value_of
 from rollout.conversation import Conversation, Message, Part, places, text_of, texts_of
 from rollout.media_files import MediaFiles
@@ -87,6 +87,7 @@ class PromptBuilder:
             expanded_length=encoded.length,
             media=media,
             answer=answer,
+            numeric_answer=self._is_numeric(row),
             columns={name: value_of(row, name) for name in self.columns.extra},
             truncated=truncated,
             user_text=conversation.words,
@@ -97,7 +98,8 @@ class PromptBuilder:
         conversation, answer = self._conversation_and_answer(row)
         columns = {name: value_of(row, name) for name in self.columns.extra}
         words, none = conversation.words, np.zeros(0, np.int32)
-        return Prompt(ref, words, none, 0, answer=answer, columns=columns, user_text=words)
+        numeric = self._is_numeric(row)
+        return Prompt(ref, words, none, 0, answer=answer, numeric_answer=numeric, columns=columns, user_text=words)
 
     # ------------------------------------------------------------------ columns
 
@@ -116,6 +118,9 @@ class PromptBuilder:
                 raise RowRefusedError(
                     "text too long", f"{column!r} has {found:,} characters, the limit is {MAX_CHARACTERS:,}"
                 )
+
+    def _is_numeric(self, row: Mapping[str, Any]) -> bool:
+        return self.columns.answer is not None and is_number(value_of(row, self.columns.answer))
 
     def _conversation_and_answer(self, row: Mapping[str, Any]) -> tuple[Conversation, str | None]:
         columns, answer = self.columns, None

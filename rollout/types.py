@@ -79,6 +79,8 @@ class Prompt:
     """Length in tokens after every placeholder is expanded to its image's tokens."""
     media: tuple[Media, ...] = ()
     answer: str | None = None
+    numeric_answer: bool = False
+    """The row's answer is a number, and no text that says one."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the row, handed to rewards untouched."""
     truncated: int = 0

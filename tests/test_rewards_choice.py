@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from driver.reward_tools import _request
 from rewards.base import ScoringRequest
 from rewards.choices import read_choices
 from rewards.multiple_choice import MultipleChoiceReward, concluded, picked
+from tests.data_helpers import source, write_rows
 
 QUESTION = "What is it?\nA. a cat\nB. a dog\n(C) Vitamin A\n"
 CHOICES = {"A": "a cat", "B": "a dog", "C": "Vitamin A"}
@@ -187,6 +189,56 @@ def test_golds_are_letters_or_texts_and_the_prompt_as_rendered_is_not_read() -> 
         assert scored(no_gold, "B", user_text=QUESTION) == "unscorable"
     assert scored("B", "same", columns={"options": ["same", "same"]}) == 0.0
     assert scored("B", "B") == 1.0, "letters do without known choices"
+
+
+TEXTS = ["cat", "dog", "cow", "hen"]
+NUMBERS = ["4", "2", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "letter"),
+    [
+        (1, TEXTS, "B"),
+        (0, TEXTS, "A"),
+        (3.0, TEXTS, "D"),
+        ("1", TEXTS, "B"),
+        (1, {"A": "cat", "B": "dog"}, "B"),
+        (1, {"label": ["A", "B"], "text": ["cat", "dog"]}, "B"),
+        ("B", TEXTS, "B"),
+        ("hen", TEXTS, "D"),
+        ("1", NUMBERS, "D"),  # a text is what it says
+        (4, NUMBERS, "A"),  # counts none of them
+        (1, ["0", "1", "2", "3"], "B"),  # both are the same
+        (["0", "C"], TEXTS, "C"),  # a number among forms is a form
+        (4, TEXTS, "is none of its 4 choices, nor counts them from 0; it must be a letter or a text"),
+        (-1, TEXTS, "is none of its choices; it must be a letter (A, B, C, D) or a choice's text"),
+        (1, ["cat", None, "cow"], "is none of its 2 choices, nor counts them from 0"),
+        (1, {"1": "cat", "2": "dog"}, "is none of its 2 choices, nor counts them from 0"),
+        (1, NUMBERS, "is the text of choice D and, counted from 0, choice B; it must be a letter, or the text as a"),
+        (1, None, "is a number, and the choices are not known; name their column (option `choices`)"),
+        ("E", TEXTS, "is none of its choices; it must be a letter (A, B, C, D) or a choice's text"),
+    ],
+)
+def test_a_number_counts_the_choices_from_0_where_it_can_mean_nothing_else(
+    tmp_path: Path, answer: Any, options: Any, letter: str
+) -> None:
+    row = {"prompt": "Which?", "answer": answer, "options": options}
+    data = source(write_rows(tmp_path / "a.jsonl", [row]), extra_columns=("options",))
+    prompt = data.attempt(0)
+    assert prompt is not None
+    of_run = ScoringRequest.of_row(prompt)
+    of_file = _request(json.dumps({"completion": "", **row}).encode())
+    for request in (of_run, of_file):
+        reward = MultipleChoiceReward(choices="options")
+        completions = tuple(f"<answer>{a}</answer>" for a in "ABCD")
+        verdicts = reward(replace(request, completions=completions))
+        if len(letter) > 1:
+            assert {v.status for v in verdicts} == {"unscorable"} and letter in verdicts[0].reason
+            assert verdicts[0].reason.startswith("the row's answer ") and len(verdicts[0].reason) < 160
+            assert reward.ideal(request) is None
+        else:
+            assert [v.score for v in verdicts] == [float(a == letter) for a in "ABCD"]
+            assert reward(replace(request, completions=(reward.ideal(request) or "",)))[0].score == 1.0
 
 
 def test_rewards_score_reads_the_users_words_and_has_raw_completions() -> None:
