@@ -25,6 +25,7 @@ from rewards.golds import gold_forms, is_struct
 from rewards.reading import read
 from rewards.registry import COMPARING, load_reward
 from rewards.user import RewardSetupError
+from rollout.prompt_builder import ANSWER_REFUSALS
 from rollout.prompts import DataError, PromptSource, Refusal
 from rollout.rows import shown
 from rollout.types import Prompt, Verdict
@@ -94,7 +95,7 @@ def gold_problems(config: RunConfig, key: str, source: PromptSource) -> list[str
         return [f"{key}: {error}"]
     share, problems = config.data.max_refused_share, []
     way_out = "leave this check out with reward.check_golds=false"
-    if refused.is_fault(share):
+    if refused.is_fault(share) and not _stops_at_answers(source):
         problems.append(f"{key}: no answer can be read from {refused}\n    name another column, or {way_out}")
     for name, tally in tallies.items():
         if tally.is_fault(share):
@@ -103,6 +104,13 @@ def gold_problems(config: RunConfig, key: str, source: PromptSource) -> list[str
                 f"    name another column (data.columns.answer), change the reward or its options, or {way_out}"
             )
     return problems
+
+
+def _stops_at_answers(source: PromptSource) -> bool:
+    """Whether the rows read so far would stop a run, some refused for their answers: that is said then, with them."""
+    report = source.report()
+    stops = source.excess() or report.refused_total == report.rows
+    return bool(stops) and not report.refused.keys().isdisjoint(ANSWER_REFUSALS)
 
 
 def _asked(config: RunConfig, source: PromptSource) -> tuple[Tally, dict[str, Tally]]:

@@ -20,7 +20,7 @@ from rich.table import Table
 from driver.config import ConfigError, RunConfig
 from driver.demands import Device
 from driver.screen import say, show
-from driver.wiring import config_adapter, data_options, learner_options
+from driver.wiring import config_adapter, data_options, learner_options, model_problem
 from learner.durable import strict_json
 from learner.flops import Flops, GroupShape, step_flops
 from learner.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
@@ -72,7 +72,7 @@ def make_plan(config: RunConfig) -> Plan:
     try:
         adapter = config_adapter(config)
     except AdapterError as error:
-        raise ConfigError([f"model.path: {error}"], "what the configuration refers to") from error
+        raise ConfigError([model_problem(error)], "what the configuration refers to") from error
     group, kinds, assumed = _typical_group(config, adapter)
     try:
         options = with_unit_bytes(learner_options(config, device, kinds), adapter)

@@ -23,7 +23,7 @@ from driver.media_use import blindness, overlooked_media
 from driver.metrics import read_metrics
 from driver.planning import memory_problems, planned_device
 from driver.screen import say
-from driver.wiring import config_adapter, data_options, learner_options, reward_specs
+from driver.wiring import config_adapter, data_options, learner_options, model_problem, reward_specs
 from learner.samples import layout, shares_prompts
 from learner.towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
@@ -61,7 +61,7 @@ def _model_and_data(config: RunConfig, choices: Choices) -> list[str]:
     try:
         adapter = config_adapter(config)
     except AdapterError as error:
-        return [f"model.path: {error}", *_data_alone(config)]
+        return [model_problem(error), *_data_alone(config)]
     problems = missing_weights(config.model.path)
     longest = getattr(adapter.model_config.get_text_config(), "max_position_embeddings", None)
     needed = config.data.max_prompt_length + config.rollout.max_completion_length
@@ -226,7 +226,7 @@ def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
     try:
         adapter = config_adapter(config)
     except AdapterError as error:
-        raise ConfigError([f"model.path: {error}", *_data_alone(config)]) from error
+        raise ConfigError([model_problem(error), *_data_alone(config)]) from error
     accepted = True
     for key, files in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if not files:

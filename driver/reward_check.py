@@ -15,7 +15,7 @@ from rich.table import Table
 
 from driver.config import ConfigError, RunConfig
 from driver.screen import say, show
-from driver.wiring import config_adapter, data_options, reward_specs
+from driver.wiring import config_adapter, data_options, model_problem, reward_specs
 from rewards.base import ScoringRequest, as_completion
 from rewards.format import shown
 from rewards.golds import gold_forms
@@ -190,8 +190,10 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
         raise ConfigError([f"reward.functions: {problem}" for problem in problems])
     try:
         source = PromptSource(data_options(config, config.data.train, train=False), config_adapter(config))
-    except (AdapterError, DataError) as error:
-        raise ConfigError([str(error)], "what the configuration refers to") from error
+    except AdapterError as error:
+        raise ConfigError([model_problem(error)], "what the configuration refers to") from error
+    except DataError as error:
+        raise ConfigError([f"data.train: {error}"], "what the configuration refers to") from error
     prompts = [prompt for prompt in source.look(rows) if prompt is not None]
     if not prompts:
         raise ConfigError([f"data.train: none of the first rows can be used: {source.report()}"])

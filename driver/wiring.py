@@ -14,7 +14,7 @@ from rollout.engine import EngineOptions, SamplingParams
 from rollout.prompts import MEDIA_PER_PROMPT, DataOptions
 from rollout.types import MediaKind
 from rollout.user_code import short
-from vlm.adapter import MultimodalAdapter
+from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.registry import load_adapter
 
 
@@ -27,6 +27,12 @@ def config_adapter(config: RunConfig) -> MultimodalAdapter:
         trust_remote_code=model.trust_remote_code,
         max_image_tokens=model.max_image_tokens,
     )
+
+
+def model_problem(error: AdapterError) -> str:
+    """What is wrong with the configured model, behind the knob that it is about: one that is named, or the path."""
+    text = str(error)
+    return text if text.startswith("model.") else f"model.path: {text}"
 
 
 def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from driver.config import ConfigError, RunConfig, parse_config
 from driver.errors import RunError
+from driver.planning import make_plan
 from driver.preflight import check_data, idle_ranks, missing_weights, preflight
 from driver.run import Run
 from driver.shapes import make_shapes
@@ -214,6 +215,23 @@ def test_images_in_a_column_that_no_role_is_for_are_not_left_out_silently(
     named = lines(settings, tmp_path, rows, columns={"image": column})
     assert f"data.train: 4 rows; prompt: prompt, image: {column}, answer: answer" in named
     assert not [line for line in lines(settings, tmp_path, rows, columns={"image": None}) if "WARNING" in line]
+
+
+def test_each_problem_stands_behind_its_own_knob_and_once(settings: dict, tmp_path: Path) -> None:
+    """A limit that the model cannot keep is no fault of its path, and refused answers are one fault, not two."""
+    model = {"path": str(build_tiny("llama", tmp_path / "llama")), "max_image_tokens": 64}
+    limited = {**settings, "model": model, "output_dir": str(tmp_path / "out")}
+    for command in (preflight, make_plan, lambda config: check_data(config, None, Console(file=io.StringIO()))):
+        with pytest.raises(ConfigError) as caught:
+            command(parse_config(limited))
+        (problem,) = caught.value.problems
+        assert problem.startswith("model.max_image_tokens=64 cannot be kept: the model takes no images")
+
+    rows = [{"prompt": f"{n}?", "answer": None if n % 2 else "x"} for n in range(20)]
+    for share in (0.01, 1.0):  # of all, or of some rows
+        given = rows if share < 1 else rows[1::2]
+        text = refused(settings, tmp_path, given, columns={"image": None, "answer": "answer"}, max_refused_share=share)
+        assert text.startswith("1 problem") and "the row has no answer" in text
 
 
 def test_text_alone_for_a_model_that_sees_is_said_loudly(settings: dict, tmp_path: Path) -> None:
