@@ -12,13 +12,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import Any
 
 from driver.config import RunConfig
 from driver.reward_check import with_completions, wrapper
 from driver.wiring import reward_specs
-from rewards.base import RewardFunction, ScoringRequest, unscorable
+from rewards.base import RewardFunction, ScoringRequest, gold_of, unscorable
 from rewards.compose import describe
 from rewards.format import answer_text
 from rewards.golds import gold_forms, is_struct
@@ -28,11 +29,13 @@ from rewards.user import RewardSetupError
 from rollout.prompt_builder import ANSWER_REFUSALS
 from rollout.prompts import DataError, PromptSource, Refusal
 from rollout.rows import shown
-from rollout.types import Prompt, Verdict
+from rollout.types import Media, Prompt, Verdict
 
-ASKED = COMPARING | {"tool_call"}
-"""Rewards that are asked: those whose golds say by themselves what a right completion is (`ideal`). Boxes may need the
-size of their image, programs and judges have no gold to write down, and of a user's own full marks are not known."""
+ASKED = COMPARING | {"tool_call", "grounding"}
+"""Rewards that are asked: those whose golds say by themselves what a right completion is (`ideal`). Programs and judges
+have no gold to write down, and of a user's own full marks are not known."""
+IMAGE = Media("image", "", b"", width=2**16, height=2**16)
+"""Stands for a row's image, which is not read: in pixels, a box has full marks for itself in any image around it."""
 ROWS = 256
 """Rows of one set (data.train, data.eval), spread over its files."""
 SECONDS = 2.0
@@ -155,27 +158,30 @@ def _place(config: RunConfig) -> Callable[[str], str]:
 
 def _scored(function: RewardFunction, row: Prompt, place: Callable[[str], str]) -> tuple[str, str | None]:
     """The kind of a row's gold; and the gold with what the reward said of it, if that is not full marks."""
-    request = ScoringRequest.of_row(row)
+    request = replace(ScoringRequest.of_row(row), media=(IMAGE,))
     try:
         ideal = function.ideal(request)  # type: ignore[attr-defined]
         completed = with_completions(request, ["" if ideal is None else place(ideal)])
         verdict = _only(function(completed), completed)
     except Exception as error:  # as in a run, where it would be an error verdict
         verdict = Verdict("error", reason=describe(error))
-    kind = _kind(row.answer)
+    gold = gold_of(request, getattr(function, "column", None))
+    kind = _kind(gold)
     if verdict.score is not None and verdict.score >= 1 - 1e-6:
         return kind, None
     said = f"{verdict.status}" if verdict.score is None else f"{verdict.score:g}"
-    return kind, f"{row.ref.uid}: gold {shown(row.answer)}: {said}: {verdict.reason[:160]}"
+    return kind, f"{row.ref.uid}: gold {shown(gold)}: {said}: {verdict.reason[:160]}"
 
 
 def _only(verdicts: Sequence[Verdict], request: ScoringRequest) -> Verdict:
     return verdicts[0] if verdicts else unscorable(request, "nothing was returned")[0]
 
 
-def _kind(answer: str | None) -> str:
+def _kind(gold: Any) -> str:
     """A gold by what it is: number, letter, words, several, ..."""
-    forms = gold_forms(answer)
+    if gold is not None and not isinstance(gold, str):
+        return "struct"
+    forms = gold_forms(gold)
     if not forms:
         return "empty"
     if is_struct(forms[0]):

@@ -54,8 +54,24 @@ def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | Non
         return None
     if coordinates == "absolute" and size is None:
         return None
-    scale = {"absolute": size or (1, 1), "normalized": (1, 1), "thousandths": (1000, 1000)}[coordinates]
+    scale = _scale(coordinates, size)
     return None if any(not _inside(i.box, scale) for i in found) else [_scaled(item, scale) for item in found]
+
+
+def write_items(items: Sequence[Item], coordinates: Coordinates, size: tuple[int, int] | None) -> str:
+    """What `read_items` reads as `items`, as JSON."""
+    wide, high = _scale(coordinates, size)
+    documents: list[dict[str, Any]] = []
+    for item in items:
+        x1, y1, x2, y2 = item.box
+        box = {"bbox_2d": [x1 * wide, y1 * high, x2 * wide, y2 * high]}
+        documents.append({**box, "label": item.label} if item.label else box)
+    return json.dumps(documents, ensure_ascii=False)
+
+
+def _scale(coordinates: Coordinates, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height of the image in its coordinates."""
+    return {"absolute": size or (1, 1), "normalized": (1, 1), "thousandths": (1000, 1000)}[coordinates]
 
 
 def _parsed(text: str) -> Any:

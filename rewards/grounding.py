@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.boxes import Coordinates, Item, giou, iou, mean_f1, point_in_box, read_items
-from rewards.format import Scope, check_scope, judged_text, one_of
+from rewards.boxes import Coordinates, Item, giou, iou, mean_f1, point_in_box, read_items, write_items
+from rewards.format import Scope, check_scope, judged_text, one_of, placed
 from rollout.types import Verdict
 
 Metric = Literal["iou", "giou", "point", "boxes"]
@@ -52,14 +52,26 @@ class GroundingReward:
             raise ValueError(f"threshold is an IoU above 0 and up to 1, for metric 'iou', not {self.threshold}")
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
-        size = next(((m.width, m.height) for m in request.media if m.kind == "image" and m.width and m.height), None)
+        size = _size(request)
         if size is None and "absolute" in (self.coordinates, self.gold_coordinates):
             return unscorable(request, "absolute coordinates, but the row has no image whose size is known")
-        gold = read_items(gold_of(request, self.column), self.gold_coordinates or self.coordinates, size)
-        if gold is None or (self.metric != "boxes" and len(gold) != 1):
+        gold = self._gold(request, size)
+        if gold is None:
             what = "list of boxes" if self.metric == "boxes" else "single box"
             return unscorable(request, f"the row's {self.column or 'answer'} is no {what} inside of the image")
         return [self._judge(gold, text, size) for text in request.completions]
+
+    def ideal(self, request: ScoringRequest) -> str | None:
+        """The gold boxes in the answer's coordinates, where this reward looks for them; None where the row has none."""
+        size = _size(request)
+        gold = self._gold(request, size)
+        if gold is None or (self.coordinates == "absolute" and size is None):
+            return None
+        return placed(write_items(gold, self.coordinates, size), self.scope)
+
+    def _gold(self, request: ScoringRequest, size: tuple[int, int] | None) -> list[Item] | None:
+        gold = read_items(gold_of(request, self.column), self.gold_coordinates or self.coordinates, size)
+        return None if gold is None or (self.metric != "boxes" and len(gold) != 1) else gold
 
     def _judge(self, gold: Sequence[Item], completion: str, size: tuple[int, int] | None) -> Verdict:
         text = judged_text(completion, self.scope)
@@ -78,3 +90,8 @@ class GroundingReward:
             return Verdict.scored((1 + giou(target, found)) / 2, note=f"IoU {overlap:.3f}")
         score = overlap if self.threshold is None else float(overlap >= self.threshold)
         return Verdict.scored(score, note=f"IoU {overlap:.3f}")
+
+
+def _size(request: ScoringRequest) -> tuple[int, int] | None:
+    """Of the first image, in pixels."""
+    return next(((m.width, m.height) for m in request.media if m.kind == "image" and m.width and m.height), None)

@@ -73,6 +73,50 @@ def test_choices_counts_and_calls(tmp_path: Path, scope: str) -> None:
     assert asked(tmp_path, [CALL, f"[{CALL}, {CALL}]", "[]"], FORMAT, "tool_call") == []
 
 
+BOX, OTHER = [10, 20, 300.5, 400], [0, 0, 57, 999]
+
+
+def boxed(coordinates: str, **options: Any) -> dict[str, Any]:
+    return {"name": "grounding", "options": {"coordinates": coordinates, **options}}
+
+
+@pytest.mark.parametrize("scope", ["answer", "completion"])
+@pytest.mark.parametrize("coordinates", ["absolute", "normalized", "thousandths"])
+def test_boxes_have_full_marks_for_themselves(tmp_path: Path, coordinates: str, scope: str) -> None:
+    """In pixels too, although no image is read."""
+    one = [BOX, {"bbox_2d": OTHER, "label": "a Cat"}, {"bbox": [57, 113, 211, 613]}, [BOX]]
+    several = [[BOX, OTHER], [{"bbox_2d": BOX, "label": "cat"}, {"bbox_2d": OTHER, "label": "dog"}], [], [BOX]]
+    for gold_coordinates in ("absolute", "thousandths"):
+        given = {"gold_coordinates": gold_coordinates, "scope": scope}
+        for metric, golds in (("iou", one), ("giou", one), ("point", one), ("boxes", several)):
+            function = boxed(coordinates, metric=metric, **given)
+            assert asked(tmp_path, golds, *([FORMAT] if scope == "answer" else []), function) == []
+    rows = [{"prompt": "q", "boxes": box} for box in ([BOX], [OTHER])]
+    function = boxed(coordinates, gold_coordinates="absolute", column="boxes", threshold=0.5)
+    assert asked(tmp_path, rows, function, data={"extra_columns": ["boxes"]}) == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "options", "said"),
+    [
+        (BOX, {"gold_coordinates": "normalized"}, "unscorable: the row's answer is no single box"),
+        ([BOX, OTHER], {}, "unscorable: the row's answer is no single box"),
+        ([300, 20, 10, 400], {"metric": "boxes"}, "unscorable: the row's answer is no list of boxes"),
+        ([5, 5], {}, "0: "),  # a point has no IoU
+        ("red", {}, "unscorable: the row's answer is no single box"),
+        ({"box": BOX, "bbox_2d": BOX}, {}, "unscorable: the row's answer is no single box"),
+    ],
+)
+def test_what_is_no_box_stops_a_run(tmp_path: Path, gold: Any, options: dict[str, Any], said: str) -> None:
+    (problem,) = asked(tmp_path, [gold] * 3, boxed("thousandths", **options))
+    assert "the reward 'grounding' gives the gold answer itself less than full marks, for 3 of 3" in problem
+    assert said in problem
+    rows = [{"prompt": "q", "boxes": gold}] * 3
+    in_column = boxed("thousandths", column="boxes", **options)
+    (problem,) = asked(tmp_path, rows, in_column, data={"extra_columns": ["boxes"]})
+    assert said.replace("answer", "boxes") in problem and "gold None" not in problem and " empty" not in problem
+
+
 @pytest.mark.parametrize(
     ("golds", "function", "said"),
     [
