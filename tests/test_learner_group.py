@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from learner.advantages import ADVANTAGES
+from learner.durable import StorageError
 from learner.group import LearnerGroup
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerError, LearnerTimeoutError, NothingToLearnError
@@ -100,6 +102,51 @@ def test_a_batch_of_which_every_rank_finds_nothing_to_train_leaves_the_learner_u
         assert stats.samples == 4 and stats.refused == ()
     finally:
         group.shutdown()
+
+
+def limit_files(worker: Any, size: int) -> None:
+    """What a rank runs so that the system refuses it to write larger files, as a full disk would."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_refused_save_of_ranks_that_gather_ends_on_all_and_changes_nothing(
+    local_ray: ModuleType, tiny_model: Path, tmp_path: Path
+):
+    """Under ZeRO-3, where every tensor is gathered from all ranks: the others wait for nobody."""
+    case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0]) for seed in range(4)])
+    refs, summaries = store(local_ray, case.groups)
+    group = LearnerGroup(options(tiny_model, ranks=2, zero_stage=3, max_staleness=1), PLACES)
+    group.start(timeout=300.0)
+    try:
+        group.update(refs, summaries, 0)
+        group.save_checkpoint(tmp_path / "c")
+        group.save_pretrained(tmp_path / "m")
+        undisturbed = group.update(refs, summaries, 1)
+        group.save_checkpoint(tmp_path / "undisturbed")
+        group.load_checkpoint(tmp_path / "c")
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        (tmp_path / "file").touch()
+        call = group.ranks[0].__ray_call__.remote
+        local_ray.get(call(limit_files, 20_000))
+        for save, name in ((group.save_checkpoint, "c"), (group.save_pretrained, "m"), (group.save_checkpoint, "new")):
+            with pytest.raises(StorageError, match=rf"{name}.* cannot be written: File too large"):
+                save(tmp_path / name)
+        local_ray.get(call(limit_files, resource.RLIM_INFINITY))
+        with pytest.raises(StorageError, match=r"file.* cannot be written"):
+            group.save_checkpoint(tmp_path / "file" / "c")
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        assert {path.name for path in tmp_path.iterdir()} == {"c", "m", "undisturbed", "file"}
+        again = group.update(refs, summaries, 1)
+        assert (again.loss, again.grad_norm, again.metrics) == (
+            undisturbed.loss,
+            undisturbed.grad_norm,
+            undisturbed.metrics,
+        )
+        group.save_checkpoint(tmp_path / "c")
+    finally:
+        group.shutdown()
+    for path in (tmp_path / "undisturbed").iterdir():
+        assert (tmp_path / "c" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, learner: LearnerGroup, tmp_path: Path):
