@@ -296,7 +296,8 @@ def merge(
     check_source(adapter, output)
     from driver.merge import merge as run
 
-    run(adapter, output, model=model, trust_remote_code=trust_remote_code)
+    if remark := run(adapter, output, model=model, trust_remote_code=trust_remote_code):
+        say(Console(), remark)
     say(Console(), f"model saved in {output}")
 
 

@@ -24,13 +24,20 @@ from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
 
+LIMIT_UNKNOWN = (
+    "the adapter does not say what limit on image tokens it was trained with, so the processor is the base's; where "
+    "there was one, give it again to what uses the model (here: model.max_image_tokens)"
+)
+"""Of an adapter that no run wrote, or one before limits were written down."""
 
-def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_code: bool = False) -> None:
+
+def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_code: bool = False) -> str:
     """Write the model that `source` (driver/merge_source.py says what it may be) makes of its base into the new
     directory `output`, on the CPU.
 
     `model`: the base, where it is no longer where it was. Weights are those that the run sent to its engines: of a base
-    in 4 bits, what it was rounded to. Raises MergeError, AdapterError for a base that is not there."""
+    in 4 bits, what it was rounded to. Returns what a user should know of the result, if there is something. Raises
+    MergeError, AdapterError for a base that is not there."""
     check_source(source, output)
     adapter = None if is_checkpoint(source) else adapter_in(source)
     if adapter is None:
@@ -41,6 +48,8 @@ def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_
         save_policy(policy, family, output, rank=0, with_adapter=False)
     except (OSError, ValueError, StorageError) as error:  # adapters on embeddings or a tied head; a full disk
         raise MergeError(f"{source} cannot be merged into {output}: {error}") from error
+    known = adapter is None or "max_image_tokens" in _origin(adapter)
+    return "" if known or "image" not in family.modalities else LIMIT_UNKNOWN
 
 
 def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[PolicyModule, MultimodalAdapter]:
@@ -51,11 +60,12 @@ def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[Poli
         raise MergeError(f"{directory}: only LoRA is merged, and this is {config.get('peft_type')!r}")
     if problems := field_problems(config):
         raise MergeError(f"{directory} is no plain LoRA adapter, and cannot be merged: " + "; ".join(problems))
-    origin = _read(directory / ADAPTER_ORIGIN) if (directory / ADAPTER_ORIGIN).exists() else {}
+    origin = _origin(directory)
     path = model or config.get("base_model_name_or_path")
     if not path:
         raise MergeError(f"{directory} does not say which model it was trained on; name it with --model")
-    family = load_adapter(path, origin.get("adapter"), trust_remote_code=trust)
+    limit = origin.get("max_image_tokens")
+    family = load_adapter(path, origin.get("adapter"), trust_remote_code=trust, max_image_tokens=limit)
     stored = str(getattr(family.model_config, "dtype", None)).removeprefix("torch.")
     options = LearnerOptions(
         path,
@@ -103,6 +113,12 @@ def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[P
     except (OSError, ValueError) as error:
         raise MergeError(f"{directory}: {error}") from error
     return policy.to(getattr(torch, options.dtype)), family  # adapters too, as the run's engines got them
+
+
+def _origin(directory: Path) -> dict[str, Any]:
+    """What a run wrote beside the adapter; nothing for an adapter of another program."""
+    path = directory / ADAPTER_ORIGIN
+    return _read(path) if path.exists() else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

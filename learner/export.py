@@ -56,6 +56,7 @@ def save_policy(
             origin = {
                 "adapter": None if family in ADAPTERS.values() else name_of(family),
                 "dtype": str(policy.base.get_output_embeddings().weight.dtype).removeprefix("torch."),
+                "max_image_tokens": adapter.image_limit,
                 "quantize": "nf4" if getattr(policy.base, "is_loaded_in_4bit", False) else "none",
             }
             (partial / "adapter" / ADAPTER_ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")

@@ -94,6 +94,16 @@ def test_a_base_that_was_moved_is_named(saved: Path, tiny_model: Path, tmp_path:
     assert_same_weights(tmp_path / "merged", saved)
 
 
+@pytest.mark.parametrize("limit", [None, 16])
+def test_an_adapter_alone_remembers_how_large_images_were(tiny_model: Path, tmp_path: Path, limit: int | None) -> None:
+    family = load_adapter(str(tiny_model), max_image_tokens=limit)
+    TorchEngine(options(tiny_model, lora_rank=2, max_image_tokens=limit), family).save_pretrained(tmp_path / "model")
+    shutil.move(tmp_path / "model/adapter", tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", tmp_path / "merged") == ""
+    assert load_adapter(str(tmp_path / "merged")).most_image_tokens() == family.most_image_tokens()
+    assert (family.most_image_tokens() <= 16) == (limit is not None)
+
+
 def test_an_adapter_over_four_bits_is_merged_into_the_rounded_base(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     trained(tiny_model, **QLORA).save_pretrained(tmp_path / "model")
@@ -108,7 +118,8 @@ def test_an_adapter_of_another_program(tiny_model: Path, tmp_path: Path) -> None
         if "lora_B" in name:
             nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path / "adapter", tmp_path / "merged", model=str(tiny_model))
+    remark = merge(tmp_path / "adapter", tmp_path / "merged", model=str(tiny_model))
+    assert "does not say what limit on image tokens it was trained with" in remark
     expected = logits(model.merge_and_unload())
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
@@ -164,7 +175,8 @@ def test_an_adapter_remembers_a_family_of_ones_own(saved: Path, tiny_model: Path
     def origin(directory: Path) -> dict[str, Any]:
         return json.loads((directory / "adapter/saccade.json").read_text())
 
-    assert origin(saved) == {"adapter": None, "dtype": "float32", "quantize": "none"}
+    unlimited = {"adapter": None, "dtype": "float32", "max_image_tokens": None, "quantize": "none"}
+    assert origin(saved) == unlimited
     engine = TorchEngine(options(tiny_model, lora_rank=2), Own.load(str(tiny_model)))
     engine.save_pretrained(tmp_path / "model")
     assert origin(tmp_path / "model")["adapter"] == f"{__name__}:Own"
@@ -225,6 +237,7 @@ def message_of_config(directory: Path, output: Path) -> str:
 def test_the_command(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     result = CliRunner().invoke(cli.app, ["merge", str(saved / "adapter"), str(tmp_path / "merged")])
     assert result.exit_code == 0 and "model saved in" in result.output
+    assert "image tokens" not in result.output
     assert_same_weights(tmp_path / "merged", saved)
     monkeypatch.setattr(sys, "argv", ["saccade", "merge", str(tmp_path / "none"), str(tmp_path / "second")])
     with pytest.raises(SystemExit) as caught:

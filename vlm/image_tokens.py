@@ -24,6 +24,8 @@ class ImageTokens:
     """Why the number cannot be chosen, in a family without `image_settings`."""
     images_alone: ClassVar[bool] = True
     """Whether vLLM takes settings of the image processor apart from those of other media."""
+    image_limit: int | None = None
+    """What `limit_images` was asked for."""
     engine_processor: Mapping[str, Any] = {}
     """Arguments of the engine's processor with which it does what the learner's does."""
 
@@ -41,6 +43,7 @@ class ImageTokens:
         the engine's. Raises AdapterError where that cannot be."""
         if "image" not in self.modalities:
             raise AdapterError("the model takes no images")
+        self.image_limit = tokens
         if self.most_image_tokens() <= tokens:  # so in a model that was saved with the limit
             return
         images, least = self.processor.image_processor, 0
