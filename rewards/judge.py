@@ -9,8 +9,9 @@ again, a few times.
 
 Failure modes: judges prefer long and confident answers, and their own; a policy finds what persuades them. The
 completion is fenced by a mark that it cannot know, which makes instructions to the judge harder to smuggle in, not
-impossible. A judge that is trained along (without `url`) drifts with the policy. Measure it against people, or
-`accuracy`, on data you know.
+impossible. Control tokens that it spells out are taken out for engines of the run; a server must keep those of its own
+model from being read in messages. A judge that is trained along (without `url`) drifts with the policy. Measure it
+against people, or `accuracy`, on data you know.
 """
 
 from __future__ import annotations

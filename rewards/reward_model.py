@@ -3,7 +3,9 @@
     during a run      in an actor of its own (rewards/model_actor.py), one copy for all reward actors
     outside of one    in the process of the reward
 
-Prompt and completion are put together by the model's own chat template, where it has one, else one behind the other.
+Prompt and completion are put together by the model's own chat template, where it has one, else one behind the other. A
+blank takes the place of each control token of the model that is spelled out in a completion, and in the prompt where
+that becomes a message: in there it could end the turn and begin another.
 
 Failure modes: the score has no bounds and no zero that means anything: only differences within a group count, and in a
 sum its weight must suit its spread. Models are wrong where they were not trained: long runs find those places. Text
@@ -19,6 +21,7 @@ from typing import Any, ClassVar
 from rewards.base import ScoringRequest, Service
 from rewards.user import RewardSetupError
 from rollout.types import Verdict
+from vlm.control import control_tokens, without
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class RewardModel:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         model.config.pad_token_id = self._tokenizer.pad_token_id  # by it the model finds where a text ends
+        template = self._tokenizer.chat_template
+        self._control = tuple(control_tokens(self._tokenizer, template, ()).values())
         self._model = model.to(options.device).eval()
 
     def score(self, prompt: str, completions: Sequence[str], timeout: float | None = None) -> list[float | None]:
@@ -79,9 +84,13 @@ class RewardModel:
 
     def _encode(self, prompt: str, completion: str) -> list[int]:
         prompt, completion = (text.encode("utf-8", "replace").decode() for text in (prompt, completion))
+        completion = without(completion, self._control)
         if self._tokenizer.chat_template is None:
             return list(self._tokenizer(prompt + completion)["input_ids"])
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        messages = [
+            {"role": "user", "content": without(prompt, self._control)},
+            {"role": "assistant", "content": completion},
+        ]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -26,7 +26,7 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 MAY_IMPORT = {
     "rollout": ("rollout.types", "rewards.golds", "vlm", "weight_sync"),
     "learner": ("rollout.types", "rollout.user_code", "vlm", "weight_sync"),
-    "rewards": ("rollout.types", "rollout.user_code"),
+    "rewards": ("rollout.types", "rollout.user_code", "vlm.control"),
     "vlm": ("rollout.types", "rollout.user_code"),
     "weight_sync": ("rollout.types",),
     "driver": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
