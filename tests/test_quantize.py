@@ -150,7 +150,7 @@ def test_a_saved_model_is_the_trained_policy_also_for_peft(tiny_model: Path, tmp
     assert {name: p.shape for name, p in merged.named_parameters()} == full_names(tiny_model)
     assert not hasattr(merged.config, "quantization_config")
     origin = json.loads((tmp_path / "model/adapter/saccade.json").read_text())
-    assert origin == {"adapter": None, "dtype": "float32", "quantize": "nf4"}
+    assert origin == {"adapter": None, "dtype": "float32", "max_image_tokens": None, "quantize": "nf4"}
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
