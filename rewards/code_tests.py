@@ -75,7 +75,7 @@ class CodeTestsReward:
         self.warm_up()
         try:
             tests = _tests(gold_of(request, self.column))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             return unscorable(request, f"the row's {self.column or 'answer'} holds no tests: {error}"[:300])
         return [self._judge(tests, text) for text in request.completions]
 

@@ -15,7 +15,7 @@ red                                        itself; of a number, its digits
 ["assert f() == 1"] with `as_written`      tests of programs stay as they are, and so does JSON, be it in a fence
 {"style": .., "ground_truth": ..}          refused: the field is the gold (`data.columns.answer: column.ground_truth`)
 
-This file imports nothing of ours but marks.py: the data side, which knows no reward, reads by it too.
+This file imports nothing of ours but marks.py and nulls.py: the data side, which knows no reward, reads by it too.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from functools import lru_cache
 from typing import Any
 
 from rewards.marks import boxed, boxes
+from rewards.nulls import is_null
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
@@ -85,11 +86,20 @@ def _gold_text(value: Any, column: str, as_written: bool) -> str:
 def _written(value: list[Any] | dict[Any, Any]) -> str:
     """As JSON; a list of texts without what pandas and Parquet fill it up with."""
     if isinstance(value, list) and any(isinstance(item, str) for item in value):
-        value = [item for item in value if item is not None and item == item]
+        value = [item for item in value if not is_null(item)]
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(_with_nulls(value), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise GoldError("bad answer", f"the answer cannot be written as JSON: {error!s:.100}") from error
+
+
+def _with_nulls(value: Any) -> Any:
+    """With null for what pandas fills in, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item) for item in value]
+    return None if is_null(value) else value
 
 
 @lru_cache(maxsize=1024)
@@ -162,9 +172,20 @@ def is_number(value: Any) -> bool:
 
 
 def is_struct(text: str) -> bool:
-    """Whether a text is a JSON object, or a JSON list with objects in it."""
+    """Whether a text is a JSON object, or a JSON list with objects or with lists of texts: no answer in words or
+    numbers. A matrix is none."""
     document = _json(text)
-    return isinstance(document, dict) or (isinstance(document, list) and any(isinstance(d, dict) for d in document))
+    try:
+        return isinstance(document, dict) or (isinstance(document, list) and any(map(_is_deep, document)))
+    except RecursionError:
+        return True
+
+
+def _is_deep(item: Any) -> bool:
+    """Whether an item of a list is an object, or a list with a text or an object in it."""
+    if not isinstance(item, list):
+        return isinstance(item, dict)
+    return any(isinstance(inner, str) or _is_deep(inner) for inner in item)
 
 
 def _json(text: str) -> Any:

@@ -35,7 +35,7 @@ from rewards.base import ScoringRequest, unscorable
 from rewards.choices import read_choices
 from rewards.equality import same
 from rewards.format import Scope, answer_text, check_scope, judged_text, placed
-from rewards.golds import gold_forms
+from rewards.golds import gold_forms, is_struct
 from rewards.hedging import is_denied
 from rewards.kinds import Letter, Words
 from rewards.reading import read
@@ -107,11 +107,11 @@ class MultipleChoiceReward:
     def ideal(self, request: ScoringRequest) -> str | None:
         """The first gold form that picks a choice, else the letter of a number's, where this reward looks for it."""
         choices = read_choices(request.columns.get(self.choices) if self.choices else None, request.user_text)
-        picking = (form for form in gold_forms(request.answer) if picked(form, choices) is not None)
         try:
             letter = min(gold_choices(request, choices))
         except ValueError:
             return None
+        picking = (form for form in gold_forms(request.answer) if picked(form, choices) is not None)
         return placed(next(picking, letter), self.scope)
 
     def _judge(self, golds: set[str], choices: Mapping[str, str], completion: str) -> Verdict:
@@ -127,6 +127,8 @@ class MultipleChoiceReward:
 def gold_choices(request: ScoringRequest, choices: Mapping[str, str]) -> set[str]:
     """The letters that the row's answer stands for. Raises ValueError, which says what is wrong with the answer."""
     forms = gold_forms(request.answer)
+    if any(map(is_struct, forms)):
+        raise ValueError("is a struct; it must be a letter or a choice's text")
     named = {letter for form in forms if (letter := picked(form, choices)) is not None}
     number = _INDEX.fullmatch(forms[0]) if len(forms) == 1 else None
     if number is None:

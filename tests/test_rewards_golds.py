@@ -13,7 +13,8 @@ from driver.wiring import data_options
 from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction, ScoringRequest
 from rewards.golds import GoldError, gold_forms, gold_text
-from rewards.registry import RewardSpec, answers_are_programs
+from rewards.multiple_choice import MultipleChoiceReward
+from rewards.registry import RewardSpec, answers_are_programs, load_reward
 from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
 from rewards.tool_call import ToolCallReward
 from tests.data_helpers import source, write_rows
@@ -89,6 +90,7 @@ def test_a_null_among_the_gold_forms_is_no_form(reward: RewardFunction) -> None:
         ([], "[]"),
         # what other rewards read is left alone
         ({"box": [1, 2]}, '{"box": [1, 2]}'),
+        ({"box": [1, float("nan")], "a": None}, '{"box": [1, null], "a": null}'),
         ([{"input": "#### 3", "output": "\\boxed{3}"}], '[{"input": "#### 3", "output": "\\\\boxed{3}"}]'),
         ('[{"code": "#### 3"}]', '[{"code": "#### 3"}]'),
     ],
@@ -112,6 +114,8 @@ def test_a_value_is_read_as_a_gold(value: object, text: str) -> None:
         ("First \\boxed{3}, which gives then \\boxed{4}.", "bad answer", "marks 2 answers, '3' and '4'; name a column"),
         ({"style": "rule", "ground_truth": "4"}, "bad answer", "(style, ground_truth); name its field: data.columns."),
         ({"x" * 5000: 1, "ground_truth": 2}, "bad answer", "name its field: data.columns.answer=solution.ground_truth"),
+        ([float("nan")], "no answer", "the row has no answer"),
+        ([float("inf")], "bad answer", "cannot be written as JSON"),
         (b"4", "bad answer", "must be a text, a number, a list or a struct, found bytes"),
         ([b"4"], "bad answer", "cannot be written as JSON"),
         ("so \\boxed{%s}, or then \\boxed{b}" % ("a" * 5000), "bad answer", "marks 2 answers"),
@@ -171,6 +175,44 @@ def test_a_run_hands_tests_to_their_reward_uncut_and_texts_cut(tmp_path: Path) -
         prompt = source(path, answers_as_written=options.answers_as_written).attempt(0)
         assert prompt is not None and json.loads(prompt.answer or "") == expected
         assert gold_forms(prompt.answer) == ("b') == 'b'",)  # what a reward of texts beside it compares with
+
+
+NOT_TEXTS = [
+    {"a": 1},
+    [{"a": 1}],
+    [["a", "b"], ["c"]],
+    ["a", ["b"]],
+    {"a": float("nan")},
+    [[{"a": 1}]],
+]
+
+
+@pytest.mark.parametrize("gold", NOT_TEXTS)
+@pytest.mark.parametrize("name", ["accuracy", "multiple_choice", "counting", "grounding", "tool_call"])
+def test_a_gold_of_another_kind_is_refused_in_a_short_line(name: str, gold: object) -> None:
+    reward = load_reward(name, {"coordinates": "thousandths"} if name == "grounding" else {})
+    (verdict,) = reward(ScoringRequest("", ("<answer>a</answer>",), answer=gold_text(gold)))
+    assert verdict.status == "unscorable" and verdict.reason.startswith("the row's answer ")
+    assert len(verdict.reason) < 160 and "\n" not in verdict.reason
+
+
+def test_brackets_within_brackets_end_in_a_line_too() -> None:
+    deep = "[" * 700 + "1" + "]" * 700
+    assert MultipleChoiceReward()(ScoringRequest("", ("<answer>a</answer>",), answer=deep))[0].status == "unscorable"
+    with pytest.raises(GoldError, match="cannot be written as JSON"):
+        gold_text(json.loads(deep))
+
+
+@pytest.mark.parametrize("gold", [*NOT_TEXTS, None, float("nan"), [float("nan")], b"x", 3, True, "red", [None]])
+@pytest.mark.parametrize("name", ["grounding", "tool_call", "json_schema", "language"])
+def test_a_column_of_another_kind_is_refused_in_a_short_line(name: str, gold: object) -> None:
+    options = {"coordinates": "thousandths"} if name == "grounding" else {}
+    reward = load_reward(name, {**options, "column": "gold"})
+    (verdict,) = reward(ScoringRequest("", ("<answer>a</answer>",), columns={"gold": gold}))
+    if name == "json_schema" and gold == {"a": 1}:
+        return  # no keyword of a schema, and allowed
+    assert verdict.status == "unscorable", verdict
+    assert len(verdict.reason) < 160 and "\n" not in verdict.reason
 
 
 def test_json_in_a_fence_is_not_cut() -> None:
