@@ -34,7 +34,9 @@ def train(
     """
     if resume and (done := finished(config)):
         display = display or SilentDisplay()
-        display.phase(f"nothing is left of the {config.steps} steps of {done.output_dir}; to train on, raise steps")
+        display.phase(
+            f"{done.output_dir}: all {config.steps} steps are done and the model is saved; to train on, raise steps"
+        )
         return done
     with open_run(config, resume=resume, address=address, display=display) as run:
         try:

@@ -377,7 +377,7 @@ def test_a_run_with_nothing_left_to_do_is_told_from_one_that_was_not_evaluated_o
     said: list[str] = []
     result = train(config, resume=True, display=SimpleNamespace(phase=said.append))
     assert result == RunResult(tmp_path, tmp_path / "model", 2, {2: {"all": {"score": 1.0}}})
-    assert said == [f"nothing is left of the 2 steps of {tmp_path}; to train on, raise steps"]
+    assert said == [f"{tmp_path}: all 2 steps are done and the model is saved; to train on, raise steps"]
     assert finished(parse_config(given | {"steps": 3})) is None
     assert finished(parse_config(given | {"steps": 1})) == result
     lines.pop(1)
