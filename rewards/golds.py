@@ -32,7 +32,8 @@ from rewards.marks import boxed, boxes
 from rewards.nulls import is_null
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```(?:json)?[ \t\r]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
+"""Each blank line is matched in one way only: in several, a thousand of them would take seconds."""
 _FIELD = "ground_truth"
 """The field of verl's struct `reward_model` that is the gold."""
 _HASH = re.compile(r"[ \t]*(\S[^\n]*?)\s*(?:\n\s*the answer is\b[^\n]*\s*)?", re.IGNORECASE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,12 @@ def test_a_struct_is_no_answer_that_accuracy_compares_with(gold: str) -> None:
     (verdict,) = AccuracyReward()(ScoringRequest("", (f"<answer>{gold}</answer>",), answer=gold))
     assert verdict.status == "unscorable"
     assert "the row's answer is a struct" in verdict.reason
+
+
+@pytest.mark.parametrize("text", ["```{}x``` is it", "```\n{}x", "```json\n{}x\n``` is it"])
+def test_a_fence_with_blank_lines_is_read_at_once(text: str) -> None:
+    """It took a minute once, as each blank line might belong to either end of the fence or to what is in it."""
+    start = time.process_time()
+    long = text.format(" \n" * 2500)
+    assert gold_text(long) == long
+    assert time.process_time() - start < 20
