@@ -183,8 +183,9 @@ def _tests(value: Any) -> list[Mapping[str, str]]:
 
 def _rows(tests: Mapping[str, Any]) -> list[Any]:
     """The tests of an object: it is one, or has a list for each of their parts."""
-    lists = {part: tests[name] for name, part in _LISTS.items() if isinstance(tests.get(name), list)}
-    lists = {part: values for part, values in lists.items() if not all(map(is_null, values))} or lists
+    given = {name: tests[name] for name in _LISTS if isinstance(tests.get(name), list)}
+    given = {name: values for name, values in given.items() if not all(map(is_null, values))} or given
+    lists = {_LISTS[name]: values for name, values in given.items()}
     if len({len(values) for values in lists.values()}) > 1:
         raise ValueError(f"its lists {', '.join(lists)} are of different lengths")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)] if lists else [tests]

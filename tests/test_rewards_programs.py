@@ -98,6 +98,7 @@ ONE = [{"input": "1", "output": "2"}]
         ({"inputs": ["1", None], "outputs": ["2", None], "code": [None, None, None]}, ONE),
         ({"inputs": None, "outputs": None, "code": ["f(1)", None]}, [{"code": "f(1)"}]),
         ({"inputs": [], "outputs": [], "code": ["f(1)"]}, [{"code": "f(1)"}]),
+        ({"input": ["1"], "output": ["2"], "inputs": [None], "outputs": []}, ONE),
         ({"input": None, "output": None, "code": "f(1)"}, [{"code": "f(1)"}]),
     ],
 )
