@@ -14,7 +14,8 @@ A number or an expression is the choice that accuracy takes for equal: `72^\\cir
 
 The choices come from a column, or from the row's own words. The gold is a letter or a choice's text, in the same forms,
 or a number that counts the choices from 0 (as in MMLU). A text such as "1" is first of all the choice that says 1; a
-number that could be that or another choice's place is refused.
+number that could be that or another choice's place is refused, and so is one that another choice says with a word or
+two ("3 cm", "Figure 3").
 With `scope: completion` the last `\\boxed{}` counts (boxes side by side are several answers), else what follows the
 last lead, else the last line.
 
@@ -143,10 +144,19 @@ def gold_choices(request: ScoringRequest, choices: Mapping[str, str]) -> set[str
         raise ValueError(
             f"is none of its {len(choices)} choices, nor counts them from 0; it must be a letter or a text"
         )
+    if not named and (said := _with_number(int(number[1]), choices)) and said != counted:
+        both = f"is the number in choice {min(said)} and, counted from 0, choice {min(counted)}"
+        raise ValueError(f"{both}; it must be a letter or a choice's text")
     if request.numeric_answer and counted and named and counted != named:
         both = f"is the text of choice {min(named)} and, counted from 0, choice {min(counted)}"
         raise ValueError(f"{both}; it must be a letter, or the text as a text")
     return named or counted
+
+
+def _with_number(number: int, choices: Mapping[str, str]) -> set[str]:
+    """The choices that say a number, no other, and hardly more: "3 cm", "Figure 3"."""
+    short = {letter: re.findall(r"\d+(?:[.,]\d+)*", text) for letter, text in choices.items() if len(text.split()) <= 3}
+    return {letter for letter, said in short.items() if said == [str(number)]}
 
 
 def concluded(completion: str, choices: Mapping[str, str]) -> str | None:
