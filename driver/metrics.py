@@ -186,7 +186,11 @@ class MetricsLog:
         return unreadable
 
     def close(self) -> None:
-        """Give the port back."""
+        """Give the port back; say what could not be written to the end."""
+        with suppress(OSError):  # no reason to hide how the run ended
+            self._write_waiting(len(self._waiting))
+        if self._waiting:
+            self.report(f"metrics.jsonl: {len(self._waiting)} records that waited could not be written, and are lost")
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -120,6 +120,20 @@ def test_figures_are_made_to_last_before_a_checkpoint_and_not_each_by_itself(loc
     assert synced == [str(tmp_path / "metrics.jsonl"), str(tmp_path)]
 
 
+def test_figures_that_never_found_room_are_said_to_be_lost(tmp_path):
+    said: list[str] = []
+    log = MetricsLog(tmp_path, report=said.append)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log.evaluation(1, {}, 1.0)
+    log.model(1)
+    log.close()
+    assert len(said) == 2 and "No space left" in said[0]
+    assert said[1] == "metrics.jsonl: 2 records that waited could not be written, and are lost"
+    (tmp_path / "metrics.jsonl").unlink()
+    log.close()
+    assert len(read_metrics(tmp_path, "model")) == 1, "written at the end, if there is room by then"
+
+
 def no_json(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON")
 
