@@ -5,6 +5,7 @@ open_run: preflight ─▶ Ray ─▶ placement ─▶ actors start side by side
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -205,7 +206,7 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
     directory, display = Path(config.output_dir), display or SilentDisplay()
     with ExitStack() as stack:
         # A folder that cannot be one is said by preflight, together with all else that is wrong.
-        files = [path for path in (directory, *directory.parents) if path.exists() and not path.is_dir()]
+        files = [path for path in (directory, *directory.parents) if os.path.exists(path) and not os.path.isdir(path)]
         blocked = files or address_problem(config.output_dir)
         if not blocked and (remark := stack.enter_context(held(directory))):
             display.phase(remark)

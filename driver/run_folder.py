@@ -30,7 +30,7 @@ def held(directory: Path) -> Iterator[str | None]:
 
     Raises ConfigError naming the run that holds it, StorageError where nothing can be written."""
     path = directory / LOCK
-    made = not directory.exists()
+    made = not os.path.exists(directory)  # also where nobody may look
     with storage_errors(directory):
         make_folder(directory)
         descriptor, remark = _open_locked(path)

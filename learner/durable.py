@@ -146,8 +146,8 @@ def sync_file(path: Path) -> None:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove what a killed writer left half-written under `directory`, and put back what it had moved aside. For the
-    only writer there is."""
+    """Remove what a killed writer left half-written under `directory`, as far as it can be removed, and put back what it
+    had moved aside. For the only writer there is."""
     for path in directory.glob(".*.*-*") if directory.is_dir() else ():
         match = re.fullmatch(r"\.(.+)\.(partial|former)-[0-9a-f]{8}", path.name)
         if match is None:
@@ -155,9 +155,10 @@ def clear_leftovers(directory: Path) -> None:
         if match[2] == "former" and not (directory / match[1]).exists():
             path.rename(directory / match[1])
         elif path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink()
+            with suppress(OSError):
+                path.unlink()
 
 
 def seal(directory: Path) -> None:
@@ -255,7 +256,7 @@ def _measure(path: Path) -> tuple[int, str]:
 def _free(path: Path) -> int | None:
     """Bytes that may be written where `path` is or will be; None if that cannot be known."""
     for place in (path, *path.parents):
-        if place.exists():
+        if os.path.exists(place):  # False where nobody may look
             try:
                 return shutil.disk_usage(place).free
             except OSError:

@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,21 @@ def test_where_nothing_can_be_put_back_the_first_error_is_told_and_nothing_is_lo
             save_checkpoint(HeldState({"param/x": torch.zeros(1)}, steps=2), tmp_path / "c")  # type: ignore[arg-type]
     clear_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["c"] and damage(tmp_path / "c") is None
+
+
+def test_a_leftover_that_cannot_be_removed_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As with NFS, where a file that somebody reads stays under another name."""
+    for name in (".c.partial-01234567", ".d.former-01234567"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".f.partial-01234567").touch()
+
+    def busy(path: Any, **options: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    for name in ("rmdir", "unlink"):
+        monkeypatch.setattr(os, name, busy)
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".c.partial-01234567", ".f.partial-01234567", "d"]
 
 
 def test_what_cannot_be_cut_back_hides_no_error(tmp_path: Path):

@@ -267,6 +267,27 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_starts():
         train(parse_config(config))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_nobody_may_look_is_said_too(tmp_path, monkeypatch, resume):
+    """As below another user's home; root may look everywhere."""
+    closed, real = tmp_path / "home", {name: getattr(os, name) for name in ("stat", "mkdir", "open")}
+
+    def refusing(name):
+        def call(path, *args, **options):
+            if str(path).startswith(f"{closed}/"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real[name](path, *args, **options)
+
+        return call
+
+    closed.mkdir()
+    for name in real:
+        monkeypatch.setattr(os, name, refusing(name))
+    config = {"output_dir": f"{closed}/runs/x", "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}}
+    with pytest.raises(StorageError, match=r"home/runs/x cannot be written: Permission denied .*another output_dir"):
+        train(parse_config(config), resume=resume)
+
+
 def run_of(directory, summaries, stats):
     """A run whose every batch has these summaries, and whose every update these figures; and what it says."""
 
