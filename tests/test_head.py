@@ -138,7 +138,7 @@ def test_whatever_descends_from_rays_programs_ends_with_the_run(tmp_path: Path, 
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
         "worker = int(ray.stdout.readline())\n"
         "if not (forked := os.fork()): time.sleep(1000)\n"
-        "time.sleep(1.5 * reaper.LOOK_SECONDS)\n"
+        "time.sleep(4 * reaper.LOOK_SECONDS)\n"
         "print(ray.pid, worker, reaping.pid, other.pid, forked, flush=True)\n"
         "sys.stdin.readline()\n"
         "if sys.argv[2] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
