@@ -153,6 +153,7 @@ def _create(
                 timeout=config.reward.timeout,
                 services=services.by_name,
                 trace=config.reward.trace,
+                name=f"reward-{i}",
             )
         )
     if training:

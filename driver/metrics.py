@@ -1,8 +1,7 @@
-"""One record per step, written to `metrics.jsonl`, to Ray's metrics and, if wanted, to a Prometheus endpoint.
+"""One record per step, written to `metrics.jsonl` and shown as gauges.
 
-StepRecord ─▶ metrics.jsonl        (everything; what reports are made from; null where a number is not finite)
-           ─▶ ray.util.metrics     (gauges `ray_saccade_*` on every node's metrics port)
-           ─▶ prometheus_client    (gauges `saccade_*` on the driver, if cluster.metrics_port is set)
+StepRecord ─▶ metrics.jsonl   (everything; what reports are made from; null where a number is not finite)
+           ─▶ driver/gauges.py (for Ray's metrics and Prometheus)
 """
 
 from __future__ import annotations
@@ -15,37 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client import Gauge as PrometheusGauge
-from ray.util.metrics import Gauge as RayGauge
 
+from driver.gauges import GAUGES, Gauges
 from learner.durable import StorageError, append, atomic_file, strict_json, sync_file
 from rollout.types import GroupSummary
 
-GAUGES = {
-    "reward": "mean reward of the step's scored completions",
-    "samples_per_second": "completions trained per second of wall time",
-    "tokens_per_second": "completion tokens trained per second of wall time",
-    "rollout_seconds": "seconds the driver waited for the step's groups",
-    "learn_seconds": "seconds of the learner's update",
-    "sync_seconds": "seconds from pause to resume of the weight synchronisation",
-    "driver_seconds": "seconds of the step in which nothing but the driver worked",
-    "staleness": "largest lag in policy versions of a trained token",
-    "kl": "mean KL to the reference policy, as estimated",
-    "mismatch_mean": "mean |log-probability difference| between engine and learner",
-    "mismatch_max": "largest |log-probability difference| between engine and learner",
-    "mismatch_kl": "mean k3 KL of the engine's policy to the learner's",
-    "effective_sample_size": "of the importance weights between engine and learner, as a share of the tokens",
-    "invalid_share": "share of completions without a score",
-    "completion_length": "mean completion length in tokens",
-    "grad_norm": "gradient norm before clipping",
-    "steps_not_taken": "optimizer steps of the last update that were not taken, as the gradient was not finite",
-    "entropy": "mean token entropy",
-}
 MODEL = "model"
 """Kind of the record of a saved model."""
-REWARD_SECONDS = "reward_seconds", "mean seconds that a reward took for one group"
-"""A gauge with a label: the name of the reward."""
 
 
 @dataclass(frozen=True)
@@ -126,52 +101,41 @@ class MetricsLog:
     port: int = 0
     report: Callable[[str], None] = lambda text: None
     """Told when records begin to wait, and when they are written."""
+    steps: int = 0
+    """That the run is to do."""
     _waiting: list[str] = field(default_factory=list)
-    _gauges: dict[str, tuple[RayGauge, PrometheusGauge]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        registry = CollectorRegistry()
-        for name, description in GAUGES.items():
-            ray_gauge = RayGauge(f"saccade_{name}", description=description)
-            self._gauges[name] = (ray_gauge, PrometheusGauge(f"saccade_{name}", description, registry=registry))
-        self._latency = (
-            RayGauge(f"saccade_{REWARD_SECONDS[0]}", description=REWARD_SECONDS[1], tag_keys=("reward",)),
-            PrometheusGauge(f"saccade_{REWARD_SECONDS[0]}", REWARD_SECONDS[1], ["reward"], registry=registry),
-        )
-        self._server = start_http_server(self.port, registry=registry)[0] if self.port else None
+        self._gauges = Gauges(self.directory.name, self.port)
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def step(self, record: StepRecord) -> None:
         """Append the record and set every gauge."""
         self._write({"kind": "step", **asdict(record)})
         total = record.seconds["total"]
+        known = {**asdict(record), **record.learner}
         values = {
-            "reward": record.reward,
+            **{name: known[name] for name in GAUGES if name in known},
+            **{f"{name}_seconds": record.seconds[name] for name in ("rollout", "learn", "sync", "driver")},
+            "steps": self.steps,
             "samples_per_second": record.samples / total,
             "tokens_per_second": record.tokens / total,
-            "rollout_seconds": record.seconds["rollout"],
-            "learn_seconds": record.seconds["learn"],
-            "sync_seconds": record.seconds["sync"],
-            "driver_seconds": record.seconds["driver"],
-            "staleness": record.staleness,
             "invalid_share": sum(record.invalid.values()) / max(1, record.samples),
-            "completion_length": record.completion_length,
-            "grad_norm": record.grad_norm,
-            "steps_not_taken": record.steps_not_taken,
-            **{k: v for k, v in record.learner.items() if k in GAUGES},
         }
         for name, value in values.items():
-            ray_gauge, prometheus_gauge = self._gauges[name]
-            ray_gauge.set(float(value))
-            prometheus_gauge.set(float(value))
-        ray_latency, prometheus_latency = self._latency
+            self._gauges.set(name, value)
+        for name, value in record.parts.items():
+            self._gauges.set("reward_score", value, reward=name)
         for name, value in record.reward_seconds.items():
-            ray_latency.set(value, tags={"reward": name})
-            prometheus_latency.labels(name).set(value)
+            self._gauges.set("reward_seconds", value, reward=name)
 
     def evaluation(self, step: int, results: Mapping[str, Any], seconds: float) -> None:
         """Append one evaluation."""
         self._write({"kind": "evaluation", "step": step, "seconds": seconds, "results": results})
+        for file, groups in results.items():
+            for group, figures in groups.items():
+                for name, value in figures.items():
+                    self._gauges.set("evaluation", value, file=file, group=group, figure=name)
 
     def model(self, step: int) -> None:
         """Append that the model of `step` is saved."""
@@ -191,9 +155,7 @@ class MetricsLog:
             self._write_waiting(len(self._waiting))
         if self._waiting:
             self.report(f"metrics.jsonl: {len(self._waiting)} records that waited could not be written, and are lost")
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+        self._gauges.close()
 
     def flush(self) -> None:
         """Write what waits, if it can be written, and make all of it survive a power failure: a run that goes on from

@@ -238,7 +238,7 @@ def _assemble(config: RunConfig, started: Started, display: Display) -> Run:
     """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
     actors = started.actors
     directory = Path(config.output_dir)
-    log = MetricsLog(directory, config.cluster.metrics_port, display.phase)
+    log = MetricsLog(directory, config.cluster.metrics_port, display.phase, config.steps)
     atomic_file(directory / "config.yaml", dump_config(absolute(config)))
     ledger = Ledger()
     rollouts = RolloutPipeline(

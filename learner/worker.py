@@ -57,6 +57,10 @@ class LearnerWorker:
         self._towers: ConstantTowers | None
         self._sender: WeightSender | None = None
 
+    def __repr__(self) -> str:
+        """What the dashboard calls this actor, and what stands in front of what it prints."""
+        return f"learner-{self.rank}"
+
     def open_store(self) -> tuple[str, int]:
         """Rank 0: where the ranks meet. The system chooses the port, so that no two runs can take the same."""
         from learner.process_group import open_store

@@ -53,6 +53,7 @@ class RewardActor:
         *,
         services: Mapping[str, Service] | None = None,
         trace: Trace = "visible",
+        name: str = "reward",
     ) -> None:
         """Begins to load the rewards.
 
@@ -60,13 +61,18 @@ class RewardActor:
             timeout: seconds that one call on one group may take.
             services: what rewards may call upon, by name (rewards/base.py).
             trace: how completions are shown in reports.
+            name: in the dashboard and in front of what is printed here.
         """
         self._worker = RewardWorker(specs, timeout, services=services)
         self._timeout = timeout
         self._trace = trace
+        self._name = name
         self._statuses: Counter[str] = Counter()
         self._groups = 0
         self._seconds = 0.0
+
+    def __repr__(self) -> str:
+        return self._name
 
     def start(self) -> None:
         """Returns when the rewards are loaded and warm.

@@ -22,6 +22,9 @@ class RewardModelActor:
         self._options = options
         self._model: RewardModel | None = None
 
+    def __repr__(self) -> str:
+        return "reward-model"
+
     def start(self) -> None:
         """Returns when the model is loaded. Raises RewardSetupError."""
         self._model = RewardModel(self._options)

@@ -64,6 +64,10 @@ class RolloutActor:
         self._ended = 0
         self._pending: set[asyncio.Task[EngineOutput]] = set()
 
+    def __repr__(self) -> str:
+        """What the dashboard calls this actor, and what stands in front of what it prints."""
+        return self._name
+
     # ------------------------------------------------------------------ life
 
     async def start(self) -> None:

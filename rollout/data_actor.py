@@ -83,6 +83,9 @@ class DataActor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._reading: Future[None] | None = None
 
+    def __repr__(self) -> str:
+        return "data"
+
     def start(self) -> int:
         """Open the data and return the number of training rows. Raises DataError with all that is wrong."""
         adapter = self._load_adapter()

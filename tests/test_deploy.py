@@ -336,9 +336,11 @@ def test_texts_name_files_knobs_and_metrics_that_exist(path: Path) -> None:
     named = {k for k in re.findall(r"`(\w+\.\w+)", text) if k.split(".")[0] in sections}
     assert named <= knobs | {"rollout.types", "cluster.yaml"}, "no such knob"
 
-    source = ast.parse((ROOT / "driver/metrics.py").read_text())
-    gauges = next(n for n in source.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "GAUGES")
-    known = set(ast.literal_eval(gauges.value))
+    source = ast.parse((ROOT / "driver/gauges.py").read_text())
+    tables = [
+        n for n in source.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in ("GAUGES", "LABELLED")
+    ]
+    known = {name for table in tables for name in ast.literal_eval(table.value)}
     assert set(re.findall(r"ray_saccade_(\w+)", text)) <= known, "no such metric"
 
 

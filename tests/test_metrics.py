@@ -33,6 +33,11 @@ def test_failed_completions_are_counted_and_never_averaged():
     assert statistics["truncated_share"] == 0.25
 
 
+EXPECTED = {"step": 4.0, "steps": 9.0, "samples_per_second": 2.0, "kl": 0.01, "loss": 0.1, "learning_rate": 0.001}
+EXPECTED |= {"truncated_share": 0.25, "groups_without_signal": 1.0, "invalid_share": 0.25, "driver_seconds": 0.25}
+"""Gauges of `record(4)`."""
+
+
 def record(step: int) -> StepRecord:
     return StepRecord(
         step=step,
@@ -62,17 +67,21 @@ def record(step: int) -> StepRecord:
 
 @pytest.mark.e2e
 def test_the_prometheus_endpoint_and_the_log_agree_and_a_resume_rewrites(local_ray, tmp_path, unused_port):
-    log = MetricsLog(tmp_path, unused_port)
+    log = MetricsLog(tmp_path, unused_port, steps=9)
     for step in (1, 2):
         log.step(record(step))
     log.step(replace(record(3), loss=nan, grad_norm=inf, learner={"kl": nan}, steps_not_taken=1))
     written = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=no_json)
     assert (written["loss"], written["grad_norm"], written["learner"]) == (None, None, {"kl": None})
     log.step(record(4))
+    log.evaluation(4, {"unseen": {"all": {"reward": 0.5, "n": 8.0}}}, 1.0)
     text = urllib.request.urlopen(f"http://127.0.0.1:{unused_port}/metrics", timeout=10).read().decode()
-    latency = 'saccade_reward_seconds{reward="accuracy"} 0.75'
-    for line in ("saccade_samples_per_second 2.0", "saccade_kl 0.01", "saccade_invalid_share 0.25", latency):
-        assert line in text
+    run = f'run="{tmp_path.name}"'
+    for name, value in EXPECTED.items():
+        assert f"saccade_{name}{{{run}}} {value}\n" in text
+    assert f'saccade_reward_seconds{{reward="accuracy",{run}}} 0.75' in text
+    assert f'saccade_reward_score{{reward="accuracy",{run}}} 0.25' in text
+    assert f'saccade_evaluation{{figure="reward",file="unseen",group="all",{run}}} 0.5' in text
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # a run killed while writing
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3, 4]
