@@ -91,6 +91,7 @@ def test_a_submitted_job_runs_across_nodes_reports_metrics_and_stops_with_a_chec
         },
         "reward": {"functions": [{"name": f"{repository}/tests/rewards_for_tests.py:letters"}]},
         "learner": {"prompts_per_step": 4, "learning_rate": 1e-4, "zero_stage": 1},
+        "checkpoint": {"every": 0},
         "cluster": {
             "device": "cpu",
             "resources": {role: {f"{role}_node": 1} for role in ("rollout", "learner", "reward")},
@@ -109,6 +110,9 @@ def test_a_submitted_job_runs_across_nodes_reports_metrics_and_stops_with_a_chec
     assert metrics["ray_saccade_samples_per_second"] > 0
     assert metrics["ray_saccade_mismatch_max"] < 1e-3
     assert metrics["ray_saccade_staleness"] == 0
+    listed = json.loads(urllib.request.urlopen(f"http://{cluster['dashboard']}/logical/actors", timeout=30).read())
+    alive = {actor["reprName"] for actor in listed["data"]["actors"].values() if actor["state"] == "ALIVE"}
+    assert alive >= {"rollout-0", "learner-0", "reward-0", "data"}
 
     jobs.stop()
     wait_until(lambda: jobs.status() == "STOPPED", "the job to stop", jobs.logs)
