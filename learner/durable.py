@@ -146,8 +146,8 @@ def sync_file(path: Path) -> None:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove what a killed writer left half-written under `directory`, as far as it can be removed, and put back what it
-    had moved aside. For the only writer there is."""
+    """Remove what a killed writer left half-written under `directory`, as far as that can be, and put back what it had
+    moved aside. For the only writer there is."""
     for path in directory.glob(".*.*-*") if directory.is_dir() else ():
         match = re.fullmatch(r"\.(.+)\.(partial|former)-[0-9a-f]{8}", path.name)
         if match is None:
