@@ -67,13 +67,14 @@ class Actors:
 
     def questions(self) -> dict[str, Callable[[], ray.ObjectRef]]:
         """Every process of the run by its name for the user, and a call that it answers while it lives. For engines
-        that were started: of them the whole engine answers."""
+        that were started: of them the whole engine answers. The others run a built-in function: one of ours they
+        would have to import, for seconds in which they neither answer nor end."""
         named = {f"learner rank {i}": rank for i, rank in enumerate(self.learner.ranks if self.learner else ())}
         named |= {f"reward actor {i}": actor for i, actor in enumerate(self.rewards)}
         named |= {f"reward model {i}": actor for i, actor in enumerate(self.models)}
         named |= {"the data actor": self.data}
         engines = {f"engine {handle.name}": handle.actor.check_health.remote for handle in self.handles}
-        return engines | {name: partial(actor.__ray_call__.remote, _answer) for name, actor in named.items()}
+        return engines | {name: partial(actor.__ray_call__.remote, callable) for name, actor in named.items()}
 
     def shutdown(self) -> None:
         """End every process; engines and rewards are asked first, since they have children of their own."""
@@ -180,7 +181,3 @@ def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Call
         if starting and time.monotonic() > deadline:
             names = ", ".join(starting.values())
             raise RunError(f"waited {timeout:g} s (rollout.start_timeout) for {names} to start")
-
-
-def _answer(actor: Any) -> None:
-    """What an actor runs to show that it lives."""

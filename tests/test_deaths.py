@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from driver.actors import Actors
 from driver.deaths import DeathError, explain, find_dead, first_lines
 from driver.errors import MismatchError, RunError, RunStopped
 from driver.head import HeadLostError
@@ -135,6 +136,22 @@ def test_the_dead_are_named_in_place_of_what_others_say_of_it(local_ray, process
     assert explain(shown, asked, HEAD) is shown
     (tmp_path / "fifo").write_text("")
     local_ray.get(waiting)
+
+
+@pytest.mark.e2e
+def test_who_is_asked_whether_it_lives_imports_nothing_of_ours_for_it(local_ray):
+    """It took a reward actor, which knows neither torch nor transformers, up to twenty seconds, and its end waited."""
+
+    class Bare:
+        def modules(self) -> set[str]:
+            import sys
+
+            return {name.split(".")[0] for name in sys.modules}
+
+    actor = local_ray.remote(Bare).options(num_cpus=0).remote()
+    assert find_dead(Actors(data=actor, rewards=[actor]).questions(), 60.0) == {}
+    assert not local_ray.get(actor.modules.remote()) & {"driver", "learner", "rollout", "torch", "transformers"}
+    local_ray.kill(actor)
 
 
 @pytest.mark.e2e
