@@ -30,6 +30,9 @@ from vlm.tiny.noise import noise
 
 pytestmark = pytest.mark.e2e
 
+SPOILED = 9
+"""Of 16 rows one that the seed of `settings` puts into the second step."""
+
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
@@ -123,6 +126,38 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(settings, tmp
         parse_config({**settings, "output_dir": "unused", "model": {"path": str(whole.model_dir), "dtype": "float32"}})
     )
     assert again == whole.evaluations[4]
+
+
+def test_a_run_that_goes_on_before_or_behind_a_step_that_was_not_taken_ends_as_the_undisturbed_one(
+    settings, tmp_path, local_ray
+):
+    rows = [{"prompt": f"what is {i}?", "answer": "a", "spoiled": i == SPOILED} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {
+        **settings,
+        "data": {"train": [str(tmp_path / "rows.jsonl")], "extra_columns": ["spoiled"], "max_prompt_length": 64},
+        "reward": {"functions": [{"name": "tests.rewards_for_tests:letters_or_too_much"}]},
+        "algorithm": {"name": "dr_grpo"},
+        "evaluation": {},
+        "checkpoint": {"every": 1, "keep": 9},
+    }
+    train(parse_config({**given, "output_dir": str(tmp_path / "whole")}))
+    steps = read_metrics(tmp_path / "whole")
+    assert [s["steps_not_taken"] for s in steps] == [0, 1, 0, 0]
+    for step in (1, 2):
+        directory, saved = tmp_path / f"from-{step}", f"checkpoints/step-{step:06d}"
+        shutil.copytree(tmp_path / "whole" / saved, directory / saved)
+        train(parse_config({**given, "output_dir": str(directory)}), resume=True)
+        for ours, theirs in zip(read_metrics(directory), steps[step:], strict=True):
+            assert timeless(ours) == timeless(theirs)
+        last = "checkpoints/step-000004/learner"
+        for path in (tmp_path / "whole" / last).iterdir():
+            assert (directory / last / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def timeless(record: dict) -> dict:
+    """A step's record without what a clock said."""
+    return {name: value for name, value in record.items() if name not in ("seconds", "busy", "reward_seconds")}
 
 
 def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_path, local_ray):
