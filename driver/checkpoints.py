@@ -42,7 +42,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Cal
     # Later steps than this one belong to checkpoints that a resume found damaged: they count for nothing.
     before = [s for s in found(directory) if s < step]
     for old in before[: max(0, len(before) + 1 - keep)]:
-        with suppress(OSError):  # what cannot be removed now is tried again at the next checkpoint
+        with suppress(OSError):  # what is left of it stands in nobody's way, and goes at the next start
             shutil.rmtree(moved_aside(_path(directory, old)))
     return final
 

@@ -37,6 +37,9 @@ PLACE_ERRORS = (
     errno.EIO,
     errno.ENOTDIR,
     errno.EEXIST,
+    errno.ESTALE,  # this and the following: a network's file system that is away
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
 )
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 """What is said where a folder cannot be synced, as on some network and FUSE mounts, or may be written but not read. Its

@@ -44,6 +44,7 @@ _PYTHON = re.compile(r"(?i)[{.\s]*(?:i?python|py)[\d.]*(?![\w])")
 _MAIN = "import sys\nsys.path.insert(0, '.')\nfrom rewards.remote_program import main\nmain()\n"
 _LISTS = {part + s: part for part in ("input", "output", "code") for s in ("", "s")}
 """What an object of lists calls them: `Sequence` of `datasets` makes `{"input": [..], "output": [..]}` of objects."""
+_FUNCTION = ("fn_name", "func_name", "entry_point")
 _MODULES = ("remote_program.py", "remote_object.py")
 
 
@@ -172,6 +173,10 @@ def _lines(text: str) -> list[str]:
 def _tests(value: Any) -> list[Mapping[str, str]]:
     """Raises ValueError or TypeError for what is no list of tests."""
     tests = json.loads(value) if isinstance(value, str) else value
+    if (called := _called(tests)) is not None:
+        raise ValueError(
+            f'they call {called!r} with values and do not say how; write {{"code": "assert {called}(..) == .."}}'
+        )
     if isinstance(tests, Mapping):
         tests = _rows(tests)
     if not isinstance(tests, list | tuple):
@@ -179,6 +184,16 @@ def _tests(value: Any) -> list[Mapping[str, str]]:
     if not (given := [test for test in tests if not is_blank(test)]):
         raise ValueError("nothing but nulls" if tests else "the list is empty")
     return [_test(test) for test in given]
+
+
+def _called(tests: Any) -> str | None:
+    """The function that tests name as APPS, TACO and LiveCodeBench do: their inputs are no standard input."""
+    for test in [tests] if isinstance(tests, Mapping) else tests if isinstance(tests, list | tuple) else ():
+        if isinstance(test, Mapping) and is_null(test.get("code")):
+            name = next((test[key] for key in _FUNCTION if not is_null(test.get(key))), None)
+            if name is not None or test.get("testtype") == "functional":
+                return str(name or "a function")
+    return None
 
 
 def _rows(tests: Mapping[str, Any]) -> list[Any]:

@@ -28,6 +28,8 @@ from rewards.format import Scope, check_scope, judged_text, one_of, placed
 from rollout.types import Verdict
 
 Metric = Literal["iou", "giou", "point", "boxes"]
+ROUNDING = 1e-9
+"""That an IoU may lack of the threshold: a box written in other coordinates is not quite the same number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class GroundingReward:
         overlap = iou(target, found)
         if self.metric == "giou":
             return Verdict.scored((1 + giou(target, found)) / 2, note=f"IoU {overlap:.3f}")
-        score = overlap if self.threshold is None else float(overlap >= self.threshold)
+        score = overlap if self.threshold is None else float(overlap >= self.threshold - ROUNDING)
         return Verdict.scored(score, note=f"IoU {overlap:.3f}")
 
 

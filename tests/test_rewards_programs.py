@@ -4,6 +4,7 @@ another process than the program's sees of it."""
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 from pathlib import Path
@@ -261,3 +262,20 @@ def test_a_test_in_another_process(program: Any, test: str, ending: str) -> None
 def test_fences_take_linear_time() -> None:
     for hostile in ("```\n" * 200_000, "`" * 500_000, "```python " * 50_000, "~~~`" * 100_000):
         program_of(hostile)
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        {"inputs": ["[1, 2]"], "outputs": ["3"], "fn_name": "add"},  # APPS, TACO
+        json.dumps({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}),
+        [{"input": "1\n2", "output": "3", "testtype": "functional", "func_name": "add"}],  # LiveCodeBench
+    ],
+)
+def test_tests_that_call_a_function_with_values_are_refused_not_read_as_standard_input(tests) -> None:
+    """Every program would print nothing and score 0."""
+    with pytest.raises(ValueError, match=r"they call 'add' .*assert add\("):
+        _tests(tests)
+    padded = {"inputs": ["1"], "outputs": ["3"], "fn_name": None}
+    assert _tests(padded) == [{"input": "1", "output": "3"}]
+    assert _tests([{"code": "assert add(1, 2) == 3", "entry_point": "add"}]) == [{"code": "assert add(1, 2) == 3"}]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.base import RewardFunction, ScoringRequest
-from rewards.boxes import Box, Item, giou, iou, mean_f1
+from rewards.boxes import Box, Item, giou, iou, mean_f1, write_items
 from rewards.grounding import GroundingReward
 from rewards.json_schema import JsonSchemaReward
 from rewards.language import LanguageReward
@@ -148,6 +148,9 @@ def test_metrics_and_coordinates_of_grounding() -> None:
     assert score(GroundingReward("thousandths", gold_coordinates="normalized"), "[0, 0, 400, 500]", gold) == 1.0
     assert score(GroundingReward("normalized", threshold=0.33), "[0.2, 0, 0.6, 0.5]", gold) == 1.0
     assert score(GroundingReward("normalized", threshold=0.34), "[0.2, 0, 0.6, 0.5]", gold) == 0.0
+    exact = GroundingReward("thousandths", gold_coordinates="normalized", threshold=1.0)
+    box = (0.1091, 0.5474, 0.5513, 0.7066)  # rounded on the way to thousandths and back: IoU 1 - 4e-16
+    assert score(exact, write_items([Item(box)], "thousandths", None), str(list(box))) == 1.0
     assert score(GroundingReward("normalized", metric="giou"), "[0.6, 0, 1, 0.5]", gold) == pytest.approx(0.4)
     pointing = GroundingReward("normalized", metric="point")
     assert score(pointing, "[0.4, 0.5]", gold) == 1.0 and score(pointing, "[0.41, 0.5]", gold) == 0.0
