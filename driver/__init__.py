@@ -3,7 +3,7 @@
 from driver.config import ConfigError, RunConfig, load_config, parse_config
 
 __version__ = "0.1.0"
-"""As in pyproject.toml: a submitted job runs from a folder where nothing is installed that could be asked."""
+"""Here and nowhere else: a submitted job runs from a folder where nothing is installed that could be asked."""
 
 __all__ = ["ConfigError", "RunConfig", "load_config", "parse_config", "train"]
 

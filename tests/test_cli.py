@@ -74,7 +74,9 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(repository: Path, t
 def test_the_version_is_told(repository: Path) -> None:
     result = CliRunner().invoke(cli.app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"saccade {driver.__version__}\n")
-    assert tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"] == driver.__version__
+    project = tomllib.loads((repository / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "driver.__version__"}
 
 
 def test_train_is_completed_by_tab() -> None:

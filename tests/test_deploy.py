@@ -33,7 +33,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLUSTER_EXAMPLE = "examples/qwen2_5_vl_3b.yaml"
 ROLES = ("rollout", "learner", "reward")
 YAML_FILES = sorted(p for d in ("deploy", "examples") for p in (ROOT / d).rglob("*") if p.suffix in (".yaml", ".yml"))
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def documents(path: str) -> list[dict[str, Any]]:
@@ -314,6 +314,16 @@ def test_readme_commands_exist() -> None:
     assert {"train", "eval"} <= used
     (job,) = re.findall(r"ray job submit --working-dir \. -- (.+)", shell)
     check_entrypoint(shlex.split(job))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda p: p.name)
+def test_workflows_do_what_developers_do(path: Path) -> None:
+    """Their steps are targets of the Makefile, so that both cannot part."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    (workflow,) = documents(str(path.relative_to(ROOT)))
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    called = {target for command in commands for target in re.findall(r"\bmake ([\w-]+)", command)}
+    assert called and called <= targets
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.name)
