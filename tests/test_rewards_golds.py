@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,15 @@ def test_a_gold_of_another_kind_is_refused_in_a_short_line(name: str, gold: obje
 
 
 def test_brackets_within_brackets_end_in_a_line_too() -> None:
-    deep = "[" * 700 + "1" + "]" * 700
+    """How many are too many depends on what others in the process allow."""
+    depth = sys.getrecursionlimit() + 100
+    deep = "[" * depth + "1" + "]" * depth
     assert MultipleChoiceReward()(ScoringRequest("", ("<answer>a</answer>",), answer=deep))[0].status == "unscorable"
+    value: list[object] = [1]
+    for _ in range(depth):
+        value = [value]
     with pytest.raises(GoldError, match="cannot be written as JSON"):
-        gold_text(json.loads(deep))
+        gold_text(value)
 
 
 @pytest.mark.parametrize("gold", [*NOT_TEXTS, None, float("nan"), [float("nan")], b"x", 3, True, "red", [None]])
