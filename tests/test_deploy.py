@@ -138,8 +138,14 @@ def test_dockerfiles_copy_what_exists_and_install_the_right_extra(device: str) -
     for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
-    for room in re.findall(r"mkdir ([\w ]+)", text):
-        assert sorted([*room.split(), "deploy"]) == sorted(packages())
+    (made,) = re.findall(r"mkdir ([\w ]+)", text)
+    copied = [
+        name for name in re.findall(r"^COPY (\w+)(?:/__init__\.py)? ", text, re.MULTILINE) if (ROOT / name).is_dir()
+    ]
+    assert sorted([*made.split(), *copied]) == sorted(packages())
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    holder = setuptools["dynamic"]["version"]["attr"].removesuffix(".__version__")
+    assert f"COPY {holder}/__init__.py {holder}/" in text, "the version is read where the environment is made"
     assert ("make venv" if device == "cpu" else "'.[gpu,qlora]'") in text
 
 
