@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.common import report
-from driver.metrics import read_metrics
+from saccade.observe.metrics import read_metrics
 
 
 def split(records: list[dict[str, Any]]) -> dict[str, Any]:

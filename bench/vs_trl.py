@@ -24,11 +24,11 @@ from typing import Any
 from rich.table import Table
 
 from bench.common import images, median, report, write_parquet
-from driver.config import RunConfig, parse_config
-from driver.loop import step
-from driver.metrics import read_metrics
-from driver.run import open_run
-from driver.wiring import threads_of
+from saccade.config.options import threads_of
+from saccade.config.run_config import RunConfig, parse_config
+from saccade.loop import step
+from saccade.observe.metrics import read_metrics
+from saccade.run import open_run
 
 PROMPTS, K = 8, 8
 SCENARIOS: dict[str, tuple[int, ...]] = {

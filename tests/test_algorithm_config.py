@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from driver.algorithm import PRESETS, AlgorithmConfig
-from driver.config import ConfigError, dump_config, load_config, parse_config
-from driver.idle_knobs import idle
-from driver.wiring import learner_options
+from saccade.config.algorithm import PRESETS, AlgorithmConfig
+from saccade.config.idle_knobs import idle
+from saccade.config.options import learner_options
+from saccade.config.run_config import ConfigError, dump_config, load_config, parse_config
 from tests.test_config import MINIMAL
 
 

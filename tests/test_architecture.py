@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from driver.config import iter_knobs
-from driver.knobs import Section
+from saccade.config.run_config import iter_knobs
+from saccade.config.sections import Section
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("rollout", "learner", "rewards", "weight_sync", "vlm", "driver", "deploy")
+ROOMS = ("rollout", "learner", "rewards", "weight_sync", "vlm", "saccade", "deploy")
 OURS = (*ROOMS, "bench", "tests", "examples")
 
 # What of ours each room may import beyond itself. `bench` and `tests` may import everything.
@@ -29,16 +29,32 @@ MAY_IMPORT = {
     "rewards": ("rollout.types", "rollout.user_code", "vlm.control"),
     "vlm": ("rollout.types", "rollout.user_code"),
     "weight_sync": ("rollout.types",),
-    "driver": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
+    "saccade": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
     "deploy": (),
-    "examples": ("rollout.types", "rewards", "driver"),
+    "examples": ("rollout.types", "rewards", "saccade"),
 }
 # Where each heavy library may be imported, as glob patterns; elsewhere it would make a pure part slow and untestable.
 HEAVY = {
-    "ray": ("*/*actor.py", "learner/worker.py", "learner/group.py", "driver/*.py"),
+    "ray": (
+        *("*/*actor.py", "learner/worker.py", "learner/group.py"),
+        *(
+            "saccade/fleet/*.py",
+            "saccade/pipeline/rollouts.py",
+            "saccade/pipeline/evaluate.py",
+            "saccade/observe/gauges.py",
+        ),
+    ),
     "vllm": ("rollout/vllm_engine.py", "weight_sync/*.py"),
     "deepspeed": ("learner/deepspeed_*.py", "weight_sync/source.py"),
 }
+# The rooms and the files of `saccade/`, the uppermost first: each imports only what stands further down, also within
+# functions and for types alone. `__init__` names what users import.
+ORDER = (
+    *("__main__", "__init__", "cli", "commands", "demo", "loop", "run", "finished", "preflight", "checks", "health"),
+    *("checkpoints", "run_folder", "pipeline", "fleet", "observe", "config", "errors"),
+)
+SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "pipeline", "fleet", "observe")
+"""Of these, what may have Ray loaded."""
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 MAX_KNOBS = 101
@@ -125,6 +141,18 @@ def source_files() -> list[tuple[PurePosixPath, str]]:
     return [(PurePosixPath(p.relative_to(ROOT)), p.read_text()) for p in paths]
 
 
+def uphill(path: PurePosixPath, source: str) -> list[str]:
+    """What a file of `saccade/` imports that stands above it in ORDER, one line each."""
+    own = path.with_suffix("").parts[1]
+    found = []
+    for item in find_imports(path, source):
+        parts = item.module.split(".")
+        other = parts[1] if len(parts) > 1 and parts[1] in ORDER else "__init__"
+        if parts[0] == "saccade" and parts[1:] != ["__version__"] and ORDER.index(other) < ORDER.index(own):
+            found.append(f"{path}:{item.line} imports {item.module}, which stands above {own}")
+    return found
+
+
 # --- the checker, on violations made for it ---------------------------------------------------------------------------
 
 
@@ -138,24 +166,24 @@ def source_files() -> list[tuple[PurePosixPath, str]]:
         ("learner/packing.py", "import rollout", "imports rollout;"),
         ("learner/packing.py", "from rollout import prompts", "imports rollout.prompts"),
         ("learner/packing.py", "from rollout.typesetting import x", "imports rollout.typesetting"),
-        ("learner/packing.py", "import importlib\nimportlib.import_module('driver.loop')", ":2 imports driver.loop"),
+        ("learner/packing.py", "import importlib\nimportlib.import_module('saccade.loop')", ":2 imports saccade.loop"),
         ("learner/sub/deep.py", "from ...rewards import base", "imports rewards.base"),
         ("rewards/format.py", "from vlm import media", "rewards may import only"),
         ("vlm/qwen_vl.py", "from weight_sync.sync import sync_weights", "vlm may import only"),
         ("weight_sync/sync.py", "from learner.engine import TrainEngine", "weight_sync may import only"),
-        ("driver/loop.py", "from bench.timing import measure", "driver may import only"),
-        ("driver/loop.py", "from tests.conftest import local_ray", "driver may import only"),
-        ("deploy/torchvision_cpu.py", "import driver", "deploy may import only"),
+        ("saccade/loop.py", "from bench.timing import measure", "saccade may import only"),
+        ("saccade/loop.py", "from tests.conftest import local_ray", "saccade may import only"),
+        ("deploy/torchvision_cpu.py", "import saccade", "deploy may import only"),
         (
             "vlm/adapter.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from driver.config import RunConfig",
-            "vlm/adapter.py:3 imports driver.config",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from saccade.config.run_config import RunConfig",
+            "vlm/adapter.py:3 imports saccade.config.run_config",
         ),
         ("rollout/prompts.py", "import ray", "imports ray, which belongs only in"),
         ("rollout/environment.py", "async def f():\n    from ray.util import metrics", ":2 imports ray"),
         ("rollout/engine.py", "from vllm import AsyncLLM", "imports vllm, which belongs only in"),
-        ("driver/loop.py", "import vllm", "imports vllm, which belongs only in"),
-        ("driver/loop.py", "__import__('deepspeed')", "imports deepspeed, which belongs only in"),
+        ("saccade/loop.py", "import vllm", "imports vllm, which belongs only in"),
+        ("saccade/loop.py", "__import__('deepspeed')", "imports deepspeed, which belongs only in"),
         ("learner/torch_engine.py", "import deepspeed", "imports deepspeed, which belongs only in"),
         ("weight_sync/client.py", "import deepspeed", "imports deepspeed, which belongs only in"),
         ("examples/my_reward.py", "from learner import losses", "examples may import only"),
@@ -180,13 +208,13 @@ def test_the_checker_sees_a_violation(path: str, source: str, expected: str) -> 
         ("learner/group.py", "import ray\nfrom learner.engine import TrainEngine"),
         ("learner/deepspeed_engine.py", "def f():\n    import deepspeed"),
         ("weight_sync/source.py", "import vllm, deepspeed"),
-        ("driver/placement.py", "import ray\nfrom learner.group import LearnerGroup"),
+        ("saccade/fleet/placement.py", "import ray\nfrom learner.group import LearnerGroup"),
         (
             "learner/policy.py",
             "import rayon\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed",
         ),
-        ("bench/learner.py", "import ray, vllm, deepspeed, driver.loop"),
-        ("tests/test_x.py", "import ray, vllm, deepspeed, driver.loop"),
+        ("bench/learner.py", "import ray, vllm, deepspeed, saccade.loop"),
+        ("tests/test_x.py", "import ray, vllm, deepspeed, saccade.loop"),
     ],
 )
 def test_the_checker_accepts_what_is_allowed(path: str, source: str) -> None:
@@ -204,6 +232,26 @@ def test_the_checker_measures_functions() -> None:
 
 def test_imports_follow_the_rules() -> None:
     found = [line for path, source in source_files() for line in violations(path, source)]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("saccade/config/options.py", "from saccade.fleet.placement import Placement", "stands above config"),
+        ("saccade/fleet/actors.py", "def f():\n    from saccade.pipeline import ledger", ":2 imports saccade.pipeline"),
+        ("saccade/run.py", "from saccade import train", "imports saccade.train, which stands above run"),
+    ],
+)
+def test_the_checker_sees_an_arrow_uphill(path: str, source: str, expected: str) -> None:
+    (line,) = uphill(PurePosixPath(path), source)
+    assert expected in line
+
+
+def test_no_arrow_of_saccade_leads_uphill() -> None:
+    files = [(path, source) for path, source in source_files() if path.parts[0] == "saccade"]
+    assert {path.with_suffix("").parts[1] for path, _ in files} == set(ORDER)
+    found = [line for path, source in files for line in uphill(path, source)]
     assert not found, "\n" + "\n".join(found)
 
 
@@ -229,7 +277,7 @@ def test_what_crosses_processes_needs_only_numpy() -> None:
 
 def test_rooms_are_plain_packages() -> None:
     """Importing one module of a room must not drag in its neighbours through `__init__.py`."""
-    for room in set(ROOMS) - {"driver"}:
+    for room in set(ROOMS) - {"saccade"}:
         init = ROOT / room / "__init__.py"
         assert init.is_file(), f"{room} is no package"
         assert not list(find_imports(PurePosixPath(room, "__init__.py"), init.read_text())), f"{init} imports"
@@ -265,6 +313,7 @@ def test_pure_modules_load_without_ray_vllm_deepspeed() -> None:
         if path.parts[0] in ROOMS
         and not any(path.match(p) for patterns in HEAVY.values() for p in patterns)
         and path.parts[0] != "deploy"  # scripts for the environment, not part of the program
+        and not (path.parts[0] == "saccade" and path.with_suffix("").parts[1] in SHELLS)
     ]
     assert "rollout.types" in pure
     assert brought_in(pure, list(HEAVY)) == {}
@@ -272,7 +321,7 @@ def test_pure_modules_load_without_ray_vllm_deepspeed() -> None:
 
 def test_configuration_loads_without_torch() -> None:
     """A wrong configuration is reported at once, not after torch, transformers or Ray have been imported."""
-    names = ["rollout.types", "rewards.base", "driver", "driver.config"]
+    names = ["rollout.types", "rewards.base", "saccade", "saccade.config.run_config"]
     assert brought_in(names, ["torch", "transformers", *HEAVY]) == {}
 
 

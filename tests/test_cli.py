@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-import driver
-from driver import cli
-from driver.cli_help import unwrapped
-from driver.display import TerminalDisplay
-from driver.screen import show
+import saccade
+from saccade import cli
+from saccade.commands.help import unwrapped
+from saccade.observe.display import TerminalDisplay
+from saccade.observe.screen import show
 
 HEAVY = ["deepspeed", "ray", "torch", "transformers", "vllm"]
 WRONG = "learner.lrr=1"
@@ -38,7 +38,7 @@ MISTAKES = {
 }
 CHILD = """
 import contextlib, io, json, sys
-from driver.cli import main
+from saccade.cli import main
 heavy, commands = json.loads(sys.argv[1])
 for command in commands:
     sys.argv = ["saccade", *command]
@@ -73,14 +73,14 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(repository: Path, t
 
 def test_the_version_is_told(repository: Path) -> None:
     result = CliRunner().invoke(cli.app, ["--version"])
-    assert (result.exit_code, result.output) == (0, f"saccade {driver.__version__}\n")
+    assert (result.exit_code, result.output) == (0, f"saccade {saccade.__version__}\n")
     project = tomllib.loads((repository / "pyproject.toml").read_text())
     assert "version" not in project["project"] and "version" in project["project"]["dynamic"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "driver.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "saccade.__version__"}
 
 
 def test_train_is_completed_by_tab() -> None:
-    assert {"train", "RunConfig"} <= set(dir(driver))
+    assert {"train", "RunConfig"} <= set(dir(saccade))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_everything_is_printed_in_one_way(repository: Path) -> None:
     """Elsewhere a `.print` of rich would read [words] of a text as markup, and break lines through paths."""
     found = [
         f"{path.name}:{node.lineno}"
-        for path in (repository / "driver").glob("*.py")
+        for path in (repository / "saccade").rglob("*.py")
         if path.name != "screen.py"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "print"

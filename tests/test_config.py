@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from driver.cli_help import knob_text
-from driver.config import ConfigError, dump_config, iter_knobs, load_config, parse_config
-from driver.wiring import data_options
+from saccade.commands.help import knob_text
+from saccade.config.options import data_options
+from saccade.config.run_config import ConfigError, dump_config, iter_knobs, load_config, parse_config
 
 MINIMAL = {"output_dir": "runs/x", "steps": 10, "model": {"path": "m"}, "data": {"train": ["a.parquet"]}}
 

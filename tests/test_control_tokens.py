@@ -10,9 +10,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from driver.services import _prompt
 from rewards.format import format_problem
 from rewards.judge import Question
+from saccade.fleet.reward_services import _prompt
 from tests.data_helpers import FakeAdapter, source, write_rows
 from vlm.adapter import MultimodalAdapter
 from vlm.control import control_tokens

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from driver.actors import Actors
-from driver.deaths import DeathError, explain, find_dead, first_lines
-from driver.errors import MismatchError, RunError, RunStopped
-from driver.head import HeadLostError
-from driver.run import Run
 from learner.deaths import how_it_died
 from learner.group import LearnerGroup
 from learner.types import LearnerError
 from rollout.engine import EngineDeadError
+from saccade.errors import MismatchError, RunError, RunStopped
+from saccade.fleet.actors import Actors
+from saccade.fleet.deaths import DeathError, explain, find_dead, first_lines
+from saccade.fleet.head import HeadLostError
+from saccade.run import Run
 from tests.learner_cases import options
 from weight_sync.verify import WeightSyncError
 
@@ -150,7 +150,7 @@ def test_who_is_asked_whether_it_lives_imports_nothing_of_ours_for_it(local_ray)
 
     actor = local_ray.remote(Bare).options(num_cpus=0).remote()
     assert find_dead(Actors(data=actor, rewards=[actor]).questions(), 60.0) == {}
-    assert not local_ray.get(actor.modules.remote()) & {"driver", "learner", "rollout", "torch", "transformers"}
+    assert not local_ray.get(actor.modules.remote()) & {"saccade", "learner", "rollout", "torch", "transformers"}
     local_ray.kill(actor)
 
 
@@ -202,7 +202,7 @@ def test_a_rank_that_died_is_named_not_the_one_that_gloo_told_of_it(processes, t
 def test_the_state_is_saved_unless_the_learner_is_what_failed(error, dead, saved, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(
-        "driver.run.explain", lambda e, asked, head: DeathError(dict.fromkeys(dead, ""), "x") if dead else e
+        "saccade.run.explain", lambda e, asked, head: DeathError(dict.fromkeys(dead, ""), "x") if dead else e
     )
     monkeypatch.setattr(Run, "checkpoint", lambda self: said.append("saved"))
     run = object.__new__(Run)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from driver.config import ConfigError
-from driver.demo import demo_config, prepare_folder
-from driver.shapes import ShapesFiles
+from saccade.config.run_config import ConfigError
+from saccade.demo.demo import demo_config, prepare_folder
+from saccade.demo.shapes import ShapesFiles
 
 FILES = ShapesFiles(*(Path(f"{name}.parquet") for name in ("train", "test", "unseen", "blank")))
 

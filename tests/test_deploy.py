@@ -22,11 +22,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from driver import __version__
-from driver.cli import app
-from driver.config import RunConfig, iter_knobs, load_config, parse_config
 from rewards.base import ScoringRequest
 from rewards.registry import load_reward
+from saccade import __version__
+from saccade.cli import app
+from saccade.config.run_config import RunConfig, iter_knobs, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -175,8 +175,8 @@ def test_examples_are_valid_configurations(path: Path) -> None:
 
 
 def test_shapes_example_is_what_the_demo_trains() -> None:
-    from driver.demo import demo_config
-    from driver.shapes import ShapesFiles
+    from saccade.demo.demo import demo_config
+    from saccade.demo.shapes import ShapesFiles
 
     example = load_config(ROOT / "examples/shapes.yaml")
     data = Path("runs/demo/data")
@@ -231,9 +231,9 @@ def head_container(cluster: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_entrypoint(words: list[str], root: str = ".") -> RunConfig:
-    """`python -m driver train CONFIG [overrides]`: the module, the command and the configuration must be real."""
-    assert words[:3] == ["python", "-m", "driver"]
-    assert (ROOT / "driver/__main__.py").is_file()
+    """`python -m saccade train CONFIG [overrides]`: the module, the command and the configuration must be real."""
+    assert words[:3] == ["python", "-m", "saccade"]
+    assert (ROOT / "saccade/__main__.py").is_file()
     assert words[3] in commands()
     return load_config(ROOT / Path(words[4]).relative_to(root), [w for w in words[5:] if not w.startswith("--")])
 
@@ -315,7 +315,7 @@ def test_readme_commands_exist() -> None:
     shell = "\n".join(blocks("bash"))
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= targets
-    used = set(re.findall(r"^(?:saccade|.*python -m driver) (\w+)", shell, re.MULTILINE))
+    used = set(re.findall(r"^(?:saccade|.*python -m saccade) (\w+)", shell, re.MULTILINE))
     assert used <= commands()
     assert {"train", "eval"} <= used
     (job,) = re.findall(r"ray job submit --working-dir \. -- (.+)", shell)
@@ -352,7 +352,7 @@ def test_texts_name_files_knobs_and_metrics_that_exist(path: Path) -> None:
     named = {k for k in re.findall(r"`(\w+\.\w+)", text) if k.split(".")[0] in sections}
     assert named <= knobs | {"rollout.types", "cluster.yaml"}, "no such knob"
 
-    source = ast.parse((ROOT / "driver/gauges.py").read_text())
+    source = ast.parse((ROOT / "saccade/observe/gauges.py").read_text())
     tables = [
         n for n in source.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in ("GAUGES", "LABELLED")
     ]

@@ -9,10 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from driver.errors import RunError, RunStopped
-from driver.ledger import Ledger
-from driver.rollouts import RolloutPipeline, SealedBatch, check_staleness
-from driver.selection import Difficulty
 from rollout.engine import SamplingParams
 from rollout.types import (
     Completion,
@@ -26,6 +22,10 @@ from rollout.types import (
     Verdict,
     draw_seed,
 )
+from saccade.errors import RunError, RunStopped
+from saccade.pipeline.difficulty import Difficulty
+from saccade.pipeline.ledger import Ledger
+from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch, check_staleness
 
 pytestmark = pytest.mark.e2e
 

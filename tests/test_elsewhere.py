@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from driver.config import ConfigError, parse_config
-from driver.run import open_run
 from rollout.elsewhere import address_problem, not_here
 from rollout.rows import open_files
+from saccade.config.run_config import ConfigError, parse_config
+from saccade.run import open_run
 from tests.test_config import MINIMAL
 from vlm.adapter import AdapterError
 from vlm.registry import load_adapter

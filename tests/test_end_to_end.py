@@ -17,14 +17,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from driver.config import ConfigError, parse_config
-from driver.loop import evaluate, train
-from driver.merge import merge
-from driver.metrics import read_metrics
-from driver.shapes import make_shapes
-from driver.wiring import config_adapter, data_options
 from learner.durable import seal
 from rollout.prompts import PromptSource
+from saccade.commands.merge import merge
+from saccade.config.options import config_adapter, data_options
+from saccade.config.run_config import ConfigError, parse_config
+from saccade.demo.shapes import make_shapes
+from saccade.loop import evaluate, train
+from saccade.observe.metrics import read_metrics
 from vlm.tiny import build_tiny
 from vlm.tiny.noise import noise
 
@@ -281,7 +281,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(settings, tmp_path, repositor
     path.write_text(yaml.safe_dump({**settings, "steps": 10_000, "output_dir": str(tmp_path / "run")}))
     marker = f"saccade-test-{os.getpid()}"
     environment = {**os.environ, "SACCADE_TEST_MARKER": marker}
-    command = [sys.executable, "-m", "driver", "train", str(path)]
+    command = [sys.executable, "-m", "saccade", "train", str(path)]
     with subprocess.Popen(
         command, cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

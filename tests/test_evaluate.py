@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from driver.errors import RunError
-from driver.evaluate import Evaluator, short_names, summarise
 from rollout.engine import SamplingParams
 from rollout.types import GroupSummary, Prompt, PromptRef, RolloutFailure
+from saccade.errors import RunError
+from saccade.pipeline.evaluate import Evaluator, short_names, summarise
 
 
 def scored(uid: str, score: float | None, kind: str = "color") -> tuple[Prompt, GroupSummary]:

@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from driver import gold_check
-from driver.config import ConfigError, RunConfig, parse_config
-from driver.gold_check import gold_problems
-from driver.inspection import PlainText
-from driver.preflight import check_data, preflight
-from driver.wiring import data_options
 from rollout.prompts import PromptSource
+from saccade.checks import gold_check
+from saccade.checks.gold_check import gold_problems
+from saccade.commands.inspect_data import PlainText
+from saccade.config.options import data_options
+from saccade.config.run_config import ConfigError, RunConfig, parse_config
+from saccade.preflight import check_data, preflight
 from tests.data_helpers import png, write_rows
 from vlm.adapter import MultimodalAdapter
 

@@ -16,18 +16,18 @@ from types import ModuleType
 import psutil
 import pytest
 
-from driver import head, reaper
-from driver.display import SilentDisplay
-from driver.errors import RunError
-from driver.head import HeadLostError, HeadWatch, end_process
+from saccade.errors import RunError
+from saccade.fleet import head, reaper
+from saccade.fleet.head import HeadLostError, HeadWatch, end_process
+from saccade.observe.display import SilentDisplay
 
 WAIT = 120.0
 RUN = """
 import json, os, signal, subprocess, sys, psutil, ray
-from driver.cluster import connect
-from driver.config import parse_config
-from driver.display import SilentDisplay
-from driver.head import HeadLostError
+from saccade.fleet.connect import connect
+from saccade.config.run_config import parse_config
+from saccade.observe.display import SilentDisplay
+from saccade.fleet.head import HeadLostError
 
 class Holder:
     def __init__(self, apart):
@@ -131,7 +131,7 @@ def test_whatever_descends_from_rays_programs_ends_with_the_run(tmp_path: Path, 
         "time.sleep(1000)\n"
     )
     code = (
-        "import os, signal, subprocess, sys, time\nfrom pathlib import Path\nfrom driver import reaper\n"
+        "import os, signal, subprocess, sys, time\nfrom pathlib import Path\nfrom saccade.fleet import reaper\n"
         "folder = Path(sys.argv[1])\n"
         "reaping = reaper.start(folder)\n"
         "ray = subprocess.Popen([sys.executable, str(folder / 'raylet.py')], stdout=subprocess.PIPE, text=True)\n"

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from driver.errors import MismatchError
-from driver.health import Health
 from learner.engine import StepResult
 from learner.refusal import RefusedStep, joined, refused_step
 from learner.types import NotFiniteError, UpdateStats
 from rollout.types import PromptRef
+from saccade.errors import MismatchError
+from saccade.health import Health
 
 NAN = math.nan
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from driver.config import (
+from saccade.config.engine_fields import ALLOWED, INSTEAD, REFUSED
+from saccade.config.idle_knobs import ALWAYS, IDLE, IDLE_FOR_DATA, Facts, data_idle_problems, override, value_of
+from saccade.config.run_config import (
     ConfigError,
     RunConfig,
     apply_overrides,
@@ -19,9 +21,7 @@ from driver.config import (
     load_config,
     parse_config,
 )
-from driver.engine_fields import ALLOWED, INSTEAD, REFUSED
-from driver.idle_knobs import ALWAYS, IDLE, IDLE_FOR_DATA, Facts, data_idle_problems, override, value_of
-from driver.knobs import LearnerConfig
+from saccade.config.sections import LearnerConfig
 from tests.test_config import MINIMAL
 
 BUSY: dict[str, dict[str, Any]] = {

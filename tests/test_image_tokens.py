@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from driver.config import parse_config
-from driver.wiring import config_adapter, data_options, engine_options, learner_options
 from rollout.engine import EngineOptions
 from rollout.prompts import PromptSource
 from rollout.vllm_engine import engine_arguments
+from saccade.config.options import config_adapter, data_options, engine_options, learner_options
+from saccade.config.run_config import parse_config
 from tests.data_helpers import png, write_rows
 from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.clips import decode

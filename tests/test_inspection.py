@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from driver.config import ConfigError, data_config, parse_config
-from driver.inspection import BARS, bars, inspect_data
-from driver.preflight import check_data, preflight
 from rollout.prompts import DataError
+from saccade.commands.inspect_data import BARS, bars, inspect_data
+from saccade.config.run_config import ConfigError, data_config, parse_config
+from saccade.preflight import check_data, preflight
 from tests.data_helpers import png, write_rows
 from vlm.tiny.noise import noise_sound, noise_video
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from driver.ledger import Ledger, LedgerError
 from rollout.types import PromptRef
+from saccade.pipeline.ledger import Ledger, LedgerError
 
 
 def ref(row: int, epoch: int = 0) -> PromptRef:

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from driver.cli import app
-from driver.config import load_config
-from driver.planning import make_plan
 from learner.activations import projector_bytes, tower_bytes
 from learner.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory, with_unit_bytes
 from learner.model import load_policy
 from learner.model_shape import ModelShape, describe
 from learner.states import element_bytes, zero_states
 from learner.types import LearnerOptions
+from saccade.checks.planning import make_plan
+from saccade.cli import app
+from saccade.config.run_config import load_config
 from tests.learner_cases import adapter_of
 from vlm.adapter import MultimodalAdapter
 from vlm.clips import decode

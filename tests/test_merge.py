@@ -16,14 +16,14 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from driver import cli
-from driver.checkpoints import FORMAT
-from driver.config import ConfigError, config_tree, parse_config
-from driver.merge import MergeError, merge
-from driver.wiring import learner_options
 from learner.checkpoint import save_checkpoint
 from learner.durable import seal
 from learner.torch_engine import TorchEngine
+from saccade import cli
+from saccade.checkpoints import FORMAT
+from saccade.commands.merge import MergeError, merge
+from saccade.config.options import learner_options
+from saccade.config.run_config import ConfigError, config_tree, parse_config
 from tests.learner_cases import adapter_of, options
 from tests.test_quantize import QLORA
 from vlm.adapter import AdapterError

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from driver.merge import MergeError, merge
-from driver.peft_fields import MERGED, REFUSED, field_problems
+from saccade.commands.merge import MergeError, merge
+from saccade.commands.peft_fields import MERGED, REFUSED, field_problems
 
 
 def test_every_field_of_pefts_configuration_is_judged() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from driver.config import ConfigError, RunConfig, load_config, parse_config
+from saccade.config.run_config import ConfigError, RunConfig, load_config, parse_config
 
 MINIMAL = "{output_dir: runs/x, steps: 10, model: {path: m}, data: {train: a.parquet}}"
 CHOICES = "should be 'grpo', 'rloo', 'dr_grpo', 'dapo', 'gspo', 'cispo' or 'reinforce_pp'"

@@ -11,10 +11,10 @@ from math import inf, nan
 
 import pytest
 
-from driver.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
-from driver.timing import union_seconds
 from learner.durable import strict_json
 from rollout.types import GroupSummary, PromptRef
+from saccade.observe.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
+from saccade.observe.timing import union_seconds
 
 
 def summary(rewards, valid, lengths, reasons, **kwargs) -> GroupSummary:

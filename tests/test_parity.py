@@ -15,14 +15,14 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from driver import cli
-from driver.config import ConfigError
-from driver.parity import TOLERANCES, CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from rollout.engine import EngineOptions, SamplingParams
 from rollout.types import RolloutGroup
 from rollout.vllm_engine import VLLMEngine
+from saccade import cli
+from saccade.commands.parity import TOLERANCES, CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
+from saccade.config.run_config import ConfigError
 from tests.engine_contract import Harness, LocalLearner, move
 from vlm.qwen_vl import QwenVLAdapter
 from vlm.registry import load_adapter

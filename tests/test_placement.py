@@ -11,9 +11,9 @@ import pytest
 import yaml
 from ray.util import placement_group_table
 
-from driver.config import ConfigError, RunConfig, parse_config
-from driver.demands import asked_for, demands, local_resources
-from driver.placement import PlacementError, place, remedies, shortages
+from saccade.config.demands import asked_for, demands, local_resources
+from saccade.config.run_config import ConfigError, RunConfig, parse_config
+from saccade.fleet.placement import PlacementError, place, remedies, shortages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,9 +75,9 @@ def test_the_recipe_for_one_gpu_is_a_configuration_that_one_gpu_holds():
 
 SEEN = """
 import os, sys, yaml, ray
-from driver.config import load_config
-from driver.demands import local_resources
-from driver.placement import place
+from saccade.config.run_config import load_config
+from saccade.config.demands import local_resources
+from saccade.fleet.placement import place
 config = load_config(sys.argv[1], ["cluster.placement_timeout=30"])
 offered = local_resources(config)
 ray.init(address="local", num_cpus=int(offered.pop("CPU")), num_gpus=8, resources=offered, include_dashboard=False)

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from driver.config import ConfigError, RunConfig, parse_config
-from driver.errors import RunError
-from driver.planning import make_plan
-from driver.preflight import check_data, idle_ranks, missing_weights, preflight
-from driver.run import Run
-from driver.shapes import make_shapes
-from driver.wiring import transfer_backend, weight_transfer_options
+from saccade.checks.planning import make_plan
+from saccade.config.options import transfer_backend, weight_transfer_options
+from saccade.config.run_config import ConfigError, RunConfig, parse_config
+from saccade.demo.shapes import make_shapes
+from saccade.errors import RunError
+from saccade.preflight import check_data, idle_ranks, missing_weights, preflight
+from saccade.run import Run
 from tests.data_helpers import png, write_rows
 from vlm.adapter import AdapterError
 from vlm.registry import load_adapter
@@ -298,7 +298,7 @@ def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_said_to_be_no_folder
 
 
 def test_nothing_is_saved_of_a_run_that_trained_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("driver.run.explain", lambda error, asked, head: error)
+    monkeypatch.setattr("saccade.run.explain", lambda error, asked, head: error)
     monkeypatch.setattr(Run, "checkpoint", lambda self: pytest.fail("a checkpoint of step 0 blocks the folder"))
     run = object.__new__(Run)
     run.config = SimpleNamespace(learner=SimpleNamespace(ranks=1, zero_stage=0))  # type: ignore[assignment]

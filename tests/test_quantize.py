@@ -14,9 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from driver.checkpoints import FORMAT
-from driver.config import config_tree, parse_config
-from driver.merge import merge
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.durable import seal
 from learner.model import load_base, load_policy
@@ -24,6 +21,9 @@ from learner.quantize import quantize_linear_layers
 from learner.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import run_update
+from saccade.checkpoints import FORMAT
+from saccade.commands.merge import merge
+from saccade.config.run_config import config_tree, parse_config
 from tests.learner_cases import adapter_of, mixed_case, options
 from tests.ranks import run_ranks
 from tests.test_learner_ranks import TWO, assert_same_update

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from driver.shapes import make_shapes
+from saccade.demo.shapes import make_shapes
 
 pytestmark = pytest.mark.e2e
 
@@ -100,7 +100,7 @@ def test_a_submitted_job_runs_across_nodes_reports_metrics_and_stops_with_a_chec
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     jobs = Jobs(f"http://{cluster['dashboard']}", repository)
-    jobs.submit("python", "-m", "driver", "train", str(path))
+    jobs.submit("python", "-m", "saccade", "train", str(path))
 
     def sample() -> dict[str, float]:
         assert jobs.status() in ("PENDING", "RUNNING"), jobs.logs()

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from driver.errors import RunError
-from driver.report import KIND_COLORS, accuracy_table, plot, speed_table, summarise
+from saccade.demo.curves import KIND_COLORS, accuracy_table, plot, speed_table, summarise
+from saccade.errors import RunError
 
 KINDS = ("color", "shape", "count")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from driver.reward_tools import _request
 from rewards.base import ScoringRequest
 from rewards.choices import read_choices
 from rewards.multiple_choice import MultipleChoiceReward, concluded, picked
+from saccade.commands.rewards import _request
 from tests.data_helpers import source, write_rows
 
 QUESTION = "What is it?\nA. a cat\nB. a dog\n(C) Vitamin A\n"

@@ -8,17 +8,17 @@ from types import ModuleType
 
 import pytest
 
-from driver.config import ConfigError, load_config, parse_config
-from driver.errors import RunError
-from driver.failures import check_failures
-from driver.ledger import Ledger
-from driver.metrics import group_statistics
-from driver.rollouts import RolloutPipeline
-from driver.wiring import reward_specs
 from rewards.actor import RewardActor
 from rewards.registry import RewardSpec
 from rollout.engine import SamplingParams
 from rollout.types import GroupSummary, PromptRef
+from saccade.config.options import reward_specs
+from saccade.config.run_config import ConfigError, load_config, parse_config
+from saccade.errors import RunError
+from saccade.observe.metrics import group_statistics
+from saccade.pipeline.ledger import Ledger
+from saccade.pipeline.reward_failures import check_failures
+from saccade.pipeline.rollouts import RolloutPipeline
 from tests.test_driver_rollouts import ScriptedData, ScriptedEngine
 
 

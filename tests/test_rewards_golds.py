@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from driver.config import parse_config
-from driver.wiring import data_options
 from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction, ScoringRequest
 from rewards.golds import GoldError, gold_forms, gold_text
@@ -19,6 +17,8 @@ from rewards.multiple_choice import MultipleChoiceReward
 from rewards.registry import RewardSpec, answers_are_programs, load_reward
 from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
 from rewards.tool_call import ToolCallReward
+from saccade.config.options import data_options
+from saccade.config.run_config import parse_config
 from tests.data_helpers import source, write_rows
 
 

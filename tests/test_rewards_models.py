@@ -199,7 +199,7 @@ class ScriptedEngine:
 def test_engines_are_asked_in_the_chat_template_with_special_tokens_taken_out(
     local_ray: ModuleType, tiny_model: Path
 ) -> None:
-    from driver.services import EngineJudge
+    from saccade.fleet.reward_services import EngineJudge
     from vlm.registry import load_adapter
 
     ray = local_ray

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from driver.cli import app
-from driver.config import ConfigError, parse_config
-from driver.reward_check import JUNK, Probe, findings, generation_seconds, probe
-from driver.reward_tools import _request, score_file
-from driver.shapes import make_shapes
 from rewards.base import ScoringRequest
 from rewards.registry import RewardSpec
+from saccade.checks.reward_check import JUNK, Probe, findings, generation_seconds, probe
+from saccade.cli import app
+from saccade.commands.rewards import _request, score_file
+from saccade.config.run_config import ConfigError, parse_config
+from saccade.demo.shapes import make_shapes
 
 PATIENCE = 180.0
 

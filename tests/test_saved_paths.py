@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from driver.config import RunConfig, dump_config, parse_config
-from driver.saved_paths import JOB_CONFIG, absolute
 from rewards.base import ScoringRequest
 from rewards.registry import RewardSpec, build_rewards
 from rollout.user_code import UserCodeError, find, located, name_of, short
+from saccade.config.run_config import RunConfig, dump_config, parse_config
+from saccade.config.saved_paths import JOB_CONFIG, absolute
 
 CODE = "def brevity(completions):\n    return [1.0 for _ in completions]\nclass Family: ...\n"
 

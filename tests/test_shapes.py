@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from driver import shapes
-from driver.shapes import ANSWERS, Combination, ShapesFiles, make_shapes
+from saccade.demo import shapes
+from saccade.demo.shapes import ANSWERS, Combination, ShapesFiles, make_shapes
 
 NAMES = ("train", "test", "unseen", "blank")
 

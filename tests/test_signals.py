@@ -9,9 +9,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from driver.display import SilentDisplay, TerminalDisplay
-from driver.errors import RunStopped
-from driver.signals import stop_on_signals
+from saccade.errors import RunStopped
+from saccade.fleet.signals import stop_on_signals
+from saccade.observe.display import SilentDisplay, TerminalDisplay
 
 
 class SignalledWhileFlushing(io.StringIO):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from driver import shapes
 from rollout.types import Media
+from saccade.demo import shapes
 from tests.data_helpers import source, write_rows
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import ADAPTERS, load_adapter

@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import nn
 
-from driver.config import parse_config
-from driver.wiring import engine_options
 from rollout.engine import EngineOptions
 from rollout.vllm_engine import engine_arguments
 from rollout.vllm_environment import set_environment
+from saccade.config.options import engine_options
+from saccade.config.run_config import parse_config
 from vlm.registry import load_adapter
 from vlm.tiny import build_tiny
 from weight_sync.sender import WeightSender

@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import nn
 
-from driver.parity import TOLERANCES
 from rollout.engine import EngineDeadError, EngineOptions, EngineOutput, RolloutEngine, SamplingParams
 from rollout.log_tail import LogTail
 from rollout.types import Prompt
 from rollout.vllm_engine import VLLMEngine
+from saccade.commands.parity import TOLERANCES
 from tests.engine_contract import (
     MAX_MODEL_LEN,
     BreaksOff,

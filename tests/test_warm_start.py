@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from driver.shapes import ANSWERS, ShapesFiles, completion, make_shapes, vocabulary
-from driver.warm_start import encode_row, format_batch, read_rows, warm_start
+from saccade.demo.shapes import ANSWERS, ShapesFiles, completion, make_shapes, vocabulary
+from saccade.demo.warm_start import encode_row, format_batch, read_rows, warm_start
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
 from vlm.tiny import build_tiny

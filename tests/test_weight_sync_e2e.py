@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import nn
 
-from driver.parity import TOLERANCES
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.engine import EngineOptions, SamplingParams
 from rollout.types import GroupSummary, Media, Prompt, RolloutFailure, RolloutGroup, Verdict
+from saccade.commands.parity import TOLERANCES
 from tests.conftest import REPOSITORY
 from tests.engine_contract import image_media, make_prompt, reference_logprobs, segment
 from vlm.adapter import MultimodalAdapter

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from driver.config import RunConfig
-from driver.wiring import learner_environment, weight_transfer_options
 from learner.types import LearnerOptions
 from learner.worker import LearnerWorker
+from saccade.config.options import learner_environment, weight_transfer_options
+from saccade.config.run_config import RunConfig
 from tests.test_placement import config
 
 

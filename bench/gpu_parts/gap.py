@@ -21,7 +21,7 @@ def run(setting: Setting) -> dict[str, Any]:
     for family in FAMILIES[:1] if setting.small else FAMILIES:
         with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
             written = Path(folder) / "parity.json"
-            command = [sys.executable, "-m", "driver", "parity", "--tiny", family, "--json", str(written)]
+            command = [sys.executable, "-m", "saccade", "parity", "--tiny", family, "--json", str(written)]
             command += ["--device", setting.device, "--dtype", "bfloat16"]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
             if not written.exists():

@@ -1,0 +1,106 @@
+"""Checkpoints of a whole run: one folder a step, complete or absent.
+
+    output_dir/checkpoints/step-000020/
+        learner/     weights, optimizer, scheduler, RNG: independent of the number of ranks (learner/checkpoint.py)
+        run.json     policy version, ledger (issued but untrained prompts), data cursor, resolved configuration, ...
+        digests.json size and SHA-256 of every file
+
+Written beside its place and renamed, so that a crash leaves the former checkpoint and nothing half-written. A resume
+checks every file, and takes the newest checkpoint of which none is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from learner.durable import atomic_directory, damage, moved_aside, strict_json
+from saccade.errors import RunError
+
+FORMAT = 3
+
+
+class DamagedError(RunError):
+    """A checkpoint with a file that is missing, cut or changed, or of another format."""
+
+
+def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Callable[[Path], None], keep: int) -> Path:
+    """Write the checkpoint of `step` under `directory`; `save_learner` fills the learner's folder. Returns its path.
+
+    Raises StorageError where there is no room; the former checkpoints are as they were then."""
+    final = _path(directory, step)
+    with atomic_directory(final, sealed=True) as partial:
+        save_learner(partial / "learner")
+        check_visible(partial / "learner")
+        (partial / "run.json").write_text(strict_json({"format": FORMAT, "step": step, **state}, 1))
+    # Later steps than this one belong to checkpoints that a resume found damaged: they count for nothing.
+    before = [s for s in found(directory) if s < step]
+    for old in before[: max(0, len(before) + 1 - keep)]:
+        with suppress(OSError):  # what is left of it stands in nobody's way, and goes at the next start
+            shutil.rmtree(moved_aside(_path(directory, old)))
+    return final
+
+
+def check_visible(written: Path) -> None:
+    """Raises RunError when what the learner wrote is not there for the driver, which may run on another node."""
+    if not written.exists():
+        raise RunError(
+            f"the learner wrote {written} on its own node, where the driver cannot see it; put output_dir on storage "
+            "that all nodes share"
+        )
+
+
+def found(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints under `directory`."""
+    if not os.path.isdir(directory):  # nor where nobody may look
+        return []
+    matches = (re.fullmatch(r"step-(\d+)", p.name) for p in directory.iterdir())
+    return sorted(int(m.group(1)) for m in matches if m)
+
+
+def newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The newest undamaged checkpoint and its run state; `say` is told which newer ones are damaged, and how.
+
+    Raises RunError when there is none."""
+    steps = found(directory)
+    if not steps:
+        raise RunError(f"nothing to resume: no checkpoint in {directory}; start without --resume")
+    problems = []
+    for step in reversed(steps):
+        path = _path(directory, step)
+        try:
+            return path, read_state(path)
+        except DamagedError as error:
+            problems.append(str(error))
+            say(f"{error}; the checkpoint before it is tried")
+    raise RunError(f"nothing to resume: no checkpoint in {directory} is usable: " + "; ".join(problems))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The run state of a checkpoint whose files are all as they were written. Raises DamagedError, and
+    RunError for one of another version."""
+    try:
+        state = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"checkpoint {path} is damaged: run.json cannot be read ({error})") from error
+    other = state.get("format") if isinstance(state, dict) else None
+    if isinstance(other, int) and other != FORMAT:
+        raise RunError(
+            f"{path} has checkpoint format {other}, and this version of saccade reads {FORMAT}: go on with the version "
+            "that wrote it, or start a new run from its model"
+        )
+    if other != FORMAT:
+        raise DamagedError(f"checkpoint {path} is damaged: run.json names no format")
+    if text := damage(path):
+        raise DamagedError(f"checkpoint {path} is damaged: {text}")
+    return state
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"

@@ -1,0 +1,189 @@
+"""Are the golds of the data answers to the rewards of the run? Each is scored against itself before anything starts.
+
+a few hundred rows, some of every file ──▶ gold ──▶ the completion that says just that ──▶ reward ──▶ full marks?
+
+A gold that does not get full marks for itself gets them for nothing, and training teaches nothing, in silence: a worked
+solution that marks no answer, a letter that is none of the row's choices, a struct. No engine, image or tokenizer is
+needed, and it ends after SECONDS for a set of files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Any
+
+from rewards.base import RewardFunction, ScoringRequest, gold_of, unscorable
+from rewards.compose import describe
+from rewards.format import answer_text
+from rewards.golds import gold_forms, is_struct
+from rewards.reading import read
+from rewards.registry import COMPARING, load_reward
+from rewards.user import RewardSetupError
+from rollout.prompt_builder import ANSWER_REFUSALS
+from rollout.prompts import DataError, PromptSource, Refusal
+from rollout.rows import shown
+from rollout.types import Media, Prompt, Verdict
+from saccade.checks.reward_check import with_completions, wrapper
+from saccade.config.options import reward_specs
+from saccade.config.run_config import RunConfig
+
+ASKED = COMPARING | {"tool_call", "grounding"}
+"""Rewards that are asked: those whose golds say by themselves what a right completion is (`ideal`). Programs and judges
+have no gold to write down, and of a user's own full marks are not known."""
+IMAGE = Media("image", "", b"", width=2**16, height=2**16)
+"""Stands for a row's image, which is not read: in pixels, a box has full marks for itself in any image around it."""
+ROWS = 256
+"""Rows of one set (data.train, data.eval), spread over its files."""
+SECONDS = 2.0
+"""For one set. A row that is begun is finished."""
+EXAMPLES = 3
+WHOLE = 5
+"""Golds of one kind in one file that show what becomes of all of them."""
+LONG = 200
+"""Characters of a gold that is named by its length, and not by what it is."""
+
+
+@dataclass
+class Tally:
+    """What became of the golds that one reward was asked about."""
+
+    asked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By file and kind of gold."""
+    short: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Those without full marks."""
+    examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    """Of each file and kind, the first ones."""
+
+    def add(self, file: str, kind: str, example: str | None) -> None:
+        """`example`: a gold without full marks, and why; None: it has them."""
+        self.asked[file, kind] += 1
+        if example is not None:
+            self.short[file, kind] += 1
+            if len(kept := self.examples.setdefault((file, kind), [])) < EXAMPLES:
+                kept.append(example)
+
+    def is_fault(self, share: float) -> bool:
+        """Whether more than `share` of all failed, beyond what a sample of rows with that share may show by chance
+        (three standard deviations), or WHOLE or more of one kind in one file, and that is all of them."""
+        whole = any(self.asked[group] == failed >= WHOLE for group, failed in self.short.items())
+        allowed = share * self.asked.total()
+        return whole or self.short.total() == self.asked.total() > 0 or self.short.total() > allowed + 3 * allowed**0.5
+
+    def __str__(self) -> str:
+        kinds: Counter[str] = Counter()
+        failed: Counter[str] = Counter()
+        for counted, found in ((kinds, self.asked), (failed, self.short)):
+            for (_, kind), n in found.items():
+                counted[kind] += n
+        parts = ", ".join(f"{n} of {kinds[kind]} {kind}" for kind, n in failed.most_common())
+        groups = [self.examples[group] for group, _ in self.short.most_common()]
+        turns = [
+            example for turn in zip_longest(*groups) for example in turn if example is not None
+        ]  # one of each first
+        lines = "".join(f"\n      {example}" for example in turns[:EXAMPLES])
+        return f"{self.short.total()} of {self.asked.total()} golds looked at ({parts}){lines}"
+
+
+def gold_problems(config: RunConfig, key: str, source: PromptSource) -> list[str]:
+    """What is wrong with the golds of one set of files, `data.train` or `data.eval`, a problem for each reward."""
+    if not config.reward.check_golds:
+        return []
+    try:
+        refused, tallies = _asked(config, source)
+    except DataError as error:
+        return [f"{key}: {error}"]
+    share, problems = config.data.max_refused_share, []
+    way_out = "leave this check out with reward.check_golds=false"
+    if refused.is_fault(share) and not _stops_at_answers(source):
+        problems.append(f"{key}: no answer can be read from {refused}\n    name another column, or {way_out}")
+    for name, tally in tallies.items():
+        if tally.is_fault(share):
+            problems.append(
+                f"{key}: the reward {name!r} gives the gold answer itself less than full marks, for {tally}\n"
+                f"    name another column (data.columns.answer), change the reward or its options, or {way_out}"
+            )
+    return problems
+
+
+def _stops_at_answers(source: PromptSource) -> bool:
+    """Whether the rows read so far would stop a run, some refused for their answers: that is said then, with them."""
+    report = source.report()
+    stops = source.excess() or report.refused_total == report.rows
+    return bool(stops) and not report.refused.keys().isdisjoint(ANSWER_REFUSALS)
+
+
+def _asked(config: RunConfig, source: PromptSource) -> tuple[Tally, dict[str, Tally]]:
+    """The rows whose answer is refused, and what each reward said."""
+    rewards = list(_rewards(config, source.columns.answer is not None))
+    refused, tallies = Tally(), {name: Tally() for name, _ in rewards}
+    place = _place(config)
+    end = time.monotonic() + SECONDS
+    for file, row in source.golds(ROWS) if rewards else ():
+        if isinstance(row, Refusal):
+            refused.add(file, row.kind, str(row))
+        else:
+            refused.add(file, "read", None)
+            for name, function in rewards:
+                tallies[name].add(file, *_scored(function, row, place))
+        if time.monotonic() > end:
+            break
+    return refused, tallies
+
+
+def _rewards(config: RunConfig, has_answers: bool) -> Iterator[tuple[str, RewardFunction]]:
+    """Those that can be asked. What cannot be loaded is reported elsewhere."""
+    for spec in reward_specs(config):
+        if spec.name in ASKED and spec.weight != 0 and (has_answers or spec.options.get("column") is not None):
+            try:
+                yield spec.name, load_reward(spec.name, spec.options)
+            except RewardSetupError:
+                continue
+
+
+def _place(config: RunConfig) -> Callable[[str], str]:
+    """Puts what a reward calls a right completion into the format of the run, where it has one."""
+    wrap = wrapper(config)
+    in_format = any(spec.name == "format" for spec in config.reward.functions)
+
+    def place(ideal: str) -> str:
+        answer = answer_text(ideal)
+        return wrap(ideal if answer is None else answer) if in_format else ideal
+
+    return place
+
+
+def _scored(function: RewardFunction, row: Prompt, place: Callable[[str], str]) -> tuple[str, str | None]:
+    """The kind of a row's gold; and the gold with what the reward said of it, if that is not full marks."""
+    request = replace(ScoringRequest.of_row(row), media=(IMAGE,))
+    try:
+        ideal = function.ideal(request)  # type: ignore[attr-defined]
+        completed = with_completions(request, ["" if ideal is None else place(ideal)])
+        verdict = _only(function(completed), completed)
+    except Exception as error:  # as in a run, where it would be an error verdict
+        verdict = Verdict("error", reason=describe(error))
+    gold = gold_of(request, getattr(function, "column", None))
+    kind = _kind(gold)
+    if verdict.score is not None and verdict.score >= 1 - 1e-6:
+        return kind, None
+    said = f"{verdict.status}" if verdict.score is None else f"{verdict.score:g}"
+    return kind, f"{row.ref.uid}: gold {shown(gold)}: {said}: {verdict.reason[:160]}"
+
+
+def _only(verdicts: Sequence[Verdict], request: ScoringRequest) -> Verdict:
+    return verdicts[0] if verdicts else unscorable(request, "nothing was returned")[0]
+
+
+def _kind(gold: Any) -> str:
+    """A gold by what it is: number, letter, words, several, ..."""
+    if gold is not None and not isinstance(gold, str):
+        return "struct"
+    forms = gold_forms(gold)
+    if not forms:
+        return "empty"
+    if is_struct(forms[0]):
+        return "struct"
+    return "long text" if len(forms[0]) > LONG else type(read(forms[0])).__name__.lower()

@@ -1,0 +1,273 @@
+"""`saccade plan`: the memory of a learner rank and the operations of a step, predicted from a configuration alone.
+
+configuration ──▶ adapter, LearnerOptions ──▶ ModelShape (meta device: no weights) ─┬─▶ MemoryPlan ─┬─▶ table, JSON
+data files ──▶ lengths of prompts, patches of images (or the configuration's limits) ┴─▶ Flops ──────┘
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from learner.durable import strict_json
+from learner.flops import Flops, GroupShape, step_flops
+from learner.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
+from learner.model_shape import ModelShape, describe
+from learner.packing import balance, fewest_bins, pack_padded, split_group
+from learner.samples import shares_prompts
+from learner.types import LearnerOptions
+from rollout.prompts import DataError, PromptSource
+from rollout.types import MediaKind
+from saccade.config.demands import Device
+from saccade.config.options import config_adapter, data_options, learner_options, model_problem
+from saccade.config.run_config import ConfigError, RunConfig
+from saccade.observe.screen import say, show
+from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.patches import patches_per_token
+
+LOOKED_AT = 256
+"""Rows of the training data whose lengths are measured."""
+GIB, TERA = 2**30, 1e12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is printed."""
+
+    device: Device
+    options: LearnerOptions
+    shape: ModelShape
+    group: GroupShape
+    load: Load
+    memory: MemoryPlan
+    flops: Flops
+    """Of one step on all ranks."""
+    assumed: str
+    """Where the lengths are from."""
+
+
+def plan_run(config: RunConfig, console: Console, path: Path | None) -> None:
+    """Print the plan; write it to `path` too, if one is given. Raises ConfigError."""
+    plan = make_plan(config)
+    say(console, _head(plan))
+    show(console, _memory_table(plan), _flops_table(plan))
+    say(console, f"Assumed: {plan.assumed}.")
+    say(console, advice(plan))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(strict_json(as_json(plan), 1) + "\n")
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Reads the model's configuration and processor, and the beginning of the data. Raises ConfigError."""
+    device = planned_device(config)
+    try:
+        adapter = config_adapter(config)
+    except AdapterError as error:
+        raise ConfigError([model_problem(error)], "what the configuration refers to") from error
+    group, kinds, assumed = _typical_group(config, adapter)
+    try:
+        options = with_unit_bytes(learner_options(config, device, kinds), adapter)
+        shape = describe(options, adapter)
+    except ValueError as error:
+        raise ConfigError([f"model: {error}"], "what the configuration refers to") from error
+    if shape.vision is not None:
+        group = GroupShape(group.prompt, group.completions, [round(n * shape.patches_per_token) for n in group.images])
+    shared = shares_prompts(adapter)
+    try:
+        rows = rows_of(group, options, shared)
+    except ValueError as error:
+        raise ConfigError([f"learner.micro_batch_*: {error}"], "what the configuration refers to") from error
+    load = micro_batch(config, options, rows, shared)
+    if not shared:  # siblings follow each other, and their images are encoded once
+        rows = [replace(row, images=row.images if i == 0 else ()) for i, row in enumerate(rows)]
+    return Plan(
+        device,
+        options,
+        shape,
+        group,
+        load,
+        plan_memory(shape, options, load),
+        step_flops(shape, options, rows * config.learner.prompts_per_step),
+        assumed,
+    )
+
+
+def planned_device(config: RunConfig) -> Device:
+    """As configured; `auto` is decided by this machine, since no cluster is asked."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[GroupShape, tuple[MediaKind, ...], str]:
+    """A group of the run, its images in *tokens*; kinds of media in the data; and what both are based on.
+
+    Completions are taken as long as they may become: how long they will be, nobody knows."""
+    completions = [config.rollout.max_completion_length] * config.rollout.num_generations
+    told = f"completions of {completions[0]} tokens, their limit"
+    try:
+        source = PromptSource(data_options(config, config.data.train), adapter)
+        prompts = [prompt for prompt in source.look(LOOKED_AT) if prompt is not None]
+        if not prompts:
+            raise DataError(f"none of the first {LOOKED_AT} rows is usable")
+    except DataError as error:
+        kinds: tuple[MediaKind, ...] = ("image",) if adapter.has_vision else ()
+        longest = config.data.max_prompt_length
+        reason = "; ".join(line.strip(" -") for line in str(error).splitlines())
+        group = GroupShape(longest, completions, [longest] if kinds else [])
+        return group, kinds, f"prompts of {longest} tokens, all of them an image's, because of {reason}; {told}"
+    kinds = tuple(kind for kind, _ in source.columns.media if kind in adapter.modalities)
+    images = [adapter.media_lengths(prompt.media) for prompt in prompts]
+    length = round(float(np.mean([prompt.expanded_length for prompt in prompts])))
+    count = round(float(np.mean([len(own) for own in images])))
+    each = round(float(np.mean([n for own in images for n in own] or [0])))
+    basis = f"prompts of {length} tokens, {count} image(s) of {each} among them, the mean of {len(prompts)} rows"
+    return GroupShape(length, completions, [each] * count), kinds, f"{basis}; {told}"
+
+
+def rows_of(group: GroupShape, options: LearnerOptions, shared: bool) -> list[GroupShape]:
+    """What is laid out of one group: all of it, parts where it exceeds a micro-batch, or, padded, each completion by
+    itself. Raises ValueError where the prompt with one completion does not fit a micro-batch."""
+    own = [options.size(n, 0, n) for n in group.completions]
+    parts = split_group(options.size(group.prompt, sum(group.images), 0), own, options.micro_batch)
+    members = parts if shared else [[i] for i in range(len(own))]
+    return [GroupShape(group.prompt, [group.completions[i] for i in part], group.images) for part in members]
+
+
+def micro_batch(config: RunConfig, options: LearnerOptions, rows: Sequence[GroupShape], shared: bool) -> Load:
+    """The largest micro-batch of a rank, and how many of them it has in a step, all groups being laid out as `rows`."""
+    groups = math.ceil(config.learner.prompts_per_step / options.ranks / options.optimizer_steps)
+    laid = [row for _ in range(groups) for row in rows]
+    sizes = np.array([options.size(row.tokens, sum(row.images), sum(row.completions)) for row in laid], np.int64)
+    limits = options.micro_batch
+    bins = fewest_bins(sizes, limits) if shared else pack_padded(sizes, limits)
+    bins = balance(bins, sizes, limits, [row.tokens for row in laid], len(bins), additive=shared)
+
+    def load(members: Sequence[int]) -> Load:
+        tokens, patches, trained, _ = sizes[list(members)].sum(0).tolist()
+        if not shared:  # filled up to the longest, and siblings in one micro-batch have their images encoded once
+            tokens = len(members) * int(sizes[list(members), 0].max())
+            patches = sum(laid[0].images) * len({i // len(rows) for i in members})
+        return Load(tokens, trained, patches, len(bins))
+
+    return max(map(load, bins), key=lambda each: (each.tokens, each.patches))
+
+
+def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequence[MediaKind]) -> list[str]:
+    """Why micro-batches limited in bytes cannot be made for a run."""
+    try:
+        options = with_unit_bytes(learner_options(config, planned_device(config), kinds), adapter)
+    except ValueError as error:
+        return [f"learner.micro_batch_gib: {error}"]
+    tokens, longest = config.data.max_prompt_length, config.rollout.max_completion_length
+    patches = math.ceil(tokens * max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0))
+    needed = options.size(tokens + longest, patches, longest).bytes + options.unit_bytes[3]
+    if options.micro_batch_bytes is None or needed <= options.micro_batch_bytes:
+        return []
+    return [
+        f"learner.micro_batch_gib={config.learner.micro_batch_gib} cannot hold one sample of up to "
+        f"data.max_prompt_length + rollout.max_completion_length = {tokens + longest} tokens, which takes "
+        f"{needed / GIB:.2f} GiB"
+    ]
+
+
+def _head(plan: Plan) -> str:
+    options, shape = plan.options, plan.shape
+    by_role = ", ".join(f"{role} {count / 1e6:,.1f}M" for role, count in shape.parameters.items())
+    checkpointed = " and ".join(options.gradient_checkpointing) or "off"
+    return (
+        f"{options.model}: {shape.total / 1e6:,.1f}M parameters ({by_role}), {shape.total_trained / 1e6:,.1f}M "
+        f"trained; {options.dtype} on {plan.device}, {options.ranks} rank(s), ZeRO-{options.zero_stage}, checkpointing "
+        f"{checkpointed}"
+    )
+
+
+def _memory_table(plan: Plan) -> Table:
+    memory, load = plan.memory, plan.load
+    table = Table(
+        title=f"memory of a rank, GiB: {load.micro_batches} micro-batch(es) a step of {load.tokens} tokens, "
+        f"{load.rows} of them trained, {load.patches} patches"
+    )
+    table.add_column("kind")
+    table.add_column("device", justify="right")
+    table.add_column("host", justify="right")
+    for kind, count in memory.device.items():
+        table.add_row(kind, _gib(count), _gib(memory.host.get(kind, 0.0)))
+    table.add_section()
+    table.add_row(f"at the peak, {memory.phase}", _gib(memory.peak), _gib(memory.host_total))
+    return table
+
+
+def _flops_table(plan: Plan) -> Table:
+    table = Table(title="operations of a step on all ranks, TFLOP")
+    parts = asdict(plan.flops)
+    for name in (*parts, "total"):
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value / TERA:,.4g}" for value in (*parts.values(), plan.flops.total)))
+    return table
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:,.3f}" if count else ""
+
+
+def advice(plan: Plan) -> str:
+    """One sentence: what takes most where the peak is, and which knob lowers it."""
+    memory, options = plan.memory, plan.options
+    # Not everything is there at the peak: what the step needs comes when activations are gone.
+    later = memory.phase in ("optimizer step", "reduction of gradients")
+    absent = ("activations", "logits chunk", "vision") if later else ("workspace",)
+    there = {kind: count for kind, count in memory.device.items() if kind not in absent}
+    kind = max(there, key=lambda name: there[name])
+    return f"Most of the peak ({memory.phase}) is {kind}, {_gib(there[kind])} GiB: {_remedy(kind, plan, options)}."
+
+
+def _remedy(kind: str, plan: Plan, options: LearnerOptions) -> str:
+    smaller = f"lower learner.micro_batch_tokens ({plan.memory.units.token / 2**20:.2f} MiB a token)"
+    if kind == "activations":
+        on = "language" in options.gradient_checkpointing
+        return smaller if on else f"learner.gradient_checkpointing=[language], or {smaller}"
+    if kind == "vision":
+        first = "" if "vision" in options.gradient_checkpointing else "learner.gradient_checkpointing=[vision], "
+        return f"{first}model.freeze=[vision], a lower model.max_image_tokens, or lower learner.micro_batch_patches"
+    if kind == "logits chunk":
+        head = 4 * plan.shape.vocabulary * plan.shape.hidden if plan.shape.head_trained else 0
+        return f"lower learner.logprob_chunk_rows (the head's own gradient, {_gib(head) or 0} GiB of it, stays)"
+    if kind == "inputs":
+        return "a lower model.max_image_tokens, or more learner.ranks"
+    if kind == "parameters":
+        return (
+            "learner.zero_stage=3 with more learner.ranks" if options.ranks == 1 or options.zero_stage < 3 else smaller
+        )
+    knobs = [] if options.lora_rank else ["model.lora_rank"]
+    if options.device == "cuda" and options.offload == "none" and options.zero_stage:
+        knobs.append("learner.offload=optimizer")
+    return f"{', '.join([*knobs, 'more learner.ranks'])} (each ZeRO stage divides it further)"
+
+
+def as_json(plan: Plan) -> Mapping[str, Any]:
+    """Bytes and operations, as numbers."""
+    memory = plan.memory
+    return {
+        "model": plan.options.model,
+        "on": plan.device,
+        "parameters": dict(plan.shape.parameters),
+        "trained": dict(plan.shape.trained),
+        "assumed": plan.assumed,
+        "micro_batch": asdict(plan.load),
+        "device": dict(memory.device),
+        "host": dict(memory.host),
+        "phases": dict(memory.phases),
+        "peak": memory.peak,
+        "units": asdict(memory.units),
+        "flops": {**asdict(plan.flops), "total": plan.flops.total},
+    }

@@ -1,0 +1,1 @@
+"""Commands besides `train` and `eval`."""

@@ -1,0 +1,82 @@
+"""How `saccade --help` reads: docstrings fill the terminal's width, and the usage line names what is typed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Read by libraries at import: their chatter would tear the progress display."""
+
+
+def unwrapped(text: str) -> str:
+    """A docstring with its paragraphs in one line each, for the terminal to wrap; lines of examples stay lines."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    joined = [p if p.startswith("Example") else " ".join(p.split()) for p in paragraphs]
+    return "\n\n".join(joined)
+
+
+def knob_text(name: str, info: FieldInfo) -> str:
+    """A knob with its default as YAML (of the algorithm: with the default preset), what it may be, and its meaning."""
+    from saccade.config.algorithm import AlgorithmConfig
+
+    if name.startswith("algorithm."):
+        default = getattr(AlgorithmConfig(), name.removeprefix("algorithm."))
+    else:
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+    written = (
+        "(required)" if info.is_required() else yaml.safe_dump(_plain(default), default_flow_style=True, width=1e6)
+    )
+    choices = _choices(info.annotation)
+    allowed = f"  # {', '.join(map(str, choices))}" if choices else ""
+    meaning = " ".join((info.description or "").split())
+    return f"{name}: {written.removesuffix(chr(10)).removesuffix(chr(10) + '...')}{allowed}\n    {meaning}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of the literals in a type."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for part in get_args(annotation) for value in _choices(part))
+
+
+class Command(TyperCommand):
+    """A command whose usage line shows arguments as their metavars, without brackets around them."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings["help"] = unwrapped(settings.get("help") or "")
+        super().__init__(*args, **settings)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        names = [getattr(argument, "metavar", None) or str(argument.name).upper() for argument in arguments]
+        return ["[OPTIONS]", *names]
+
+
+class App(typer.Typer):
+    """Commands with the help above, which -h shows too."""
+
+    def __init__(self, **settings: Any) -> None:
+        names = {"help_option_names": ["-h", "--help"]}
+        super().__init__(no_args_is_help=True, add_completion=False, context_settings=names, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=Command, **settings)

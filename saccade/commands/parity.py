@@ -1,0 +1,320 @@
+"""Do engine and learner see the same pixels, tokens and positions? Asked of a model, case by case.
+
+prompt ──▶ vLLM: sampled tokens, their log-probabilities ──▶ learner: log-probabilities of the same tokens
+                                                             and again with other pixels, which must move them
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from learner.durable import strict_json
+from learner.torch_engine import TorchEngine
+from learner.types import LearnerOptions
+from learner.update import score_groups
+from rollout.engine import EngineOptions, SamplingParams
+from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup
+from rollout.vllm_engine import VLLMEngine
+from saccade.config.demands import Device
+from saccade.config.run_config import ConfigError
+from saccade.observe.screen import say, show
+from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.clips import SOUND_RATE, decode
+from vlm.registry import load_adapter
+from vlm.tiny import TINY, build_tiny
+from vlm.tiny.noise import noise
+
+SIZES = ((84, 84), (120, 60), (60, 150))
+"""Width and height of the images: square, wide and high."""
+SHAPES: Mapping[str, Mapping[str, Any]] = {"video": {"frames": 27, "fps": 10, "shown": 6}}
+"""Of a video: frames that are left out, and steps in time that are no whole number of positions."""
+COMPLETIONS, NEW_TOKENS = 4, 8
+ENGINE_SHARE = 0.5
+"""Share of a GPU that must be free when the engine starts."""
+DType = Literal["float32", "bfloat16"]
+VISIBLE = 1e-3
+"""By less than this, changed pixels do not count as seen."""
+TOLERANCES: Mapping[str, float] = {"float32": 2.0**-15, "bfloat16": 0.05}
+"""Of a log-probability: the largest difference in float32, the mean in bfloat16. One of 8 to 16 is rounded to steps of
+2^-20, and processors sum in different orders, a few steps apart after some layers: 32 of them. A wrong position or
+pixel moves it by thousands. In bfloat16 a logit of up to 8 is rounded to steps of 2^-5, by up to 2^-6 = 0.016 on either
+side, and about as much again on its way through the layers: a single token may be far off, and the mean of two right
+sides stays below 0.05."""
+PIXELS = 1e-5
+"""Inputs of the towers that differ by no more are equal: rounding of the normalisation."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case: what engine and learner make of the same prompt and the same sampled tokens."""
+
+    case: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Sampled tokens compared."""
+    largest: float = float("nan")
+    """Largest |log-probability of the learner - of the engine|."""
+    mean: float = float("nan")
+    pixels: float | None = None
+    """Largest difference of what the towers are given, over pixels and samples; None without media."""
+    moved: float | None = None
+    """Largest change of a log-probability when other media are shown; None without media."""
+    problem: str = ""
+    """Why there is no comparison: other prompt tokens, an error."""
+
+    def agrees(self, tolerance: float, dtype: str = "float32") -> bool:
+        seen = self.moved is None or self.moved > VISIBLE
+        difference = self.largest if dtype == "float32" else self.mean
+        return not self.problem and difference <= tolerance and (self.pixels or 0.0) <= PIXELS and seen
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the engine did with one prompt."""
+
+    group: RolloutGroup
+    inputs: Mapping[str, Tensor]
+    """What its towers were given."""
+
+
+def parity(
+    model: str,
+    *,
+    images: int = 3,
+    video: bool = True,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    max_image_tokens: int | None = None,
+    kv_cache_gib: float = 4.0,
+    seed: int = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+) -> list[CaseResult]:
+    """Compare vLLM and the learner's model on `device`, in the cases of `cases`. The engine comes first, and is gone
+    when the learner loads, so that one GPU holds either.
+
+    Raises AdapterError when there is no such model, RuntimeError when the engine does not start."""
+    family = load_adapter(model, adapter, trust_remote_code=trust_remote_code, max_image_tokens=max_image_tokens)
+    chosen = cases(family, images, video)
+    prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
+    options = EngineOptions(
+        model,
+        dtype=dtype,
+        max_model_len=max(p.expanded_length for p in prompts) + NEW_TOKENS,
+        max_num_seqs=COMPLETIONS,
+        device=device,
+        kv_cache_gib=kv_cache_gib,
+        gpu_memory_utilization=ENGINE_SHARE,
+        max_media_per_prompt={kind: max(parts.count(kind) for parts in chosen.values()) for kind in family.modalities},
+        trust_remote_code=trust_remote_code,
+        # With a cache of images it would not say again what it made of one; graphs are not worth capturing here.
+        extra={"mm_processor_cache_gb": 0, "enforce_eager": True},
+    )
+    sampled = asyncio.run(_generate(VLLMEngine(options, family), family, prompts))
+    learner_options = LearnerOptions(
+        model,
+        total_steps=1,
+        device=device,
+        dtype=dtype,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+        gradient_checkpointing=(),
+        micro_batch_tokens=2**20,
+    )
+    learner = TorchEngine(learner_options, family)
+    return [compare(learner, family, learner_options, p, s, seed) for p, s in zip(prompts, sampled, strict=True)]
+
+
+def cases(family: MultimodalAdapter, images: int, video: bool = True) -> dict[str, list[str]]:
+    """Name -> parts of the user's message: texts, and kinds of media where such an item stands."""
+    cases = {"text": ["Name a number."]}
+    if "image" in family.modalities:
+        cases["1 image"] = ["image", "What is this?"]
+        cases[f"{images} images"] = [*["image"] * images, "What are these?"]
+        cases["interleaved"] = ["First", "image", "then", "image", "and what now?"]
+    if "video" in family.modalities and video:
+        cases["video"] = ["video", "What happens?"]
+        cases["video, image"] = ["image", "Is this in", "video", "?"]
+    if "audio" in family.modalities:
+        cases["audio"] = ["audio", "What is heard?"]
+        cases["audio, image"] = ["image", "Does", "audio", "belong to it?"]
+    return cases
+
+
+def case_prompt(family: MultimodalAdapter, name: str, parts: Sequence[str], seed: int) -> Prompt:
+    media = case_media(family, parts, seed)
+    content = [{"type": part} if part in family.modalities else {"type": "text", "text": part} for part in parts]
+    text = family.render([{"role": "user", "content": content if family.modalities else "".join(parts)}])
+    ids = family.tokenize(text)
+    return Prompt(PromptRef(name), text, np.asarray(ids, np.int32), family.expanded_length(ids, media), media)
+
+
+def case_media(family: MultimodalAdapter, parts: Sequence[str], seed: int) -> tuple[Media, ...]:
+    kinds = [part for part in parts if part in family.modalities]
+    shapes = [{**SHAPES.get(kind, {}), **_size(kind, i)} for i, kind in enumerate(kinds)]
+    return tuple(noise(kind, seed + i, **shapes[i]) for i, kind in enumerate(kinds))
+
+
+def _size(kind: str, i: int) -> dict[str, int]:
+    return dict(zip(("width", "height"), SIZES[i % len(SIZES)], strict=True)) if kind == "image" else {}
+
+
+async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:
+    """What became of each prompt, or why nothing."""
+    sampling = SamplingParams(
+        n=COMPLETIONS, max_tokens=NEW_TOKENS, seed=1, ignore_eos=True, banned_token_ids=family.banned_token_ids
+    )
+    await engine.start()
+    try:
+        results: list[Sampled | str] = []
+        for prompt in prompts:
+            try:
+                output = await engine.generate(prompt, prompt.media, sampling)
+                inputs = await engine.processed_media(prompt, prompt.media)
+            except Exception as error:  # whatever the engine says is the finding of this case
+                results.append(f"engine: {type(error).__name__}: {error}")
+                continue
+            group = RolloutGroup(prompt, output.prompt_token_ids, output.completions, engine="vllm")
+            results.append(Sampled(group, inputs))
+        return results
+    finally:
+        await engine.shutdown()
+
+
+def compare(
+    learner: TorchEngine,
+    family: MultimodalAdapter,
+    options: LearnerOptions,
+    prompt: Prompt,
+    sampled: Sampled | str,
+    seed: int = 0,
+) -> CaseResult:
+    """`seed`: that of the prompt's media."""
+    name = prompt.ref.uid
+    if isinstance(sampled, str):
+        return CaseResult(name, problem=sampled)
+    group = sampled.group
+
+    def score(media: Sequence[Media]) -> np.ndarray:
+        data = {own.digest: other.data for own, other in zip(prompt.media, media, strict=True)}
+        (values,) = score_groups(learner, family, options, [group], data)
+        return np.concatenate(values)
+
+    theirs = np.concatenate([_logprobs(c) for c in group.completions])
+    result = CaseResult(name, len(group.prompt_token_ids), len(theirs))
+    try:
+        ours = score(prompt.media)
+        result = replace(result, largest=float(np.abs(ours - theirs).max()), mean=float(np.abs(ours - theirs).mean()))
+        if not prompt.media:
+            return result
+        others = [noise(m.kind, seed + 100 + i, **_shape(m)) for i, m in enumerate(prompt.media)]
+        moved = float(np.abs(score(others) - ours).max())
+        return replace(result, moved=moved, pixels=_pixel_difference(family, prompt, sampled.inputs))
+    except Exception as error:  # as with the engine: the finding of this case
+        return replace(result, problem=f"learner: {type(error).__name__}: {error}")
+
+
+def _shape(media: Media) -> dict[str, Any]:
+    """What `noise` makes an item of the same tokens from."""
+    if media.kind == "audio":
+        return {"seconds": media.samples / SOUND_RATE}
+    frames: dict[str, Any] = {}
+    if media.kind == "video":
+        frames = {"frames": media.total_frames, "fps": int(media.fps), "shown": len(media.frames)}
+    return {"width": media.width, "height": media.height, **frames}
+
+
+def _pixel_difference(family: MultimodalAdapter, prompt: Prompt, theirs: Mapping[str, Tensor]) -> float:
+    """Largest difference of what the towers are given. Raises AdapterError where an input has another shape, or where
+    none has the same name."""
+    encoded = family.encode(prompt.text, [decode(m, m.data) for m in prompt.media])
+    ours, theirs = family.comparable(encoded.inputs, theirs)
+    shared = [name for name, value in theirs.items() if name in ours and value.is_floating_point()]
+    different = [name for name in shared if ours[name].numel() != theirs[name].numel()]
+    if different or not shared:
+        sides = [{name: tuple(value.shape) for name, value in side.items()} for side in (ours, theirs)]
+        raise AdapterError(f"the towers' inputs differ in shape: {sides[0]}, in vLLM {sides[1]}")
+    # vLLM hands its towers' inputs on in the precision of the model.
+    rounded = {n: ours[n].flatten().to(theirs[n].dtype).double() for n in shared}
+    return max(float((rounded[n] - theirs[n].flatten().double()).abs().max()) for n in shared)
+
+
+def _logprobs(completion: Completion) -> np.ndarray:
+    (segment,) = completion.segments
+    assert segment.logprobs is not None
+    return segment.logprobs
+
+
+def run_parity(
+    model: str | None,
+    *,
+    tiny: str | None,
+    images: int,
+    video: bool,
+    tolerance: float | None,
+    path: Path | None,
+    console: Console,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    max_image_tokens: int | None = None,
+    device: Device | None = None,
+    dtype: DType = "float32",
+) -> bool:
+    """`parity` of a model, or of the tiny model of a family (`all`: of every family), as a table and as JSON.
+
+    Returns whether everything agreed. Exactly one of `model` and `tiny` is given. Raises ConfigError."""
+    if tiny is not None and tiny != "all" and tiny not in TINY:
+        raise ConfigError([f"no tiny model of family {tiny!r}; there are: {', '.join(sorted(TINY))}, all"])
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    families = sorted(TINY) if tiny == "all" else [tiny or ""]
+    results: dict[str, list[CaseResult]] = {}
+    with tempfile.TemporaryDirectory(prefix="saccade-parity-") as folder:
+        for family in families:
+            source = model if model is not None else str(build_tiny(family, Path(folder) / family))
+            name = model or family
+            results[name] = parity(
+                source,
+                images=images,
+                video=video,
+                adapter=adapter,
+                trust_remote_code=trust_remote_code,
+                max_image_tokens=max_image_tokens,
+                kv_cache_gib=4.0 if model is not None else 0.25,
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                dtype=dtype,
+            )
+            show(console, _table(name, results[name], limit, dtype))
+            for result in results[name]:
+                if result.problem:
+                    say(console, f"{result.case}: {result.problem}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {name: [asdict(result) for result in own] for name, own in results.items()}
+        path.write_text(strict_json(found, 1) + "\n")
+    return all(result.agrees(limit, dtype) for own in results.values() for result in own)
+
+
+def _table(name: str, results: Sequence[CaseResult], tolerance: float, dtype: str) -> Table:
+    judged = "largest" if dtype == "float32" else "mean"
+    title = f"{name}, {dtype}: |log-probability of the learner - of vLLM|; {judged} up to {tolerance:g} agrees"
+    table = Table(title=title, title_justify="left")
+    for column in ("case", "prompt tokens", "largest", "mean", "pixels", "moved", "agrees"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for r in results:
+        moved = "" if r.moved is None else f"{r.moved:.2f}"
+        pixels = "" if r.pixels is None else "equal" if r.pixels == 0 else f"{r.pixels:.1e}"
+        verdict = "yes" if r.agrees(tolerance, dtype) else Text("no", style="bold red")
+        table.add_row(r.case, str(r.prompt_tokens), f"{r.largest:.1e}", f"{r.mean:.1e}", pixels, moved, verdict)
+    return table

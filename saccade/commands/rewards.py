@@ -1,0 +1,166 @@
+"""`saccade rewards score` and `saccade rewards check`: rewards outside of a run.
+
+score   rows of a file ──▶ RewardWorker ──▶ a verdict a line
+check   rows of a run's data ──▶ saccade/checks/reward_check.py ──▶ table, findings
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+
+from rewards.base import ScoringRequest, as_completion
+from rewards.golds import GoldError, gold_text, is_number
+from rewards.registry import RewardSpec, answers_are_programs, check_rewards
+from rewards.user import RewardSetupError
+from rewards.worker import RewardWorker
+from rollout.conversation import Conversation
+from rollout.rows import RowRefusedError
+from rollout.types import FinishReason, Verdict
+from rollout.user_code import short
+from saccade.commands.help import App
+from saccade.config.run_config import ConfigError, apply_overrides, load_config
+from saccade.observe.screen import say
+
+ENDS: tuple[FinishReason, ...] = get_args(FinishReason)
+
+app = App(help="Try a reward on a file, or probe the rewards of a run.")
+
+
+@app.command()
+def score(
+    name: Annotated[
+        str, typer.Argument(help="A shipped reward, or package.module:function (file.py:function).", metavar="REWARD")
+    ],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL: `completion`, `answer`, and what else the reward reads.", metavar="FILE")
+    ],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="What the reward takes.", metavar="[option=value]...")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds one completion may take.", min=0.001)] = 30.0,
+) -> None:
+    """Score completions from a file, one row a completion, and write one verdict a line, as JSON.
+
+    Example:  saccade rewards score accuracy completions.jsonl tolerance=0.05 > verdicts.jsonl
+    """
+    given: dict[str, Any] = {}
+    problems = apply_overrides(given, options or [])
+    spec = RewardSpec(name, options=given)
+    problems += check_rewards([spec])
+    if not file.is_file():
+        problems.append(f"no file {file}")
+    if problems:
+        raise ConfigError(problems, "the command line")
+    statuses: Counter[str] = Counter()
+    for verdict in score_file(spec, file, timeout):
+        statuses[verdict.status] += 1
+        line = {"status": verdict.status, "score": verdict.score, "reason": verdict.reason}
+        typer.echo(json.dumps(line, allow_nan=False))
+    counted = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    say(Console(stderr=True), counted or "no rows")
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Knobs to change.", metavar="[section.name=value]...")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of data.train to probe with.", min=1)] = 20,
+    token_ms: Annotated[
+        float, typer.Option(help="Milliseconds that one decoding step of an engine takes, to compare with.", min=0.01)
+    ] = 10.0,
+) -> None:
+    """Probe the rewards of a run with right, empty, junk, very long and adversarial completions of its own data.
+
+    Reports rewards that give the gold answer less than full marks, give junk or nothing more than the minimum, depend
+    on the order of calls, or take longer than generation. Exit status 1 if there is anything to report.
+
+    Example:  saccade rewards check mine.yaml --rows 100
+    """
+    settings = load_config(config, overrides or [])
+    from saccade.checks.reward_check import probe_rewards
+
+    if probe_rewards(settings, rows, token_ms, Console()):
+        raise typer.Exit(1)
+
+
+def score_file(spec: RewardSpec, path: Path, timeout: float) -> Iterator[Verdict]:
+    """A verdict for every line of a JSONL file that is not blank, in order; one that cannot be read is an `error`.
+
+    Raises ConfigError when the reward cannot be loaded."""
+    worker = RewardWorker([spec], timeout)
+    try:
+        worker.start()
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    request = _request(line, answers_are_programs([spec]))
+                except ValueError as error:
+                    yield Verdict("error", reason=f"line {number}: {error}")
+                    continue
+                yield _without_name(short(spec.name), worker.score(request).verdicts[0])
+    except RewardSetupError as error:
+        raise ConfigError([str(error)], f"reward {spec.name}") from error
+    finally:
+        worker.close()
+
+
+def _request(line: bytes, as_written: bool = False) -> ScoringRequest:
+    """Raises ValueError for a line that holds no completion. Bytes that are no UTF-8 stay as lone surrogates, as a
+    tokenizer may leave them."""
+    try:
+        row = json.loads(line.decode("utf-8", "surrogateescape"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a {type(row).__name__}, not an object")
+    if not isinstance(row.get("completion"), str):
+        raise ValueError("no column `completion` with a text")
+    columns = {name: value for name, value in row.items() if name not in ("completion", "answer", "prompt")}
+    prompt = row.get("prompt")
+    text = prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(prompt)
+    completion = row["completion"]
+    raw = as_completion(completion, next((end for end in ENDS if end == row.get("finish_reason")), "stop"))
+    answer = row.get("answer")
+    return ScoringRequest(
+        text,
+        (completion,),
+        _gold(answer, as_written),
+        columns,
+        raw=(raw,),
+        user_text=_user_text(prompt),
+        numeric_answer=is_number(answer),
+    )
+
+
+def _user_text(prompt: Any) -> str:
+    """The user's words of a text or of chat messages; none of what the data side would refuse."""
+    try:
+        return Conversation.read(prompt).words
+    except RowRefusedError:
+        return ""
+
+
+def _gold(value: Any, as_written: bool) -> str | None:
+    """As a run reads it; None where there is none. Raises ValueError for what a run refuses."""
+    try:
+        return gold_text(value, as_written=as_written)
+    except GoldError as error:
+        if error.kind == "no answer":
+            return None
+        raise
+
+
+def _without_name(name: str, verdict: Verdict) -> Verdict:
+    """The reason as the reward gave it: where there is one reward, its name says nothing."""
+    return Verdict(verdict.status, verdict.score, verdict.reason.removeprefix(f"{name}: "))

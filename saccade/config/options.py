@@ -1,0 +1,216 @@
+"""From the run's configuration to the options of each room. Rooms do not know the configuration, nor each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from learner.types import LearnerOptions, WeightTransferOptions
+from rewards.registry import RewardSpec, answers_are_programs
+from rollout.engine import EngineOptions, SamplingParams
+from rollout.prompts import MEDIA_PER_PROMPT, DataOptions
+from rollout.types import MediaKind
+from rollout.user_code import short
+from saccade.config.demands import Device
+from saccade.config.run_config import RunConfig
+from saccade.config.sections import ActorRole
+from saccade.errors import RunError
+from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.registry import load_adapter
+
+
+def config_adapter(config: RunConfig) -> MultimodalAdapter:
+    """The adapter of the configured model. Raises AdapterError."""
+    model = config.model
+    return load_adapter(
+        model.path,
+        model.adapter,
+        trust_remote_code=model.trust_remote_code,
+        max_image_tokens=model.max_image_tokens,
+    )
+
+
+def model_problem(error: AdapterError) -> str:
+    """What is wrong with the configured model, behind the knob that it is about: one that is named, or the path."""
+    text = str(error)
+    return text if text.startswith("model.") else f"model.path: {text}"
+
+
+def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:
+    """The configured rewards; `format` follows `reward.trace` unless its own options say otherwise."""
+    trace = {"format": {"trace": config.reward.trace}}
+    return tuple(
+        RewardSpec(f.name, f.weight, {**trace.get(f.name, {}), **f.options}, f.combine) for f in config.reward.functions
+    )
+
+
+def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True) -> DataOptions:
+    """How rows become prompts. Held-out rows are shuffled too: evaluation.max_prompts then draws a fair sample."""
+    data = config.data
+    return DataOptions(
+        files=tuple(files),
+        columns=data.columns,
+        extra_columns=data.extra_columns,
+        answers_as_written=answers_are_programs(reward_specs(config)),
+        system_prompt=data.system_prompt,
+        prompt_template=data.prompt_template,
+        shuffle=data.shuffle or not train,
+        seed=config.seed,
+        max_prompt_length=data.max_prompt_length,
+        overlong_prompts=data.overlong_prompts,
+        max_video_frames=data.max_video_frames,
+        max_image_bytes=data.max_image_bytes,
+        max_image_pixels=data.max_image_pixels,
+        root=data.root,
+        allow_urls=data.allow_urls,
+        max_refused_share=data.max_refused_share,
+    )
+
+
+def sampling_params(config: RunConfig, adapter: MultimodalAdapter) -> SamplingParams:
+    """How training samples: temperature and banned placeholders only."""
+    return SamplingParams(
+        n=config.rollout.num_generations,
+        max_tokens=config.rollout.max_completion_length,
+        temperature=config.rollout.temperature,
+        stop_token_ids=adapter.stop_token_ids,
+        banned_token_ids=adapter.banned_token_ids,
+    )
+
+
+def evaluation_sampling(config: RunConfig, adapter: MultimodalAdapter) -> SamplingParams:
+    """One completion per prompt, greedy by default."""
+    return SamplingParams(
+        n=1,
+        max_tokens=config.rollout.max_completion_length,
+        temperature=config.evaluation.temperature,
+        stop_token_ids=adapter.stop_token_ids,
+        banned_token_ids=adapter.banned_token_ids,
+    )
+
+
+BUCKET_MIB = {"nccl": 256, "gloo": 8}
+"""What is gathered and sent at once by default: NCCL is fast in large pieces, gloo is fastest in small ones."""
+
+
+def transfer_backend(config: RunConfig, device: Device) -> str:
+    """Raises RunError for a backend that the device cannot have."""
+    if config.weight_sync.backend == "nccl" and device == "cpu":
+        raise RunError("weight_sync.backend=nccl needs GPUs, and this cluster has none; use gloo (or auto)")
+    if config.weight_sync.backend != "auto":
+        return config.weight_sync.backend
+    return "nccl" if device == "cuda" else "gloo"
+
+
+def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransferOptions:
+    """Raises RunError for a model that cannot be trained on `device`."""
+    adapter = config_adapter(config)
+    if device in adapter.untrainable_on:
+        raise RunError(
+            f"{config.model.path} ({type(adapter).__name__}) is not trained on {device}: "
+            f"{adapter.untrainable_on[device]} (saccade eval works; model.adapter can name an adapter of yours)"
+        )
+    sync = config.weight_sync
+    backend = transfer_backend(config, device)
+    bucket = BUCKET_MIB[backend] if sync.bucket_mib is None else sync.bucket_mib
+    return WeightTransferOptions(backend=backend, bucket_bytes=bucket * 2**20, timeout=sync.timeout)
+
+
+def threads_of(config: RunConfig, role: ActorRole) -> int:
+    """Compute threads of one engine or rank: as many as it has CPUs. Beside a GPU they prepare images, and step an
+    offloaded optimizer."""
+    return max(1, int(config.cluster.resources[role]["CPU"]))
+
+
+def learner_environment(config: RunConfig, device: Device) -> dict[str, str]:
+    """Variables of a rank's process. Segments of GPU memory may grow, since rows of many lengths would leave holes in
+    fixed ones."""
+    variables = {"OMP_NUM_THREADS": str(threads_of(config, "learner"))}
+    return variables if device == "cpu" else {**variables, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def engine_options(
+    config: RunConfig, device: Device, media_kinds: Sequence[MediaKind], *, weights_change: bool = True
+) -> EngineOptions:
+    """What every engine is started with; `weights_change=False` for evaluation of a model as it lies on disk."""
+    rollout = config.rollout
+    return EngineOptions(
+        model=config.model.path,
+        dtype=config.model.dtype,
+        max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
+        max_num_seqs=rollout.max_num_seqs,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        device=device,
+        threads=threads_of(config, "rollout"),
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        max_media_per_prompt={kind: MEDIA_PER_PROMPT[kind] for kind in media_kinds},
+        weight_transfer_backend=transfer_backend(config, device) if weights_change else None,
+        seed=config.seed,
+        trust_remote_code=config.model.trust_remote_code,
+        start_timeout=rollout.start_timeout,
+        control_timeout=config.weight_sync.timeout,
+        extra=rollout.engine_options,
+    )
+
+
+def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[MediaKind]) -> LearnerOptions:
+    model, learner, algorithm = config.model, config.learner, config.algorithm
+    return LearnerOptions(
+        model=model.path,
+        total_steps=config.steps * algorithm.optimizer_steps,
+        device=device,
+        dtype=model.dtype,
+        adapter=model.adapter,
+        trust_remote_code=model.trust_remote_code,
+        max_image_tokens=model.max_image_tokens,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_targets=model.lora_targets,
+        quantize=model.quantize,
+        freeze=model.freeze,
+        media_kinds=tuple(media_kinds),
+        temperature=config.rollout.temperature,
+        advantage=algorithm.advantage,
+        part_weights={short(f.name): f.weight for f in config.reward.functions if f.weight}
+        if algorithm.normalize_parts
+        else {},
+        overlong_buffer=round(algorithm.overlong_buffer * config.rollout.max_completion_length),
+        mask_truncated=algorithm.mask_truncated,
+        max_completion_length=config.rollout.max_completion_length,
+        loss=algorithm.loss,
+        clip_eps_low=algorithm.clip_eps_low,
+        clip_eps_high=algorithm.clip_eps_high,
+        clip_dual=algorithm.clip_dual,
+        aggregation=algorithm.aggregation,
+        beta=algorithm.beta,
+        kl_estimator=algorithm.kl_estimator,
+        kl_in=algorithm.kl_in,
+        reference_every=algorithm.reference_every,
+        old_policy=config.old_policy,
+        correction=algorithm.correction,
+        correction_range=algorithm.correction_range,
+        entropy_bonus=algorithm.entropy_bonus,
+        optimizer_steps=algorithm.optimizer_steps,
+        max_staleness=config.rollout.max_staleness,
+        learning_rate=learner.learning_rate,
+        lr_schedule=learner.lr_schedule,
+        warmup_steps=learner.warmup_steps,
+        min_lr_ratio=learner.min_lr_ratio,
+        betas=learner.betas,
+        weight_decay=learner.weight_decay,
+        max_grad_norm=learner.max_grad_norm,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        micro_batch_patches=learner.micro_batch_patches,
+        micro_batch_logits=learner.micro_batch_logits,
+        micro_batch_bytes=None if learner.micro_batch_gib is None else round(learner.micro_batch_gib * 2**30),
+        attention=learner.attention,
+        feature_cache_gib=learner.feature_cache_gib,
+        logprob_chunk_rows=learner.logprob_chunk_rows,
+        zero_stage=learner.zero_stage,
+        offload=learner.offload,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        ranks=learner.ranks,
+        threads=threads_of(config, "learner"),
+        timeout=learner.timeout,
+        seed=config.seed,
+    )

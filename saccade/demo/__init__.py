@@ -1,0 +1,1 @@
+"""`saccade demo`: a task that is made, learned and shown within minutes."""

@@ -1,0 +1,1 @@
+"""Who serves and where: Ray, placement, actors, and what becomes of them."""

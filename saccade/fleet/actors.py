@@ -1,0 +1,183 @@
+"""All actors of a run: created in their places, started side by side, ended together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+
+from learner.deaths import how_it_died
+from learner.group import LearnerGroup
+from rewards.actor import RewardActor
+from rollout.actor import RayEngineHandle, RolloutActor
+from rollout.data_actor import DataActor, DataActorReport
+from rollout.types import MediaKind, Prompt, PromptRef, StoredPrompt
+from saccade.config.options import (
+    config_adapter,
+    data_options,
+    engine_options,
+    learner_environment,
+    learner_options,
+    reward_specs,
+    weight_transfer_options,
+)
+from saccade.config.run_config import RunConfig
+from saccade.errors import RunError
+from saccade.fleet.placement import Placement
+from saccade.fleet.reward_services import create_services
+from saccade.fleet.waiting import wait_for
+
+CALL_TIMEOUT = 120.0
+"""Seconds for calls that only move bookkeeping."""
+CONCURRENT_GROUPS = 10_000
+"""Calls one rollout actor may hold at once; the engine's scheduler decides how many of them run."""
+
+
+@dataclass
+class Actors:
+    """Handles of everything that runs. `learner` is None where nothing is trained."""
+
+    data: Any = None
+    engines: list[Any] = field(default_factory=list)
+    handles: list[RayEngineHandle] = field(default_factory=list)
+    rewards: list[Any] = field(default_factory=list)
+    models: list[Any] = field(default_factory=list)
+    """Of reward models."""
+    learner: LearnerGroup | None = None
+
+    def eval_prompts(self, limit: int | None, timeout: float) -> list[Prompt]:
+        return wait_for(self.data.eval_prompts.remote(limit), timeout, "the held-out prompts (rollout.start_timeout)")
+
+    def read_prompts(self, refs: Sequence[PromptRef], timeout: float) -> list[StoredPrompt]:
+        return wait_for(self.data.read.remote(list(refs)), timeout, "prompts in flight (rollout.start_timeout)")
+
+    def data_state(self) -> dict[str, Any]:
+        return wait_for([self.data.state.remote()], CALL_TIMEOUT, "the data cursor")[0]
+
+    def data_report(self) -> DataActorReport:
+        return wait_for([self.data.report.remote()], CALL_TIMEOUT, "the report on the data")[0]
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        wait_for([self.data.load_state.remote(state)], CALL_TIMEOUT, "the data cursor to be set")
+
+    def questions(self) -> dict[str, Callable[[], ray.ObjectRef]]:
+        """Every process of the run by its name for the user, and a call that it answers while it lives. For engines
+        that were started: of them the whole engine answers. The others run a built-in function: one of ours they
+        would have to import, for seconds in which they neither answer nor end."""
+        named = {f"learner rank {i}": rank for i, rank in enumerate(self.learner.ranks if self.learner else ())}
+        named |= {f"reward actor {i}": actor for i, actor in enumerate(self.rewards)}
+        named |= {f"reward model {i}": actor for i, actor in enumerate(self.models)}
+        named |= {"the data actor": self.data}
+        engines = {f"engine {handle.name}": handle.actor.check_health.remote for handle in self.handles}
+        return engines | {name: partial(actor.__ray_call__.remote, callable) for name, actor in named.items()}
+
+    def shutdown(self) -> None:
+        """End every process; engines and rewards are asked first, since they have children of their own."""
+        polite = [actor.shutdown.remote() for actor in [*self.engines, *self.rewards]]
+        ray.wait(polite, num_returns=len(polite), timeout=20.0) if polite else None
+        if self.learner is not None:
+            self.learner.shutdown()
+        for actor in [*self.engines, *self.rewards, *self.models, *([self.data] if self.data is not None else [])]:
+            ray.kill(actor)
+
+
+def start_actors(
+    config: RunConfig,
+    placement: Placement,
+    media_kinds: Sequence[MediaKind],
+    check_stop: Callable[[], None],
+    *,
+    training: bool = True,
+) -> Actors:
+    """Create all actors and wait until each is ready. `media_kinds`: what prompts may hold.
+
+    Raises RunError naming the first that is not ready."""
+    actors = Actors()
+    try:
+        _create(actors, config, placement, media_kinds, training)
+        starting = {actors.data.start.remote(): "the data actor"}
+        starting |= {e.start.remote(): f"engine {h.name}" for e, h in zip(actors.engines, actors.handles, strict=True)}
+        starting |= {r.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
+        starting |= {m.start.remote(): "the reward model" for m in actors.models}
+        with ThreadPoolExecutor(1) as pool:
+            learner = actors.learner
+            learning = pool.submit(learner.start, config.rollout.start_timeout) if learner is not None else None
+
+            def check() -> None:
+                check_stop()
+                if learning is not None and learning.done():
+                    learning.result()  # a learner that failed ends the wait for the others
+
+            try:
+                _await_start(starting, config.rollout.start_timeout, check)
+            except BaseException:
+                if learner is not None:
+                    learner.shutdown()  # ends the wait of the other thread
+                raise
+            if learning is not None:
+                learning.result()
+    except BaseException:
+        actors.shutdown()
+        raise
+    return actors
+
+
+def _create(
+    actors: Actors, config: RunConfig, placement: Placement, media_kinds: Sequence[MediaKind], training: bool
+) -> None:
+    adapter = partial(config_adapter, config)
+    held_out = data_options(config, config.data.eval, train=False) if config.data.eval else None
+    actors.data = (
+        ray.remote(DataActor).options(num_cpus=0).remote(adapter, data_options(config, config.data.train), held_out)
+    )
+    options = engine_options(config, placement.device, media_kinds, weights_change=training)
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(options.threads)}}
+    for i in range(config.rollout.engines):
+        engine = ray.remote(RolloutActor).options(
+            max_concurrency=CONCURRENT_GROUPS, runtime_env=threads, **placement.options("rollout", i)
+        )
+        name = f"rollout-{i}"
+        actors.engines.append(engine.remote(name, options, adapter, group_timeout=config.rollout.group_timeout))
+        actors.handles.append(RayEngineHandle(name, actors.engines[-1], options.tensor_parallel_size))
+    services = create_services(config, placement, actors.engines, adapter)
+    actors.models = services.models
+    for i in range(config.reward.actors):
+        reward = ray.remote(RewardActor).options(**placement.options("reward", i))
+        actors.rewards.append(
+            reward.remote(
+                reward_specs(config),
+                timeout=config.reward.timeout,
+                services=services.by_name,
+                trace=config.reward.trace,
+                name=f"reward-{i}",
+            )
+        )
+    if training:
+        learner = config.learner
+        environment = {"env_vars": learner_environment(config, placement.device)}
+        places = [{**placement.options("learner", r), "runtime_env": environment} for r in range(learner.ranks)]
+        options_ = learner_options(config, placement.device, media_kinds)
+        actors.learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
+
+
+def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Callable[[], None]) -> None:
+    deadline = time.monotonic() + timeout
+    while starting:
+        check()
+        ready, _ = ray.wait(list(starting), timeout=1.0)
+        for reference in ready:
+            what = starting.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise RunError(f"{what} did not start: {error.cause}") from error
+            except ray.exceptions.RayError as error:
+                raise RunError(f"{what} did not start: it died{how_it_died(str(error))}") from error
+        if starting and time.monotonic() > deadline:
+            names = ", ".join(starting.values())
+            raise RunError(f"waited {timeout:g} s (rollout.start_timeout) for {names} to start")

@@ -1,0 +1,81 @@
+"""Who died: of several errors that one death brings about, the one to show.
+
+    error ends the run ─▶ explain: does Ray's head answer? which actors are dead, which engines?
+                              └▶ DeathError("learner rank 1 died (process 4711 at 10.0.0.7, ...)"), or the error itself
+
+A killed process shows first wherever somebody waited for it: as a closed connection of gloo or NCCL in another actor,
+as a lost object, as a missed deadline. So every actor is asked, and who does not live is named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import ray
+
+from learner.deaths import how_it_died
+from rollout.engine import EngineDeadError
+from saccade.errors import RunError, RunStopped
+from saccade.fleet.head import HeadLostError, HeadWatch
+
+ASKING_SECONDS = 5.0
+"""In which an actor that is dead is known to be; one that computes does not answer, and is not dead."""
+HIDDEN_SECONDS = 1.0
+"""For which the others are waited for, once one was found dead: a node takes all its actors with it."""
+
+Questions = Mapping[str, Callable[[], ray.ObjectRef]]
+"""What lives in the run, by its name for the user, and a call that it answers while it lives."""
+
+
+class DeathError(RunError):
+    """Processes of the run died."""
+
+    def __init__(self, dead: Mapping[str, str], noticed: str) -> None:
+        deaths = "; ".join(f"{who} died{how}" for who, how in dead.items())
+        super().__init__(
+            f"{deaths}\nIt was noticed as: {noticed}\n--resume goes on from the newest checkpoint, if there is one."
+        )
+        self.dead = tuple(dead)
+
+
+def explain(error: Exception, questions: Questions, head: HeadWatch) -> Exception:
+    """The error to show for `error`: the death that it comes from, or itself."""
+    if isinstance(error, DeathError | HeadLostError | RunStopped):
+        return error
+    if head.gone():
+        return HeadLostError(head.text)
+    dead = find_dead(questions)
+    return DeathError(dead, first_lines(error)) if dead else error
+
+
+def find_dead(questions: Questions, limit: float = ASKING_SECONDS) -> dict[str, str]:
+    """Who is dead, and how it died, in words. What has no answer within `limit` seconds is taken to be at work."""
+    asked: dict[ray.ObjectRef, str] = {ask(): who for who, ask in questions.items()}
+    dead: dict[str, str] = {}
+    deadline = time.monotonic() + limit
+    while asked:
+        ready, _ = ray.wait(list(asked), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        who = asked.pop(ready[0])
+        try:
+            ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, EngineDeadError):
+                dead[who] = f": {error.cause}"
+        except ray.exceptions.RayActorError as error:
+            if not isinstance(error, ray.exceptions.ActorUnavailableError):
+                dead[who] = how_it_died(str(error))
+        except ray.exceptions.RayError:
+            continue  # no answer: it says nothing of who is dead
+        if dead:
+            deadline = min(deadline, time.monotonic() + HIDDEN_SECONDS)
+    return {who: dead[who] for who in questions if who in dead}
+
+
+def first_lines(error: BaseException, count: int = 3) -> str:
+    """The beginning of an error's text; of one from another process its own words, without the traceback."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return " / ".join(lines[:count])[:500] or type(cause).__name__

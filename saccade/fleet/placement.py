@@ -1,0 +1,178 @@
+"""Where everything runs: one placement group per rollout actor, one for the learner, one for the rewards.
+
+Rollout, learner and reward resources come from the configuration independently of each other. A placement that cannot
+be met within `cluster.placement_timeout` fails, saying what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from saccade.config.demands import Demand, Device, demands, totals
+from saccade.config.run_config import RunConfig
+
+SAY_SECONDS = 5.0
+"""Between two lines on what is awaited."""
+LOOK_SECONDS = 1.0
+"""Longest wait for one demand before the others are looked at."""
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot place an actor; says which, what it asks for, and what there is."""
+
+
+@dataclass
+class Placement:
+    """Placement groups that are met. `options(role, i)` are Ray options of the role's i-th actor."""
+
+    device: Device
+    _slots: dict[str, list[tuple[PlacementGroup, int, Mapping[str, float]]]] = field(default_factory=dict)
+
+    def options(self, role: str, index: int) -> dict[str, Any]:
+        group, bundle, resources = self._slots[role][index]
+        custom = {k: v for k, v in resources.items() if k not in ("CPU", "GPU")}
+        return {
+            "num_cpus": resources.get("CPU", 0),
+            "num_gpus": resources.get("GPU", 0),
+            "resources": custom,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+        }
+
+    def release(self) -> None:
+        for group in {id(g): g for slots in self._slots.values() for g, _, _ in slots}.values():
+            remove_placement_group(group)
+        self._slots.clear()
+
+
+def choose_device(config: RunConfig) -> Device:
+    """`cluster.device`, with auto resolved by whether the cluster has GPUs."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+def place(
+    config: RunConfig,
+    *,
+    training: bool = True,
+    grows: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Placement:
+    """Create all placement groups and wait until they are met; `say` is told every few seconds what is awaited, and
+    `check_stop` raises what ends the wait. Raises PlacementError, at once where a Ray that does not grow lacks
+    something."""
+    device = choose_device(config)
+    placement = Placement(device)
+    wanted = demands(config, device, training=training)
+    total, _ = _resources()
+    if not grows and any(amount > total.get(name, 0.0) for name, amount in totals(wanted).items()):
+        raise PlacementError(_explain(wanted, wanted, None, device))
+    # A bundle of nothing cannot be placed; an actor that asks for nothing still needs one.
+    bundles = {d.role: {k: v for k, v in d.resources.items() if v > 0} or {"CPU": 0.001} for d in wanted}
+    groups = {d.role: placement_group([bundles[d.role]] * d.count, strategy=d.strategy) for d in wanted}
+    for demand in wanted:
+        role = demand.role.split("-")[0]
+        slots = placement._slots.setdefault(role, [])
+        slots += [(groups[demand.role], i, bundles[demand.role]) for i in range(demand.count)]
+    timeout = config.cluster.placement_timeout
+    begin = spoke = time.monotonic()
+    unmet = wanted
+    try:
+        while unmet:
+            check_stop()
+            left = begin + timeout - time.monotonic()
+            unmet = [d for d in unmet if not groups[d.role].wait(max(0.0, min(LOOK_SECONDS, left)))]
+            if unmet and left <= 0:
+                raise PlacementError(_explain(unmet, wanted, timeout, device))
+            if unmet and time.monotonic() - spoke >= SAY_SECONDS:
+                spoke = time.monotonic()
+                lines = shortages(wanted, unmet, *_resources())
+                say(f"waiting for the cluster ({spoke - begin:.0f} of {timeout:g} s): {'; '.join(lines)}")
+    except BaseException:
+        placement.release()
+        raise
+    return placement
+
+
+def _resources() -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """What the cluster has in all, and what is free."""
+    return ray.cluster_resources(), ray.available_resources()
+
+
+def _explain(unmet: Sequence[Demand], wanted: Sequence[Demand], timeout: float | None, device: Device) -> str:
+    total, free = _resources()
+    lines = ["this machine does not have what the run asks for:"]
+    if timeout is not None:
+        lines = [f"the cluster could not place everything within {timeout:g} s (cluster.placement_timeout):"]
+    lines += [f"  - {demand.role}: {demand.count} x ({_asks(demand)}) not placed" for demand in unmet]
+    lines += [f"  {line}" for line in shortages(wanted, unmet, total, free)]
+    lines += [f"  {line}" for line in remedies(wanted, unmet, total, free, device)]
+    return "\n".join(lines)
+
+
+def _asks(demand: Demand) -> str:
+    return ", ".join(f"{v:g} {k}" for k, v in demand.resources.items())
+
+
+def shortages(
+    wanted: Sequence[Demand], unmet: Sequence[Demand], total: Mapping[str, float], free: Mapping[str, float]
+) -> list[str]:
+    """A line for each resource that unmet demands ask for: what the run needs, what there is, and who has the rest."""
+    needed, lines = totals(wanted), []
+    for name in totals(unmet):
+        amount, has = needed[name], total.get(name, 0.0)
+        others = held_by_others(name, wanted, unmet, total, free)
+        rest = f"; {amount - has:g} missing" if amount > has else f"; other jobs hold {others:g}" if others else ""
+        line = f"{name}: the run needs {amount:g}, the cluster has {has:g} ({free.get(name, 0.0):g} free){rest}"
+        lines.append(line)
+    return lines
+
+
+def held_by_others(
+    name: str,
+    wanted: Sequence[Demand],
+    unmet: Sequence[Demand],
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+) -> float:
+    """What of a resource is neither free nor held by this run's own demands that were met."""
+    own = totals([demand for demand in wanted if demand not in unmet]).get(name, 0.0)
+    others = total.get(name, 0.0) - free.get(name, 0.0) - own
+    return others if others > 1e-3 else 0.0  # bundles of nothing hold a thousandth of a CPU each
+
+
+def remedies(
+    wanted: Sequence[Demand],
+    unmet: Sequence[Demand],
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+    device: Device,
+) -> list[str]:
+    """What to do: wait for others, ask for less, add nodes."""
+    needed, lines = totals(wanted), []
+    names = list(totals(unmet))
+    missing = [name for name in names if needed[name] > total.get(name, 0.0)]
+    held = [name for name in names if held_by_others(name, wanted, unmet, total, free)]
+    if missing:
+        add = "or add nodes; an engine's GPUs must be in one node" if device == "cuda" else "or add nodes"
+        if "GPU" in missing:
+            knobs = "rollout.engines, rollout.tensor_parallel_size and learner.ranks"
+            lines.append(f"set {knobs} to what the cluster has, {add}")
+        for name in [name for name in missing if name != "GPU"]:
+            lines.append(f"lower {'the CPUs' if name == 'CPU' else name} in cluster.resources, {add}")
+    elif held:
+        lines.append(
+            f"other jobs hold the {', '.join(held)} that is lacking: wait for their end (a larger "
+            "cluster.placement_timeout), or stop one (ray job list)"
+        )
+    else:
+        lines.append("the cluster has enough in all, but not in one node as each of those wants it: add larger nodes")
+    return lines

@@ -1,0 +1,64 @@
+"""Whether a run may go on as it does: steps that are not taken, and engines that disagree with the learner.
+
+UpdateStats ──judge────▶ a line, or MismatchError: before anything of the update is booked
+            ──observe──▶ lines, or NotFiniteError: its prompts are booked by then, with the reason
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from learner.types import NotFiniteError, UpdateStats
+from saccade.errors import MismatchError
+
+MOST_REFUSED = 3
+"""Optimizer steps in a row that are not taken, at which the run ends: one may be an outlier, a third is a cause."""
+USUAL_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
+"""Mean |log-probability difference| of engine and learner with the same weights that passes without a word. Kernels
+that round apart stay an order of magnitude below it; other pixels, weights or positions do not."""
+STOP_FACTOR = 10
+"""Times the usual mismatch at which the run ends."""
+
+
+@dataclass
+class Health:
+    """Of one run. `refused_in_row` is part of its checkpoints."""
+
+    dtype: Literal["float32", "bfloat16"]
+    model: str
+    refused_in_row: int = 0
+    _judged: bool = False
+    """Whether the mismatch was looked at; later ones have to do with staleness too."""
+
+    def observe(self, update: UpdateStats) -> list[str]:
+        """What there is to say about steps that were not taken. Raises NotFiniteError after MOST_REFUSED in a row; a
+        run that is resumed after that counts anew."""
+        refused, longest = {step.position for step in update.refused}, 0
+        for position in update.attempted:
+            self.refused_in_row = self.refused_in_row + 1 if position in refused else 0
+            longest = max(longest, self.refused_in_row)
+        if longest >= MOST_REFUSED:
+            self.refused_in_row = 0
+            raise NotFiniteError(f"{longest} optimizer steps in a row were not taken. The last: {update.refused[-1]}")
+        return [str(step) for step in update.refused]
+
+    def judge(self, update: UpdateStats) -> list[str]:
+        """What there is to say about the gap of the first update whose tokens were sampled by the very weights that it
+        trains. Raises MismatchError when it is beyond what the precision explains."""
+        gap, usual = update.metrics.get("mismatch_mean", math.nan), USUAL_MISMATCH[self.dtype]
+        if self._judged or update.staleness_max > 0 or math.isnan(gap):
+            return []
+        self._judged = True
+        if gap <= usual:
+            return []
+        text = (
+            f"engine and learner hold the same weights and give the sampled tokens log-probabilities that differ by "
+            f"{gap:.3g} on average (mismatch_mean; up to {usual:g} is usual in {self.dtype}). Look at what reaches the "
+            f"engine alone (rollout.engine_options), and compare both with: saccade parity {self.model} "
+            f"--dtype {self.dtype}"
+        )
+        if gap > STOP_FACTOR * usual:
+            raise MismatchError(text)
+        return [text]

@@ -1,0 +1,95 @@
+"""The algorithm. Read this file first.
+
+    engines:   generate b0 ─┬─ generate b1 ──┬─ generate b2 ──┬─ ...      (Ray actors, all the time)
+    rewards:        score b0└──── score b1   └──── score b2   └──── ...   (chained behind each group)
+    learner:                 ── train b0 ──    ── train b1 ──             (one call per step)
+    driver:    admit ▸ collect ▸ update ▸ sync ▸ record, and again
+
+Who waits for whom: `collect(v)` waits until every group of batch v is scored; `update` waits for the learner, while the
+engines go on with the batches already admitted (`max_staleness` of them); `sync_weights` pauses the engines for the
+length of a transfer. With max_staleness 0 nothing is admitted before the engines hold the newest weights, so generation
+and training alternate, strictly on-policy.
+"""
+
+from __future__ import annotations
+
+from learner.durable import StorageError
+from saccade.config.run_config import RunConfig
+from saccade.errors import RunStopped
+from saccade.finished import finished
+from saccade.observe.display import Display, SilentDisplay
+from saccade.observe.timing import Stopwatch
+from saccade.pipeline.evaluate import Results
+from saccade.pipeline.rollouts import check_staleness
+from saccade.run import Run, RunResult, open_engines, open_run
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, address: str | None = None, display: Display | None = None
+) -> RunResult:
+    """Train by `config`; returns where the model is and what was measured.
+
+    `resume` continues from the newest checkpoint in `config.output_dir`; `address` joins a running Ray cluster. Raises
+    ConfigError before anything starts, RunError when the run cannot go on (its state is saved as a checkpoint first).
+    """
+    if resume and (done := finished(config)):
+        display = display or SilentDisplay()
+        display.phase(
+            f"{done.output_dir}: all {config.steps} steps are done and the model is saved; to train on, raise steps"
+        )
+        return done
+    with open_run(config, resume=resume, address=address, display=display) as run:
+        try:
+            run.evaluate_if_due()
+            while run.version < config.steps:
+                step(run, config)
+        except RunStopped:
+            run.checkpoint()
+            return run.result(interrupted=True)
+        except Exception as error:
+            reason = run.checkpoint_after(error)
+            if reason is error:
+                raise
+            raise reason from error
+        try:
+            run.checkpoint()
+        except StorageError:
+            run.save_model()  # a part of the checkpoint's size: it may find room
+            raise
+        run.save_model()
+        return run.result()
+
+
+def step(run: Run, config: RunConfig) -> None:
+    """One update: from prompts admitted to weights the engines sample with. Where its optimizer step was not taken, the
+    weights are the same under the next version, and its prompts are in the ledger with the reason."""
+    watch = Stopwatch()
+    last_batch = config.steps - 1
+    run.rollouts.admit_through(min(run.version + config.rollout.max_staleness, last_batch))
+
+    with watch.phase("rollout"):
+        batch = run.rollouts.collect(run.version)
+    staleness = check_staleness(batch, run.version, config.rollout.max_staleness)
+
+    with watch.phase("learn"):
+        update = run.learner.update(batch.groups, batch.summaries, run.version)
+    run.judge(update)
+    run.book(batch, update)
+    run.version += 1
+
+    with watch.phase("sync"):
+        run.sync_weights()
+
+    run.record(batch, update, staleness, watch.seconds())
+    run.heed(update)
+    run.evaluate_if_due()
+    run.checkpoint_if_due()
+
+
+def evaluate(config: RunConfig, *, address: str | None = None, display: Display | None = None) -> Results:
+    """Evaluate `config.model.path` on `config.data.eval`, with engines and rewards but no learner."""
+    with open_engines(config, address=address, display=display) as evaluator:
+        return evaluator.run(config.seed)
+
+
+__all__ = ["RunConfig", "evaluate", "step", "train"]

@@ -1,0 +1,206 @@
+"""One record per step, written to `metrics.jsonl` and shown as gauges.
+
+StepRecord ─▶ metrics.jsonl   (everything; what reports are made from; null where a number is not finite)
+           ─▶ saccade/observe/gauges.py (for Ray's metrics and Prometheus)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learner.durable import StorageError, append, atomic_file, strict_json, sync_file
+from rollout.types import GroupSummary
+from saccade.observe.gauges import GAUGES, Gauges
+
+MODEL = "model"
+"""Kind of the record of a saved model."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened in one optimizer step. Seconds are wall time in the driver; busy seconds are the actors' own."""
+
+    step: int
+    version: int
+    """Policy version after the step."""
+    reward: float
+    parts: Mapping[str, float]
+    """Mean score by reward name."""
+    groups: int
+    groups_without_signal: int
+    """Groups of no variance or fewer than two valid completions: they contribute nothing."""
+    steps_not_taken: int
+    """Optimizer steps of the update that were not taken, as the loss or gradient was not finite; the learner's figures
+    are of the others, if there is one."""
+    samples: int
+    tokens: int
+    """Completion tokens."""
+    invalid: Mapping[str, int]
+    """Completions without a score, by reason."""
+    dropped: int
+    """Groups given up in this step."""
+    replaced: int
+    """Groups without a policy gradient in whose place others were generated (algorithm.refill)."""
+    truncated_share: float
+    """Completions cut off at max_completion_length."""
+    completion_length: float
+    staleness: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    learner: Mapping[str, float]
+    """Means over trained tokens: kl, entropy, clip fraction, mismatch between engine and learner, ..."""
+    seconds: Mapping[str, float]
+    """rollout (waiting for groups), learn, sync, driver (the rest), total."""
+    busy: Mapping[str, float]
+    """Seconds of work per kind of actor: generate (union over groups, per engine), reward (sum over calls)."""
+    reward_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Latency: mean seconds per group by reward name."""
+
+
+def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
+    """Counts and means over the groups of one step; `parts` averages over scored completions only."""
+    rewards = [r for s in summaries for r, ok in zip(s.rewards, s.valid, strict=True) if ok]
+    lengths = [n for s in summaries for n in s.lengths]
+    reasons = [r for s in summaries for r in s.finish_reasons]
+    names = sorted({name for s in summaries for name in s.parts})
+    parts = {name: float(np.mean([v for s in summaries for v in s.parts.get(name, ())])) for name in names}
+    timed = sorted({name for s in summaries for name in s.part_seconds})
+    latency = {n: float(np.mean([s.part_seconds[n] for s in summaries if n in s.part_seconds])) for n in timed}
+    invalid: dict[str, int] = {}
+    for summary in summaries:
+        for reason in summary.invalid_reasons:
+            invalid[reason] = invalid.get(reason, 0) + 1
+    return {
+        "reward": float(np.mean(rewards)) if rewards else float("nan"),
+        "parts": parts,
+        "reward_seconds": latency,
+        "groups": len(summaries),
+        "samples": len(lengths),
+        "tokens": sum(lengths),
+        "invalid": invalid,
+        "truncated_share": reasons.count("length") / len(reasons) if reasons else 0.0,
+        "completion_length": float(np.mean(lengths)) if lengths else 0.0,
+    }
+
+
+@dataclass
+class MetricsLog:
+    """Writes records; every exporter sees the same numbers.
+
+    Where the file cannot be written to (a full disk), records wait here and follow when it can be."""
+
+    directory: Path
+    port: int = 0
+    report: Callable[[str], None] = lambda text: None
+    """Told when records begin to wait, and when they are written."""
+    steps: int = 0
+    """That the run is to do."""
+    _waiting: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._gauges = Gauges(self.directory.name, self.port)
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def step(self, record: StepRecord) -> None:
+        """Append the record and set every gauge."""
+        self._write({"kind": "step", **asdict(record)})
+        total = record.seconds["total"]
+        known = {**asdict(record), **record.learner}
+        values = {
+            **{name: known[name] for name in GAUGES if name in known},
+            **{f"{name}_seconds": record.seconds[name] for name in ("rollout", "learn", "sync", "driver")},
+            "steps": self.steps,
+            "samples_per_second": record.samples / total,
+            "tokens_per_second": record.tokens / total,
+            "invalid_share": sum(record.invalid.values()) / max(1, record.samples),
+        }
+        for name, value in values.items():
+            self._gauges.set(name, value)
+        for name, value in record.parts.items():
+            self._gauges.set("reward_score", value, reward=name)
+        for name, value in record.reward_seconds.items():
+            self._gauges.set("reward_seconds", value, reward=name)
+
+    def evaluation(self, step: int, results: Mapping[str, Any], seconds: float) -> None:
+        """Append one evaluation."""
+        self._write({"kind": "evaluation", "step": step, "seconds": seconds, "results": results})
+        for file, groups in results.items():
+            for group, figures in groups.items():
+                for name, value in figures.items():
+                    self._gauges.set("evaluation", value, file=file, group=group, figure=name)
+
+    def model(self, step: int) -> None:
+        """Append that the model of `step` is saved."""
+        self._write({"kind": MODEL, "step": step})
+
+    def truncate_after(self, step: int) -> int:
+        """Forget records of steps later than `step`: a resumed run writes them again. Returns how many lines could not
+        be read, which go too."""
+        path = self.directory / "metrics.jsonl"
+        entries, unreadable = _read(path)
+        atomic_file(path, "".join(strict_json(entry) + "\n" for entry in entries if entry["step"] <= step))
+        return unreadable
+
+    def close(self) -> None:
+        """Give the port back; say what could not be written to the end."""
+        with suppress(OSError):  # no reason to hide how the run ended
+            self._write_waiting(len(self._waiting))
+        if self._waiting:
+            self.report(f"metrics.jsonl: {len(self._waiting)} records that waited could not be written, and are lost")
+        self._gauges.close()
+
+    def flush(self) -> None:
+        """Write what waits, if it can be written, and make all of it survive a power failure: a run that goes on from
+        the checkpoint that follows does not write it again."""
+        self._write_waiting(len(self._waiting))
+        with suppress(StorageError, FileNotFoundError):
+            sync_file(self.directory / "metrics.jsonl")
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        waited = len(self._waiting)
+        self._waiting.append(strict_json(entry) + "\n")
+        self._write_waiting(waited)
+
+    def _write_waiting(self, waited: int) -> None:
+        if not self._waiting:
+            return
+        try:
+            append(self.directory / "metrics.jsonl", "".join(self._waiting))
+        except StorageError as error:
+            if not waited:
+                self.report(f"{error}; the run goes on, and its figures are written when they can be")
+        else:
+            self._waiting.clear()
+            if waited:
+                self.report(f"metrics.jsonl: {waited} records that had waited are written")
+
+
+def read_metrics(directory: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """Records of one kind (`step`, `evaluation`, `model`) of `metrics.jsonl`; without lines that a kill cut off."""
+    return [entry for entry in _read(directory / "metrics.jsonl")[0] if entry["kind"] == kind]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Records, and the number of lines that are none."""
+    entries: list[dict[str, Any]] = []
+    unreadable = 0
+    if not path.exists():
+        return entries, unreadable
+    for line in path.read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and "kind" in entry and "step" in entry:
+            entries.append(entry)
+        else:
+            unreadable += 1
+    return entries, unreadable

@@ -1,0 +1,1 @@
+"""Which group is generated, scored and trained, and when."""

@@ -1,0 +1,345 @@
+"""A run: everything that `saccade/loop.py` moves, started, checked, saved and ended.
+
+open_run: preflight ─▶ Ray ─▶ placement ─▶ actors start side by side ─▶ weight group ─▶ (resume) ─▶ Run ─▶ teardown
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from learner.durable import StorageError, atomic_file
+from learner.group import LearnerGroup
+from learner.types import LearnerError, UpdateStats
+from rollout.elsewhere import address_problem
+from rollout.types import PromptRef
+from saccade import checkpoints
+from saccade.config.options import config_adapter, evaluation_sampling, sampling_params
+from saccade.config.run_config import RunConfig, config_tree, dump_config, require_evaluation
+from saccade.config.saved_paths import absolute
+from saccade.errors import MismatchError, RunError
+from saccade.finished import RunResult
+from saccade.fleet.actors import Actors
+from saccade.fleet.deaths import DeathError, explain, first_lines
+from saccade.fleet.head import HeadWatch
+from saccade.fleet.started import Started, on_ray
+from saccade.health import Health
+from saccade.observe.display import Display, SilentDisplay
+from saccade.observe.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
+from saccade.observe.timing import union_seconds
+from saccade.pipeline.difficulty import Difficulty
+from saccade.pipeline.evaluate import Evaluator, Results
+from saccade.pipeline.ledger import Ledger
+from saccade.pipeline.reward_failures import unscored
+from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
+from saccade.preflight import preflight
+from saccade.run_folder import held
+from weight_sync.sync import sync_weights
+from weight_sync.verify import WeightSyncError
+
+
+@dataclass
+class Run:
+    """The state of a run. `version` counts updates, those included whose step was not taken; the engines hold the same
+    version between updates."""
+
+    config: RunConfig
+    actors: Actors
+    learner: LearnerGroup
+    ledger: Ledger
+    rollouts: RolloutPipeline
+    evaluator: Evaluator | None
+    log: MetricsLog
+    display: Display
+    head: HeadWatch
+    version: int = 0
+    health: Health = field(init=False)
+    evaluations: dict[int, Results] = field(default_factory=dict)
+    _saved: int = -1
+    _overdue: bool = False
+    """Whether the last checkpoint that was due found no room."""
+
+    def __post_init__(self) -> None:
+        model = self.config.model
+        self.health = Health(model.dtype, model.path)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def sync_weights(self) -> None:
+        """Send the learner's weights to every engine and commit them as the current version."""
+        sync_weights(self.learner, self.actors.handles, self.version, timeout=self.config.weight_sync.timeout)
+
+    def book(self, batch: SealedBatch, update: UpdateStats) -> None:
+        """Enter a batch that went through an update into the ledger. A group with fewer than two scores took no part
+        in it, and one whose step was not taken was not trained: they stand there with their reasons."""
+        reasons = {ref: step.reason for step in update.refused for ref in step.prompts}
+        for summary in batch.summaries:
+            if reason := unscored(summary) or reasons.get(summary.ref):
+                self.ledger.drop(summary.ref, reason)
+            else:
+                self.ledger.train([summary.ref])
+
+    def judge(self, update: UpdateStats) -> None:
+        """Before an update is booked: raises MismatchError where engine and learner do not compute the same."""
+        for line in self.health.judge(update):
+            self.display.phase(f"step {self.version + 1}: {line}")
+
+    def heed(self, update: UpdateStats) -> None:
+        """Say which of its steps were not taken. Raises NotFiniteError where these are too many in a row."""
+        for line in self.health.observe(update):
+            self.display.phase(f"step {self.version}: {line}")
+
+    def record(self, batch: SealedBatch, update: UpdateStats, staleness: int, seconds: Mapping[str, float]) -> None:
+        """Write down the step that just ended."""
+        record = StepRecord(
+            step=self.version,
+            version=self.version,
+            **group_statistics(batch.summaries),
+            groups_without_signal=update.groups_dropped + update.groups_flat,
+            steps_not_taken=len(update.refused),
+            dropped=batch.dropped,
+            replaced=batch.replaced,
+            staleness=staleness,
+            loss=update.loss,
+            grad_norm=update.grad_norm,
+            learning_rate=update.learning_rate,
+            learner=dict(update.metrics),
+            seconds=dict(seconds),
+            busy=_busy(batch, update),
+        )
+        self.log.step(record)
+        self.display.step(record, self.config.steps)
+
+    def evaluate_if_due(self) -> None:
+        """At the start, at the end, and every `evaluation.every` steps."""
+        every = self.config.evaluation.every
+        due = self.version in (0, self.config.steps) or (every and self.version % every == 0)
+        if self.evaluator is None or not due or self.version in self.evaluations:
+            return
+        begin = time.perf_counter()
+        results = self.evaluator.run(self.config.seed)
+        self.evaluations[self.version] = results
+        self.log.evaluation(self.version, results, time.perf_counter() - begin)
+        self.display.evaluation(self.version, results)
+
+    def checkpoint_if_due(self) -> None:
+        every = self.config.checkpoint.every
+        due = bool(every) and self.version % every == 0
+        if self._overdue or due:
+            try:
+                self.checkpoint()
+            except StorageError as error:
+                if due or not self._overdue:
+                    self.display.phase(
+                        f"no checkpoint of step {self.version}: {error}; the newest stays {self._newest()}; "
+                        "the run goes on and tries again after each step"
+                    )
+                self._overdue = True
+
+    def _newest(self) -> str:
+        return f"that of step {self._saved}" if self._saved >= 0 else "none"
+
+    def checkpoint(self) -> None:
+        """Save weights, optimizer, cursor and ledger as of now; nothing if that was done already."""
+        if self._saved == self.version:
+            return
+        self.log.flush()
+        state = {
+            "version": self.version,
+            "ledger": self.ledger.state(),
+            "cursor": self.actors.data_state(),
+            "difficulty": None if self.rollouts.difficulty is None else self.rollouts.difficulty.state(),
+            "refused_in_row": self.health.refused_in_row,
+            "config": config_tree(absolute(self.config)),
+        }
+        directory = self.directory / "checkpoints"
+        keep = self.config.checkpoint.keep
+        path = checkpoints.save(directory, self.version, state, self.learner.save_checkpoint, keep)
+        self.display.phase(f"checkpoint of step {self.version} in {path}")
+        if remark := self.actors.data_report().train.remark:
+            self.display.phase(f"data.train: {remark}")
+        self._saved, self._overdue = self.version, False
+
+    def checkpoint_after(self, error: Exception) -> Exception:
+        """Save the state before `error` ends the run, unless the learner itself failed, or a transfer for which several
+        ranks gather: they may be waiting for each other, and the former checkpoint is what there is. It is too where
+        the learner trained on what it disagrees about with the engines.
+
+        Returns the error to show: who died, if that is what it comes from."""
+        config = self.config.learner
+        reason = explain(error, self.actors.questions(), self.head)
+        dead = isinstance(reason, DeathError) and any(who.startswith("learner") for who in reason.dead)
+        cut_off = isinstance(error, WeightSyncError) and config.ranks > 1 and config.zero_stage == 3
+        if isinstance(error, LearnerError | MismatchError) or cut_off or dead:
+            what = "nothing of the last update is kept" if isinstance(error, MismatchError) else "the learner failed"
+            self.display.phase(f"{what}; the newest checkpoint: {self._newest()}")
+            return reason
+        if self.version == 0 and self._saved < 0:
+            return reason  # nothing was trained: a checkpoint would only stand in the way of the next attempt
+        try:
+            self.checkpoint()
+        except Exception as second:
+            self.display.phase(f"no checkpoint of step {self.version} could be written: {first_lines(second)}")
+        return reason
+
+    def save_model(self) -> None:
+        """Write the trained model in Hugging Face format to `output_dir/model`."""
+        self.learner.save_pretrained(self.directory / "model")
+        checkpoints.check_visible(self.directory / "model")
+        self.log.model(self.version)
+
+    def result(self, *, interrupted: bool = False) -> RunResult:
+        model = None if interrupted else self.directory / "model"
+        return RunResult(self.directory, model, self.version, self.evaluations, interrupted)
+
+
+@contextmanager
+def open_run(config: RunConfig, *, resume: bool, address: str | None, display: Display | None) -> Iterator[Run]:
+    """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
+    directory, display = Path(config.output_dir), display or SilentDisplay()
+    with ExitStack() as stack:
+        # A folder that cannot be one is said by preflight, together with all else that is wrong.
+        files = [path for path in (directory, *directory.parents) if os.path.exists(path) and not os.path.isdir(path)]
+        blocked = files or address_problem(config.output_dir)
+        if not blocked and (remark := stack.enter_context(held(directory))):
+            display.phase(remark)
+        yield from _open_run(config, resume, address, display)
+
+
+def _open_run(config: RunConfig, resume: bool, address: str | None, display: Display) -> Iterator[Run]:
+    choices = preflight(config, resume=resume)
+    for line in choices.lines:
+        display.phase(line)
+    directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
+    config = config.model_copy(update={"output_dir": str(directory)})
+    saved = checkpoints.newest(directory / "checkpoints", display.phase) if resume else None
+    with on_ray(config, address, display, training=True) as started:
+        display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
+        started.start_actors(config, choices.media_kinds, training=True)
+        if saved is None:
+            (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
+        run = _assemble(config, started, display)
+        with closing(run.log):
+            if saved is not None:
+                _restore(run, *saved)
+            elif config.model.quantize != "none":
+                run.sync_weights()  # the engines have loaded the weights that the learner has rounded
+            yield run
+
+
+def _assemble(config: RunConfig, started: Started, display: Display) -> Run:
+    """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
+    actors = started.actors
+    directory = Path(config.output_dir)
+    log = MetricsLog(directory, config.cluster.metrics_port, display.phase, config.steps)
+    atomic_file(directory / "config.yaml", dump_config(absolute(config)))
+    ledger = Ledger()
+    rollouts = RolloutPipeline(
+        data=actors.data,
+        engines=actors.engines,
+        rewards=actors.rewards,
+        ledger=ledger,
+        sampling=sampling_params(config, config_adapter(config)),
+        run_seed=config.seed,
+        prompts_per_step=config.learner.prompts_per_step,
+        max_attempts=config.rollout.max_attempts,
+        group_timeout=config.rollout.group_timeout,
+        reward_timeout=config.reward.timeout,
+        hold_while_admitting=config.rollout.max_staleness == 0,
+        max_failed_share=config.reward.max_failed_share,
+        refill=round(config.algorithm.refill * config.learner.prompts_per_step),
+        difficulty=None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
+        check_stop=started.check,
+    )
+    assert actors.learner is not None
+    actors.learner.form_weight_group(actors.handles)
+    evaluator = open_evaluator(config, started, display) if config.data.eval else None
+    return Run(config, actors, actors.learner, ledger, rollouts, evaluator, log, display, started.head)
+
+
+def open_evaluator(config: RunConfig, started: Started, display: Display) -> Evaluator:
+    actors = started.actors
+    prompts = actors.eval_prompts(config.evaluation.max_prompts, config.rollout.start_timeout)
+    held_out = actors.data_report().evaluation
+    if held_out is not None and held_out.remark:
+        display.phase(f"data.eval: {held_out.remark}")
+    return Evaluator(
+        prompts=prompts,
+        engines=actors.engines,
+        rewards=actors.rewards,
+        sampling=evaluation_sampling(config, config_adapter(config)),
+        group_by=config.evaluation.group_by,
+        timeout=config.rollout.group_timeout + 2 * config.reward.timeout,
+        report=display.phase,
+        check_stop=started.check,
+    )
+
+
+@contextmanager
+def open_engines(config: RunConfig, *, address: str | None, display: Display | None) -> Iterator[Evaluator]:
+    """Engines and rewards without a learner, for an evaluation of the model as it lies on disk."""
+    display = display or SilentDisplay()
+    require_evaluation(config)
+    choices = preflight(config, resume=True)
+    for line in choices.lines:
+        display.phase(line)
+    with on_ray(config, address, display, training=False) as started:
+        display.phase(f"starting {config.rollout.engines} engine(s)")
+        started.start_actors(config, choices.media_kinds, training=False)
+        yield open_evaluator(config, started, display)
+
+
+def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
+    """Continue from a checkpoint: weights to learner and engines, the data cursor, and all that was in flight."""
+    run.display.phase(f"resuming from {path}")
+    run.version = run._saved = state["version"]
+    run.health.refused_in_row = state["refused_in_row"]
+    run.learner.load_checkpoint(path / "learner")
+    if cut := run.log.truncate_after(run.version):
+        run.display.phase(f"metrics.jsonl: {cut} unreadable line(s) dropped; a run was killed while writing")
+    run.evaluations = {e["step"]: e["results"] for e in read_metrics(run.directory, "evaluation")}
+    run.sync_weights()
+    run.actors.load_data_state(state["cursor"])
+    run.ledger = run.rollouts.ledger = Ledger.from_state(state["ledger"])
+    if run.rollouts.difficulty is not None and state["difficulty"] is not None:
+        run.rollouts.difficulty.load_state(state["difficulty"])
+    batches: dict[int, list[PromptRef]] = {}
+    for batch, ref in run.ledger.outstanding():
+        batches.setdefault(batch, []).append(ref)
+    timeout = run.config.rollout.start_timeout
+    again = {batch: run.actors.read_prompts(refs, timeout) for batch, refs in batches.items()}
+    run.rollouts.go_on_from(run.version, again)
+    if changed := _changed(state["config"], config_tree(absolute(run.config))):
+        run.display.phase("changed since the checkpoint: " + "; ".join(changed))
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Knobs that differ between two dumped configurations, one text each."""
+    found = []
+    for name, value in now.items():
+        before = then.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            found += _changed(before, value, f"{prefix}{name}.")
+        elif before != value:
+            found.append(f"{prefix}{name} {before!r} -> {value!r}")
+    return found
+
+
+def _busy(batch: SealedBatch, update: UpdateStats) -> dict[str, float]:
+    """Seconds of work: each engine's with a group of this batch in it, the rewards' calls, the learner's phases."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for s in batch.summaries:
+        spans.setdefault(s.engine, []).append((s.generate_started, s.generate_started + s.generate_seconds))
+    busy = {f"generate/{engine}": union_seconds(times) for engine, times in sorted(spans.items())}
+    busy["reward"] = sum(s.reward_seconds for s in batch.summaries)
+    return busy | {f"learn/{name}": value for name, value in update.seconds.items()}
+
+
+__all__ = ["Run", "RunError", "RunResult", "open_run"]

@@ -1,0 +1,107 @@
+"""The folder of a run: one run at a time writes into it, and what a killed one left half-written is cleared away.
+
+The lock is the kernel's, on `run.lock`: it ends with the process that holds it, however that ends, also on another
+machine that shares the folder. The file says who; a file that nobody holds means nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from learner.durable import clear_leftovers, make_folder, storage_errors
+from saccade.config.run_config import ConfigError
+
+LOCK = "run.lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What file systems say that cannot lock, as Lustre does unless it is mounted with `flock`."""
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[str | None]:
+    """Hold `directory`, made if need be, for the length of a run. Yields what is to be said of it, if anything.
+
+    Raises ConfigError naming the run that holds it, StorageError where nothing can be written."""
+    path = directory / LOCK
+    made = not os.path.exists(directory)  # also where nobody may look
+    with storage_errors(directory):
+        make_folder(directory)
+        descriptor, remark = _open_locked(path)
+    try:
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
+        with storage_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, note.encode(), 0)
+            for folder in (directory, directory / "checkpoints"):
+                clear_leftovers(folder)
+        yield remark
+    finally:
+        with suppress(OSError):  # the folder is gone, or another's by now: no reason to hide how the run ended
+            if _same(descriptor, path):
+                path.unlink()
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):  # something is in it
+                directory.rmdir()
+
+
+def in_use(directory: Path) -> str | None:
+    """Who holds `directory`, in words; None if nobody does."""
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _refusal(directory / LOCK)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _open_locked(path: Path) -> tuple[int, str | None]:
+    """A locked descriptor of the file that stands at `path`: a run that ends removes its own. And a remark, where the
+    file system has no locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(descriptor, path):
+                return descriptor, None
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConfigError([_refusal(path)], "what the configuration refers to") from None
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return descriptor, f"output_dir: {path.parent} has no file locks: see that no second run writes there"
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _refusal(path: Path) -> str:
+    try:
+        note = json.loads(path.read_text())
+        who = f"process {note['pid']} on {note['host']}, since {note['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "a process that is just starting"
+    return f"output_dir: {path.parent} is in use by another run ({who}); wait for it, or name another output_dir"
