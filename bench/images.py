@@ -25,11 +25,11 @@ import ray
 from rich.table import Table
 
 from bench.common import images, report, write_parquet
-from learner.samples import encode_prompts
+from learner.batching.samples import encode_prompts
 from rollout.actor import RolloutActor
-from rollout.data_actor import DataActor
-from rollout.engine import EngineOptions, SamplingParams
-from rollout.prompts import DataOptions
+from rollout.data.actor import DataActor
+from rollout.data.source import DataOptions
+from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import RolloutGroup
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter

@@ -29,9 +29,9 @@ from bench.common import median, report
 from bench.learner_memory import memory_table, run_memory
 from bench.learner_work import MODELS, SHAPES, Shape, batches_of, make_groups, model_flops, plain_batches, rows_of
 from bench.trl_step import LEARNING_RATE, MAX_GRAD_NORM, BareStep, TrlStep
-from learner.deepspeed_engine import DeepSpeedEngine
-from learner.objective import GlobalCounts
-from learner.process_group import join, open_store
+from learner.algorithm.objective import GlobalCounts
+from learner.engines.deepspeed_engine import DeepSpeedEngine
+from learner.engines.process_group import join, open_store
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.adapter import MultimodalAdapter

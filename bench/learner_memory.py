@@ -65,7 +65,7 @@ def measure_head(system: str) -> dict[str, Any]:
     import torch
 
     from bench.learner_work import chosen_logprobs
-    from learner.logprobs import chunked_logprobs
+    from learner.model.logprobs import chunked_logprobs
     from learner.types import LearnerOptions
 
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def measure_step(system: str, path: Path) -> dict[str, Any]:
     from bench.learner import learner_options, make_engine
     from bench.learner_work import Shape, batches_of, make_groups, plain_batches, rows_of
     from bench.trl_step import BareStep
-    from learner.objective import GlobalCounts
+    from learner.algorithm.objective import GlobalCounts
     from learner.update import micro_loss
     from vlm.registry import load_adapter
 

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from learner.packing import balance, fewest_bins, pack_padded
-from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
+from learner.batching.packing import balance, fewest_bins, pack_padded
+from learner.batching.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from learner.types import LearnerOptions
 from learner.update import row_costs
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.common import report
 from bench.gpu_parts.exact import work_of
-from learner.torch_engine import TorchEngine
+from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from vlm.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny

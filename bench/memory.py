@@ -26,9 +26,9 @@ from rich.table import Table
 
 from bench.common import report
 from bench.memory_process import Case, learner_options, make_batches
-from learner.memory import Load, MemoryPlan, plan_memory
-from learner.model_shape import describe
-from learner.process_group import open_store
+from learner.engines.process_group import open_store
+from learner.plan.memory import Load, MemoryPlan, plan_memory
+from learner.plan.model_shape import describe
 from vlm.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny
 

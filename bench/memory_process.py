@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from learner.deepspeed_engine import DeepSpeedEngine
-from learner.objective import GlobalCounts
-from learner.process_group import join
-from learner.samples import Row, Sample, collate
+from learner.algorithm.objective import GlobalCounts
+from learner.batching.samples import Row, Sample, collate
+from learner.engines.deepspeed_engine import DeepSpeedEngine
+from learner.engines.process_group import join
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.adapter import MultimodalAdapter

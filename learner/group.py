@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from learner.advantages import ADVANTAGES, contributes, has_baseline
+from learner.algorithm.advantages import ADVANTAGES, contributes, has_baseline
+from learner.algorithm.group_rewards import check_rewards, combined_rewards
+from learner.batching.packing import GroupCost, shard
 from learner.deaths import how_it_died
 from learner.durable import StorageError
-from learner.packing import GroupCost, shard
 from learner.refusal import joined
-from learner.shaping import check_rewards, combined_rewards
 from learner.types import (
     LearnerError,
     LearnerOptions,

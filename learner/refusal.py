@@ -6,48 +6,14 @@ engine.train_step ─▶ StepResult(taken=False) ─▶ refused_step on every ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from learner.types import RefusedStep
 from rollout.types import PromptRef
 
 if TYPE_CHECKING:
-    from learner.engine import StepResult
-
-MOST_NAMED = 8
-"""Prompts that a description names."""
-
-
-@dataclass(frozen=True, slots=True)
-class RefusedStep:
-    """Weights, moments and schedule are as they were before it, and none of its prompts was trained."""
-
-    position: int
-    """Which of the update's `optimizer_steps` it is."""
-    terms: tuple[str, ...]
-    """Terms of the loss that were not finite; empty: only the gradient was not."""
-    suspects: tuple[PromptRef, ...]
-    """Prompts of the micro-batches whose terms were not finite."""
-    loss: float
-    grad_norm: float
-    mismatch: float
-    """Mean |log-probability of the learner - of the engine|."""
-    prompts: tuple[PromptRef, ...] = ()
-    """All prompts of the step."""
-
-    @property
-    def reason(self) -> str:
-        """Why its prompts were not trained, the same for all of a kind."""
-        return f"its optimizer step was not taken: {', '.join(self.terms) or 'the gradient'} not finite"
-
-    def __str__(self) -> str:
-        named = ", ".join(map(str, (self.suspects or self.prompts)[:MOST_NAMED]))
-        return (
-            f"the gradient is not finite, so the step was not taken: weights, optimizer and schedule are unchanged. "
-            f"Not finite: {', '.join(self.terms) or 'the norm of the gradient'} (loss {self.loss:g}, gradient norm "
-            f"{self.grad_norm:g}). Look at scores and completions of the prompts {named}, and at mismatch_mean, "
-            f"{self.mismatch:.3g} in this step: engine and learner should agree"
-        )
+    from learner.engines.protocol import StepResult
 
 
 def refused_step(

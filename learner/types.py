@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from learner.packing import Size
-from learner.refusal import RefusedStep
-from rollout.types import MediaKind
+from rollout.types import MediaKind, PromptRef
 from vlm.roles import DEFAULT_LORA_TARGETS, role_problems
 
 DEFAULT_TOKENS = 8192
@@ -18,6 +16,21 @@ UNLIMITED = 2**62
 
 Aggregation = Literal["token", "sequence", "constant"]
 Offload = Literal["none", "optimizer", "parameters"]
+MOST_NAMED = 8
+"""Prompts that a description names."""
+
+
+class Size(NamedTuple):
+    """What a group, or a micro-batch, takes; or may take."""
+
+    tokens: int
+    """Language positions: each prompt once, and all completions."""
+    patches: int = 0
+    """Inputs of the vision (and audio) towers."""
+    logits: int = 0
+    """Positions whose logits are computed."""
+    bytes: int = 0
+    """Memory, where a limit is given in bytes."""
 
 
 class LearnerError(RuntimeError):
@@ -93,7 +106,7 @@ class LearnerOptions:
     temperature: float = 1.0
     """What the completions were sampled with: logits are divided by it, as in the engine."""
     advantage: str = "grpo"
-    """A key of `learner.advantages.ADVANTAGES`."""
+    """A key of `learner.algorithm.advantages.ADVANTAGES`."""
     part_weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of the rewards by name, if each is to be normalised within its group before they are summed; or empty."""
     overlong_buffer: int = 0
@@ -103,23 +116,23 @@ class LearnerOptions:
     max_completion_length: int = 1
     """The limit, in tokens."""
     loss: str = "ppo_clip"
-    """A key of `learner.losses.LOSSES`."""
+    """A key of `learner.algorithm.losses.LOSSES`."""
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
     clip_dual: float | None = None
     aggregation: Aggregation = "token"
-    """See `learner.losses.token_weights`."""
+    """See `learner.algorithm.losses.token_weights`."""
     beta: float = 0.0
     """Weight of the KL to the reference; 0 loads no reference."""
     kl_estimator: str = "k3"
-    """A key of `learner.divergence.KL_ESTIMATORS`."""
+    """A key of `learner.algorithm.divergence.KL_ESTIMATORS`."""
     kl_in: Literal["loss", "reward"] = "loss"
     reference_every: int = 0
     """Updates after which the reference becomes the current policy; 0: it stays the initial one."""
     old_policy: Literal["behavior", "current"] = "current"
     """Denominator of the ratio: what the engine sampled with, or these weights before the update."""
     correction: str = "none"
-    """A key of `learner.divergence.CORRECTIONS`."""
+    """A key of `learner.algorithm.divergence.CORRECTIONS`."""
     correction_range: tuple[float, float] = (0.0, float("inf"))
     entropy_bonus: float = 0.0
     optimizer_steps: int = 1
@@ -143,17 +156,17 @@ class LearnerOptions:
     micro_batch_logits: int | None = None
     """Its positions with a loss; None: as many as come with the tokens."""
     micro_batch_bytes: int | None = None
-    """Memory that it may take beside the states of the model, as `learner.memory` predicts it; None: no such limit."""
+    """Memory that it may take beside the states of the model, as learner/plan/memory.py predicts; None: no limit."""
     unit_bytes: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Bytes of a language position, of a vision patch, of a position with a loss, and of any micro-batch: filled in by
-    `learner.memory.with_unit_bytes` where there is a limit in bytes."""
+    `learner.plan.memory.with_unit_bytes` where there is a limit in bytes."""
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed rows attend (`learner.attention`)."""
     feature_cache_gib: float = 1.0
     """Memory of a rank for what towers that no step changes make of media; for each rank four times as much in the
     object store, where all find it. 0: those towers run in every pass."""
     logprob_chunk_rows: int | None = None
-    """Rows of the vocabulary projection computed at once; None: see `learner.logprobs.rows_per_chunk`."""
+    """Rows of the vocabulary projection computed at once; None: see `learner.model.logprobs.rows_per_chunk`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Offload = "none"
     """What is kept in CPU memory: the optimizer's state, or that and the parameters."""
@@ -215,6 +228,38 @@ class WeightTransferOptions:
     """Seconds that forming the group, or one transfer, may take."""
     verify: bool = True
     """Digest every tensor sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedStep:
+    """Weights, moments and schedule are as they were before it, and none of its prompts was trained."""
+
+    position: int
+    """Which of the update's `optimizer_steps` it is."""
+    terms: tuple[str, ...]
+    """Terms of the loss that were not finite; empty: only the gradient was not."""
+    suspects: tuple[PromptRef, ...]
+    """Prompts of the micro-batches whose terms were not finite."""
+    loss: float
+    grad_norm: float
+    mismatch: float
+    """Mean |log-probability of the learner - of the engine|."""
+    prompts: tuple[PromptRef, ...] = ()
+    """All prompts of the step."""
+
+    @property
+    def reason(self) -> str:
+        """Why its prompts were not trained, the same for all of a kind."""
+        return f"its optimizer step was not taken: {', '.join(self.terms) or 'the gradient'} not finite"
+
+    def __str__(self) -> str:
+        named = ", ".join(map(str, (self.suspects or self.prompts)[:MOST_NAMED]))
+        return (
+            f"the gradient is not finite, so the step was not taken: weights, optimizer and schedule are unchanged. "
+            f"Not finite: {', '.join(self.terms) or 'the norm of the gradient'} (loss {self.loss:g}, gradient norm "
+            f"{self.grad_norm:g}). Look at scores and completions of the prompts {named}, and at mismatch_mean, "
+            f"{self.mismatch:.3g} in this step: engine and learner should agree"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.divergence import KL_ESTIMATORS
-from learner.engine import MicroLoss, StepResult, TrainEngine, step_metrics
-from learner.losses import Clip
-from learner.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss
-from learner.packing import GroupCost, balance, fewest_bins, pack_padded
-from learner.refusal import RefusedStep, refused_step
-from learner.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
-from learner.towers import ConstantTowers
-from learner.types import LearnerOptions, NothingToLearnError
+from learner.algorithm.divergence import KL_ESTIMATORS
+from learner.algorithm.losses import Clip
+from learner.algorithm.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss
+from learner.batching.packing import GroupCost, balance, fewest_bins, pack_padded
+from learner.batching.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
+from learner.engines.protocol import MicroLoss, StepResult, TrainEngine, step_metrics
+from learner.features.frozen_towers import ConstantTowers
+from learner.refusal import refused_step
+from learner.types import LearnerOptions, NothingToLearnError, RefusedStep
 from rollout.types import PromptRef, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from learner.packing import GroupCost
+from learner.batching.packing import GroupCost
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.types import RolloutGroup
 from weight_sync.protocols import EngineHandle, TransferReport
 
 if TYPE_CHECKING:
-    from learner.engine import TrainEngine
-    from learner.towers import ConstantTowers
+    from learner.engines.protocol import TrainEngine
+    from learner.features.frozen_towers import ConstantTowers
     from vlm.adapter import MultimodalAdapter
     from weight_sync.sender import WeightSender
 
@@ -63,7 +63,7 @@ class LearnerWorker:
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0: where the ranks meet. The system chooses the port, so that no two runs can take the same."""
-        from learner.process_group import open_store
+        from learner.engines.process_group import open_store
 
         host = ray.util.get_node_ip_address()
         self._store, port = open_store(host, self.options.timeout)
@@ -73,11 +73,11 @@ class LearnerWorker:
         """Join the process group, load adapter, model and optimizer. Returns what a group costs this model."""
         import torch
 
-        from learner.deepspeed_engine import DeepSpeedEngine
-        from learner.feature_actor import ObjectStore
-        from learner.memory import with_unit_bytes
-        from learner.process_group import join
-        from learner.towers import make_towers
+        from learner.engines.deepspeed_engine import DeepSpeedEngine
+        from learner.engines.process_group import join
+        from learner.features.frozen_towers import make_towers
+        from learner.features.store_actor import ObjectStore
+        from learner.plan.memory import with_unit_bytes
         from learner.update import group_cost
         from vlm.registry import load_adapter
 
@@ -143,12 +143,12 @@ class LearnerWorker:
         return score_groups(self._engine, self._adapter, self.options, groups, media, towers=self._towers)
 
     def save_checkpoint(self, directory: str) -> None:
-        from learner.checkpoint import save_checkpoint
+        from learner.engines.checkpoint import save_checkpoint
 
         save_checkpoint(self._engine, Path(directory))
 
     def load_checkpoint(self, directory: str) -> None:
-        from learner.checkpoint import load_checkpoint
+        from learner.engines.checkpoint import load_checkpoint
 
         load_checkpoint(self._engine, Path(directory))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from rollout.engine import (
+from rollout.engines.protocol import (
     EngineDeadError,
     EngineOptions,
     EngineOutput,
@@ -35,7 +35,7 @@ EngineFactory = Callable[[EngineOptions, MultimodalAdapter], RolloutEngine]
 
 
 def vllm_engine(options: EngineOptions, adapter: MultimodalAdapter) -> RolloutEngine:
-    from rollout.vllm_engine import VLLMEngine
+    from rollout.engines.vllm_engine import VLLMEngine
 
     return VLLMEngine(options, adapter)
 

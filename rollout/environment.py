@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rollout.engine import EngineOutput, SamplingParams
+from rollout.engines.protocol import EngineOutput, SamplingParams
 from rollout.types import Media, Prompt
 
 Generate = Callable[[Prompt, Sequence[Media], SamplingParams], Awaitable[EngineOutput]]

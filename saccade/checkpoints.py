@@ -1,7 +1,7 @@
 """Checkpoints of a whole run: one folder a step, complete or absent.
 
     output_dir/checkpoints/step-000020/
-        learner/     weights, optimizer, scheduler, RNG: independent of the number of ranks (learner/checkpoint.py)
+        learner/     weights, optimizer, scheduler, RNG: whatever the number of ranks (learner/engines/checkpoint.py)
         run.json     policy version, ledger (issued but untrained prompts), data cursor, resolved configuration, ...
         digests.json size and SHA-256 of every file
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from learner.samples import layout, shares_prompts
-from learner.towers import once_per_run
+from learner.batching.samples import layout, shares_prompts
+from learner.features.frozen_towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
-from rollout.elsewhere import address_problem
-from rollout.prompts import DataError, PromptSource, open_data
+from rollout.data.elsewhere import address_problem
+from rollout.data.source import DataError, PromptSource, open_data
 from rollout.types import MediaKind
 from saccade import checkpoints
 from saccade.checks.gold_check import gold_problems

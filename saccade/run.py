@@ -16,7 +16,7 @@ from typing import Any
 from learner.durable import StorageError, atomic_file
 from learner.group import LearnerGroup
 from learner.types import LearnerError, UpdateStats
-from rollout.elsewhere import address_problem
+from rollout.data.elsewhere import address_problem
 from rollout.types import PromptRef
 from saccade import checkpoints
 from saccade.config.options import config_adapter, evaluation_sampling, sampling_params

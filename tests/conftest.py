@@ -77,7 +77,7 @@ def process_group(tiny_model: Path) -> Iterator[None]:
     """A default group of this process alone. One for all modules: DeepSpeed keeps the first that it sees."""
     import torch.distributed as dist
 
-    from learner.process_group import join, open_store
+    from learner.engines.process_group import join, open_store
     from tests.learner_cases import options
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from rollout.prompts import DataOptions, PromptSource
+from rollout.data.source import DataOptions, PromptSource
 from rollout.types import Media, MediaKind
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rollout.engine import BAN, EngineDeadError, PromptRefusedError, RolloutEngine, SamplingParams
+from rollout.engines.protocol import BAN, EngineDeadError, PromptRefusedError, RolloutEngine, SamplingParams
 from rollout.types import Completion, Media, Prompt, PromptRef, Segment
 from vlm.adapter import MultimodalAdapter
 from vlm.media import digest

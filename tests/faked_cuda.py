@@ -60,8 +60,8 @@ def fake() -> None:
 
 
 def configured(model: str) -> dict[str, Any]:
-    from rollout.engine import EngineOptions
-    from rollout.vllm_engine import engine_config
+    from rollout.engines.protocol import EngineOptions
+    from rollout.engines.vllm_engine import engine_config
     from vlm.registry import load_adapter
 
     options = EngineOptions(

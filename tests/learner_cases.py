@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.advantages import ADVANTAGES
-from learner.samples import Row
+from learner.algorithm.advantages import ADVANTAGES
+from learner.batching.samples import Row
 from learner.types import LearnerOptions
 from learner.update import build_rows
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict

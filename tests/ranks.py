@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from learner.process_group import join, open_store
+from learner.engines.process_group import join, open_store
 from tests.learner_cases import options
 
 PRELOADED = [
-    "learner.deepspeed_engine",
+    "learner.engines.deepspeed_engine",
     "peft",
     "tests.learner_cases",
     "transformers.models.auto.processing_auto",

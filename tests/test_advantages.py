@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from learner.advantages import (
+from learner.algorithm.advantages import (
     ADVANTAGES,
     contributes,
     dr_grpo,

@@ -44,17 +44,36 @@ HEAVY = {
             "saccade/observe/gauges.py",
         ),
     ),
-    "vllm": ("rollout/vllm_engine.py", "weight_sync/*.py"),
-    "deepspeed": ("learner/deepspeed_*.py", "weight_sync/source.py"),
+    "vllm": ("rollout/engines/vllm_engine.py", "weight_sync/*.py"),
+    "deepspeed": ("learner/engines/deepspeed_*.py", "weight_sync/source.py"),
 }
-# The rooms and the files of `saccade/`, the uppermost first: each imports only what stands further down, also within
-# functions and for types alone. `__init__` names what users import.
-ORDER = (
-    *("__main__", "__init__", "cli", "commands", "demo", "loop", "run", "finished", "preflight", "checks", "health"),
-    *("checkpoints", "run_folder", "pipeline", "fleet", "observe", "config", "errors"),
-)
+# What stands in a room, the uppermost first: each imports only what stands further down, also within functions and for
+# types alone. `__init__` of `saccade` names what users import.
+ORDERS = {
+    "saccade": (
+        *(
+            "__main__",
+            "__init__",
+            "cli",
+            "commands",
+            "demo",
+            "loop",
+            "run",
+            "finished",
+            "preflight",
+            "checks",
+            "health",
+        ),
+        *("checkpoints", "run_folder", "pipeline", "fleet", "observe", "config", "errors"),
+    ),
+    "learner": (
+        *("group", "worker", "update", "refusal", "features", "plan", "engines", "model", "batching", "algorithm"),
+        *("deaths", "durable", "types", "__init__"),
+    ),
+    "rollout": ("actor", "environment", "data", "engines", "user_code", "types", "__init__"),
+}
 SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "pipeline", "fleet", "observe")
-"""Of these, what may have Ray loaded."""
+"""Of `saccade`, what may have Ray loaded."""
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 MAX_KNOBS = 101
@@ -142,13 +161,14 @@ def source_files() -> list[tuple[PurePosixPath, str]]:
 
 
 def uphill(path: PurePosixPath, source: str) -> list[str]:
-    """What a file of `saccade/` imports that stands above it in ORDER, one line each."""
-    own = path.with_suffix("").parts[1]
+    """What a file imports of its own room that stands above it in ORDERS, one line each."""
+    room, own = path.with_suffix("").parts[:2]
+    order = ORDERS[room]
     found = []
     for item in find_imports(path, source):
-        parts = item.module.split(".")
-        other = parts[1] if len(parts) > 1 and parts[1] in ORDER else "__init__"
-        if parts[0] == "saccade" and parts[1:] != ["__version__"] and ORDER.index(other) < ORDER.index(own):
+        top, *rest = item.module.split(".")
+        other = rest[0] if rest and rest[0] in order else "__init__"
+        if top == room and rest != ["__version__"] and order.index(other) < order.index(own):
             found.append(f"{path}:{item.line} imports {item.module}, which stands above {own}")
     return found
 
@@ -163,14 +183,18 @@ def uphill(path: PurePosixPath, source: str) -> list[str]:
         ("rollout/types.py", "from rollout import engine", "imports nothing of ours"),
         ("rollout/actor.py", "from learner.group import LearnerGroup", "rollout may import only"),
         ("rollout/actor.py", "def f():\n    import rewards.base", "rollout/actor.py:2 imports rewards.base"),
-        ("learner/packing.py", "import rollout", "imports rollout;"),
-        ("learner/packing.py", "from rollout import prompts", "imports rollout.prompts"),
-        ("learner/packing.py", "from rollout.typesetting import x", "imports rollout.typesetting"),
-        ("learner/packing.py", "import importlib\nimportlib.import_module('saccade.loop')", ":2 imports saccade.loop"),
+        ("learner/batching/packing.py", "import rollout", "imports rollout;"),
+        ("learner/batching/packing.py", "from rollout import prompts", "imports rollout.prompts"),
+        ("learner/batching/packing.py", "from rollout.typesetting import x", "imports rollout.typesetting"),
+        (
+            "learner/batching/packing.py",
+            "import importlib\nimportlib.import_module('saccade.loop')",
+            ":2 imports saccade.loop",
+        ),
         ("learner/sub/deep.py", "from ...rewards import base", "imports rewards.base"),
         ("rewards/format.py", "from vlm import media", "rewards may import only"),
         ("vlm/qwen_vl.py", "from weight_sync.sync import sync_weights", "vlm may import only"),
-        ("weight_sync/sync.py", "from learner.engine import TrainEngine", "weight_sync may import only"),
+        ("weight_sync/sync.py", "from learner.engines.protocol import TrainEngine", "weight_sync may import only"),
         ("saccade/loop.py", "from bench.timing import measure", "saccade may import only"),
         ("saccade/loop.py", "from tests.conftest import local_ray", "saccade may import only"),
         ("deploy/torchvision_cpu.py", "import saccade", "deploy may import only"),
@@ -179,12 +203,12 @@ def uphill(path: PurePosixPath, source: str) -> list[str]:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from saccade.config.run_config import RunConfig",
             "vlm/adapter.py:3 imports saccade.config.run_config",
         ),
-        ("rollout/prompts.py", "import ray", "imports ray, which belongs only in"),
+        ("rollout/data/source.py", "import ray", "imports ray, which belongs only in"),
         ("rollout/environment.py", "async def f():\n    from ray.util import metrics", ":2 imports ray"),
-        ("rollout/engine.py", "from vllm import AsyncLLM", "imports vllm, which belongs only in"),
+        ("rollout/engines/protocol.py", "from vllm import AsyncLLM", "imports vllm, which belongs only in"),
         ("saccade/loop.py", "import vllm", "imports vllm, which belongs only in"),
         ("saccade/loop.py", "__import__('deepspeed')", "imports deepspeed, which belongs only in"),
-        ("learner/torch_engine.py", "import deepspeed", "imports deepspeed, which belongs only in"),
+        ("learner/engines/torch_engine.py", "import deepspeed", "imports deepspeed, which belongs only in"),
         ("weight_sync/client.py", "import deepspeed", "imports deepspeed, which belongs only in"),
         ("examples/my_reward.py", "from learner import losses", "examples may import only"),
     ],
@@ -203,14 +227,14 @@ def test_the_checker_sees_a_violation(path: str, source: str, expected: str) -> 
             "rollout/actor.py",
             "import ray\nfrom rollout.types import Prompt\nfrom vlm.batch import x\nimport weight_sync.gloo",
         ),
-        ("rollout/vllm_engine.py", "from vllm import AsyncLLM\nfrom . import engine"),
+        ("rollout/engines/vllm_engine.py", "from vllm import AsyncLLM\nfrom . import engine"),
         ("rewards/actor.py", "import ray\nfrom rollout import types\nfrom .base import ScoringRequest"),
-        ("learner/group.py", "import ray\nfrom learner.engine import TrainEngine"),
-        ("learner/deepspeed_engine.py", "def f():\n    import deepspeed"),
+        ("learner/group.py", "import ray\nfrom learner.engines.protocol import TrainEngine"),
+        ("learner/engines/deepspeed_engine.py", "def f():\n    import deepspeed"),
         ("weight_sync/source.py", "import vllm, deepspeed"),
         ("saccade/fleet/placement.py", "import ray\nfrom learner.group import LearnerGroup"),
         (
-            "learner/policy.py",
+            "learner/model/policy.py",
             "import rayon\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed",
         ),
         ("bench/learner.py", "import ray, vllm, deepspeed, saccade.loop"),
@@ -240,6 +264,7 @@ def test_imports_follow_the_rules() -> None:
     [
         ("saccade/config/options.py", "from saccade.fleet.placement import Placement", "stands above config"),
         ("saccade/fleet/actors.py", "def f():\n    from saccade.pipeline import ledger", ":2 imports saccade.pipeline"),
+        ("learner/types.py", "from learner.batching.packing import shard", "stands above types"),
         ("saccade/run.py", "from saccade import train", "imports saccade.train, which stands above run"),
     ],
 )
@@ -248,9 +273,10 @@ def test_the_checker_sees_an_arrow_uphill(path: str, source: str, expected: str)
     assert expected in line
 
 
-def test_no_arrow_of_saccade_leads_uphill() -> None:
-    files = [(path, source) for path, source in source_files() if path.parts[0] == "saccade"]
-    assert {path.with_suffix("").parts[1] for path, _ in files} == set(ORDER)
+@pytest.mark.parametrize("room", ORDERS)
+def test_no_arrow_leads_uphill(room: str) -> None:
+    files = [(path, source) for path, source in source_files() if path.parts[0] == room]
+    assert {path.with_suffix("").parts[1] for path, _ in files} == set(ORDERS[room])
     found = [line for path, source in files for line in uphill(path, source)]
     assert not found, "\n" + "\n".join(found)
 

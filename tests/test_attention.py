@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from learner.attention import (
+from learner.model.attention import (
     GroupAttention,
     _forward,
     labels,

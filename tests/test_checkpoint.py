@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner import checkpoint
-from learner.checkpoint import CheckpointError, load_checkpoint, read_weights, save_checkpoint
 from learner.durable import (
     StorageError,
     append,
@@ -25,7 +23,9 @@ from learner.durable import (
     damage,
     sync_file,
 )
-from learner.engine import ReadTensor
+from learner.engines import checkpoint
+from learner.engines.checkpoint import CheckpointError, load_checkpoint, read_weights, save_checkpoint
+from learner.engines.protocol import ReadTensor
 
 
 class HeldState:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rollout.columns import KNOWN_NAMES, Columns, choose_columns
-from rollout.prompts import DataError
+from rollout.data.columns import KNOWN_NAMES, Columns, choose_columns
+from rollout.data.source import DataError
 from tests.data_helpers import png, source, write_rows
 
 

@@ -17,15 +17,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import learner.samples
-import learner.towers
-from learner import deepspeed_engine
-from learner.checkpoint import load_checkpoint, save_checkpoint
-from learner.engine import TrainEngine
-from learner.features import FeatureCache
+import learner.batching.samples
+import learner.features.frozen_towers
+from learner.engines import deepspeed_engine
+from learner.engines.checkpoint import load_checkpoint, save_checkpoint
+from learner.engines.protocol import TrainEngine
+from learner.engines.torch_engine import TorchEngine
+from learner.features.cache import FeatureCache
+from learner.features.frozen_towers import ConstantTowers, make_towers
 from learner.group import LearnerGroup
-from learner.torch_engine import TorchEngine
-from learner.towers import ConstantTowers, make_towers
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import reference_kl, run_update, score_groups
 from tests.learner_cases import ROUNDED, Case, adapter_of, exact_dtype, make_case, make_group, mixed_case, options
@@ -191,7 +191,7 @@ def test_an_image_whose_features_are_there_is_not_even_decoded(monkeypatch: pyte
     adapter, chosen = without(adapter_of(model_of("qwen2_5_vl"))), options_of(model_of("qwen2_5_vl"))
     engine, towers = make(chosen, adapter)
     case, decoded = case_of(adapter), list[str]()
-    for module in (learner.samples, learner.towers):
+    for module in (learner.batching.samples, learner.features.frozen_towers):
         monkeypatch.setattr(module, "decode", lambda item, data: decoded.append(item.digest) or decode(item, data))
     update(engine, chosen, case, towers)
     assert set(decoded) == distinct_items(case)

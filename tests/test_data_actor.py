@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rollout.prompts import DataError, DataOptions, PromptSource
+from rollout.data.source import DataError, DataOptions, PromptSource
 from rollout.types import Prompt, StoredPrompt
 from tests.data_helpers import fake_adapter, png, write_rows
 
@@ -29,7 +29,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
 @pytest.fixture(scope="module")
 def make(local_ray: ModuleType) -> Callable[..., Any]:
     """A DataActor in this process, which owns its objects like an actor's."""
-    from rollout.data_actor import DataActor
+    from rollout.data.actor import DataActor
 
     def make(*args: Any, **kwargs: Any) -> DataActor:
         actor = DataActor(fake_adapter, *args, **kwargs)
@@ -55,7 +55,7 @@ def test_an_image_crosses_the_store_once_and_outlives_its_place_in_the_cache(
     local_ray: ModuleType, options: DataOptions
 ) -> None:
     """A real actor that keeps nothing: what the driver holds stays alive, also in a third process."""
-    from rollout.data_actor import DataActor
+    from rollout.data.actor import DataActor
 
     ray = local_ray
     actor = ray.remote(DataActor).options(num_cpus=0).remote(fake_adapter, options, None, 0)
@@ -80,7 +80,7 @@ def test_an_image_crosses_the_store_once_and_outlives_its_place_in_the_cache(
 
 
 def test_data_errors_reach_the_driver_as_what_they_are(local_ray: ModuleType, tmp_path: Path) -> None:
-    from rollout.data_actor import DataActor
+    from rollout.data.actor import DataActor
 
     actor = (
         local_ray.remote(DataActor).options(num_cpus=0).remote(fake_adapter, DataOptions((str(tmp_path / "no.jsonl"),)))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rollout.prompts import DataError, PromptSource
+from rollout.data.source import DataError, PromptSource
 from rollout.types import Prompt
 from tests.data_helpers import png, source, write_rows
 from vlm.tiny.noise import noise_sound, noise_video

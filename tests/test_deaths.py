@@ -14,7 +14,7 @@ import pytest
 from learner.deaths import how_it_died
 from learner.group import LearnerGroup
 from learner.types import LearnerError
-from rollout.engine import EngineDeadError
+from rollout.engines.protocol import EngineDeadError
 from saccade.errors import MismatchError, RunError, RunStopped
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain, find_dead, first_lines

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.divergence import CORRECTIONS, KL_ESTIMATORS, k1, k2, k3
-from learner.losses import Sequences
+from learner.algorithm.divergence import CORRECTIONS, KL_ESTIMATORS, k1, k2, k3
+from learner.algorithm.losses import Sequences
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)

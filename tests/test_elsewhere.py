@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rollout.elsewhere import address_problem, not_here
-from rollout.rows import open_files
+from rollout.data.elsewhere import address_problem, not_here
+from rollout.data.rows import open_files
 from saccade.config.run_config import ConfigError, parse_config
 from saccade.run import open_run
 from tests.test_config import MINIMAL

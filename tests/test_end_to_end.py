@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from learner.durable import seal
-from rollout.prompts import PromptSource
+from rollout.data.source import PromptSource
 from saccade.commands.merge import merge
 from saccade.config.options import config_adapter, data_options
 from saccade.config.run_config import ConfigError, parse_config

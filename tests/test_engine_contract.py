@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import pytest
 from torch import nn
 
-from learner.logprobs import BAN as LEARNER_BAN
-from rollout.engine import BAN, EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
-from rollout.simulated_engine import Behavior, SimulatedEngine
+from learner.model.logprobs import BAN as LEARNER_BAN
+from rollout.engines.protocol import BAN, EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
+from rollout.engines.simulated_engine import Behavior, SimulatedEngine
 from tests.engine_contract import (
     MAX_MODEL_LEN,
     EngineContract,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.engine import SamplingParams
+from rollout.engines.protocol import SamplingParams
 from rollout.types import GroupSummary, Prompt, PromptRef, RolloutFailure
 from saccade.errors import RunError
 from saccade.pipeline.evaluate import Evaluator, short_names, summarise

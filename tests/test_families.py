@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from learner.model import load_policy
-from learner.samples import Row, Sample, collate, encode_prompts, shares_prompts, to_sample
-from rollout.engine import EngineOptions
+from learner.batching.samples import Row, Sample, collate, encode_prompts, shares_prompts, to_sample
+from learner.model.load import load_policy
+from rollout.engines.protocol import EngineOptions
+from rollout.engines.vllm_engine import engine_arguments
 from rollout.types import Media
-from rollout.vllm_engine import engine_arguments
 from tests.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.clips import decode

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learner.torch_engine import TorchEngine
+from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import run_update
 from tests.learner_cases import Case, Expected, adapter_of, expected_update, make_case, make_group, options
@@ -49,7 +49,7 @@ def update(engine: Any, chosen: LearnerOptions, case: Case) -> float:
 
 
 def two_ranks(rank: int, models: Path, out: Path) -> None:
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     for model in sorted(models.iterdir()):
         case = case_of(adapter_of(model))

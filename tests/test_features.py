@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.feature_actor import ObjectStore
-from learner.features import BoundedLRU, FeatureCache, Features, Key, Packed
+from learner.features.cache import BoundedLRU, FeatureCache, Features, Key, Packed
+from learner.features.store_actor import ObjectStore
 
 
 class MemoryStore:

@@ -13,11 +13,11 @@ from torch.nn.attention import flex_attention as torchs
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner import flex
-from learner.attention import GroupAttention
-from learner.flex import FLEX_BLOCK, MASK_CHUNK, flex_length
-from learner.model import load_policy
-from learner.samples import Row, collate, encode_prompts, to_sample
+from learner.batching.samples import Row, collate, encode_prompts, to_sample
+from learner.model import flex
+from learner.model.attention import GroupAttention
+from learner.model.flex import FLEX_BLOCK, MASK_CHUNK, flex_length
+from learner.model.load import load_policy
 from tests.learner_cases import adapter_of, make_group, options
 from tests.test_attention import CPU, random_inputs, written_out
 from vlm.batch import MultimodalBatch

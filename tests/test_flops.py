@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from learner.flops import Flops, GroupShape, forward_flops, step_flops
-from learner.model import load_policy
-from learner.model_shape import describe
+from learner.model.load import load_policy
+from learner.plan.flops import Flops, GroupShape, forward_flops, step_flops
+from learner.plan.model_shape import describe
 from learner.types import LearnerOptions
 from tests.learner_cases import adapter_of
 from vlm.tiny import TinySizes, build_tiny

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from rollout.prompts import PromptSource
+from rollout.data.source import PromptSource
 from saccade.checks import gold_check
 from saccade.checks.gold_check import gold_problems
 from saccade.commands.inspect_data import PlainText

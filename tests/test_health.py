@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from learner.engine import StepResult
-from learner.refusal import RefusedStep, joined, refused_step
-from learner.types import NotFiniteError, UpdateStats
+from learner.engines.protocol import StepResult
+from learner.refusal import joined, refused_step
+from learner.types import NotFiniteError, RefusedStep, UpdateStats
 from rollout.types import PromptRef
 from saccade.errors import MismatchError
 from saccade.health import Health

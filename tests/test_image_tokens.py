@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine import EngineOptions
-from rollout.prompts import PromptSource
-from rollout.vllm_engine import engine_arguments
+from rollout.data.source import PromptSource
+from rollout.engines.protocol import EngineOptions
+from rollout.engines.vllm_engine import engine_arguments
 from saccade.config.options import config_adapter, data_options, engine_options, learner_options
 from saccade.config.run_config import parse_config
 from tests.data_helpers import png, write_rows

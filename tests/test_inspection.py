@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rollout.prompts import DataError
+from rollout.data.source import DataError
 from saccade.commands.inspect_data import BARS, bars, inspect_data
 from saccade.config.run_config import ConfigError, data_config, parse_config
 from saccade.preflight import check_data, preflight

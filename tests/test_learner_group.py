@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from learner.advantages import ADVANTAGES
+from learner.algorithm.advantages import ADVANTAGES
 from learner.durable import StorageError
+from learner.engines.torch_engine import TorchEngine
 from learner.group import LearnerGroup
-from learner.torch_engine import TorchEngine
 from learner.types import LearnerError, LearnerTimeoutError, NothingToLearnError
 from learner.update import reference_kl, run_update
 from rollout.types import GroupSummary, RolloutGroup

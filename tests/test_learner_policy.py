@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.model import load_policy
-from learner.policy import PolicyModule
-from learner.samples import Row, collate, encode_prompts, make_rows, to_sample
+from learner.batching.samples import Row, collate, encode_prompts, make_rows, to_sample
+from learner.model.load import load_policy
+from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from learner.update import row_costs
 from rollout.types import GroupSummary

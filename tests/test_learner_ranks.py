@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from learner.checkpoint import load_checkpoint, save_checkpoint
-from learner.torch_engine import TorchEngine
+from learner.engines.checkpoint import load_checkpoint, save_checkpoint
+from learner.engines.torch_engine import TorchEngine
 from learner.update import reference_kl, run_update, score_groups
 from tests.learner_cases import Case, adapter_of, expected_update, make_case, make_group, mixed_case, options
 from tests.ranks import run_ranks
@@ -68,7 +68,7 @@ def elaborate_updates(engine: Any, chosen: Any, members: Sequence[int]) -> list[
 
 def two_ranks(rank: int, model: Path, out: Path) -> None:
     """ZeRO-2 and ZeRO-3: a first update, its gradients, a checkpoint, a second update, the model saved."""
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case = mixed_case(adapter_of(model)).part(TWO[rank])
     for stage in (2, 3):
@@ -91,7 +91,7 @@ def two_ranks(rank: int, model: Path, out: Path) -> None:
 
 def three_ranks(rank: int, model: Path, out: Path) -> None:
     """A checkpoint of two ranks under ZeRO-2 goes on under ZeRO-3 on three; a fresh first update; LoRA."""
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case = mixed_case(adapter_of(model)).part(THREE[rank])
     chosen = options(model, ranks=3, zero_stage=3, **TEN)
@@ -123,7 +123,7 @@ def media_case(adapter: MultimodalAdapter) -> Case:
 
 def four_ranks(rank: int, model: Path, out: Path) -> None:
     """Every rank with another mix, two updates, with and without recomputation."""
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case = media_case(adapter_of(model)).part(FOUR[rank])
     for roles in ((), ("language", "vision")):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
+from learner.batching.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from learner.types import EncodingMismatchError, LearnerOptions
 from learner.update import StalenessError, check_staleness
 from rollout.types import Completion, Segment

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learner.logprobs import BAN, LogprobHead, chunked_logprobs
-from learner.objective import GlobalCounts, Objective, TokenTerms, policy_update_loss
+from learner.algorithm.objective import GlobalCounts, Objective, TokenTerms, policy_update_loss
+from learner.model.logprobs import BAN, LogprobHead, chunked_logprobs
 
 
 def plain(

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.losses import LOSSES, SAPO_TEMPERATURES, Clip, Sequences, cispo, gspo, ppo_clip, sapo, token_weights
+from learner.algorithm.losses import (
+    LOSSES,
+    SAPO_TEMPERATURES,
+    Clip,
+    Sequences,
+    cispo,
+    gspo,
+    ppo_clip,
+    sapo,
+    token_weights,
+)
 
 CLIP = Clip(low=0.2, high=0.3)
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from rollout import media_files
-from rollout.prompts import DataError, PromptSource
+from rollout.data import media_files
+from rollout.data.source import DataError, PromptSource
 from tests.data_helpers import FakeAdapter, FakeImageAdapter, png, source, write_rows
 from vlm.tiny.noise import noise_sound, noise_video
 
@@ -152,7 +152,7 @@ def test_videos_and_sounds_are_refused_the_same_way(tmp_path: Path) -> None:
 def test_a_good_file_is_decoded_once_but_other_bytes_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rollout import prompt_builder
+    from rollout.data import builder as prompt_builder
 
     decoded: list[bytes] = []
     check = prompt_builder.check_image

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from learner.activations import projector_bytes, tower_bytes
-from learner.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory, with_unit_bytes
-from learner.model import load_policy
-from learner.model_shape import ModelShape, describe
-from learner.states import element_bytes, zero_states
+from learner.model.load import load_policy
+from learner.plan.activations import projector_bytes, tower_bytes
+from learner.plan.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory, with_unit_bytes
+from learner.plan.model_shape import ModelShape, describe
+from learner.plan.zero_states import element_bytes, zero_states
 from learner.types import LearnerOptions
 from saccade.checks.planning import make_plan
 from saccade.cli import app

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from learner.checkpoint import save_checkpoint
 from learner.durable import seal
-from learner.torch_engine import TorchEngine
+from learner.engines.checkpoint import save_checkpoint
+from learner.engines.torch_engine import TorchEngine
 from saccade import cli
 from saccade.checkpoints import FORMAT
 from saccade.commands.merge import MergeError, merge

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.divergence import CORRECTIONS
-from learner.losses import LOSSES, Clip
-from learner.objective import GlobalCounts, Objective, TokenTerms, policy_update_loss, token_means
+from learner.algorithm.divergence import CORRECTIONS
+from learner.algorithm.losses import LOSSES, Clip
+from learner.algorithm.objective import GlobalCounts, Objective, TokenTerms, policy_update_loss, token_means
 
 CLIP = Clip(low=0.2, high=0.3)
 

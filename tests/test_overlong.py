@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from rollout.prompt_builder import largest
-from rollout.prompts import DataError
+from rollout.data.builder import largest
+from rollout.data.source import DataError
 from rollout.types import Prompt
 from tests.data_helpers import PLACES, FakeAdapter, FakeTextAdapter, png, source, write_rows
 from vlm.adapter import MultimodalAdapter

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.packing import (
+from learner.batching.packing import (
     MICRO_BATCH_OVERHEAD,
     GroupCost,
     Size,

@@ -15,11 +15,11 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from learner.torch_engine import TorchEngine
+from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
-from rollout.engine import EngineOptions, SamplingParams
+from rollout.engines.protocol import EngineOptions, SamplingParams
+from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import RolloutGroup
-from rollout.vllm_engine import VLLMEngine
 from saccade import cli
 from saccade.commands.parity import TOLERANCES, CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
 from saccade.config.run_config import ConfigError

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollout.prompts import SYSTEM_PROMPTS, DataError, PromptSource
+from rollout.data.source import SYSTEM_PROMPTS, DataError, PromptSource
 from rollout.types import Media, Prompt, PromptRef
 from tests.data_helpers import FakeTextAdapter, fake_adapter, png, source, write_rows
 

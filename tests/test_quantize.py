@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.durable import seal
-from learner.model import load_base, load_policy
-from learner.quantize import quantize_linear_layers
-from learner.torch_engine import TorchEngine
+from learner.engines.checkpoint import load_checkpoint, save_checkpoint
+from learner.engines.torch_engine import TorchEngine
+from learner.model.load import load_base, load_policy
+from learner.model.quantize import quantize_linear_layers
 from learner.types import LearnerOptions
 from learner.update import run_update
 from saccade.checkpoints import FORMAT
@@ -203,7 +203,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_deepspeed_updates_as_plain_torch_does(
     tiny_model: Path, process_group: None, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     chosen = options(tiny_model, **QLORA, **TEN)
     torch_engine = TorchEngine(chosen, adapter_of(tiny_model))
@@ -226,7 +226,7 @@ def test_deepspeed_updates_as_plain_torch_does(
 def test_bfloat16_keeps_the_base_in_four_bits(
     tiny_model: Path, process_group: None, tmp_path: Path, stage: int
 ) -> None:
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     chosen = options(tiny_model, **QLORA, **TEN, dtype="bfloat16", zero_stage=stage)
     engine = DeepSpeedEngine(chosen, adapter_of(tiny_model))
@@ -256,7 +256,7 @@ def test_bfloat16_keeps_the_base_in_four_bits(
 
 
 def two_ranks(rank: int, model: Path, out: Path) -> None:
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     for stage in (0, 1, 2):
         chosen: LearnerOptions = options(model, **QLORA, **TEN, ranks=2, zero_stage=stage)

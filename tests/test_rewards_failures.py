@@ -10,7 +10,7 @@ import pytest
 
 from rewards.actor import RewardActor
 from rewards.registry import RewardSpec
-from rollout.engine import SamplingParams
+from rollout.engines.protocol import SamplingParams
 from rollout.types import GroupSummary, PromptRef
 from saccade.config.options import reward_specs
 from saccade.config.run_config import ConfigError, load_config, parse_config

@@ -20,7 +20,7 @@ from rewards.registry import RewardSpec, check_rewards
 from rewards.reward_model import ModelOptions, RewardModel, RewardModelReward
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
-from rollout.engine import SamplingParams
+from rollout.engines.protocol import SamplingParams
 from rollout.types import Completion, Media, Prompt, RolloutFailure, RolloutGroup, Segment
 
 PATIENCE = 180.0

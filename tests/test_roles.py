@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from learner.model import load_base, load_policy
-from learner.samples import collate
+from learner.batching.samples import collate
+from learner.model.load import load_base, load_policy
 from tests.learner_cases import adapter_of, make_case, make_group, options, rows_of
 from vlm.encoded import AdapterError
 from vlm.parts import ModelParts

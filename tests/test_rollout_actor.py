@@ -15,9 +15,9 @@ import pytest
 from torch import nn
 
 from rollout.actor import RayEngineHandle, RolloutActor
-from rollout.engine import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
+from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
+from rollout.engines.simulated_engine import Behavior, SimulatedEngine
 from rollout.environment import SingleTurn
-from rollout.simulated_engine import Behavior, SimulatedEngine
 from rollout.types import Completion, Media, Prompt, RolloutFailure, RolloutGroup, Segment
 from tests.engine_contract import LocalLearner, image_media, make_prompt
 from vlm.adapter import MultimodalAdapter

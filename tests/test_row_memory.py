@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rollout import parquet_rows
-from rollout.parquet_rows import dictionary_bytes
-from rollout.rows import RowRefusedError, RowStore, open_files
+from rollout.data import parquet_rows
+from rollout.data.parquet_rows import dictionary_bytes
+from rollout.data.rows import RowRefusedError, RowStore, open_files
 from tests.data_helpers import source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ BY_DIFFERENCES = "what differs from the text before"
 
 READ = """
 import json, resource, sys
-from rollout.rows import RowRefusedError, RowStore, open_files
+from rollout.data.rows import RowRefusedError, RowStore, open_files
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

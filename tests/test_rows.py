@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollout import json_elements, row_files
-from rollout.order import EpochOrder
-from rollout.row_files import DataError
-from rollout.rows import RowRefusedError, RowStore, open_files
+from rollout.data import formats as row_files
+from rollout.data import json_array as json_elements
+from rollout.data.epoch_order import EpochOrder
+from rollout.data.formats import DataError
+from rollout.data.rows import RowRefusedError, RowStore, open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER_IS_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,9 +98,9 @@ def test_parquet_rows_are_the_tables_rows(
 READ_SHUFFLED = """
 import sys
 import pyarrow as pa
-from rollout import row_files
-from rollout.order import EpochOrder
-from rollout.rows import RowStore, open_files
+from rollout.data import formats as row_files
+from rollout.data.epoch_order import EpochOrder
+from rollout.data.rows import RowStore, open_files
 
 row_files.BLOCK_BYTES = 2**19
 for path in sys.argv[1:]:
@@ -221,8 +222,9 @@ def test_json_with_an_endless_element_is_given_up(tmp_path: Path, monkeypatch: p
 
 READ_JSON = """
 import sys, tracemalloc
-from rollout import json_elements, row_files
-from rollout.rows import RowStore, open_files
+from rollout.data import json_array as json_elements
+from rollout.data import formats as row_files
+from rollout.data.rows import RowStore, open_files
 
 row_files.BLOCK_BYTES = json_elements.CHUNK_BYTES = 2**18
 tracemalloc.start()

@@ -18,10 +18,9 @@ from types import SimpleNamespace
 import pytest
 
 from learner.durable import StorageError, clear_leftovers, seal
-from learner.refusal import RefusedStep
-from learner.types import NotFiniteError, UpdateStats
-from rollout.data_actor import DataActorReport
-from rollout.prompts import DataReport, Refusal
+from learner.types import NotFiniteError, RefusedStep, UpdateStats
+from rollout.data.actor import DataActorReport
+from rollout.data.source import DataReport, Refusal
 from rollout.types import GroupSummary, PromptRef
 from saccade import checkpoints, run_folder
 from saccade.config.run_config import ConfigError, parse_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.shaping import check_rewards, combined_rewards
+from learner.algorithm.group_rewards import check_rewards, combined_rewards
 from learner.types import LearnerOptions, RewardError
 from rollout.types import GroupSummary, PromptRef
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learner import deepspeed_engine
-from learner.features import FeatureCache
-from learner.torch_engine import TorchEngine
-from learner.towers import ConstantTowers, make_towers, once_per_run
+from learner.engines import deepspeed_engine
+from learner.engines.torch_engine import TorchEngine
+from learner.features.cache import FeatureCache
+from learner.features.frozen_towers import ConstantTowers, make_towers, once_per_run
 from learner.types import LearnerOptions
 from tests.learner_cases import ROUNDED, Case, adapter_of, exact_dtype
 from tests.ranks import run_ranks

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.engine import TrainEngine
-from learner.schedule import learning_rate
-from learner.torch_engine import TorchEngine
+from learner.algorithm.schedule import learning_rate
+from learner.engines.protocol import TrainEngine
+from learner.engines.torch_engine import TorchEngine
 from tests.learner_cases import adapter_of, options
 from tests.train_engine_contract import Make, TrainEngineContract
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.checkpoint import load_checkpoint, save_checkpoint
-from learner.engine import TrainEngine
+from learner.engines.checkpoint import load_checkpoint, save_checkpoint
+from learner.engines.protocol import TrainEngine
 from learner.types import LearnerOptions
 from tests.learner_cases import adapter_of, expected_update, mixed_case, options
 from tests.train_engine_contract import Make, TrainEngineContract, assert_gradients_close, gradients_of
@@ -25,7 +25,7 @@ class TestZero2(TrainEngineContract):
 
     @pytest.fixture
     def make(self, tiny_model: Path, process_group: None) -> Make:
-        from learner.deepspeed_engine import DeepSpeedEngine
+        from learner.engines.deepspeed_engine import DeepSpeedEngine
 
         def build(chosen: LearnerOptions) -> TrainEngine:
             return DeepSpeedEngine(replace(chosen, zero_stage=2), adapter_of(tiny_model))
@@ -50,7 +50,7 @@ VARIANTS = {
 def test_gradients_and_resume_of_every_variant(
     tiny_model: Path, process_group: None, tmp_path: Path, changes: dict[str, object]
 ):
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case = mixed_case(adapter_of(tiny_model))
     chosen = options(tiny_model, micro_batch_tokens=90, **changes)
@@ -73,7 +73,7 @@ def test_gradients_and_resume_of_every_variant(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_keeps_float32_masters_and_sums(tiny_model: Path, process_group: None, tmp_path: Path, stage: int):
     """Steps far below bfloat16's resolution add up in the master weights, and survive a checkpoint."""
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case = mixed_case(adapter_of(tiny_model)).part([0, 1])
     chosen = options(tiny_model, dtype="bfloat16", zero_stage=stage, learning_rate=1e-6, micro_batch_tokens=90)
@@ -123,7 +123,7 @@ def test_bfloat16_without_zero_is_refused(tiny_model: Path):
 def test_every_stage_and_precision_refuses_steps_that_are_not_finite(
     tiny_model: Path, process_group: None, changes: dict[str, object]
 ):
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     def make(chosen: LearnerOptions) -> TrainEngine:
         return DeepSpeedEngine(replace(chosen, **changes), adapter_of(tiny_model))
@@ -143,8 +143,8 @@ def test_the_optimizer_of_states_offloaded_from_gpus(
 ):
     """DeepSpeedCPUAdam, which only a learner on GPUs takes (compiled here at first use, for a minute): it steps as
     torch's, refuses what is not finite, does not decay vectors, and resumes exactly."""
-    from learner import deepspeed_engine
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines import deepspeed_engine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case, contract = mixed_case(adapter_of(tiny_model)), TrainEngineContract()
     chosen = options(tiny_model, micro_batch_tokens=90, dtype=dtype, **VARIANTS[variant])

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from rollout.engine import EngineOptions
-from rollout.vllm_engine import engine_arguments
-from rollout.vllm_environment import set_environment
+from rollout.engines.protocol import EngineOptions
+from rollout.engines.vllm_engine import engine_arguments
+from rollout.engines.vllm_process import set_environment
 from saccade.config.options import engine_options
 from saccade.config.run_config import parse_config
 from vlm.registry import load_adapter

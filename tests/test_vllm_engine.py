@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import nn
 
-from rollout.engine import EngineDeadError, EngineOptions, EngineOutput, RolloutEngine, SamplingParams
-from rollout.log_tail import LogTail
+from rollout.engines.log_tail import LogTail
+from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, RolloutEngine, SamplingParams
+from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Prompt
-from rollout.vllm_engine import VLLMEngine
 from saccade.commands.parity import TOLERANCES
 from tests.engine_contract import (
     MAX_MODEL_LEN,

@@ -24,7 +24,7 @@ from torch import nn
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
-from rollout.engine import EngineOptions, SamplingParams
+from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import GroupSummary, Media, Prompt, RolloutFailure, RolloutGroup, Verdict
 from saccade.commands.parity import TOLERANCES
 from tests.conftest import REPOSITORY

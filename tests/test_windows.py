@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from learner import windows
-from learner.model import load_policy
-from learner.samples import Row, collate, encode_prompts, to_sample
+from learner.batching.samples import Row, collate, encode_prompts, to_sample
+from learner.model import windows
+from learner.model.load import load_policy
 from tests.learner_cases import ROUNDED, adapter_of, make_group, options
 from vlm.batch import MultimodalBatch
 from vlm.tiny import build_tiny

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.model import load_base
+from learner.model.load import load_base
 from tests.learner_cases import adapter_of, options
 from vlm.tiny import TINY, build_tiny
 
@@ -18,7 +18,7 @@ FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_buffers_are_those_of_a_plain_load(process_group: None, tmp_path: Path, family: str) -> None:
-    from learner.deepspeed_engine import DeepSpeedEngine
+    from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     model = build_tiny(family, tmp_path / family)
     adapter, chosen = adapter_of(model), options(model, dtype="bfloat16", zero_stage=3, beta=0.0)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from learner.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from learner.engine import TrainEngine
-from learner.model import load_policy
-from learner.objective import LossTerms
-from learner.samples import collate
+from learner.algorithm.objective import LossTerms
+from learner.batching.samples import collate
+from learner.engines.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from learner.engines.protocol import TrainEngine
+from learner.model.load import load_policy
 from learner.types import LearnerOptions, NotFiniteError, NothingToLearnError
 from learner.update import reference_kl, run_update, score_groups
 from rollout.types import Verdict

@@ -117,7 +117,7 @@ def shapes(setting: Setting) -> dict[str, RealShape]:
 
 def join_alone(options: Any) -> None:
     """The default process group of this process alone: NCCL on a GPU, gloo on a CPU."""
-    from learner.process_group import join, open_store
+    from learner.engines.process_group import join, open_store
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     store, port = open_store("127.0.0.1", 60.0)

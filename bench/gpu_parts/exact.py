@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bench.gpu_parts.common import Setting, join_alone
 from bench.memory_process import Case, make_batches
-from learner.deepspeed_engine import DeepSpeedEngine
-from learner.engine import TrainEngine
-from learner.objective import GlobalCounts
-from learner.torch_engine import TorchEngine
+from learner.algorithm.objective import GlobalCounts
+from learner.engines.deepspeed_engine import DeepSpeedEngine
+from learner.engines.protocol import TrainEngine
+from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from rollout.types import MediaKind

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_parts.common import Setting, error_of
-from learner.attention import GroupAttention
+from learner.model.attention import GroupAttention
 from vlm.batch import GroupLengths
 
 HEADS = ((16, 2, 128), (28, 4, 128), (14, 2, 64))

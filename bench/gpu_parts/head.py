@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.gpu_parts.common import Setting, error_of
 from bench.learner_work import chosen_logprobs
-from learner.logprobs import CHUNK_BYTES, chunked_logprobs
+from learner.model.logprobs import CHUNK_BYTES, chunked_logprobs
 
 SAMPLE = 256
 """Rows whose exact values are computed in float64."""

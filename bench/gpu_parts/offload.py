@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.gpu_parts.common import Setting, join_alone
 from bench.gpu_parts.exact import work_of
-from learner.deepspeed_engine import DeepSpeedEngine
+from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.registry import load_adapter

@@ -17,9 +17,9 @@ import torch.multiprocessing as processes
 
 from bench.gpu_parts.common import Setting
 from bench.gpu_parts.exact import gradients, work_of, worst
-from learner.deepspeed_engine import DeepSpeedEngine
-from learner.process_group import join, open_store
-from learner.torch_engine import TorchEngine
+from learner.engines.deepspeed_engine import DeepSpeedEngine
+from learner.engines.process_group import join, open_store
+from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from vlm.registry import load_adapter
 from vlm.tiny import build_tiny

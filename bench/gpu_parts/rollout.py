@@ -13,9 +13,9 @@ import numpy as np
 
 from bench.gpu_parts.common import Setting, shapes
 from bench.learner_work import Shape, make_groups
-from rollout.engine import EngineOptions, SamplingParams
+from rollout.engines.protocol import EngineOptions, SamplingParams
+from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Prompt, PromptRef
-from rollout.vllm_engine import VLLMEngine
 from vlm.adapter import MultimodalAdapter
 from vlm.registry import load_adapter
 

@@ -21,10 +21,10 @@ import torch
 from bench.gpu_parts.common import RealShape, Setting, join_alone, shapes
 from bench.learner_work import Shape, batches_of, make_groups, model_flops, plain_batches, rows_of
 from bench.trl_step import LEARNING_RATE, BareStep
-from learner.deepspeed_engine import DeepSpeedEngine
-from learner.memory import Load, plan_memory
-from learner.model_shape import describe
-from learner.objective import GlobalCounts
+from learner.algorithm.objective import GlobalCounts
+from learner.engines.deepspeed_engine import DeepSpeedEngine
+from learner.plan.memory import Load, plan_memory
+from learner.plan.model_shape import describe
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.batch import MultimodalBatch

@@ -15,8 +15,8 @@ import torch
 
 from bench.gpu_parts.common import Setting, error_of, shapes
 from bench.memory_process import Case, make_batches
-from learner.model import load_policy
-from learner.policy import PolicyModule
+from learner.model.load import load_policy
+from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from vlm.batch import MultimodalBatch
 from vlm.registry import load_adapter

@@ -23,9 +23,9 @@ from rewards.golds import gold_forms, is_struct
 from rewards.reading import read
 from rewards.registry import COMPARING, load_reward
 from rewards.user import RewardSetupError
-from rollout.prompt_builder import ANSWER_REFUSALS
-from rollout.prompts import DataError, PromptSource, Refusal
-from rollout.rows import shown
+from rollout.data.builder import ANSWER_REFUSALS
+from rollout.data.rows import shown
+from rollout.data.source import DataError, PromptSource, Refusal
 from rollout.types import Media, Prompt, Verdict
 from saccade.checks.reward_check import with_completions, wrapper
 from saccade.config.options import reward_specs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rollout.prompts import PromptSource
+from rollout.data.source import PromptSource
 from saccade.config.run_config import RunConfig
 from vlm.adapter import MultimodalAdapter
 

@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from learner.batching.packing import balance, fewest_bins, pack_padded, split_group
+from learner.batching.samples import shares_prompts
 from learner.durable import strict_json
-from learner.flops import Flops, GroupShape, step_flops
-from learner.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
-from learner.model_shape import ModelShape, describe
-from learner.packing import balance, fewest_bins, pack_padded, split_group
-from learner.samples import shares_prompts
+from learner.plan.flops import Flops, GroupShape, step_flops
+from learner.plan.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
+from learner.plan.model_shape import ModelShape, describe
 from learner.types import LearnerOptions
-from rollout.prompts import DataError, PromptSource
+from rollout.data.source import DataError, PromptSource
 from rollout.types import MediaKind
 from saccade.config.demands import Device
 from saccade.config.options import config_adapter, data_options, learner_options, model_problem

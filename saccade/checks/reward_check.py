@@ -19,7 +19,7 @@ from rewards.golds import gold_forms
 from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load_reward
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
-from rollout.prompts import DataError, PromptSource
+from rollout.data.source import DataError, PromptSource
 from rollout.types import Verdict
 from saccade.config.options import config_adapter, data_options, model_problem, reward_specs
 from saccade.config.run_config import ConfigError, RunConfig

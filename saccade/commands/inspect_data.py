@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from rich.console import Console
 
-from rollout.prompts import PromptSource, Refusal
+from rollout.data.source import PromptSource, Refusal
 from rollout.types import Media, MediaKind, Prompt
 from saccade.config.options import config_adapter, data_options
 from saccade.config.run_config import RunConfig

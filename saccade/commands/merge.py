@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from learner.checkpoint import CheckpointError, read_weights
 from learner.durable import StorageError
-from learner.export import ADAPTER_ORIGIN, save_policy
-from learner.model import load_base, load_policy, wrap
-from learner.policy import PolicyModule
+from learner.engines.checkpoint import CheckpointError, read_weights
+from learner.engines.export import ADAPTER_ORIGIN, save_policy
+from learner.model.load import load_base, load_policy, wrap
+from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from saccade.checkpoints import DamagedError, read_state
 from saccade.commands.merge_source import MergeError, adapter_in, check_source, is_checkpoint

@@ -21,12 +21,12 @@ from rich.text import Text
 from torch import Tensor
 
 from learner.durable import strict_json
-from learner.torch_engine import TorchEngine
+from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import score_groups
-from rollout.engine import EngineOptions, SamplingParams
+from rollout.engines.protocol import EngineOptions, SamplingParams
+from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup
-from rollout.vllm_engine import VLLMEngine
 from saccade.config.demands import Device
 from saccade.config.run_config import ConfigError
 from saccade.observe.screen import say, show

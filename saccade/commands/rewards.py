@@ -20,8 +20,8 @@ from rewards.golds import GoldError, gold_text, is_number
 from rewards.registry import RewardSpec, answers_are_programs, check_rewards
 from rewards.user import RewardSetupError
 from rewards.worker import RewardWorker
-from rollout.conversation import Conversation
-from rollout.rows import RowRefusedError
+from rollout.data.conversation import Conversation
+from rollout.data.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict
 from rollout.user_code import short
 from saccade.commands.help import App

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.registry import RewardSpec, answers_are_programs
-from rollout.engine import EngineOptions, SamplingParams
-from rollout.prompts import MEDIA_PER_PROMPT, DataOptions
+from rollout.data.source import MEDIA_PER_PROMPT, DataOptions
+from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import MediaKind
 from rollout.user_code import short
 from saccade.config.demands import Device

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from learner.types import Offload
-from rollout.columns import Role
+from rollout.data.columns import Role
 from saccade.config.section import ListOfOne, Section
 from vlm.roles import DEFAULT_LORA_TARGETS, LoraRole, Part
 

@@ -15,7 +15,7 @@ from learner.deaths import how_it_died
 from learner.group import LearnerGroup
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
-from rollout.data_actor import DataActor, DataActorReport
+from rollout.data.actor import DataActor, DataActorReport
 from rollout.types import MediaKind, Prompt, PromptRef, StoredPrompt
 from saccade.config.options import (
     config_adapter,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import ray
 
 from learner.deaths import how_it_died
-from rollout.engine import EngineDeadError
+from rollout.engines.protocol import EngineDeadError
 from saccade.errors import RunError, RunStopped
 from saccade.fleet.head import HeadLostError, HeadWatch
 

@@ -17,7 +17,7 @@ from rewards.judge import Question
 from rewards.model_actor import RewardModelActor, RewardModelService
 from rewards.registry import load_reward
 from rewards.reward_model import RewardModelReward
-from rollout.engine import SamplingParams
+from rollout.engines.protocol import SamplingParams
 from rollout.types import Prompt, PromptRef, RolloutFailure
 from saccade.config.options import reward_specs
 from saccade.config.run_config import RunConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.advantages import contributes
+from learner.algorithm.advantages import contributes
 from rollout.types import GroupSummary, PromptRef
 
 

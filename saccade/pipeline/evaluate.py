@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from rollout.engine import SamplingParams
+from rollout.engines.protocol import SamplingParams
 from rollout.types import GroupSummary, Prompt, draw_seed
 from saccade.errors import RunError
 from saccade.fleet.waiting import POLL_SECONDS, wait_for

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from rollout.engine import SamplingParams
+from rollout.engines.protocol import SamplingParams
 from rollout.types import GroupSummary, PromptRef, StoredPrompt, draw_seed
 from saccade.errors import RunError
 from saccade.fleet.waiting import POLL_SECONDS, first_line, wait_for

@@ -1,0 +1,1 @@
+"""The math of an update: advantages, losses, divergences. Pure functions."""

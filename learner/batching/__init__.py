@@ -1,0 +1,1 @@
+"""Completions to rows, rows to micro-batches."""

@@ -1,0 +1,1 @@
+"""Training engines behind one Protocol, their optimizer, checkpoints and exports."""

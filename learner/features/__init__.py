@@ -1,0 +1,1 @@
+"""What frozen towers make of media, computed once and kept."""

@@ -1,0 +1,1 @@
+"""The policy: loaded, attending in packed rows, giving log-probabilities."""

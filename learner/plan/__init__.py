@@ -1,0 +1,1 @@
+"""Memory and operations of a step, from the shape of a model alone."""

@@ -1,0 +1,292 @@
+"""One row of data -> one Prompt, or a refusal that says why.
+
+columns ──▶ Conversation + bytes of media ──▶ adapter.render ──▶ adapter.tokenize ──▶ counts, lengths checked ──▶ Prompt
+                    ▲ the user's text shortened from the left, if that is asked for ◀── too long
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from rewards.golds import GoldError, gold_text, is_number
+from rollout.data.columns import Columns, value_of
+from rollout.data.conversation import Conversation, Message, Part, places, text_of, texts_of
+from rollout.data.media_files import MediaFiles
+from rollout.data.rows import RowRefusedError, shown
+from rollout.types import Media, MediaKind, Prompt, PromptRef
+from vlm.clips import check_sound, check_video
+from vlm.media import ImageLimits, MediaError, MediaTooLargeError, check_image, digest
+
+if TYPE_CHECKING:
+    from rollout.data.source import DataOptions
+    from vlm.adapter import MultimodalAdapter
+
+ANSWER_REFUSALS = ("no answer", "bad answer")
+"""Kinds of refusals of a row for its answer."""
+CHECKED_KEPT = 100_000
+"""Media whose shape is remembered by digest, so that later epochs need not decode them to check them."""
+MAX_CHARACTERS = 2**20
+"""Of a row's prompt, and of its answer: tokenizers take hundreds of bytes for each, and abort without them."""
+FORMS_KEPT = 1000
+"""Forms of conversations (roles, places for media) of which it is remembered what the chat template writes."""
+WORD: Part = {"type": "text", "text": "x"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a model is given of a conversation."""
+
+    text: str
+    token_ids: Sequence[int]
+    length: int
+    """In tokens, media expanded."""
+
+
+class PromptBuilder:
+    """Builds prompts for one model under one set of options; remembers nothing but which media were found good."""
+
+    def __init__(self, options: DataOptions, columns: Columns, adapter: MultimodalAdapter) -> None:
+        self.options = options
+        self.columns = columns
+        self.adapter = adapter
+        self.limits = ImageLimits(options.max_image_bytes, options.max_image_pixels)
+        self.files = MediaFiles(
+            root=options.root_folder, allow_urls=options.allow_urls, max_bytes=options.max_image_bytes
+        )
+        placeholders = (m.placeholder for m in adapter.modalities.values())
+        self._reserved = tuple(dict.fromkeys((*adapter.placeholder_tokens, *placeholders)))
+        self._written: dict[str, Counter[int]] = {}
+        """Control tokens that the chat template writes, by the form of a conversation."""
+        self._checked: dict[tuple[MediaKind, str], Media] = {}
+        """Without their data."""
+
+    def build(self, row: Mapping[str, Any], ref: PromptRef, directory: Path) -> Prompt:
+        """`directory` is where relative paths of media start without `options.root`. Raises RowRefusedError."""
+        self._refuse_surprises(row)
+        self._refuse_huge(row)
+        conversation, answer = self._conversation_and_answer(row)
+        found = {kind: self._read(kind, value_of(row, column), directory) for kind, column in self.columns.media}
+        counts = {kind: len(items) for kind, items in found.items()}
+        messages = self._compose(conversation, counts)
+        for message in messages:
+            self._refuse_placeholders(text_of(message))
+        checked = {kind: iter([self._check(kind, d, n) for n, d in enumerate(data)]) for kind, data in found.items()}
+        media = tuple(next(checked[kind]) for kind in places(messages))
+        encoded, truncated = self._fit(conversation, counts, media)
+        return Prompt(
+            ref=ref,
+            text=encoded.text,
+            token_ids=np.asarray(encoded.token_ids, dtype=np.int32),
+            expanded_length=encoded.length,
+            media=media,
+            answer=answer,
+            numeric_answer=self._is_numeric(row),
+            columns={name: value_of(row, name) for name in self.columns.extra},
+            truncated=truncated,
+            user_text=conversation.words,
+        )
+
+    def gold(self, row: Mapping[str, Any], ref: PromptRef) -> Prompt:
+        """What a reward sees of a row without a model: answer, further columns, words. Raises RowRefusedError."""
+        conversation, answer = self._conversation_and_answer(row)
+        columns = {name: value_of(row, name) for name in self.columns.extra}
+        words, none = conversation.words, np.zeros(0, np.int32)
+        numeric = self._is_numeric(row)
+        return Prompt(ref, words, none, 0, answer=answer, numeric_answer=numeric, columns=columns, user_text=words)
+
+    # ------------------------------------------------------------------ columns
+
+    def _refuse_surprises(self, row: Mapping[str, Any]) -> None:
+        if surprises := self.columns.surprises(row):
+            raise RowRefusedError(
+                "unexpected column",
+                f"the row has {', '.join(map(shown, surprises))}, which the first rows have not; say in data.columns "
+                "what that is (null in its role: nothing)",
+            )
+
+    def _refuse_huge(self, row: Mapping[str, Any]) -> None:
+        for column in dict.fromkeys((self.columns.prompt, self.columns.answer)):
+            found = 0 if column is None else characters(value_of(row, column))
+            if found > MAX_CHARACTERS:
+                raise RowRefusedError(
+                    "text too long", f"{column!r} has {found:,} characters, the limit is {MAX_CHARACTERS:,}"
+                )
+
+    def _is_numeric(self, row: Mapping[str, Any]) -> bool:
+        return self.columns.answer is not None and is_number(value_of(row, self.columns.answer))
+
+    def _conversation_and_answer(self, row: Mapping[str, Any]) -> tuple[Conversation, str | None]:
+        columns, answer = self.columns, None
+        if columns.answer is not None and not columns.answer_is_last_turn:
+            answer = _gold(columns.answer, value_of(row, columns.answer), self.options.answers_as_written)
+        conversation = Conversation.read(value_of(row, columns.prompt))
+        if columns.answer_is_last_turn:
+            conversation, last = conversation.without_last_turn()
+            answer = _gold(columns.prompt, last, self.options.answers_as_written)
+        conversation.check_speaker()
+        return conversation, answer
+
+    def _compose(self, conversation: Conversation, counts: Mapping[MediaKind, int]) -> list[Message]:
+        return conversation.compose(counts, self.options.prompt_template, self.options.system_text)
+
+    def _refuse_placeholders(self, text: str) -> None:
+        """A placeholder written out in the text would be expanded to an image's tokens, or close one."""
+        for token in self._reserved:
+            if token in text:
+                raise RowRefusedError("placeholder in text", f"the text holds the model's own {token}")
+
+    # ------------------------------------------------------------------ media
+
+    def _read(self, kind: MediaKind, value: Any, directory: Path) -> list[bytes]:
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if items and kind not in self.adapter.modalities:
+            raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}(s) for a model that takes none")
+        most = self.options.max_media[kind]
+        if len(items) > most:
+            raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}s, the limit is {most}")
+        return [self.files.read(item, kind, n, directory) for n, item in enumerate(items)]
+
+    def _check(self, kind: MediaKind, data: bytes, n: int) -> Media:
+        """Decode it once, and never again while it is remembered."""
+        identity = (kind, digest(data))
+        media = self._checked.get(identity)
+        if media is None:
+            try:
+                media = replace(self._decode(kind, data), data=b"")
+            except MediaTooLargeError as error:
+                raise RowRefusedError(f"{kind} too large", f"{kind} {n}: {error}") from error
+            except MediaError as error:
+                raise RowRefusedError(f"bad {kind}", f"{kind} {n}: {error}") from error
+            if len(self._checked) < CHECKED_KEPT:
+                self._checked[identity] = media
+        return replace(media, data=data)
+
+    def _decode(self, kind: MediaKind, data: bytes) -> Media:
+        if kind == "image":
+            return Media("image", digest(data), data, *check_image(data, self.limits))
+        if kind == "video":
+            return check_video(data, self.limits, self.options.max_video_frames)
+        return check_sound(data, self.limits)
+
+    # ------------------------------------------------------------------ tokens
+
+    def _fit(
+        self, conversation: Conversation, counts: Mapping[MediaKind, int], media: Sequence[Media]
+    ) -> tuple[Encoded, int]:
+        """The prompt, and how many characters of the user's text were dropped for it to fit.
+
+        Only that text is ever shortened, from its left, and the rest is rendered around it anew: places for media, the
+        template's own tokens, the system message and the end, where the assistant speaks, are as they would be."""
+        limit = self.options.max_prompt_length
+        whole = self._encode(self._compose(conversation, counts), media)
+        if whole.length <= limit:
+            return whole, 0
+        reason = f"{whole.length} tokens with media expanded, the limit is {limit} (data.max_prompt_length)"
+        if self.options.overlong_prompts == "refuse":
+            raise RowRefusedError("prompt too long", reason)
+
+        def shortened(characters: int) -> Encoded:
+            return self._encode(self._compose(conversation.keep_last(characters), counts), media)
+
+        text = conversation.user_text
+        kept = largest(lambda characters: shortened(characters).length <= limit, len(text) - 1)
+        if not text[len(text) - kept :].strip():
+            raise RowRefusedError("prompt too long", f"{reason}, and without the user's text it is still too long")
+        return shortened(kept), len(text) - kept
+
+    def _encode(self, messages: Sequence[Message], media: Sequence[Media]) -> Encoded:
+        text, ids = self._render(messages)
+        self._refuse_control_tokens(messages, ids)
+        for message in messages:
+            # Templates may cut the reasoning out of assistant turns; of the others every word must arrive.
+            if message["role"] != "assistant" and any(part.strip() not in text for part in texts_of(message)):
+                raise RowRefusedError("bad prompt", f"the chat template drops or alters text of the {message['role']}")
+        order = self.adapter.media_order(ids)
+        if order != [m.kind for m in media]:
+            raise RowRefusedError(
+                f"{next(m.kind for m in media) if media else order[0]} count",
+                f"the rendered prompt has places for {', '.join(order) or 'nothing'}, the row has "
+                f"{', '.join(m.kind for m in media) or 'no media'}; does the model's chat template take them?",
+            )
+        return Encoded(text, ids, self._expanded_length(ids, media))
+
+    def _render(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        if not self.adapter.modalities:  # templates of text models print a list of parts as it stands
+            given = [{"role": m["role"], "content": text_of(m)} for m in messages]
+        else:
+            given = [dict(m) for m in messages]
+        try:
+            text = self.adapter.render(given)
+            return text, self.adapter.tokenize(text)
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise RowRefusedError(
+                "bad prompt", f"the model's chat template or tokenizer refuses it: {error!s:.120}"
+            ) from error
+
+    def _refuse_control_tokens(self, messages: Sequence[Message], ids: Sequence[int]) -> None:
+        """Text may not become a token that opens or ends a turn, or the like: around other words the template writes
+        as many of them. Ids are counted, since templates trim texts and tokenizers normalise them."""
+        control = self.adapter.control_tokens
+        blank = [{**m, "content": [WORD if _says(part) else part for part in m["content"]]} for m in messages]
+        form = repr(blank)
+        if form not in self._written:
+            if len(self._written) >= FORMS_KEPT:
+                self._written.clear()
+            self._written[form] = Counter(i for i in self._render(blank)[1] if i in control)
+        forged = Counter(i for i in ids if i in control) - self._written[form]
+        if forged:
+            tokens = ", ".join(control[i] for i in forged)
+            raise RowRefusedError(
+                "control token in text", f"the text holds {tokens}, which only the model's chat template may write"
+            )
+
+    def _expanded_length(self, ids: Sequence[int], media: Sequence[Media]) -> int:
+        try:
+            return self.adapter.expanded_length(ids, media)
+        except Exception as error:  # processors answer shapes that they cannot take with many kinds of exception
+            shapes = ", ".join(f"{m.width} x {m.height}" if m.width else f"{m.samples} samples" for m in media)
+            raise RowRefusedError("bad shape", f"the model's processor refuses {shapes:.80}: {error!s:.120}") from error
+
+
+def _says(part: Part) -> bool:
+    return part["type"] == "text" and bool(part["text"].strip())
+
+
+def characters(value: Any) -> int:
+    """Of all texts in a value of a row."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(characters, inner))
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n from 1 to `most` that fits, where whatever is smaller fits too; 0 if none does.
+
+    Tries about 2 log2(n) values, none above 2 n: what it costs depends on the result, not on `most`."""
+    good, bad = 0, 1
+    while bad <= most and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+def _gold(column: str, value: Any, as_written: bool) -> str:
+    """The gold of a column's value. Raises RowRefusedError."""
+    try:
+        return gold_text(value, column, as_written=as_written)
+    except GoldError as error:
+        raise RowRefusedError(error.kind, error.reason) from error

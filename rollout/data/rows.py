@@ -1,0 +1,164 @@
+"""Rows of several files under one numbering, with bounded memory.
+
+    file ──▶ blocks (about 16 MiB of consecutive rows) ──▶ loaded one at a time, the latest ones cached ──▶ row
+
+Only the index of blocks is held for the whole data set: a few numbers per 16 MiB.
+"""
+
+from __future__ import annotations
+
+import glob
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import pyarrow as pa
+
+from rollout.data.elsewhere import not_here
+from rollout.data.formats import DataError, JsonlRows, Loaded, Row, RowFile, open_json
+from rollout.data.parquet_rows import ParquetRows
+
+FORMATS: dict[str, Callable[[Path], RowFile]] = {
+    ".parquet": ParquetRows,
+    ".jsonl": JsonlRows,
+    ".json": open_json,
+}
+
+SHOWN = 80
+"""Characters of a value that a message quotes."""
+MAX_REASON = 300
+"""Characters of a reason: a row may hold megabytes, and what is said of it stays a line."""
+
+
+def shown(value: object) -> str:
+    """What a row holds, as far as a message quotes it."""
+    text = repr(value if not isinstance(value, str) else value[:SHOWN])
+    whole = len(text) <= SHOWN + 2 and (not isinstance(value, str) or len(value) <= SHOWN)
+    return text if whole else f"{text[:SHOWN]}..."
+
+
+class RowRefusedError(ValueError):
+    """One row that cannot be used. `kind` is a few fixed words to count by, the message tells the rest."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        if len(reason) > MAX_REASON:
+            reason = f"{reason[: MAX_REASON - 4]} ..."
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, reason
+
+
+def open_files(patterns: Sequence[str], problems: list[str]) -> list[RowFile]:
+    """The files behind paths and glob patterns, in their order. What cannot be opened is added to `problems`, as is
+    that there is no row in any of them."""
+    before = len(problems)
+    opened = [_open(path, problems) for path in _resolve(patterns, problems)]
+    files = [file for file in opened if file is not None]
+    if len(problems) == before and not any(file.columns for file in files):
+        problems.append(f"no rows in {', '.join(patterns) or 'an empty list of files'}")
+    return files
+
+
+class RowStore:
+    """All rows of several files under one numbering, in the order of the files."""
+
+    def __init__(self, files: Sequence[RowFile], columns: Sequence[str], cache_bytes: int) -> None:
+        """`columns`: those that are read; `cache_bytes`: what the latest blocks may take together."""
+        self.files = tuple(files)
+        self.names = _short_names([file.path for file in self.files])
+        blocks = [file.select(columns) for file in self.files]
+        self.blocks = [block for own in blocks for block in own]
+        self.rows_of_files = [sum(block.rows for block in own) for own in blocks]
+        self._file_starts = [0, *accumulate(self.rows_of_files)]
+        self._block_starts = [0, *accumulate(block.rows for block in self.blocks)]
+        self._file_of_block = [n for n, own in enumerate(blocks) for _ in own]
+        self._cache: OrderedDict[int, Loaded] = OrderedDict()
+        self._cached_bytes, self._cache_bytes = 0, cache_bytes
+        self.blocks_loaded = 0
+        """Blocks read from disk so far; re-reads count again."""
+
+    def __len__(self) -> int:
+        return self._file_starts[-1]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """`(file number, row within the file)`."""
+        if not 0 <= row < len(self):
+            raise DataError(f"row {row} asked for, the data have {len(self)} rows")
+        file = bisect_right(self._file_starts, row) - 1
+        return file, row - self._file_starts[file]
+
+    def uid(self, row: int) -> str:
+        file, within = self.locate(row)
+        return f"{self.names[file]}:{within}"
+
+    def read(self, row: int) -> Row:
+        """The row's columns as Python values. Raises RowRefusedError for a damaged row, DataError for its file."""
+        number = bisect_right(self._block_starts, row) - 1
+        loaded = self._cache.get(number)
+        if loaded is None:
+            loaded = self._load(number)
+        self._cache.move_to_end(number)
+        try:
+            return loaded(row - self._block_starts[number])
+        except ValueError as error:
+            raise RowRefusedError("unreadable row", f"the row cannot be decoded: {error}") from error
+
+    def _load(self, number: int) -> Loaded:
+        block = self.blocks[number]
+        while self._cache and self._cached_bytes + block.nbytes > self._cache_bytes:
+            evicted, _ = self._cache.popitem(last=False)
+            self._cached_bytes -= self.blocks[evicted].nbytes
+        loaded = self.files[self._file_of_block[number]].load(block)
+        self._cache[number] = loaded
+        self._cached_bytes += block.nbytes
+        self.blocks_loaded += 1
+        return loaded
+
+
+def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
+    """Files behind paths and globs, in order; what matches nothing or twice is added to `problems`."""
+    found: dict[Path, str] = {}
+    named: list[Path] = []
+    for pattern in patterns:
+        name = str(Path(pattern).expanduser())
+        is_file = Path(name).exists()
+        matches = [name] if is_file else sorted(glob.glob(name, recursive=True))
+        if not matches:
+            why = not_here(pattern)
+            matching = " (nothing matches)" if glob.has_magic(name) and not why else ""
+            problems.append(f"{pattern}: no such file{matching}" + (f"; {why}" if why else ""))
+        for match in matches:
+            path = Path(match).absolute()  # links not followed: it is the name that tells the format
+            if path.resolve() in found:
+                problems.append(f"{match}: named twice, by {found[path.resolve()]!r} and {pattern!r}")
+                continue
+            found[path.resolve()] = pattern
+            named.append(path)
+    return named
+
+
+def _open(path: Path, problems: list[str]) -> RowFile | None:
+    if path.is_dir():
+        problems.append(f"{path}: is a directory; name its files, as in {path}/*.parquet")
+        return None
+    opener = FORMATS.get(path.suffix.lower())
+    if opener is None:
+        problems.append(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known: {', '.join(FORMATS)}")
+        return None
+    try:
+        return opener(path)
+    except (pa.ArrowException, OSError) as error:
+        problems.append(f"{path}: unreadable: {error}")
+    except DataError as error:
+        problems.append(str(error))
+    return None
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """File names, with as many parent folders as it takes to tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,302 @@
+"""Rows of Parquet, JSONL and JSON files -> Prompts: endless, shuffled by seed and epoch, resumable to the row.
+
+    files ──▶ columns ──▶ rows.RowStore ──▶ order.EpochOrder ──▶ prompt_builder.PromptBuilder ──▶ Prompt
+                                  ▲ (epoch, position)          └─▶ refused: file, row, reason; counted, capped
+
+Row numbers count from 0 everywhere; in JSONL row n is line n.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rollout.data.builder import ANSWER_REFUSALS, PromptBuilder
+from rollout.data.columns import MEDIA_ROLES, Columns, Role, choose_columns, unread
+from rollout.data.elsewhere import address_problem
+from rollout.data.epoch_order import EpochOrder
+from rollout.data.formats import DataError, RowFile
+from rollout.data.media_files import media_kind
+from rollout.data.report import WHAT_TO_DO, DataReport, Refusal, differences
+from rollout.data.rows import RowRefusedError, RowStore, open_files
+from rollout.types import MEDIA_PER_PROMPT, MediaKind, Prompt, PromptRef
+
+if TYPE_CHECKING:
+    from vlm.adapter import MultimodalAdapter
+
+__all__ = ["SYSTEM_PROMPTS", "DataError", "DataOptions", "DataReport", "PromptSource", "Refusal"]
+
+SYSTEM_PROMPTS: Mapping[str, str] = {
+    "think_answer": (
+        "Look at what is shown and asked. First think it through inside <think> </think>, then give the final answer, "
+        "and nothing else, inside <answer> </answer>."
+    ),
+}
+"""Shipped system prompts, selected by the word."""
+
+MIN_ROWS_FOR_SHARE = 1000
+"""The refused share is judged as if at least this many rows had been seen (or all rows of smaller data)."""
+REFUSALS_KEPT = 10
+ROWS_FOR_MEDIA = 20
+"""Rows that are looked at for media in columns that no role is for."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which files, which columns, under which limits."""
+
+    files: tuple[str, ...]
+    """Parquet, JSONL and JSON files, or glob patterns of them."""
+    columns: Mapping[Role, str | None] = field(default_factory=dict)
+    """Role -> column; None: nothing plays it. Roles that are not here are known by the names of the columns."""
+    extra_columns: tuple[str, ...] = ()
+    """Further columns, handed to rewards untouched."""
+    answers_as_written: bool = False
+    """Answers are programs or tests: nothing in them marks an answer."""
+    system_prompt: str | None = None
+    """Put before every prompt that has no system message; a key of SYSTEM_PROMPTS stands for its text."""
+    prompt_template: str | None = None
+    """What the last user message becomes: {prompt} in it stands for the row's text."""
+    shuffle: bool = True
+    seed: int = 0
+    """Seed of the shuffle."""
+    max_prompt_length: int = 4096
+    """In tokens, media expanded."""
+    overlong_prompts: Literal["refuse", "truncate"] = "refuse"
+    """truncate: the user's text loses its beginning, and nothing else does."""
+    max_media: Mapping[MediaKind, int] = field(default_factory=lambda: dict(MEDIA_PER_PROMPT))
+    """Items of each kind in one prompt."""
+    max_video_frames: int = 8
+    max_image_bytes: int = 20 * 2**20
+    """Of an encoded image, video or sound."""
+    max_image_pixels: int = 50_000_000
+    """Of an image, or of a frame."""
+    root: str | None = None
+    """Folder in which paths of media start, and out of which none may lead. None: that of each data file."""
+    allow_urls: bool = False
+    """Fetch media by http and https."""
+    max_refused_share: float = 0.01
+    """Share of rows that may be refused before DataError."""
+    window_bytes: int = 256 * 2**20
+    """Memory for rows: what one shuffle window holds and the block cache keeps."""
+
+    @property
+    def system_text(self) -> str | None:
+        return None if self.system_prompt is None else SYSTEM_PROMPTS.get(self.system_prompt, self.system_prompt)
+
+    @property
+    def root_folder(self) -> Path | None:
+        return None if self.root is None else Path(self.root).expanduser()
+
+
+def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:
+    """The files, and which column plays which role. Raises DataError with all that is missing at once."""
+    problems: list[str] = []
+    if options.root_folder is not None and not options.root_folder.is_dir():
+        why = address_problem(str(options.root))
+        problems.append(f"data.root: no folder {options.root}" + (f"; {why}" if why else ""))
+    files = open_files(options.files, problems)
+    present = {str(file.path): file.columns for file in files if file.columns}
+    columns = choose_columns(options.columns, options.extra_columns, present, problems)
+    if problems or columns is None:
+        raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
+    return files, columns
+
+
+class PromptSource:
+    """Prompts of a data set, endlessly: `take(n)` moves a cursor that `state()` saves and `load_state()` restores."""
+
+    def __init__(self, options: DataOptions, adapter: MultimodalAdapter) -> None:
+        """Reads the files' indexes. Raises DataError with all missing files and columns at once."""
+        self.options = options
+        files, columns = open_data(options)
+        present = {str(file.path): file.columns for file in files if file.columns}
+        self.columns = columns
+        """Which column plays which role."""
+        self.unused = tuple(dict.fromkeys(n for names in present.values() for n in unread(names, columns.names)))
+        """Columns that nothing is done with."""
+        self._store = RowStore(files, columns.names, options.window_bytes)
+        self._builder = PromptBuilder(options, columns, adapter)
+        blocks = self._store.blocks
+        self._order = EpochOrder(
+            [b.rows for b in blocks],
+            [b.nbytes for b in blocks],
+            seed=options.seed,
+            shuffle=options.shuffle,
+            window_bytes=options.window_bytes,
+        )
+        self._epoch = self._position = 0
+        self._tried = 0
+        self._refused: dict[int, str] = {}
+        """Kind by row."""
+        self._refusals: list[Refusal] = []
+        self._truncated: set[int] = set()
+
+    def __len__(self) -> int:
+        """Rows, refused ones included."""
+        return len(self._store)
+
+    # ------------------------------------------------------------------ reading
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next `n` prompts; refused rows are passed over. Raises DataError when too many are refused."""
+        return [self._next() for _ in range(n)]
+
+    def _next(self) -> Prompt:
+        for _ in range(len(self)):
+            self._check_refused()
+            epoch, row = self._epoch, self._order.row(self._epoch, self._position)
+            prompt = self.attempt(row, epoch)
+            self._position += 1
+            if self._position == len(self):
+                self._epoch, self._position = self._epoch + 1, 0
+            if prompt is not None:
+                return prompt
+        raise DataError(f"no usable row in a whole epoch of {len(self)}. {self._refusals_text()}")
+
+    def one_epoch(self, limit: int | None = None) -> Iterator[Prompt]:
+        """The usable rows of epoch 0, at most `limit` of them, without moving the cursor."""
+        found = 0
+        for prompt in self.look(len(self)):
+            self._check_refused()
+            if prompt is not None:
+                yield prompt
+                found += 1
+            if limit is not None and found >= limit:
+                return
+        if not found:
+            raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
+
+    def look(self, rows: int) -> Iterator[Prompt | None]:
+        """The first `rows` rows of epoch 0, None for each that is refused, however many are; the cursor stays."""
+        for position in range(min(rows, len(self))):
+            yield self.attempt(self._order.row(0, position))
+
+    def try_rows(self, rows: int) -> None:
+        """Look at the first `rows` rows of epoch 0. Raises DataError if a run would stop at them."""
+        usable = 0
+        for prompt in self.look(rows):
+            self._check_refused()
+            usable += prompt is not None
+        self._check_refused()
+        if not usable and rows >= len(self):
+            raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
+
+    def overlooked(self) -> dict[str, MediaKind]:
+        """Columns that nothing is done with though the first rows hold media in them, of kinds that no role is for, and
+        that the configuration does not leave out."""
+        missing = [k for k in MEDIA_ROLES if getattr(self.columns, k) is None and k not in self.options.columns]
+        files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
+        store = RowStore(files, self.unused, self.options.window_bytes)
+        found: dict[str, MediaKind] = {}
+        for row in range(min(ROWS_FOR_MEDIA, len(store)) if missing and self.unused else 0):
+            with suppress(RowRefusedError):
+                values = store.read(row)
+                directory = self.options.root_folder or files[store.locate(row)[0]].path.parent
+                kinds = {name: media_kind(values.get(name), directory) for name in self.unused}
+                found |= {name: kind for name, kind in kinds.items() if kind in missing}
+        return found
+
+    def golds(self, rows: int) -> Iterator[tuple[str, Prompt | Refusal]]:
+        """Up to `rows` rows at random, some of every file, with that file's name: the answer, further columns and the
+        user's words, without media and tokens; or why the answer is refused. Rows with a bad prompt are left out."""
+        names = [name for name in self.columns.names if name not in dict(self.columns.media).values()]
+        files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
+        store, draw, first = RowStore(files, names, self.options.window_bytes), random.Random(self.options.seed), 0
+        for name, count in zip(store.names, store.rows_of_files, strict=True):
+            drawn = draw.sample(range(count), min(count, max(1, rows // len(files))))
+            for row in (first + n for n in drawn):
+                try:
+                    yield name, self._builder.gold(store.read(row), PromptRef(store.uid(row), 0, 0, row))
+                except RowRefusedError as error:
+                    if error.kind in ANSWER_REFUSALS:
+                        yield name, Refusal(name, row - first, error.kind, error.reason)
+            first += count
+
+    def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
+        """The same prompts again, by row, in the order given: after a resume, or when their media were lost.
+
+        Raises DataError when a row is not what it was: these prompts were usable once, so the data have changed."""
+        return [self._build(ref) for ref in refs]
+
+    def _build(self, ref: PromptRef) -> Prompt:
+        if ref.uid != self._store.uid(ref.row):
+            raise DataError(f"row {ref.row} is {self._store.uid(ref.row)}, not {ref.uid}: other files than before?")
+        try:
+            return self._build_row(ref)
+        except RowRefusedError as error:
+            raise DataError(f"{ref} cannot be read again: {error.reason}; have the files changed?") from error
+
+    def attempt(self, row: int, epoch: int = 0) -> Prompt | None:
+        """The prompt of a row, by its number over all files; None if it is refused, which is counted."""
+        self._tried += 1
+        try:
+            prompt = self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))
+            if prompt.truncated:
+                self._truncated.add(row)
+            return prompt
+        except RowRefusedError as error:
+            if row not in self._refused and len(self._refusals) < REFUSALS_KEPT:
+                file, within = self._store.locate(row)
+                self._refusals.append(Refusal(str(self._store.files[file].path), within, error.kind, error.reason))
+            self._refused[row] = error.kind
+            return None
+
+    def _build_row(self, ref: PromptRef) -> Prompt:
+        file, _ = self._store.locate(ref.row)
+        return self._builder.build(self._store.read(ref.row), ref, self._store.files[file].path.parent)
+
+    # ------------------------------------------------------------------ refusals
+
+    def report(self) -> DataReport:
+        refused = dict(Counter(list(self._refused.values())))  # the list at once: another thread may be reading rows
+        return DataReport(len(self), self._seen, refused, tuple(self._refusals), len(self._truncated))
+
+    @property
+    def _seen(self) -> int:
+        """Distinct rows, but for those that a resumed first epoch leaves to the second."""
+        return min(self._tried, len(self))
+
+    def excess(self) -> str:
+        """Why a run stops at what was refused so far; empty if it goes on."""
+        share = self.options.max_refused_share
+        counted = max(self._seen, min(len(self), MIN_ROWS_FOR_SHARE))
+        too_many = len(self._refused) > share * counted
+        return f"more than {share:.2%} of the rows refused (data.max_refused_share)" if too_many else ""
+
+    def _check_refused(self) -> None:
+        if excess := self.excess():
+            raise DataError(f"{excess}. {self._refusals_text()}")
+
+    def _refusals_text(self) -> str:
+        return "\n  - ".join([f"{self.report()}. The first:", *map(str, self._refusals)])
+
+    # ------------------------------------------------------------------ cursor
+
+    def state(self) -> dict[str, Any]:
+        """Where `take` goes on: plain JSON values, with what the order depends on."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Raises DataError when this source has another order of rows."""
+        identity = self._identity()
+        if differing := differences(state, identity):
+            what = "the saved position belongs to other data, or to another order of them:"
+            raise DataError("\n  - ".join([what, *differing, WHAT_TO_DO]))
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+    def _identity(self) -> dict[str, Any]:
+        files = [list(pair) for pair in zip(self._store.names, self._store.rows_of_files, strict=True)]
+        options = self.options
+        return {
+            "files": files,
+            "seed": options.seed,
+            "shuffle": options.shuffle,
+            "order": self._order.fingerprint(),
+        }

@@ -1,0 +1,350 @@
+"""VLLMEngine: vLLM's AsyncLLM as a `RolloutEngine`, on CUDA and on CPU.
+
+Prompt + media ──adapter──▶ AsyncLLM.generate(n=K, seed) ──▶ Completions with exact ids, log-probabilities, versions
+                            AsyncLLM control calls: pause, receive weights, commit, resume (each with a deadline)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollout.engines.log_tail import LogTail
+from rollout.engines.protocol import (
+    BAN,
+    EngineDeadError,
+    EngineOptions,
+    EngineOutput,
+    PromptRefusedError,
+    SamplingParams,
+)
+from rollout.engines.vllm_outputs import all_or_none, completion_of
+from rollout.engines.vllm_process import check_device, set_environment
+from rollout.types import Media, Prompt
+from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.encoded import concatenate_padded
+from vlm.media import MediaError
+from weight_sync.verify import WeightReport, merge_worker_reports
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+T = TypeVar("T")
+
+WORKER_EXTENSION = "weight_sync.vllm_worker.PolicyWorker"
+"""Imported in every worker process of vLLM: registers our transports and receives weights."""
+CPU_BATCH_TOKENS = 16384
+"""Tokens of one forward pass on CPU: a whole batch of short prompts at once."""
+HEALTH_TIMEOUT = 30.0
+"""Seconds in which a living engine answers a question between two of its steps."""
+LAST_WORDS_SECONDS = 0.5
+"""How long a dead engine's output is waited for, which arrives through a pipe; it ends as soon as its processes do."""
+SHUTDOWN_SECONDS = 2.0
+"""Then the engine core is killed: it has nothing to save, and its process lingers after its own clean-up."""
+
+
+class VLLMEngine:
+    """Start it with `start()`, inside a running event loop. See `RolloutEngine` for the contract."""
+
+    def __init__(self, options: EngineOptions, adapter: MultimodalAdapter) -> None:
+        self._options = options
+        self._adapter = adapter
+        self._engine: AsyncLLM | None = None
+        self._log = LogTail()
+        self._last_words: str | None = None
+        self._request_numbers = itertools.count()
+        self._version = 0
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Blocks the event loop while vLLM starts, at most `options.start_timeout` seconds."""
+        options = self._options
+        check_device(options)
+        set_environment(options)
+        with self._log.capture():
+            try:
+                from vllm.v1.engine.async_llm import AsyncLLM
+
+                _check_build(options)
+                config = engine_config(options, self._adapter)
+                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            except Exception as error:
+                raise RuntimeError(self._explain_start(error)) from error
+        await self.commit(0)
+
+    def _explain_start(self, error: Exception) -> str:
+        lines = self._log.text().splitlines()
+        tail = "\n".join(f"  | {line}" for line in lines)
+        # The exception here often only says that a child process failed; the child's own is the last one in the log.
+        causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+        cause = causes[-1] if causes else f"{type(error).__name__}: {error}"
+        return (
+            f"the vLLM engine for {self._options.model!r} did not start: {cause}\n"
+            f"Check the path, the memory it may take (rollout.kv_cache_gib, rollout.gpu_memory_utilization) and "
+            f"rollout.engine_options. The end of its own log:\n{tail or '  | (nothing)'}"
+        )
+
+    async def shutdown(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            if engine.output_handler is not None:
+                engine.output_handler.cancel()  # it would take the end of the engine core for a failure
+            await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
+
+    async def check_health(self) -> None:
+        engine = self._alive()
+        await self._control("answer a health check", engine.is_paused(), HEALTH_TIMEOUT)
+
+    def _alive(self) -> AsyncLLM:
+        if self._engine is None:
+            raise EngineDeadError("the engine is not running: it was not started, or was shut down")
+        if self._engine.errored:
+            raise EngineDeadError(self._epitaph())
+        return self._engine
+
+    def _epitaph(self) -> str:
+        if self._last_words is None:
+            self._last_words = self._log.text(LAST_WORDS_SECONDS)
+        return f"the vLLM engine died; the end of its log:\n{self._last_words}"
+
+    # ------------------------------------------------------------------ generation
+
+    async def generate(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
+        engine = self._alive()
+        self._check_length(prompt, sampling)
+        try:
+            # Decoding images takes milliseconds each, in which other requests' events would wait.
+            engine_prompt = await asyncio.to_thread(self._adapter.engine_prompt, prompt.token_ids.tolist(), media)
+        except (MediaError, AdapterError) as error:
+            raise PromptRefusedError(f"prompt {prompt.ref}: {error}") from error
+        requests = self._requests(sampling)
+        outputs = await all_or_none(self._one(engine, prompt, engine_prompt, request) for request in requests)
+        completions = [c for output in outputs for c in output.outputs]
+        texts = [self._adapter.completion_text(c.token_ids) for c in completions]
+        seed = sampling.seed
+        return EngineOutput(
+            np.asarray(outputs[0].prompt_token_ids, np.int32),
+            tuple(
+                completion_of(c, text, -1 if seed is None else seed + k, self._version)
+                for k, (c, text) in enumerate(zip(completions, texts, strict=True))
+            ),
+        )
+
+    async def processed_media(self, prompt: Prompt, media: Sequence[Media]) -> dict[str, Tensor]:
+        """What vLLM's processor makes of the media, by the model's input names, items concatenated: to be compared with
+        what the learner computes on. Needs an engine whose processor keeps nothing (`mm_processor_cache_gb=0`)."""
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        engine = self._alive()
+        given = self._adapter.engine_prompt(prompt.token_ids.tolist(), media)
+        request = await engine.input_processor.process_inputs_async(
+            "processed", given, VLLMSamplingParams(max_tokens=1), supported_tasks=await engine.get_supported_tasks()
+        )
+        found: dict[str, list[Tensor]] = {}
+        for item in request.mm_features or ():
+            for name, field in item.data.items():
+                value = torch.as_tensor(field.data)
+                found.setdefault(name, []).append(value if value.ndim else value[None])
+        return {name: concatenate_padded(values) for name, values in found.items()}
+
+    def _check_length(self, prompt: Prompt, sampling: SamplingParams) -> None:
+        new = max(sampling.max_tokens_each, default=sampling.max_tokens)
+        if prompt.expanded_length + new > self._options.max_model_len:
+            raise PromptRefusedError(
+                f"prompt {prompt.ref} has {prompt.expanded_length} tokens with its images; with {new} new ones that is "
+                f"more than the engine's max_model_len of {self._options.max_model_len}"
+            )
+
+    def _requests(self, sampling: SamplingParams) -> list[Any]:
+        """vLLM's sampling parameters: one request for all K, or one for each run of equal lengths.
+
+        Child k of a request with n=K samples with `seed + k` in vLLM too, so both ways draw the same tokens."""
+        from vllm import SamplingParams as VLLMSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        def request(n: int, max_tokens: int, seed: int | None) -> VLLMSamplingParams:
+            return VLLMSamplingParams(
+                n=n,
+                max_tokens=max_tokens,
+                temperature=sampling.temperature,
+                seed=seed,
+                ignore_eos=sampling.ignore_eos,
+                stop_token_ids=list(sampling.stop_token_ids),
+                logit_bias=dict.fromkeys(sampling.banned_token_ids, BAN) or None,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+
+        seed, each = sampling.seed, sampling.max_tokens_each
+        if not each:
+            return [request(sampling.n, sampling.max_tokens, seed)]
+        if len(each) != sampling.n:
+            raise ValueError(f"max_tokens_each has {len(each)} entries for n={sampling.n} completions")
+        requests, k = [], 0
+        for tokens, run in itertools.groupby(each):
+            n = len(list(run))
+            requests.append(request(n, tokens, None if seed is None else seed + k))
+            k += n
+        return requests
+
+    async def _one(self, engine: AsyncLLM, prompt: Prompt, engine_prompt: Any, request: Any) -> RequestOutput:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        name = f"{prompt.ref.uid}/{prompt.ref.epoch}/{prompt.ref.attempt}/{next(self._request_numbers)}"
+        final: RequestOutput | None = None
+        try:
+            async for output in engine.generate(engine_prompt, request, name):
+                final = output
+        except VLLMEngineDeadError:
+            raise EngineDeadError(self._epitaph()) from None
+        except Exception as error:
+            self._alive()
+            cause = error.__cause__ or error
+            if isinstance(cause, VLLMClientError | ValueError):
+                raise PromptRefusedError(f"prompt {prompt.ref}: {cause}") from error
+            raise RuntimeError(f"vLLM could not generate for {prompt.ref}: {type(cause).__name__}: {cause}") from error
+        if final is None:
+            raise RuntimeError(f"vLLM ended the request for {prompt.ref} without an output")
+        return final
+
+    # ------------------------------------------------------------------ weights
+
+    async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        engine = self._alive()
+        await self._control("leave its transfer group", engine.shutdown_weight_transfer_engine())
+        request = WeightTransferInitRequest(init_info=dict(init_info))
+        await self._control("join the transfer group", engine.init_weight_transfer_engine(request))
+
+    async def pause(self) -> None:
+        # Unlike clear_cache=True, this leaves the cache of *processed images* alone, which no weight has touched.
+        engine = self._alive()
+        await self._control("pause", engine.pause_generation(mode="keep", clear_cache=False))
+        await self._control("clear its prefix cache", engine.reset_prefix_cache(reset_running_requests=True))
+        await self._control("clear its vision cache", engine.reset_encoder_cache())
+
+    async def receive_weights(self, update_info: Mapping[str, Any]) -> WeightReport:
+        call = self._alive().collective_rpc("receive_policy", kwargs={"update_info": dict(update_info)})
+        reports = await self._control("receive weights", call)
+        return merge_worker_reports(
+            [WeightReport(r["digests"], tuple(r["unconsumed"]), tuple(r["uncovered"])) for r in reports]
+        )
+
+    async def commit(self, version: int) -> None:
+        await self._control("commit a version", self._alive().update_weight_version(str(version)))
+        self._version = version
+
+    async def resume(self) -> None:
+        await self._control("resume", self._alive().resume_generation())
+
+    def queued(self) -> int:
+        return len(self._alive().output_processor.request_states)
+
+    async def version(self) -> int:
+        return int(await self._control("tell its version", self._alive().get_weight_version()))
+
+    async def _control(self, what: str, call: Awaitable[T], timeout: float | None = None) -> T:
+        """Await a control call, but no longer than the engine lives, nor than `timeout` (`options.control_timeout`):
+        a call pending on a dead engine core never returns by itself."""
+        engine = self._engine
+        assert engine is not None
+        limit = self._options.control_timeout if timeout is None else timeout
+        task = asyncio.ensure_future(call)
+        waiting = {task} if engine.output_handler is None else {task, engine.output_handler}
+        done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            try:
+                return task.result()
+            except Exception:
+                self._alive()  # a dead engine is reported as such, whatever the call said
+                raise
+        task.cancel()
+        self._alive()
+        raise EngineDeadError(f"the vLLM engine did not {what} within {limit:g} s: it hangs")
+
+
+# ---------------------------------------------------------------------------------------------------- starting vLLM
+
+
+def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict[str, Any]:
+    """Keyword arguments of `AsyncEngineArgs`; `options.extra` has the last word."""
+    arguments: dict[str, Any] = {
+        "model": options.model,
+        "dtype": options.dtype,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "seed": options.seed,
+        "trust_remote_code": options.trust_remote_code,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # sampling is what `SamplingParams` says, whatever comes with the model
+    }
+    if adapter.modalities:
+        # vLLM leaves out a tower of which nothing is to come, whose weights would then find no place. Videos share that
+        # of images.
+        least = {kind: 0 if kind == "video" else 1 for kind in ("image", "video", *adapter.modalities)}
+        arguments["limit_mm_per_prompt"] = {**least, **options.max_media_per_prompt}
+        # vLLM would normalise inside the model, videos with the statistics of images; the learner's processor does not.
+        arguments["mm_device_do_normalize"] = False
+        arguments["mm_processor_kwargs"] = dict(adapter.engine_processor) or None
+    if options.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+    if options.tensor_parallel_size > 1:
+        arguments["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would ask Ray for more actors
+    if options.weight_transfer_backend is not None:
+        from vllm.config import WeightTransferConfig
+
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=options.weight_transfer_backend)
+        arguments["worker_extension_cls"] = WORKER_EXTENSION
+    if options.device == "cuda":
+        # Also beside kv_cache_memory_bytes: vLLM refuses to start where less than this share of the GPU is free.
+        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+    if options.device == "cpu":
+        arguments.setdefault("kv_cache_memory_bytes", 2**30)
+        arguments |= {
+            "enforce_eager": True,
+            # A seeded request whose prompt is cut into chunks ends the engine on CPU ("CPU Generator does not use
+            # offset"), so prompts are prefilled whole.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCH_TOKENS, options.max_model_len),
+            "skip_mm_profiling": True,
+        }
+    return {**arguments, **options.extra}
+
+
+def engine_config(options: EngineOptions, adapter: MultimodalAdapter) -> Any:
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    # The usage decides max_num_batched_tokens on GPUs: offline 8192 or 16384 by the card, without any 2048, which cuts
+    # the prompts of a few images into many small passes.
+    config = AsyncEngineArgs(**engine_arguments(options, adapter)).create_engine_config(UsageContext.LLM_CLASS)
+    if options.weight_transfer_backend is not None and adapter.has_vision and not config.use_v2_model_runner:
+        # vLLM's first model runner (all CPUs, some GPU models) forgets the pixels of a request whose image it found in
+        # the prefix cache. Once an update has emptied the caches under a running request it needs them again, and ends
+        # the engine. The second runner gets them anew.
+        config.cache_config.enable_prefix_caching = False
+    return config
+
+
+def _check_build(options: EngineOptions) -> None:
+    from vllm.platforms import current_platform
+
+    if (options.device == "cpu") != current_platform.is_cpu():
+        raise RuntimeError(
+            f"the rollout engine was asked for device {options.device!r}, but the installed vLLM is built for "
+            f"{current_platform.device_type!r}: install the extra '{'cpu' if options.device == 'cpu' else 'gpu'}'"
+        )
