@@ -20,9 +20,9 @@ import ray
 
 from rewards.base import ScoringRequest, Service
 from rewards.compose import Scores
-from rewards.format import Trace, shown
+from rewards.functions.format import Trace, shown
+from rewards.process.worker import RewardWorker
 from rewards.registry import RewardSpec
-from rewards.worker import RewardWorker
 from rollout.types import GroupSummary, Media, RolloutFailure, RolloutGroup, Verdict
 
 EXCERPT = 200

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from rewards.base import TransientError
-from rewards.reward_model import ModelOptions, RewardModel
+from rewards.functions.reward_model import ModelOptions, RewardModel
 
 
 class RewardModelActor:

@@ -13,23 +13,23 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction
-from rewards.code_tests import CodeTestsReward
 from rewards.compose import Combine, Composite, Term, compose
-from rewards.counting import CountingReward
-from rewards.format import FormatReward
-from rewards.grounding import GroundingReward
-from rewards.json_schema import JsonSchemaReward
-from rewards.judge import JudgeReward
-from rewards.language import LanguageReward
-from rewards.length import LengthReward
-from rewards.multiple_choice import MultipleChoiceReward
-from rewards.repetition import RepetitionReward
-from rewards.reward_model import RewardModelReward
-from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
-from rewards.tool_call import ToolCallReward
-from rewards.user import RewardSetupError, load_user_reward
+from rewards.functions.accuracy import AccuracyReward
+from rewards.functions.code_tests import CodeTestsReward
+from rewards.functions.counting import CountingReward
+from rewards.functions.format import FormatReward
+from rewards.functions.grounding import GroundingReward
+from rewards.functions.json_schema import JsonSchemaReward
+from rewards.functions.judge import JudgeReward
+from rewards.functions.language import LanguageReward
+from rewards.functions.length import LengthReward
+from rewards.functions.multiple_choice import MultipleChoiceReward
+from rewards.functions.repetition import RepetitionReward
+from rewards.functions.reward_model import RewardModelReward
+from rewards.functions.text import ContainsReward, EditDistanceReward, ExactMatchReward
+from rewards.functions.tool_call import ToolCallReward
+from rewards.functions.user import RewardSetupError, load_user_reward
 from rollout.user_code import short
 
 REWARDS: dict[str, Callable[..., RewardFunction]] = {

@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import sys
 
-from rewards.accuracy import AccuracyReward
 from rewards.base import RewardFunction, ScoringRequest
-from rewards.code_tests import program_of
-from rewards.counting import CountingReward
-from rewards.format import FormatReward, shown
-from rewards.grounding import GroundingReward
-from rewards.json_schema import JsonSchemaReward
-from rewards.language import LanguageReward
-from rewards.length import LengthReward
-from rewards.multiple_choice import MultipleChoiceReward
-from rewards.repetition import RepetitionReward
-from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
-from rewards.tool_call import ToolCallReward
+from rewards.functions.accuracy import AccuracyReward
+from rewards.functions.code_tests import program_of
+from rewards.functions.counting import CountingReward
+from rewards.functions.format import FormatReward, shown
+from rewards.functions.grounding import GroundingReward
+from rewards.functions.json_schema import JsonSchemaReward
+from rewards.functions.language import LanguageReward
+from rewards.functions.length import LengthReward
+from rewards.functions.multiple_choice import MultipleChoiceReward
+from rewards.functions.repetition import RepetitionReward
+from rewards.functions.text import ContainsReward, EditDistanceReward, ExactMatchReward
+from rewards.functions.tool_call import ToolCallReward
 
 LENGTH = 64_000
 UNITS = [

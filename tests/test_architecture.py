@@ -24,7 +24,7 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 
 # What of ours each room may import beyond itself. `bench` and `tests` may import everything.
 MAY_IMPORT = {
-    "rollout": ("rollout.types", "rewards.golds", "vlm", "weight_sync"),
+    "rollout": ("rollout.types", "rewards.answers.golds", "vlm", "weight_sync"),
     "learner": ("rollout.types", "rollout.user_code", "vlm", "weight_sync"),
     "rewards": ("rollout.types", "rollout.user_code", "vlm.control"),
     "vlm": ("rollout.types", "rollout.user_code"),
@@ -69,6 +69,10 @@ ORDERS = {
     "learner": (
         *("group", "worker", "update", "refusal", "features", "plan", "engines", "model", "batching", "algorithm"),
         *("deaths", "durable", "types", "__init__"),
+    ),
+    "rewards": (
+        *("actor", "model_actor", "process", "registry", "functions", "compose", "sandbox", "answers", "base"),
+        "__init__",
     ),
     "rollout": ("actor", "environment", "data", "engines", "user_code", "types", "__init__"),
 }
@@ -192,7 +196,7 @@ def uphill(path: PurePosixPath, source: str) -> list[str]:
             ":2 imports saccade.loop",
         ),
         ("learner/sub/deep.py", "from ...rewards import base", "imports rewards.base"),
-        ("rewards/format.py", "from vlm import media", "rewards may import only"),
+        ("rewards/functions/format.py", "from vlm import media", "rewards may import only"),
         ("vlm/qwen_vl.py", "from weight_sync.sync import sync_weights", "vlm may import only"),
         ("weight_sync/sync.py", "from learner.engines.protocol import TrainEngine", "weight_sync may import only"),
         ("saccade/loop.py", "from bench.timing import measure", "saccade may import only"),

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from rewards.format import format_problem
-from rewards.judge import Question
+from rewards.functions.format import format_problem
+from rewards.functions.judge import Question
 from saccade.fleet.reward_services import _prompt
 from tests.data_helpers import FakeAdapter, source, write_rows
 from vlm.adapter import MultimodalAdapter

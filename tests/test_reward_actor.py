@@ -139,7 +139,7 @@ def test_failures_pass_images_arrive_and_the_child_dies_with_its_actor(
 
 @pytest.mark.e2e
 def test_rewards_that_cannot_be_loaded_fail_the_start_with_the_reason(local_ray: ModuleType) -> None:
-    from rewards.user import RewardSetupError
+    from rewards.functions.user import RewardSetupError
 
     with pytest.raises(RewardSetupError, match="no_such_module"):
         start_actor(local_ray, [RewardSpec("no_such_module:f")])

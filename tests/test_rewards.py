@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import mathematics
-from rewards.accuracy import AccuracyReward, matches
+from rewards.answers import mathematics
 from rewards.base import RewardFunction, ScoringRequest
-from rewards.counting import CountingReward
-from rewards.format import FormatReward, Style, Trace, answer_text, format_problem, shown
-from rewards.grounding import GroundingReward
-from rewards.json_schema import JsonSchemaReward
-from rewards.language import LanguageReward
-from rewards.length import LengthReward
-from rewards.multiple_choice import MultipleChoiceReward
-from rewards.repetition import RepetitionReward
-from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
-from rewards.tool_call import ToolCallReward
+from rewards.functions.accuracy import AccuracyReward, matches
+from rewards.functions.counting import CountingReward
+from rewards.functions.format import FormatReward, Style, Trace, answer_text, format_problem, shown
+from rewards.functions.grounding import GroundingReward
+from rewards.functions.json_schema import JsonSchemaReward
+from rewards.functions.language import LanguageReward
+from rewards.functions.length import LengthReward
+from rewards.functions.multiple_choice import MultipleChoiceReward
+from rewards.functions.repetition import RepetitionReward
+from rewards.functions.text import ContainsReward, EditDistanceReward, ExactMatchReward
+from rewards.functions.tool_call import ToolCallReward
 
 GOOD = "<think>it looks red</think><answer>red</answer>"
 

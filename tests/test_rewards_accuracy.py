@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import mathematics
-from rewards.accuracy import AccuracyReward, matches
-from rewards.answers import gold_answers
+from rewards.answers import mathematics
+from rewards.answers.golds import gold_forms
+from rewards.answers.mathematics import is_mathematics, value_of
+from rewards.answers.notation import plain
+from rewards.answers.numbers import numbers_equal, read_number
+from rewards.answers.quantities import Units
+from rewards.answers.stated import gold_answers
 from rewards.base import ScoringRequest
-from rewards.format import Scope
-from rewards.golds import gold_forms
-from rewards.mathematics import is_mathematics, value_of
-from rewards.notation import plain
-from rewards.numbers import numbers_equal, read_number
-from rewards.quantities import Units
+from rewards.functions.accuracy import AccuracyReward, matches
+from rewards.functions.format import Scope
 
 DATA = Path(__file__).parent / "data"
 GOOD = "<think>it looks red</think><answer>red</answer>"
@@ -128,7 +128,7 @@ def test_an_answer_equals_itself(text: str) -> None:
 
 
 def test_what_math_verify_would_extract_is_why_words_do_not_reach_it() -> None:
-    """If this fails, math-verify has changed, and the rules in rewards/reading.py want a fresh look."""
+    """If this fails, math-verify has changed, and the rules in rewards/answers/reading.py want a fresh look."""
     from math_verify import parse, verify
 
     def loose(gold: str, answer: str) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rewards.base import ScoringRequest
-from rewards.choices import read_choices
-from rewards.multiple_choice import MultipleChoiceReward, concluded, picked
+from rewards.functions.choices import read_choices
+from rewards.functions.multiple_choice import MultipleChoiceReward, concluded, picked
 from saccade.commands.rewards import _request
 from tests.data_helpers import source, write_rows
 

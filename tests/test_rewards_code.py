@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from rewards import code_tests, sandbox
 from rewards.base import ScoringRequest
-from rewards.code_tests import CodeTestsReward
+from rewards.functions import code_tests
+from rewards.functions.code_tests import CodeTestsReward
+from rewards.functions.user import RewardSetupError
+from rewards.process.worker import RewardWorker
 from rewards.registry import RewardSpec
-from rewards.sandbox import Limits, Outcome, SandboxError, isolation_problem, run
-from rewards.user import RewardSetupError
-from rewards.worker import RewardWorker
+from rewards.sandbox import sandbox
+from rewards.sandbox.sandbox import Limits, Outcome, SandboxError, isolation_problem, run
 
 PATIENCE = 180.0
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from rewards.accuracy import AccuracyReward
+from rewards.answers.golds import GoldError, gold_forms, gold_text
 from rewards.base import RewardFunction, ScoringRequest
-from rewards.golds import GoldError, gold_forms, gold_text
-from rewards.multiple_choice import MultipleChoiceReward
+from rewards.functions.accuracy import AccuracyReward
+from rewards.functions.multiple_choice import MultipleChoiceReward
+from rewards.functions.text import ContainsReward, EditDistanceReward, ExactMatchReward
+from rewards.functions.tool_call import ToolCallReward
 from rewards.registry import RewardSpec, answers_are_programs, load_reward
-from rewards.text import ContainsReward, EditDistanceReward, ExactMatchReward
-from rewards.tool_call import ToolCallReward
 from saccade.config.options import data_options
 from saccade.config.run_config import parse_config
 from tests.data_helpers import source, write_rows

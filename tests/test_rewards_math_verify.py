@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rewards.accuracy import AccuracyReward
 from rewards.base import ScoringRequest
+from rewards.functions.accuracy import AccuracyReward
 
 REASONS = {
     "unit": "What stands behind a number counts: 1/3 meters is not 1/3.",

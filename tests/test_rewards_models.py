@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from rewards.base import ScoringRequest, ServiceError, TransientError
-from rewards.judge import JudgeReward, Question
+from rewards.functions.judge import JudgeReward, Question
+from rewards.functions.reward_model import ModelOptions, RewardModel, RewardModelReward
+from rewards.functions.user import RewardSetupError
+from rewards.process.worker import RewardWorker
 from rewards.registry import RewardSpec, check_rewards
-from rewards.reward_model import ModelOptions, RewardModel, RewardModelReward
-from rewards.user import RewardSetupError
-from rewards.worker import RewardWorker
 from rollout.engines.protocol import SamplingParams
 from rollout.types import Completion, Media, Prompt, RolloutFailure, RolloutGroup, Segment
 

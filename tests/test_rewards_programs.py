@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rewards.code_tests import _lines, _tests, program_of
-from rewards.remote_program import LinkEndedError, ProgramEnd, UnsupportedError, run_test
+from rewards.functions.code_tests import _lines, _tests, program_of
+from rewards.sandbox.remote_program import LinkEndedError, ProgramEnd, UnsupportedError, run_test
 from tests.data_helpers import source
 
 X = "x = 1\nprint(x)"

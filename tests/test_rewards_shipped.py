@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.base import RewardFunction, ScoringRequest
-from rewards.boxes import Box, Item, giou, iou, mean_f1, write_items
-from rewards.grounding import GroundingReward
-from rewards.json_schema import JsonSchemaReward
-from rewards.language import LanguageReward
-from rewards.length import LengthReward
+from rewards.functions.boxes import Box, Item, giou, iou, mean_f1, write_items
+from rewards.functions.grounding import GroundingReward
+from rewards.functions.json_schema import JsonSchemaReward
+from rewards.functions.language import LanguageReward
+from rewards.functions.length import LengthReward
+from rewards.functions.repetition import RepetitionReward
+from rewards.functions.text import EditDistanceReward, edit_distance
+from rewards.functions.tool_call import ToolCallReward
 from rewards.registry import RewardSpec, check_rewards
-from rewards.repetition import RepetitionReward
-from rewards.text import EditDistanceReward, edit_distance
-from rewards.tool_call import ToolCallReward
 from rollout.types import Media
 
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from rewards.base import ScoringRequest
-from rewards.json_schema import JsonSchemaReward
-from rewards.tool_call import ToolCallReward
+from rewards.functions.json_schema import JsonSchemaReward
+from rewards.functions.tool_call import ToolCallReward
 
 ZOOM = {"name": "zoom", "arguments": {"bbox": [1, 2, 3, 4]}}
 WEATHER = {"name": "weather", "arguments": {"city": "Paris", "days": 5, "celsius": True}}

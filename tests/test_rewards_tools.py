@@ -115,7 +115,7 @@ ROWS = {f"d:{i}": ScoringRequest(f"what is {i}?", (), answer=str(i), columns={"l
 
 SOURCE = """
 import random, time
-from rewards.format import answer_text
+from rewards.functions.format import answer_text
 
 def good(completions, answer):
     return [float(answer_text(text) == gold) for text, gold in zip(completions, answer)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from rewards.golds import GoldError, gold_text, is_number
+from rewards.answers.golds import GoldError, gold_text, is_number
 from rollout.data.columns import Columns, value_of
 from rollout.data.conversation import Conversation, Message, Part, places, text_of, texts_of
 from rollout.data.media_files import MediaFiles

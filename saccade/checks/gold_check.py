@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
+from rewards.answers.golds import gold_forms, is_struct
+from rewards.answers.reading import read
 from rewards.base import RewardFunction, ScoringRequest, gold_of, unscorable
 from rewards.compose import describe
-from rewards.format import answer_text
-from rewards.golds import gold_forms, is_struct
-from rewards.reading import read
+from rewards.functions.format import answer_text
+from rewards.functions.user import RewardSetupError
 from rewards.registry import COMPARING, load_reward
-from rewards.user import RewardSetupError
 from rollout.data.builder import ANSWER_REFUSALS
 from rollout.data.rows import shown
 from rollout.data.source import DataError, PromptSource, Refusal

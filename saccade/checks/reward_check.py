@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
+from rewards.answers.golds import gold_forms
 from rewards.base import ScoringRequest, as_completion
-from rewards.format import shown
-from rewards.golds import gold_forms
+from rewards.functions.format import shown
+from rewards.functions.user import RewardSetupError
+from rewards.process.worker import RewardWorker
 from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load_reward
-from rewards.user import RewardSetupError
-from rewards.worker import RewardWorker
 from rollout.data.source import DataError, PromptSource
 from rollout.types import Verdict
 from saccade.config.options import config_adapter, data_options, model_problem, reward_specs

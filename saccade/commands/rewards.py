@@ -15,11 +15,11 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
+from rewards.answers.golds import GoldError, gold_text, is_number
 from rewards.base import ScoringRequest, as_completion
-from rewards.golds import GoldError, gold_text, is_number
+from rewards.functions.user import RewardSetupError
+from rewards.process.worker import RewardWorker
 from rewards.registry import RewardSpec, answers_are_programs, check_rewards
-from rewards.user import RewardSetupError
-from rewards.worker import RewardWorker
 from rollout.data.conversation import Conversation
 from rollout.data.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict

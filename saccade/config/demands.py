@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from rewards.functions.reward_model import RewardModelReward
 from rewards.registry import load_reward
-from rewards.reward_model import RewardModelReward
 from saccade.config.run_config import RunConfig
 
 Device = Literal["cuda", "cpu"]

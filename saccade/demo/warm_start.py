@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from rewards.accuracy import matches
-from rewards.format import answer_text, format_problem
+from rewards.functions.accuracy import matches
+from rewards.functions.format import answer_text, format_problem
 from saccade.demo.shapes import ANSWERS, completion
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch

@@ -13,10 +13,10 @@ import numpy as np
 import ray
 
 from rewards.base import ServiceError, TransientError
-from rewards.judge import Question
+from rewards.functions.judge import Question
+from rewards.functions.reward_model import RewardModelReward
 from rewards.model_actor import RewardModelActor, RewardModelService
 from rewards.registry import load_reward
-from rewards.reward_model import RewardModelReward
 from rollout.engines.protocol import SamplingParams
 from rollout.types import Prompt, PromptRef, RolloutFailure
 from saccade.config.options import reward_specs

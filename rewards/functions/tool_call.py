@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rewards.answers.nulls import is_blank, is_null, without_blanks
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.json_schema import check_schema, read_json, violation
-from rewards.nulls import is_blank, is_null, without_blanks
+from rewards.functions.json_schema import check_schema, read_json, violation
 from rollout.types import Verdict
 
 _OPENING, _CLOSING = "<tool_call>", "</tool_call>"

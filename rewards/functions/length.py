@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from rewards.base import ScoringRequest
-from rewards.format import one_of
+from rewards.functions.format import one_of
 from rollout.types import Verdict
 
 Unit = Literal["tokens", "words", "characters"]

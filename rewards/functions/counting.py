@@ -1,6 +1,6 @@
 """Counting: how many? The answer must be one whole number, and say nothing else.
 
-    3, ３, 3.0, 1,200, +3, n = 3, 3 + 4 = 7      as `accuracy` reads numbers (rewards/reading.py)
+    3, ３, 3.0, 1,200, +3, n = 3, 3 + 4 = 7      as `accuracy` reads numbers (rewards/answers/reading.py)
     **3**, $3$, \\boxed{3}, 3.                   with what stands around an answer
     three, Twenty-one, one hundred and five     in English words, up to 999
     3 dogs, three red balls                     with one of the `nouns` behind it, if such are given
@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards.answers import first_expression, last_expression, stated_answer
+from rewards.answers.golds import gold_forms
+from rewards.answers.kinds import Kind, Named, Quantity, Words
+from rewards.answers.notation import folded, plain
+from rewards.answers.numbers import Number
+from rewards.answers.reading import read
+from rewards.answers.stated import first_expression, last_expression, stated_answer
 from rewards.base import ScoringRequest, unscorable
-from rewards.format import Scope, check_scope, judged_text, placed
-from rewards.golds import gold_forms
-from rewards.kinds import Kind, Named, Quantity, Words
-from rewards.notation import folded, plain
-from rewards.numbers import Number
-from rewards.reading import read
+from rewards.functions.format import Scope, check_scope, judged_text, placed
 from rollout.types import Verdict
 
 _DIGITS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -23,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rewards.base import ScoringRequest, Service, TransientError
-from rewards.channel import Channel
-from rewards.child import Setup, Traits
 from rewards.compose import Scores, describe
+from rewards.functions.user import RewardSetupError
+from rewards.process.channel import Channel
+from rewards.process.child import Setup, Traits
 from rewards.registry import RewardSpec
-from rewards.user import RewardSetupError
 from rollout.types import Verdict
 
 START_TIMEOUT = 120.0
@@ -36,7 +36,7 @@ _EXIT_TIMEOUT = 30.0
 _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from rewards.child import serve
+from rewards.process.child import serve
 serve(int(sys.argv[2]), int(sys.argv[3]))
 """
 

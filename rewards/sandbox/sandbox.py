@@ -1,6 +1,6 @@
 """Runs Python programs that nobody has read: on Linux, apart from the machine, or not at all.
 
-run(files, stdin) ─▶ rewards/sandbox_init.py ─▶ the program     no network, no other process, no file of the machine but
+run(files, stdin) ─▶ rewards/sandbox/init.py ─▶ the program     no network, no other process, no file of the machine but
                                                                 its libraries; limits on time, memory, files, processes
 
 It takes what containers take: namespaces, as root, or as any user where the kernel lets users have them.
@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-_INIT = Path(__file__).with_name("sandbox_init.py")
+_INIT = Path(__file__).with_name("init.py")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _START = 10.0
 """Seconds that building and leaving the sandbox may take, beyond the program's."""
@@ -107,7 +107,7 @@ def _run(files: Mapping[str, str], source: IO[bytes] | socket.socket, limits: Li
 
 
 def _description(files: Mapping[str, str], limits: Limits, number: int) -> dict[str, object]:
-    """What rewards/sandbox_init.py reads."""
+    """What rewards/sandbox/init.py reads."""
     base = os.path.realpath(sys.base_prefix)
     read_only = [path for path in _SYSTEM if os.path.lexists(path)]
     if not any(base == path or base.startswith(f"{path}/") for path in _SYSTEM):

@@ -1,4 +1,4 @@
-"""Code: does the program in the answer pass the tests? It is run in a sandbox (rewards/sandbox.py), and nowhere else.
+"""Code: does the program in the answer pass the tests? It is run in a sandbox (rewards/sandbox/), and nowhere else.
 
     test {"input": "3 4", "output": "7"}     the program reads standard input and prints
     test {"code": "assert add(3, 4) == 7"}   calls the program's functions, from a process and a sandbox of its own
@@ -10,7 +10,7 @@ without a label, else the whole answer. What is printed must be the expected lin
 empty lines at the end do not count, everything else does (`7.0` is not `7`). For `code` the program is loaded under the
 name `program`, so that its `__main__` part does not run, with nothing to read.
 
-What says that a test was passed never enters the program's process (rewards/remote_program.py): an expected output is
+What says that a test was passed never enters the program's process (sandbox/remote_program.py): an expected output is
 compared here, and the asserts of a `code` run where no line of the program does. Where this machine cannot isolate a
 program, the reward refuses to be loaded: the run does not start.
 
@@ -30,21 +30,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rewards.answers.nulls import is_blank, is_null
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.format import Scope, check_scope, judged_text
-from rewards.nulls import is_blank, is_null
-from rewards.remote_program import FAILED, PASSED, UNSUPPORTED
-from rewards.sandbox import Limits, Outcome, isolation_problem, run, run_linked
-from rewards.user import RewardSetupError
+from rewards.functions.format import Scope, check_scope, judged_text
+from rewards.functions.user import RewardSetupError
+from rewards.sandbox.remote_program import FAILED, PASSED, UNSUPPORTED
+from rewards.sandbox.sandbox import Limits, Outcome, isolation_problem, run, run_linked
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 100_000
 _OPENING = re.compile(r"(`{3,}|~{3,})[ \t]*([^`~]*)$")
 _PYTHON = re.compile(r"(?i)[{.\s]*(?:i?python|py)[\d.]*(?![\w])")
-_MAIN = "import sys\nsys.path.insert(0, '.')\nfrom rewards.remote_program import main\nmain()\n"
+_MAIN = "import sys\nsys.path.insert(0, '.')\nfrom rewards.sandbox.remote_program import main\nmain()\n"
 _LISTS = {part + s: part for part in ("input", "output", "code") for s in ("", "s")}
 """What an object of lists calls them: `Sequence` of `datasets` makes `{"input": [..], "output": [..]}` of objects."""
 _FUNCTION = ("fn_name", "func_name", "entry_point")
+_SANDBOX = Path(__file__).parents[1] / "sandbox"
 _MODULES = ("remote_program.py", "remote_object.py")
 
 
@@ -126,7 +127,7 @@ class CodeTestsReward:
         """Raises _UnjudgeableError."""
         word = secrets.token_hex(16)
         jobs = {"role": "test", "text": test, "word": word}, {"role": "program", "text": program}
-        modules = {f"rewards/{name}": Path(__file__).with_name(name).read_text("utf-8") for name in _MODULES}
+        modules = {f"rewards/sandbox/{name}": (_SANDBOX / name).read_text("utf-8") for name in _MODULES}
         asking, answering = ({"main.py": _MAIN, "job.json": json.dumps(job), **modules} for job in jobs)
         outcome, answered = run_linked(asking, answering, limits)
         if outcome.exit == UNSUPPORTED:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 
-from rewards.golds import is_struct
-from rewards.hedging import is_denied, is_hedged
-from rewards.kinds import Letter, Words
-from rewards.marks import Found, boxed, boxes, hashed, tagged
-from rewards.notation import squeezed
-from rewards.reading import read
+from rewards.answers.golds import is_struct
+from rewards.answers.hedging import is_denied, is_hedged
+from rewards.answers.kinds import Letter, Words
+from rewards.answers.marks import Found, boxed, boxes, hashed, tagged
+from rewards.answers.notation import squeezed
+from rewards.answers.reading import read
 
 WINDOW = 1000
 """Characters from the end of a completion in which the last expression is looked for."""
@@ -183,7 +183,7 @@ def is_abbreviation(unit: str) -> bool:
 
 
 def gold_answers(form: str) -> tuple[str, ...]:
-    """The answer of a gold form (rewards/golds.py): the form, or what it says behind `the answer is`. Empty for a whole
+    """The answer of a gold form (golds.py): the form, or what it says behind `the answer is`. Empty for a whole
     solution out of which no one answer can be taken, and for a struct."""
     found = stated_answer(form)
     if found is not None and found.rule == "phrase" and isinstance(read(form), Words):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, Service
-from rewards.user import RewardSetupError
+from rewards.functions.user import RewardSetupError
 from rollout.types import Verdict
 from vlm.control import control_tokens, without
 

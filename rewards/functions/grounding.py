@@ -1,4 +1,4 @@
-"""Grounding: is the box, or the point, where it should be? The arithmetic is in rewards/boxes.py.
+"""Grounding: is the box, or the point, where it should be? The arithmetic is in rewards/functions/boxes.py.
 
     metric   gold            answer          score
     iou      one box         one box         IoU; with `threshold`, 1.0 from there on and else 0.0
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.boxes import Coordinates, Item, giou, iou, mean_f1, point_in_box, read_items, write_items
-from rewards.format import Scope, check_scope, judged_text, one_of, placed
+from rewards.functions.boxes import Coordinates, Item, giou, iou, mean_f1, point_in_box, read_items, write_items
+from rewards.functions.format import Scope, check_scope, judged_text, one_of, placed
 from rollout.types import Verdict
 
 Metric = Literal["iou", "giou", "point", "boxes"]

@@ -1,6 +1,6 @@
 """Quantities: whether `30 mm` is `3 cm`. Units and their conversion are pint's.
 
-    a number       as in rewards/numbers.py, or an expression without symbols: 3, 1/2, 6.63 \\times 10^{-34}, 2\\sqrt{3}
+    a number       as in numbers.py, or an expression without symbols: 3, 1/2, 6.63 \\times 10^{-34}, 2\\sqrt{3}
     and a unit     cm, m/s, m s^{-1}, N m, kg m/s^2, km/h, °C, Ω, centimetres, square feet, meters per second
     or several     5 ft 3 in, 1 h 30 min, 2 m and 5 cm: their sum
 
@@ -19,8 +19,8 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any, Literal
 
-from rewards.mathematics import MAX_CHARACTERS, value_of
-from rewards.numbers import read_number, values_equal
+from rewards.answers.mathematics import MAX_CHARACTERS, value_of
+from rewards.answers.numbers import read_number, values_equal
 
 Units = Literal["exact", "convert", "optional"]
 

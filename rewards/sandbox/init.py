@@ -1,5 +1,5 @@
 """The first process of a sandbox: builds it around itself, then becomes the program. A script of its own, standard
-library only; started by rewards/sandbox.py.
+library only; started by rewards/sandbox/sandbox.py.
 
 unshare ─▶ a root of its own: read-only system, small writable /box ─▶ fork: process 1 of the sandbox
                                                              └▶ fork: limits, no privileges, exec program

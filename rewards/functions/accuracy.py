@@ -37,16 +37,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, get_args
 
-from rewards.answers import first_expression, gold_answers, is_abbreviation, last_expression, stated_answer
+from rewards.answers.equality import same
+from rewards.answers.golds import gold_forms, is_struct
+from rewards.answers.kinds import Expression, Letter, Named, Quantity, Relation, Words
+from rewards.answers.marks import boxed
+from rewards.answers.notation import MAX_CHARACTERS, folded, plain
+from rewards.answers.quantities import Units, quantities_equal
+from rewards.answers.reading import read
+from rewards.answers.stated import first_expression, gold_answers, is_abbreviation, last_expression, stated_answer
 from rewards.base import ScoringRequest, unscorable
-from rewards.equality import same
-from rewards.format import Scope, check_scope, judged_text, one_of
-from rewards.golds import gold_forms, is_struct
-from rewards.kinds import Expression, Letter, Named, Quantity, Relation, Words
-from rewards.marks import boxed
-from rewards.notation import MAX_CHARACTERS, folded, plain
-from rewards.quantities import Units, quantities_equal
-from rewards.reading import read
+from rewards.functions.format import Scope, check_scope, judged_text, one_of
 from rollout.types import Verdict
 
 _FORMULA = re.compile(r"(?:[(\[]?[A-Z][a-z]?(?:_?\{?[0-9]+\}?)?[)\]]?){2,}")

@@ -31,15 +31,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards.answers import boxed, stated_answer
+from rewards.answers.equality import same
+from rewards.answers.golds import gold_forms, is_struct
+from rewards.answers.hedging import is_denied
+from rewards.answers.kinds import Letter, Words
+from rewards.answers.reading import read
+from rewards.answers.stated import boxed, stated_answer
 from rewards.base import ScoringRequest, unscorable
-from rewards.choices import read_choices
-from rewards.equality import same
-from rewards.format import Scope, answer_text, check_scope, judged_text, placed
-from rewards.golds import gold_forms, is_struct
-from rewards.hedging import is_denied
-from rewards.kinds import Letter, Words
-from rewards.reading import read
+from rewards.functions.choices import read_choices
+from rewards.functions.format import Scope, answer_text, check_scope, judged_text, placed
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 10_000
@@ -92,7 +92,7 @@ class MultipleChoiceReward:
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
     choices: str | None = None
-    """Column with the choices (rewards/choices.py). None: they are read from the row's own words."""
+    """Column with the choices (rewards/functions/choices.py). None: they are read from the row's own words."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)

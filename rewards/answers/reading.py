@@ -1,4 +1,4 @@
-"""Reading: one classifier, `read`, that gives every text one tagged value (rewards/kinds.py).
+"""Reading: one classifier, `read`, that gives every text one tagged value (rewards/answers/kinds.py).
 
 What is tried, in this order: time, number, letter, date or range (which are words), list, relation, ratio, quantity,
 expression, words. A list or a relation is split outside of all brackets, and its parts are read in the same way.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from rewards.kinds import Expression, Kind, Letter, Named, Quantity, Ratio, Relation, Several, Time, Words
-from rewards.mathematics import MAX_CHARACTERS, is_mathematics, value_of
-from rewards.notation import folded, plain
-from rewards.numbers import Number, read_number, split_sign
+from rewards.answers.kinds import Expression, Kind, Letter, Named, Quantity, Ratio, Relation, Several, Time, Words
+from rewards.answers.mathematics import MAX_CHARACTERS, is_mathematics, value_of
+from rewards.answers.notation import folded, plain
+from rewards.answers.numbers import Number, read_number, split_sign
 
 _LETTER = re.compile(r"\(?\s*([A-Za-z])\s*\)?|([A-Z])\s*[.)]")
 _TIME = re.compile(

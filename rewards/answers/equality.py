@@ -1,4 +1,4 @@
-"""Equality: one comparison for each kind of gold answer (rewards/kinds.py).
+"""Equality: one comparison for each kind of gold answer (rewards/answers/kinds.py).
 
 Number      the same number, sign included; an expression with that value
 Expression  the same value, at every point
@@ -17,10 +17,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rewards.kinds import Expression, Kind, Letter, Named, Quantity, Ratio, Relation, Several, Time, Words
-from rewards.mathematics import expressions_equal, proportional, value_of
-from rewards.numbers import Number, numbers_equal, read_number, scales
-from rewards.reading import read
+from rewards.answers.kinds import Expression, Kind, Letter, Named, Quantity, Ratio, Relation, Several, Time, Words
+from rewards.answers.mathematics import expressions_equal, proportional, value_of
+from rewards.answers.numbers import Number, numbers_equal, read_number, scales
+from rewards.answers.reading import read
 
 _UNKNOWN = re.compile(r"[A-Za-z](?:_[A-Za-z0-9])?(?:\([a-z]\))?|\\(?:theta|alpha|beta|lambda|mu|phi)")
 _SUM_OF_NAMES = re.compile(

@@ -1,7 +1,7 @@
-"""Kinds: what an answer can be. Each text is one of these (rewards/reading.py tells which).
+"""Kinds: what an answer can be. Each text is one of these (rewards/answers/reading.py tells which).
 
-Number      3, 1/2, 1,000, 6.63 \\times 10^{-34}, 50%, 145°, $5        (rewards/numbers.py)
-Expression  \\sqrt{2}, x^2+1, \\begin{pmatrix}..\\end{pmatrix}           (rewards/mathematics.py)
+Number      3, 1/2, 1,000, 6.63 \\times 10^{-34}, 50%, 145°, $5        (rewards/answers/numbers.py)
+Expression  \\sqrt{2}, x^2+1, \\begin{pmatrix}..\\end{pmatrix}           (rewards/answers/mathematics.py)
 Quantity    3 cm, 9\\pi cm^2, 3 apples: a number or an expression, and what is counted
 Several     1, 2; (1, 2); [0, 1); {1, 2}; 1 \\pm \\sqrt{2}; a union of intervals
 Named       x = 3; x = 3, y = 4; f(x) = x^2
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rewards.numbers import Number
+from rewards.answers.numbers import Number
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from rewards.marks import boxed, boxes
-from rewards.nulls import is_null
+from rewards.answers.marks import boxed, boxes
+from rewards.answers.nulls import is_null
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _FENCE = re.compile(r"```(?:json)?[ \t\r]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)

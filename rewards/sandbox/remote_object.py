@@ -1,4 +1,4 @@
-"""Stand-ins for the objects of a program in another process (rewards/remote_program.py). Standard library only."""
+"""Stand-ins for the objects of a program in another process (remote_program.py). Standard library only."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Only text that is one expression from end to end is parsed: no prose, date, time or unit. The parser takes exponential
 time on small input (forty brackets), and sympy on some (`9^{9^{9^9}}`); its own time limit is a signal handler that C
 code ignores. What is clearly expensive is refused here, the rest is up to a worker that can be killed
-(rewards/worker.py).
+(rewards/process/worker.py).
 
 Numbers are evaluated to 30 digits. Expressions with symbols are evaluated at fixed points on both sides of 0 and are
 equal where both have values and these agree: what differs at all differs at almost every point.
@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
-from rewards.numbers import values_equal
+from rewards.answers.numbers import values_equal
 
 MAX_CHARACTERS = 256
 """Longest text that is read as one expression."""

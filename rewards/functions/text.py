@@ -25,9 +25,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from rewards.answers.golds import gold_forms
 from rewards.base import ScoringRequest, unscorable
-from rewards.format import Scope, check_scope, judged_text, placed
-from rewards.golds import gold_forms
+from rewards.functions.format import Scope, check_scope, judged_text, placed
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 20_000

@@ -1,4 +1,4 @@
-"""The process that runs rewards: a fresh interpreter, started by rewards/worker.py, which may kill it at any time.
+"""The process that runs rewards: a fresh interpreter, started by worker.py, which may kill it at any time.
 
 worker ── Setup ──▶ child           (imports, warms up)       child ── ("ready", Traits) or ("failed", why) ──▶
 worker ── ScoringRequest ──▶ child                            child ── ("scored", Scores) ──▶ and again
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import ServiceError, TransientError
-from rewards.channel import Channel
 from rewards.compose import describe
+from rewards.process.channel import Channel
 from rewards.registry import RewardSpec, build_rewards
 
 _PR_SET_PDEATHSIG = 1

@@ -28,7 +28,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, cast
 
-from rewards.remote_object import Remote, number_of, renew
+from rewards.sandbox.remote_object import Remote, number_of, renew
 
 MAX_DEPTH = 100
 MAX_MESSAGE = 2**26

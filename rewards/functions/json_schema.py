@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, ClassVar
 
+from rewards.answers.nulls import is_null
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.format import Scope, check_scope, judged_text, unfenced
-from rewards.nulls import is_null
+from rewards.functions.format import Scope, check_scope, judged_text, unfenced
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 100_000

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rewards.format import unfenced
-from rewards.nulls import is_blank, is_null
+from rewards.answers.nulls import is_blank, is_null
+from rewards.functions.format import unfenced
 
 Coordinates = Literal["absolute", "normalized", "thousandths"]
 Box = tuple[float, float, float, float]

@@ -29,8 +29,8 @@ from typing import Any, ClassVar
 
 from rewards.base import ScoringRequest, Service, ServiceError, TransientError
 from rewards.compose import describe, patiently
-from rewards.format import shown
-from rewards.user import RewardSetupError
+from rewards.functions.format import shown
+from rewards.functions.user import RewardSetupError
 from rollout.types import Media, Verdict
 
 MAX_CHARACTERS = 20_000

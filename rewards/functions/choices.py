@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rewards.nulls import is_null
+from rewards.answers.nulls import is_null
 
 MAX_CHARACTERS = 20_000
 """Longest question, and longest column text, in which choices are looked for; the last characters count."""

@@ -1,0 +1,1 @@
+"""What an answer says: a grammar, read once for every reward that compares."""

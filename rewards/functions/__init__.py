@@ -1,0 +1,1 @@
+"""One file for each reward, and what two of them share."""
