@@ -32,7 +32,7 @@ from rollout.data.source import DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import RolloutGroup
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
 PROMPTS = 8
@@ -47,9 +47,9 @@ def counting(name: Callable[[], str], counts: Counter[str]) -> Iterator[None]:
     """Count, in this process, images that are decoded, and images that a processor is given under `name()`."""
     import transformers
 
-    import vlm.media
+    import vlm.media.images
 
-    decode, preprocess = vlm.media._decode, transformers.Qwen2VLImageProcessor.preprocess
+    decode, preprocess = vlm.media.images._decode, transformers.Qwen2VLImageProcessor.preprocess
 
     def counted_decode(image: Any) -> Any:
         counts["decoded"] += 1
@@ -60,7 +60,7 @@ def counting(name: Callable[[], str], counts: Counter[str]) -> Iterator[None]:
         return preprocess(self, given, *args, **kwargs)
 
     with (
-        mock.patch.object(vlm.media, "_decode", counted_decode),
+        mock.patch.object(vlm.media.images, "_decode", counted_decode),
         mock.patch.object(transformers.Qwen2VLImageProcessor, "preprocess", counted_preprocess),
     ):
         yield

@@ -36,7 +36,7 @@ from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 
 TOLERANCE = 1e-3
 """Relative, of losses and gradient norms."""

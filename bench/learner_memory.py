@@ -94,7 +94,7 @@ def measure_step(system: str, path: Path) -> dict[str, Any]:
     from bench.trl_step import BareStep
     from learner.algorithm.objective import GlobalCounts
     from learner.update import micro_loss
-    from vlm.registry import load_adapter
+    from vlm.families.registry import load_adapter
 
     adapter, options = load_adapter(str(path)), learner_options(path, 8192)
     shape = Shape({}, edge=56, words=3, new=ROWS // 8)

@@ -21,10 +21,11 @@ from learner.batching.packing import balance, fewest_bins, pack_padded
 from learner.batching.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
 from learner.types import LearnerOptions
 from learner.update import row_costs
-from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
+from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.media import digest
+from vlm.media.images import digest
+from vlm.media.types import Media
 from vlm.tiny import TinySizes, build_tiny
 
 RESERVED = 16

@@ -26,7 +26,7 @@ from bench.common import report
 from bench.gpu_parts.exact import work_of
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny
 
 EXPONENTS = (-4, -6, -7, -8, -9, -10, -12)

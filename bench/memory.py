@@ -29,7 +29,7 @@ from bench.memory_process import Case, learner_options, make_batches
 from learner.engines.process_group import open_store
 from learner.plan.memory import Load, MemoryPlan, plan_memory
 from learner.plan.model_shape import describe
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny
 
 SIZES = TinySizes(

@@ -28,8 +28,8 @@ from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.clips import decode
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.video_audio import decode
 from vlm.tiny.noise import noise_image
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from rollout.types import MediaKind, PromptRef
+from rollout.types import PromptRef
+from vlm.media.types import MediaKind
 from vlm.roles import DEFAULT_LORA_TARGETS, role_problems
 
 DEFAULT_TOKENS = 8192

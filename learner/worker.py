@@ -79,7 +79,7 @@ class LearnerWorker:
         from learner.features.store_actor import ObjectStore
         from learner.plan.memory import with_unit_bytes
         from learner.update import group_cost
-        from vlm.registry import load_adapter
+        from vlm.families.registry import load_adapter
 
         # DeepSpeed calls collectives under names that torch has since replaced, and every call would say so.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

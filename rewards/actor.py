@@ -23,7 +23,8 @@ from rewards.compose import Scores
 from rewards.functions.format import Trace, shown
 from rewards.process.worker import RewardWorker
 from rewards.registry import RewardSpec
-from rollout.types import GroupSummary, Media, RolloutFailure, RolloutGroup, Verdict
+from rollout.types import GroupSummary, RolloutFailure, RolloutGroup, Verdict
+from vlm.media.types import Media
 
 EXCERPT = 200
 """Characters of a completion without a score that go into the summary."""

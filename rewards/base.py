@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rollout.types import Completion, FinishReason, Media, Prompt, RolloutGroup, Segment, Verdict
+from rollout.types import Completion, FinishReason, Prompt, RolloutGroup, Segment, Verdict
+from vlm.media.types import Media
 
 Service = Callable[..., Any]
 """Something that runs elsewhere on behalf of a reward. What the driver offers takes `timeout` (seconds) besides its

@@ -30,7 +30,7 @@ from rewards.functions.reward_model import RewardModelReward
 from rewards.functions.text import ContainsReward, EditDistanceReward, ExactMatchReward
 from rewards.functions.tool_call import ToolCallReward
 from rewards.functions.user import RewardSetupError, load_user_reward
-from rollout.user_code import short
+from vlm.user_code import short
 
 REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "format": FormatReward,

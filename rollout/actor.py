@@ -27,8 +27,9 @@ from rollout.engines.protocol import (
     SamplingParams,
 )
 from rollout.environment import SingleTurn
-from rollout.types import Media, Prompt, RolloutFailure, RolloutGroup
+from rollout.types import Prompt, RolloutFailure, RolloutGroup
 from vlm.adapter import MultimodalAdapter
+from vlm.media.types import Media
 from weight_sync.verify import WeightReport
 
 EngineFactory = Callable[[EngineOptions, MultimodalAdapter], RolloutEngine]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rollout.engines.protocol import EngineOutput, SamplingParams
-from rollout.types import Media, Prompt
+from rollout.types import Prompt
+from vlm.media.types import Media
 
 Generate = Callable[[Prompt, Sequence[Media], SamplingParams], Awaitable[EngineOutput]]
 """What an environment sees of an engine: `RolloutEngine.generate`."""

@@ -20,7 +20,6 @@ from learner.features.frozen_towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
 from rollout.data.elsewhere import address_problem
 from rollout.data.source import DataError, PromptSource, open_data
-from rollout.types import MediaKind
 from saccade import checkpoints
 from saccade.checks.gold_check import gold_problems
 from saccade.checks.media_use import blindness, overlooked_media
@@ -31,7 +30,8 @@ from saccade.config.run_config import ConfigError, RunConfig
 from saccade.observe.metrics import read_metrics
 from saccade.observe.screen import say
 from vlm.adapter import AdapterError
-from vlm.patches import patches_per_token
+from vlm.media.types import MediaKind
+from vlm.media_cost import patches_per_token
 
 ROWS_TRIED = 100
 """Rows of each set of files that are made prompts of before anything starts."""

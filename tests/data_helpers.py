@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from rollout.data.source import DataOptions, PromptSource
-from rollout.types import Media, MediaKind
+from vlm.media.types import Media, MediaKind
 
 if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import nn
 
 from rollout.engines.protocol import BAN, EngineDeadError, PromptRefusedError, RolloutEngine, SamplingParams
-from rollout.types import Completion, Media, Prompt, PromptRef, Segment
+from rollout.types import Completion, Prompt, PromptRef, Segment
 from vlm.adapter import MultimodalAdapter
-from vlm.media import digest
+from vlm.media.images import digest
+from vlm.media.types import Media
 from weight_sync.protocols import EngineHandle, TransferReport
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource

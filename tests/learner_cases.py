@@ -17,10 +17,11 @@ from learner.algorithm.advantages import ADVANTAGES
 from learner.batching.samples import Row
 from learner.types import LearnerOptions
 from learner.update import build_rows
-from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup, Segment, Verdict
+from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import MultimodalAdapter
-from vlm.clips import decode
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.types import Media
+from vlm.media.video_audio import decode
 from vlm.tiny.noise import noise, noise_image
 
 QUESTIONS = ("what is it?", "which colour does it have?", "count.", "describe the picture in a few words, please.")

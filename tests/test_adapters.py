@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rollout.types import Media
-from rollout.user_code import name_of
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.encoded import concatenate_padded
-from vlm.registry import ADAPTERS, load_adapter
+from vlm.encoding import concatenate_padded
+from vlm.families.registry import ADAPTERS, load_adapter
+from vlm.media.types import Media
 from vlm.tiny import build_tiny
+from vlm.user_code import name_of
 
 
 def picture(width: int, height: int) -> Image.Image:

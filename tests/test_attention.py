@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from learner.model.attention import (
-    GroupAttention,
-    _forward,
-    labels,
-    position_shift,
-    predicting_position,
-)
+from learner.batching.layout import labels, position_shift, predicting_position
+from learner.model.attention import GroupAttention, _forward
 from vlm.batch import GroupLengths
 
 GROUPS: tuple[GroupLengths, ...] = ((3, (2, 3)), (2, (1,)), (1, ()))

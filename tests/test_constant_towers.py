@@ -34,8 +34,8 @@ from tests.test_features import MemoryStore
 from tests.test_learner_group import store
 from tests.train_engine_contract import assert_gradients_close, gradients_of
 from vlm.adapter import MultimodalAdapter
-from vlm.clips import decode
-from vlm.qwen_vl import QwenVLAdapter
+from vlm.families.qwen_vl import QwenVLAdapter
+from vlm.media.video_audio import decode
 from vlm.tiny import TINY, build_tiny
 
 FAMILIES = ("idefics3", "internvl", "llava_next", "mistral3", "qwen2_5_omni", "qwen3_vl")

@@ -16,7 +16,7 @@ from saccade.fleet.reward_services import _prompt
 from tests.data_helpers import FakeAdapter, source, write_rows
 from vlm.adapter import MultimodalAdapter
 from vlm.control import control_tokens
-from vlm.text import TextAdapter
+from vlm.families.text import TextAdapter
 from vlm.tiny.base import ANSWER_TAGS, PAD, chat_template, make_tokenizer
 
 TOOLS = ("<tool_call>", "</tool_call>")

@@ -280,7 +280,7 @@ def test_a_template_can_say_where_the_image_goes(tmp_path: Path) -> None:
 
 
 def test_markers_are_places_whatever_the_familys_own_token_is(tiny_model: Path, tmp_path: Path) -> None:
-    from vlm.registry import load_adapter
+    from vlm.families.registry import load_adapter
 
     data = write_rows(tmp_path / "a.json", [{"problem": "<image>\n<image>Which <b>?", "images": ["a.png", "b.png"]}])
     (tmp_path / "a.png").write_bytes(RED)

@@ -12,7 +12,7 @@ from saccade.config.run_config import ConfigError, parse_config
 from saccade.run import open_run
 from tests.test_config import MINIMAL
 from vlm.adapter import AdapterError
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 
 FETCH = "download it with `hf download BytedTsinghua-SIA/DAPO-Math-17k --repo-type dataset --local-dir DAPO-Math-17k`"
 ADDRESSES = {

@@ -24,7 +24,7 @@ from tests.engine_contract import (
     small_policy,
 )
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,16 @@ from learner.batching.samples import Row, Sample, collate, encode_prompts, share
 from learner.model.load import load_policy
 from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_engine import engine_arguments
-from rollout.types import Media
 from tests.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
-from vlm.clips import decode
-from vlm.encoded import AdapterError, counts_of
-from vlm.idefics3 import patch_places
-from vlm.media import ImageLimits, MediaError, check_image
-from vlm.mrope import mrope_positions
-from vlm.patches import patches, patches_per_token
-from vlm.registry import load_adapter
+from vlm.encoding import AdapterError, counts_of
+from vlm.families.idefics3 import patch_places
+from vlm.families.mrope import mrope_positions
+from vlm.families.registry import load_adapter
+from vlm.media.images import ImageLimits, MediaError, check_image
+from vlm.media.types import Media
+from vlm.media.video_audio import decode
+from vlm.media_cost import patches, patches_per_token
 from vlm.tiny import TINY, build_tiny
 from vlm.tiny.noise import noise
 

@@ -19,9 +19,9 @@ from saccade.config.options import config_adapter, data_options, engine_options,
 from saccade.config.run_config import parse_config
 from tests.data_helpers import png, write_rows
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.clips import decode
-from vlm.encoded import concatenate_padded
-from vlm.registry import load_adapter
+from vlm.encoding import concatenate_padded
+from vlm.families.registry import load_adapter
+from vlm.media.video_audio import decode
 from vlm.tiny import build_tiny
 from vlm.tiny.noise import noise
 

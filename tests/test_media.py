@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm.media import IMAGE_FORMATS, ImageLimits, MediaError, MediaTooLargeError, check_image, digest, open_image
+from vlm.media.images import IMAGE_FORMATS, ImageLimits, MediaError, MediaTooLargeError, check_image, digest, open_image
 
 LIMITS = ImageLimits(max_bytes=10**6, max_pixels=10**5)
 

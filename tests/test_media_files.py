@@ -186,7 +186,7 @@ def test_no_sample_is_trained_without_its_image_by_a_template_that_drops_it(tmp_
 
 
 def test_a_real_model_whose_template_knows_no_images(tiny_model: Path, tmp_path: Path) -> None:
-    from vlm.registry import load_adapter
+    from vlm.families.registry import load_adapter
 
     adapter = load_adapter(str(tiny_model))
     options = source(write_rows(tmp_path / "a.parquet", [{"prompt": "q", "image": RED}]), max_refused_share=1.0).options

@@ -25,7 +25,7 @@ from saccade.cli import app
 from saccade.config.run_config import load_config
 from tests.learner_cases import adapter_of
 from vlm.adapter import MultimodalAdapter
-from vlm.clips import decode
+from vlm.media.video_audio import decode
 from vlm.tiny import TinySizes, build_tiny
 from vlm.tiny.noise import noise_image
 

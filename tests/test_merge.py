@@ -27,8 +27,8 @@ from saccade.config.run_config import ConfigError, config_tree, parse_config
 from tests.learner_cases import adapter_of, options
 from tests.test_quantize import QLORA
 from vlm.adapter import AdapterError
-from vlm.qwen_vl import QwenVLAdapter
-from vlm.registry import load_adapter
+from vlm.families.qwen_vl import QwenVLAdapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
 

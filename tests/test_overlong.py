@@ -15,8 +15,8 @@ from rollout.data.source import DataError
 from rollout.types import Prompt
 from tests.data_helpers import PLACES, FakeAdapter, FakeTextAdapter, png, source, write_rows
 from vlm.adapter import MultimodalAdapter
-from vlm.clips import decode
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.video_audio import decode
 from vlm.tiny import build_tiny
 
 FOLDER_IS_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -24,8 +24,8 @@ from saccade import cli
 from saccade.commands.parity import TOLERANCES, CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
 from saccade.config.run_config import ConfigError
 from tests.engine_contract import Harness, LocalLearner, move
-from vlm.qwen_vl import QwenVLAdapter
-from vlm.registry import load_adapter
+from vlm.families.qwen_vl import QwenVLAdapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import TINY, build_tiny
 
 REPRESENTATIVE = ("internvl", "llava_next", "qwen2_5_omni", "qwen2_5_vl", "smolvlm")

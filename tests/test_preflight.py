@@ -22,7 +22,7 @@ from saccade.preflight import check_data, idle_ranks, missing_weights, preflight
 from saccade.run import Run
 from tests.data_helpers import png, write_rows
 from vlm.adapter import AdapterError
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
 

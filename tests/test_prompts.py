@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rollout.data.source import SYSTEM_PROMPTS, DataError, PromptSource
-from rollout.types import Media, Prompt, PromptRef
+from rollout.types import Prompt, PromptRef
 from tests.data_helpers import FakeTextAdapter, fake_adapter, png, source, write_rows
+from vlm.media.types import Media
 
 FOLDER_IS_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -419,8 +420,8 @@ def test_missing_files_folders_and_columns_are_reported_at_construction(tmp_path
 
 
 def test_a_real_family_refuses_its_placeholders_and_counts_its_tokens(tiny_model: Path, tmp_path: Path) -> None:
-    from vlm.media import open_image
-    from vlm.registry import load_adapter
+    from vlm.families.registry import load_adapter
+    from vlm.media.images import open_image
 
     adapter = load_adapter(str(tiny_model))
     sizes = [(28, 28), (5, 5), (300, 28), (57, 113), (5000, 5)]

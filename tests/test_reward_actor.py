@@ -12,16 +12,8 @@ import numpy as np
 import pytest
 
 from rewards.registry import RewardSpec
-from rollout.types import (
-    Completion,
-    GroupSummary,
-    Media,
-    Prompt,
-    PromptRef,
-    RolloutFailure,
-    RolloutGroup,
-    Segment,
-)
+from rollout.types import Completion, GroupSummary, Prompt, PromptRef, RolloutFailure, RolloutGroup, Segment
+from vlm.media.types import Media
 
 PATIENCE = 180.0
 

@@ -21,7 +21,8 @@ from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
 from rewards.registry import RewardSpec, check_rewards
 from rollout.engines.protocol import SamplingParams
-from rollout.types import Completion, Media, Prompt, RolloutFailure, RolloutGroup, Segment
+from rollout.types import Completion, Prompt, RolloutFailure, RolloutGroup, Segment
+from vlm.media.types import Media
 
 PATIENCE = 180.0
 PNG = b"\x89PNG pixels"
@@ -200,7 +201,7 @@ def test_engines_are_asked_in_the_chat_template_with_special_tokens_taken_out(
     local_ray: ModuleType, tiny_model: Path
 ) -> None:
     from saccade.fleet.reward_services import EngineJudge
-    from vlm.registry import load_adapter
+    from vlm.families.registry import load_adapter
 
     ray = local_ray
     engines = [ray.remote(ScriptedEngine).options(num_cpus=0).remote() for _ in "ab"]

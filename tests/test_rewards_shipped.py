@@ -19,7 +19,7 @@ from rewards.functions.repetition import RepetitionReward
 from rewards.functions.text import EditDistanceReward, edit_distance
 from rewards.functions.tool_call import ToolCallReward
 from rewards.registry import RewardSpec, check_rewards
-from rollout.types import Media
+from vlm.media.types import Media
 
 
 def score(reward: RewardFunction, answer: str, gold: Any = None, **request: Any) -> float | str:

@@ -15,7 +15,7 @@ from torch import nn
 from learner.batching.samples import collate
 from learner.model.load import load_base, load_policy
 from tests.learner_cases import adapter_of, make_case, make_group, options, rows_of
-from vlm.encoded import AdapterError
+from vlm.encoding import AdapterError
 from vlm.parts import ModelParts
 from vlm.tiny import TINY, build_tiny
 

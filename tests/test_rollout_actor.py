@@ -18,10 +18,11 @@ from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
 from rollout.engines.simulated_engine import Behavior, SimulatedEngine
 from rollout.environment import SingleTurn
-from rollout.types import Completion, Media, Prompt, RolloutFailure, RolloutGroup, Segment
+from rollout.types import Completion, Prompt, RolloutFailure, RolloutGroup, Segment
 from tests.engine_contract import LocalLearner, image_media, make_prompt
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.types import Media
 from weight_sync.sync import form_group, sync_weights
 from weight_sync.verify import WeightSyncError
 

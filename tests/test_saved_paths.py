@@ -11,9 +11,9 @@ import yaml
 
 from rewards.base import ScoringRequest
 from rewards.registry import RewardSpec, build_rewards
-from rollout.user_code import UserCodeError, find, located, name_of, short
 from saccade.config.run_config import RunConfig, dump_config, parse_config
 from saccade.config.saved_paths import JOB_CONFIG, absolute
+from vlm.user_code import UserCodeError, find, located, name_of, short
 
 CODE = "def brevity(completions):\n    return [1.0 for _ in completions]\nclass Family: ...\n"
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from rollout.types import Media
 from saccade.demo import shapes
 from tests.data_helpers import source, write_rows
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import ADAPTERS, load_adapter
+from vlm.families.registry import ADAPTERS, load_adapter
+from vlm.media.types import Media
 from vlm.tiny import ANSWER_TAGS, TINY, TinySizes, build_tiny
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color are the shapes ?"}]}]

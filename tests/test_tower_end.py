@@ -34,7 +34,7 @@ from tests.test_constant_towers import (
     update,
 )
 from tests.train_engine_contract import assert_gradients_close, gradients_of
-from vlm.registry import ADAPTERS
+from vlm.families.registry import ADAPTERS
 from vlm.tiny import TINY, build_tiny
 
 FAMILIES = ("gemma3", "idefics3", "internvl", "llava_next", "mistral3", "qwen2_5_vl", "qwen3_vl")

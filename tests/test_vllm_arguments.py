@@ -23,7 +23,7 @@ from rollout.engines.vllm_engine import engine_arguments
 from rollout.engines.vllm_process import set_environment
 from saccade.config.options import engine_options
 from saccade.config.run_config import parse_config
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource

@@ -39,7 +39,7 @@ from tests.engine_contract import (
     small_policy,
 )
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from saccade.demo.shapes import ANSWERS, ShapesFiles, completion, make_shapes, vocabulary
 from saccade.demo.warm_start import encode_row, format_batch, read_rows, warm_start
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
 

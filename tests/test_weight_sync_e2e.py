@@ -25,12 +25,13 @@ from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.engines.protocol import EngineOptions, SamplingParams
-from rollout.types import GroupSummary, Media, Prompt, RolloutFailure, RolloutGroup, Verdict
+from rollout.types import GroupSummary, Prompt, RolloutFailure, RolloutGroup, Verdict
 from saccade.commands.parity import TOLERANCES
 from tests.conftest import REPOSITORY
 from tests.engine_contract import image_media, make_prompt, reference_logprobs, segment
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.types import Media
 from weight_sync.sync import form_group, sync_weights
 from weight_sync.verify import WeightSyncError
 

@@ -18,10 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from rollout.types import Media, MediaKind
-from vlm.clips import Decoded, Video, decode
 from vlm.control import control_tokens
-from vlm.encoded import (
+from vlm.encoding import (
     AdapterError,
     Counts,
     EncodedPrompt,
@@ -36,6 +34,8 @@ from vlm.encoded import (
 from vlm.ends import end_tokens
 from vlm.features import TowerFeatures
 from vlm.image_tokens import ImageTokens
+from vlm.media.types import Media, MediaKind
+from vlm.media.video_audio import Decoded, Video, decode
 from vlm.parts import ModelParts
 
 __all__ = ["AdapterError", "EncodedPrompt", "Messages", "Modality", "MultimodalAdapter"]

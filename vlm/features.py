@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from rollout.types import MediaKind
-from vlm.cut import TowerEnd
-from vlm.encoded import EncodedPrompt, FeatureRow, Modality
+from vlm.encoding import EncodedPrompt, FeatureRow, Modality
+from vlm.media.types import MediaKind
+from vlm.tower_end import TowerEnd
 
 
 class TowerFeatures:

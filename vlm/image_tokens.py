@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from rollout.types import Media, MediaKind
-from vlm.encoded import AdapterError, Modality
+from vlm.encoding import AdapterError, Modality
+from vlm.media.types import Media, MediaKind
 
 PROBE = 4096
 """Width and height of an image that is larger than any processor leaves it."""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from rollout.types import MediaKind
-from vlm.encoded import AdapterError
+from vlm.encoding import AdapterError
+from vlm.media.types import MediaKind
 from vlm.roles import part_of
 
 THROUGH = {"vision": {"image", "video"}, "projector": {"image", "video"}, "audio": {"audio"}}

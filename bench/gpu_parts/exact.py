@@ -24,10 +24,10 @@ from learner.engines.protocol import TrainEngine
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
-from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.types import MediaKind
 from vlm.tiny import TinySizes, build_tiny
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "pixtral", "internvl", "gemma3", "llama")

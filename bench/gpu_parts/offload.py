@@ -20,7 +20,7 @@ from bench.gpu_parts.exact import work_of
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny
 
 SIZES = TinySizes(hidden=1024, intermediate=4096, layers=16, heads=16, kv_heads=4)

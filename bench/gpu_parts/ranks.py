@@ -21,7 +21,7 @@ from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.engines.process_group import join, open_store
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
 TIMEOUT = 90.0

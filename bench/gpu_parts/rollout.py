@@ -17,7 +17,7 @@ from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Prompt, PromptRef
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 
 WORK = Shape({"3B": 64}, edge=896, words=40, new=256)
 SMALL_WORK = Shape({"3B": 4}, edge=112, words=10, new=16)

@@ -28,7 +28,7 @@ from learner.plan.model_shape import describe
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.batch import MultimodalBatch
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 
 WORK = Shape({"3B": 6, "7B": 6}, edge=896, words=40, new=512)
 SMALL_WORK = Shape({"3B": 2, "7B": 2}, edge=112, words=10, new=16)

@@ -14,7 +14,7 @@ from bench.gpu_parts.exact import work_of
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
 STEPS = 4

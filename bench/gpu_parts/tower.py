@@ -19,7 +19,7 @@ from learner.model.load import load_policy
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from vlm.batch import MultimodalBatch
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 
 EDGE = {False: 896, True: 112}
 """Of the image, at full size and small: 1,024 or 16 tokens."""

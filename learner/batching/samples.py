@@ -18,12 +18,13 @@ from torch import Tensor
 from learner.batching.layout import position_shift
 from learner.batching.packing import split_group
 from learner.types import EncodingMismatchError, LearnerOptions, Size
-from rollout.types import Completion, MediaKind, RolloutGroup
+from rollout.types import Completion, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import GroupLengths, MultimodalBatch
-from vlm.clips import decode
-from vlm.encoded import FeatureRow
-from vlm.patches import patches
+from vlm.encoding import FeatureRow
+from vlm.media.types import MediaKind
+from vlm.media.video_audio import decode
+from vlm.media_cost import patches
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ from learner.engines.protocol import MOMENTS, MicroLoss, ReadTensor, StepResult,
 from learner.model.load import load_policy, load_reference
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
-from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.encoded import FeatureRow
+from vlm.encoding import FeatureRow
+from vlm.media.types import MediaKind
 from weight_sync.protocols import WeightSource
 from weight_sync.source import PolicySource
 

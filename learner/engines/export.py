@@ -11,10 +11,10 @@ import torch
 from learner.durable import atomic_directory
 from learner.engines.checkpoint import check_finite
 from learner.model.policy import PolicyModule
-from rollout.user_code import name_of
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import ADAPTERS
-from vlm.saved import publish_saved_model
+from vlm.families.registry import ADAPTERS
+from vlm.publish import publish_saved_model
+from vlm.user_code import name_of
 from weight_sync.source import PolicySource, gathered
 
 ADAPTER_ORIGIN = "saccade.json"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.objective import MISMATCH, LossTerms, token_means
-from rollout.types import MediaKind
 from vlm.batch import MultimodalBatch
-from vlm.encoded import FeatureRow
+from vlm.encoding import FeatureRow
+from vlm.media.types import MediaKind
 from weight_sync.protocols import WeightSource
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

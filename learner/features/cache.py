@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.encoded import FeatureRow
+from vlm.encoding import FeatureRow
 
 Key = Hashable
 Features = tuple[FeatureRow, ...]

@@ -19,13 +19,14 @@ from learner.batching.samples import check_expansion, encode_prompts
 from learner.engines.protocol import TrainEngine
 from learner.features.cache import BoundedLRU, FeatureCache, Features, Key, Store
 from learner.types import DEFAULT_TOKENS, LearnerOptions
-from rollout.types import Media, MediaKind, RolloutGroup
+from rollout.types import RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.clips import decode
-from vlm.encoded import FeatureRow
+from vlm.encoding import FeatureRow
+from vlm.media.types import Media, MediaKind
+from vlm.media.video_audio import decode
+from vlm.media_cost import patches, patches_per_token
 from vlm.parts import THROUGH, tower_part
-from vlm.patches import patches, patches_per_token
 from vlm.roles import part_of
 
 IN_STORE = 4

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from learner.batching.layout import predicting_position
 from learner.model.attention import AttentionBackend, packed_kwargs
 from learner.model.logprobs import LogprobHead
-from rollout.types import MediaKind
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.encoded import FeatureRow
+from vlm.encoding import FeatureRow
+from vlm.media.types import MediaKind
+from vlm.media_cost import patches_per_token
 from vlm.parts import THROUGH, tower_part
-from vlm.patches import patches_per_token
 from vlm.roles import part_of
 
 

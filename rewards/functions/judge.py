@@ -31,7 +31,8 @@ from rewards.base import ScoringRequest, Service, ServiceError, TransientError
 from rewards.compose import describe, patiently
 from rewards.functions.format import shown
 from rewards.functions.user import RewardSetupError
-from rollout.types import Media, Verdict
+from rollout.types import Verdict
+from vlm.media.types import Media
 
 MAX_CHARACTERS = 20_000
 """Longest completion that is sent."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from rewards.base import RewardFunction, ScoringRequest, Service
 from rollout.types import Completion, Verdict, is_finite
-from rollout.user_code import UserCodeError, find
+from vlm.user_code import UserCodeError, find
 
 _GIVEN = ("completions", "completion_ids", "prompts", "answer")
 """Keyword arguments that every function may ask for; the rest are data columns."""

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rollout.data.source import DataError, DataOptions, DataReport, PromptSource
-from rollout.types import Media, Prompt, PromptRef, StoredPrompt
+from rollout.types import Prompt, PromptRef, StoredPrompt
+from vlm.media.types import Media
 
 if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter

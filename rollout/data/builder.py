@@ -20,9 +20,10 @@ from rollout.data.columns import Columns, value_of
 from rollout.data.conversation import Conversation, Message, Part, places, text_of, texts_of
 from rollout.data.media_files import MediaFiles
 from rollout.data.rows import RowRefusedError, shown
-from rollout.types import Media, MediaKind, Prompt, PromptRef
-from vlm.clips import check_sound, check_video
-from vlm.media import ImageLimits, MediaError, MediaTooLargeError, check_image, digest
+from rollout.types import Prompt, PromptRef
+from vlm.media.images import ImageLimits, MediaError, MediaTooLargeError, check_image, digest
+from vlm.media.types import Media, MediaKind
+from vlm.media.video_audio import check_sound, check_video
 
 if TYPE_CHECKING:
     from rollout.data.source import DataOptions

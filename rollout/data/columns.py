@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rollout.types import MediaKind
+from vlm.media.types import MediaKind
 
 Role = Literal["prompt", "image", "video", "audio", "answer"]
 MEDIA_ROLES: tuple[MediaKind, ...] = get_args(MediaKind)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rollout.data.columns import MEDIA_ROLES
 from rollout.data.rows import RowRefusedError, shown
-from rollout.types import MediaKind
+from vlm.media.types import MediaKind
 
 Part = Mapping[str, Any]
 """`{"type": "text", "text": ...}`, or `{"type": "image"}`, "video", "audio": the place of one item."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.data.rows import RowRefusedError, shown
-from rollout.types import MediaKind
+from vlm.media.types import MediaKind
 
 FETCH_SECONDS = 20.0
 """Longest wait for an answer from the web, and for the whole of one."""

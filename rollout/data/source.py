@@ -25,7 +25,8 @@ from rollout.data.formats import DataError, RowFile
 from rollout.data.media_files import media_kind
 from rollout.data.report import WHAT_TO_DO, DataReport, Refusal, differences
 from rollout.data.rows import RowRefusedError, RowStore, open_files
-from rollout.types import MEDIA_PER_PROMPT, MediaKind, Prompt, PromptRef
+from rollout.types import MEDIA_PER_PROMPT, Prompt, PromptRef
+from vlm.media.types import MediaKind
 
 if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rollout.types import Completion, Media, Prompt
+from rollout.types import Completion, Prompt
+from vlm.media.types import Media
 
 if TYPE_CHECKING:
     from weight_sync.verify import WeightReport

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
-from rollout.types import Completion, Media, Prompt, Segment
+from rollout.types import Completion, Prompt, Segment
 from vlm.adapter import MultimodalAdapter
+from vlm.media.types import Media
 from weight_sync.gloo import GlooInitInfo, broadcast, finish, join_group, plan_buckets, view_in
 from weight_sync.protocols import ParamMeta
 from weight_sync.verify import WeightReport, tensor_digest

@@ -27,10 +27,11 @@ from rollout.engines.protocol import (
 )
 from rollout.engines.vllm_outputs import all_or_none, completion_of
 from rollout.engines.vllm_process import check_device, set_environment
-from rollout.types import Media, Prompt
+from rollout.types import Prompt
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.encoded import concatenate_padded
-from vlm.media import MediaError
+from vlm.encoding import concatenate_padded
+from vlm.media.images import MediaError
+from vlm.media.types import Media
 from weight_sync.verify import WeightReport, merge_worker_reports
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ T = TypeVar("T")
 
 WORKER_EXTENSION = "weight_sync.vllm_worker.PolicyWorker"
 """Imported in every worker process of vLLM: registers our transports and receives weights."""
-CPU_BATCH_TOKENS = 16384
-"""Tokens of one forward pass on CPU: a whole batch of short prompts at once."""
+CPU_BATCH_TOKENS = 16384  # of one forward pass: a whole batch of short prompts at once
 HEALTH_TIMEOUT = 30.0
 """Seconds in which a living engine answers a question between two of its steps."""
 LAST_WORDS_SECONDS = 0.5

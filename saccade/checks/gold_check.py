@@ -26,10 +26,11 @@ from rewards.registry import COMPARING, load_reward
 from rollout.data.builder import ANSWER_REFUSALS
 from rollout.data.rows import shown
 from rollout.data.source import DataError, PromptSource, Refusal
-from rollout.types import Media, Prompt, Verdict
+from rollout.types import Prompt, Verdict
 from saccade.checks.reward_check import with_completions, wrapper
 from saccade.config.options import reward_specs
 from saccade.config.run_config import RunConfig
+from vlm.media.types import Media
 
 ASKED = COMPARING | {"tool_call", "grounding"}
 """Rewards that are asked: those whose golds say by themselves what a right completion is (`ideal`). Programs and judges

@@ -25,13 +25,13 @@ from learner.plan.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
 from learner.plan.model_shape import ModelShape, describe
 from learner.types import LearnerOptions
 from rollout.data.source import DataError, PromptSource
-from rollout.types import MediaKind
 from saccade.config.demands import Device
 from saccade.config.options import config_adapter, data_options, learner_options, model_problem
 from saccade.config.run_config import ConfigError, RunConfig
 from saccade.observe.screen import say, show
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.patches import patches_per_token
+from vlm.media.types import MediaKind
+from vlm.media_cost import patches_per_token
 
 LOOKED_AT = 256
 """Rows of the training data whose lengths are measured."""

@@ -17,12 +17,13 @@ import numpy as np
 from rich.console import Console
 
 from rollout.data.source import PromptSource, Refusal
-from rollout.types import Media, MediaKind, Prompt
+from rollout.types import Prompt
 from saccade.config.options import config_adapter, data_options
 from saccade.config.run_config import RunConfig
 from saccade.observe.screen import say
 from vlm.adapter import Modality, MultimodalAdapter
-from vlm.clips import SOUND_RATE
+from vlm.media.types import Media, MediaKind
+from vlm.media.video_audio import SOUND_RATE
 
 SAMPLES = 3
 SHOWN = 600

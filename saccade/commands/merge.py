@@ -22,7 +22,7 @@ from saccade.commands.peft_fields import field_problems
 from saccade.config.options import config_adapter, learner_options
 from saccade.config.run_config import ConfigError, parse_config
 from vlm.adapter import MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
 
 LIMIT_UNKNOWN = (
     "the adapter does not say what limit on image tokens it was trained with, so the processor is the base's; where "

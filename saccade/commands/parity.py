@@ -26,13 +26,14 @@ from learner.types import LearnerOptions
 from learner.update import score_groups
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
-from rollout.types import Completion, Media, Prompt, PromptRef, RolloutGroup
+from rollout.types import Completion, Prompt, PromptRef, RolloutGroup
 from saccade.config.demands import Device
 from saccade.config.run_config import ConfigError
 from saccade.observe.screen import say, show
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.clips import SOUND_RATE, decode
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.types import Media
+from vlm.media.video_audio import SOUND_RATE, decode
 from vlm.tiny import TINY, build_tiny
 from vlm.tiny.noise import noise
 

@@ -23,10 +23,10 @@ from rewards.registry import RewardSpec, answers_are_programs, check_rewards
 from rollout.data.conversation import Conversation
 from rollout.data.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict
-from rollout.user_code import short
 from saccade.commands.help import App
 from saccade.config.run_config import ConfigError, apply_overrides, load_config
 from saccade.observe.screen import say
+from vlm.user_code import short
 
 ENDS: tuple[FinishReason, ...] = get_args(FinishReason)
 

@@ -8,14 +8,14 @@ from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.registry import RewardSpec, answers_are_programs
 from rollout.data.source import MEDIA_PER_PROMPT, DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
-from rollout.types import MediaKind
-from rollout.user_code import short
 from saccade.config.demands import Device
 from saccade.config.run_config import RunConfig
 from saccade.config.sections import ActorRole
 from saccade.errors import RunError
 from vlm.adapter import AdapterError, MultimodalAdapter
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.types import MediaKind
+from vlm.user_code import short
 
 
 def config_adapter(config: RunConfig) -> MultimodalAdapter:

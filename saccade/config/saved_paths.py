@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rollout.user_code import located
 from saccade.config.run_config import RunConfig
 from saccade.config.sections import RewardSpec
+from vlm.user_code import located
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where `ray job submit` puts the job's runtime environment, as JSON."""

@@ -24,8 +24,8 @@ from rewards.functions.format import answer_text, format_problem
 from saccade.demo.shapes import ANSWERS, completion
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
-from vlm.media import open_image
-from vlm.registry import load_adapter
+from vlm.families.registry import load_adapter
+from vlm.media.images import open_image
 
 PROMPTS = 256
 """Training prompts used, over and over: enough for a format, and encoding an image takes longer than training on it."""

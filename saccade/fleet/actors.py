@@ -16,7 +16,7 @@ from learner.group import LearnerGroup
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.data.actor import DataActor, DataActorReport
-from rollout.types import MediaKind, Prompt, PromptRef, StoredPrompt
+from rollout.types import Prompt, PromptRef, StoredPrompt
 from saccade.config.options import (
     config_adapter,
     data_options,
@@ -31,6 +31,7 @@ from saccade.errors import RunError
 from saccade.fleet.placement import Placement
 from saccade.fleet.reward_services import create_services
 from saccade.fleet.waiting import wait_for
+from vlm.media.types import MediaKind
 
 CALL_TIMEOUT = 120.0
 """Seconds for calls that only move bookkeeping."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rollout.types import MediaKind
 from saccade.config.run_config import RunConfig
 from saccade.fleet.actors import Actors, start_actors
 from saccade.fleet.connect import connect
@@ -18,6 +17,7 @@ from saccade.fleet.head import HeadWatch
 from saccade.fleet.placement import Placement, place
 from saccade.fleet.signals import stop_on_signals
 from saccade.observe.display import Display
+from vlm.media.types import MediaKind
 
 
 @dataclass

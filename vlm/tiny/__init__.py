@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from vlm.registry import ADAPTERS
-from vlm.saved import publish_saved_model
+from vlm.families.registry import ADAPTERS
+from vlm.publish import publish_saved_model
 from vlm.tiny import families, llava, omni, qwen, text
 from vlm.tiny.base import ANSWER_TAGS, TinyModel, TinySizes
 

@@ -10,9 +10,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from rollout.types import Media
-from vlm.clips import SOUND_RATE, check_sound, check_video
-from vlm.media import ImageLimits, digest
+from vlm.media.images import ImageLimits, digest
+from vlm.media.types import Media
+from vlm.media.video_audio import SOUND_RATE, check_sound, check_video
 
 
 def noise_image(seed: int, width: int = 84, height: int = 56) -> Media:

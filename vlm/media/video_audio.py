@@ -11,8 +11,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from rollout.types import Media
-from vlm.media import ImageLimits, MediaError, MediaTooLargeError, digest, open_image
+from vlm.media.images import ImageLimits, MediaError, MediaTooLargeError, digest, open_image
+from vlm.media.types import Media
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rollout.types import Media, MediaKind
 from vlm.adapter import Messages, MultimodalAdapter
-from vlm.encoded import Modality
-from vlm.llava import TOWER_LEVEL
+from vlm.encoding import Modality
+from vlm.families.llava import TOWER_LEVEL
+from vlm.media.types import Media, MediaKind
 
 
 class Gemma3Adapter(MultimodalAdapter):

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.encoded import Modality
+from vlm.encoding import Modality
+from vlm.media.types import MediaKind
 
 TOWER_LEVEL = ("vision_tower.", "vision_tower.vision_model.")
 """transformers names the parameters of CLIP and SigLIP towers without a level that vLLM and published weights have."""

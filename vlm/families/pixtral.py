@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rollout.types import Media, MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.encoded import AdapterError, Modality
+from vlm.encoding import AdapterError, Modality
+from vlm.media.types import Media, MediaKind
 
 
 class PixtralAdapter(MultimodalAdapter):

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from rollout.user_code import UserCodeError, find
 from vlm.adapter import MultimodalAdapter
-from vlm.aria import AriaAdapter
-from vlm.encoded import AdapterError
-from vlm.gemma3 import Gemma3Adapter
-from vlm.idefics3 import Idefics3Adapter
-from vlm.internvl import InternVLAdapter
-from vlm.llava import LlavaAdapter
-from vlm.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
-from vlm.pixtral import PixtralAdapter
-from vlm.qwen_omni import QwenOmniAdapter
-from vlm.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
-from vlm.text import TextAdapter
+from vlm.encoding import AdapterError
+from vlm.families.aria import AriaAdapter
+from vlm.families.gemma3 import Gemma3Adapter
+from vlm.families.idefics3 import Idefics3Adapter
+from vlm.families.internvl import InternVLAdapter
+from vlm.families.llava import LlavaAdapter
+from vlm.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
+from vlm.families.pixtral import PixtralAdapter
+from vlm.families.qwen_omni import QwenOmniAdapter
+from vlm.families.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
+from vlm.families.text import TextAdapter
+from vlm.user_code import UserCodeError, find
 
 ADAPTERS: dict[str, type[MultimodalAdapter]] = {
     "aria": AriaAdapter,

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rollout.types import Media, MediaKind
-from vlm.clips import SOUND_RATE, Decoded, Video
+from vlm.media.types import Media, MediaKind
+from vlm.media.video_audio import SOUND_RATE, Decoded, Video
 
 Counts = Mapping[MediaKind, int]
 """Media items of a prompt by kind."""
@@ -22,7 +22,7 @@ Counts = Mapping[MediaKind, int]
 FeatureRow = tuple[Tensor, ...]
 """Features of an item, or of one of its tiles: what takes the places of its tokens, `[tokens, H]` (`[1, tokens, H]`
 where a family has all rows in one tensor), then what enters later layers, if the family has such. Or what the
-tower gives to a projector that is trained, of a whole item (`vlm.cut.TowerEnd`)."""
+tower gives to a projector that is trained, of a whole item (`vlm.tower_end.TowerEnd`)."""
 
 
 class AdapterError(ValueError):

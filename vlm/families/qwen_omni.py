@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from rollout.types import Media, MediaKind
-from vlm.clips import SOUND_RATE
-from vlm.encoded import AdapterError, Modality
-from vlm.qwen_vl import QwenVLAdapter
+from vlm.encoding import AdapterError, Modality
+from vlm.families.qwen_vl import QwenVLAdapter
+from vlm.media.types import Media, MediaKind
+from vlm.media.video_audio import SOUND_RATE
 
 
 class QwenOmniAdapter(QwenVLAdapter):

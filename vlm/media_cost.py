@@ -6,9 +6,9 @@ from collections import Counter
 
 from torch import Tensor
 
-from rollout.types import MediaKind
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
-from vlm.encoded import dummy_messages
+from vlm.encoding import dummy_messages
+from vlm.media.types import MediaKind
 
 
 def patches(adapter: MultimodalAdapter, prompt: EncodedPrompt) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm.encoded import FeatureRow
+from vlm.encoding import FeatureRow
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.encoded import Counts, EncodedPrompt, Modality
+from vlm.encoding import Counts, EncodedPrompt, Modality
+from vlm.media.types import MediaKind
 
 
 def place_patches_as_vllm(embeddings: Any) -> None:

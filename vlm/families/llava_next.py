@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from rollout.types import MediaKind
-from vlm.encoded import Modality
-from vlm.llava import LlavaAdapter
+from vlm.encoding import Modality
+from vlm.families.llava import LlavaAdapter
+from vlm.media.types import MediaKind
 
 
 class LlavaNextAdapter(LlavaAdapter):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.types import Media, MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.encoded import Counts, EncodedPrompt, Modality
+from vlm.encoding import Counts, EncodedPrompt, Modality
+from vlm.media.types import Media, MediaKind
 
 
 class InternVLAdapter(MultimodalAdapter):

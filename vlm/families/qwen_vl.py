@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.cut import TowerEnd
-from vlm.encoded import Counts, FeatureRow, Modality
-from vlm.mrope import Item, mrope_positions
+from vlm.encoding import Counts, FeatureRow, Modality
+from vlm.families.mrope import Item, mrope_positions
+from vlm.media.types import MediaKind
+from vlm.tower_end import TowerEnd
 
 GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 """Patches -> the grids that tell how many an item has."""

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rollout.types import MediaKind
 from vlm.adapter import MultimodalAdapter
-from vlm.encoded import Modality
-from vlm.idefics3 import place_patches_as_vllm
+from vlm.encoding import Modality
+from vlm.families.idefics3 import place_patches_as_vllm
+from vlm.media.types import MediaKind
 
 
 class AriaAdapter(MultimodalAdapter):

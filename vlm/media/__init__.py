@@ -1,0 +1,1 @@
+"""Images, videos and sounds: what they are called, and how they are decoded."""
