@@ -1,6 +1,6 @@
 """Runs Python programs that nobody has read: on Linux, apart from the machine, or not at all.
 
-run(files, stdin) ─▶ rewards/sandbox/init.py ─▶ the program     no network, no other process, no file of the machine but
+run(files, stdin) ─▶ init.py ─▶ the program                     no network, no other process, no file of the machine but
                                                                 its libraries; limits on time, memory, files, processes
 
 It takes what containers take: namespaces, as root, or as any user where the kernel lets users have them.

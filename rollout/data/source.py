@@ -1,6 +1,6 @@
 """Rows of Parquet, JSONL and JSON files -> Prompts: endless, shuffled by seed and epoch, resumable to the row.
 
-    files ──▶ columns ──▶ rows.RowStore ──▶ order.EpochOrder ──▶ prompt_builder.PromptBuilder ──▶ Prompt
+    files ──▶ columns ──▶ rows.RowStore ──▶ epoch_order.EpochOrder ──▶ builder.PromptBuilder ──▶ Prompt
                                   ▲ (epoch, position)          └─▶ refused: file, row, reason; counted, capped
 
 Row numbers count from 0 everywhere; in JSONL row n is line n.
