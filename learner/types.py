@@ -162,7 +162,7 @@ class LearnerOptions:
     """Bytes of a language position, of a vision patch, of a position with a loss, and of any micro-batch: filled in by
     `learner.plan.memory.with_unit_bytes` where there is a limit in bytes."""
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
-    """How packed rows attend (`learner.attention`)."""
+    """How packed rows attend (learner/model/attention.py)."""
     feature_cache_gib: float = 1.0
     """Memory of a rank for what towers that no step changes make of media; for each rank four times as much in the
     object store, where all find it. 0: those towers run in every pass."""
