@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vlm.errors import UserError
+
 DIGESTS = "digests.json"
 """In every sealed directory: file -> its size and SHA-256. A sealed directory inside counts by its own digests."""
 MARGIN = 1.05
@@ -46,7 +48,7 @@ NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.
 files are synced by themselves; that their names last is left to the file system then."""
 
 
-class StorageError(RuntimeError):
+class StorageError(UserError, RuntimeError):
     """A place that cannot be written to; says which file, why, and what to do. Nothing half-written is left."""
 
 

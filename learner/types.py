@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from rollout.types import PromptRef
+from vlm.errors import UserError
 from vlm.media.types import MediaKind
 from vlm.roles import DEFAULT_LORA_TARGETS, role_problems
 
@@ -34,7 +35,7 @@ class Size(NamedTuple):
     """Memory, where a limit is given in bytes."""
 
 
-class LearnerError(RuntimeError):
+class LearnerError(UserError, RuntimeError):
     """A learner rank failed; says which, in what, and why. The group is unusable afterwards: shut it down."""
 
 
@@ -42,16 +43,16 @@ class LearnerTimeoutError(LearnerError):
     """A learner call did not finish in its time; names the call and the ranks that were still running."""
 
 
-class NothingToLearnError(ValueError):
+class NothingToLearnError(UserError, ValueError):
     """No group of the batch has two scored completions, or none a token to train on. The weights are unchanged."""
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(UserError, ValueError):
     """Numbers that are not finite, where the run cannot go on with them: one step after another that is not taken,
     rewards, or weights that would be written."""
 
 
-class RewardError(ValueError):
+class RewardError(UserError, ValueError):
     """Rewards from which no advantage can be computed; names the prompt and the reward. The weights are unchanged."""
 
 

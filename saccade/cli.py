@@ -25,6 +25,7 @@ from saccade.config.run_config import (
     require_evaluation,
 )
 from saccade.observe.screen import say
+from vlm.errors import UserError
 
 app = App(
     name="saccade",
@@ -34,23 +35,6 @@ app = App(
     "Start with [bold]saccade demo[/bold]: it makes its own data and model and learns to see in minutes.",
 )
 errors = Console(stderr=True)
-USER_ERRORS = {
-    "AdapterError",
-    "DamagedError",
-    "DataError",
-    "DeathError",
-    "HeadLostError",
-    "LearnerError",
-    "LearnerTimeoutError",
-    "MergeError",
-    "NotFiniteError",
-    "NothingToLearnError",
-    "PlacementError",
-    "RewardError",
-    "RunError",
-    "StorageError",
-    "WeightSyncError",
-}
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; `saccade config` shows all its knobs.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -332,8 +316,7 @@ def main() -> None:
         if type(error).__name__ == "RunStopped":
             say(errors, "stopped; there was nothing to save yet")
             sys.exit(130)
-        # What the rooms raise for the user, by name: importing the classes would cost every call of --help seconds.
-        if type(error).__name__ not in USER_ERRORS:
+        if not isinstance(error, UserError):
             raise
         _complain(error)
         sys.exit(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from vlm.errors import UserError
 
-class RunError(RuntimeError):
+
+class RunError(UserError, RuntimeError):
     """The run cannot go on; says what happened, where, and what to do."""
 
 

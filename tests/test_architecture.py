@@ -26,9 +26,9 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 MAY_IMPORT = {
     "rollout": ("rollout.types", "rewards.answers.golds", "vlm", "weight_sync"),
     "learner": ("rollout.types", "vlm", "weight_sync"),
-    "rewards": ("rollout.types", "vlm.user_code", "vlm.control", "vlm.media.types"),
+    "rewards": ("rollout.types", "vlm.user_code", "vlm.control", "vlm.errors", "vlm.media.types"),
     "vlm": (),
-    "weight_sync": ("rollout.types",),
+    "weight_sync": ("rollout.types", "vlm.errors"),
     "saccade": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
     "deploy": (),
     "examples": ("rollout.types", "rewards", "saccade"),
@@ -77,7 +77,7 @@ ORDERS = {
     "rollout": ("actor", "environment", "data", "engines", "types", "__init__"),
     "vlm": (
         *("tiny", "families", "publish", "media_cost", "adapter", "image_tokens", "features", "tower_end", "parts"),
-        *("encoding", "media", "roles", "ends", "control", "batch", "user_code", "__init__"),
+        *("encoding", "media", "roles", "ends", "control", "batch", "user_code", "errors", "__init__"),
     ),
 }
 SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "pipeline", "fleet", "observe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import subprocess
@@ -135,3 +136,47 @@ def test_everything_is_printed_in_one_way(repository: Path) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "print"
     ]
     assert found == []
+
+
+USER_ERRORS = {
+    "saccade.errors": ("RunError", "MismatchError"),
+    "saccade.checkpoints": ("DamagedError",),
+    "saccade.fleet.head": ("HeadLostError",),
+    "saccade.fleet.deaths": ("DeathError",),
+    "saccade.fleet.placement": ("PlacementError",),
+    "saccade.commands.merge_source": ("MergeError",),
+    "learner.durable": ("StorageError",),
+    "learner.types": ("LearnerError", "LearnerTimeoutError", "NothingToLearnError", "NotFiniteError", "RewardError"),
+    "rollout.data.formats": ("DataError",),
+    "rewards.functions.user": ("RewardSetupError",),
+    "vlm.encoding": ("AdapterError",),
+    "vlm.user_code": ("UserCodeError",),
+    "weight_sync.verify": ("WeightSyncError",),
+}
+"""Errors that a run may end with."""
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in USER_ERRORS.items() for name in names])
+def test_an_error_for_the_user_is_shown_without_a_traceback(
+    module: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = getattr(importlib.import_module(module), name)
+    said = {"__init__": lambda self: None, "__str__": lambda self: "the disk is full; free some"}
+    error = type(name, (kind,), said)()
+
+    def broken(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1 and "saccade: the disk is full; free some" in capsys.readouterr().err
+
+
+def test_a_defect_is_shown_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**options: object) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ValueError, match="ours"):
+        cli.main()

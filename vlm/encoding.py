@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm.errors import UserError
 from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import SOUND_RATE, Decoded, Video
 
@@ -25,7 +26,7 @@ where a family has all rows in one tensor), then what enters later layers, if th
 tower gives to a projector that is trained, of a whole item (`vlm.tower_end.TowerEnd`)."""
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError, ValueError):
     """The model's files and the adapter do not fit, or a prompt cannot be encoded; says which and why."""
 
 

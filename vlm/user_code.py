@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vlm.errors import UserError
 
-class UserCodeError(ValueError):
+
+class UserCodeError(UserError, ValueError):
     """What cannot be found under a name, and why."""
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlm.errors import UserError
+
 CHUNK_WORDS = 65536
 CHAIN = 6364136223846793005
 """Odd multiplier that chains the sums of chunks."""
@@ -21,7 +23,7 @@ ROWS_PER_STEP = 256
 """Chunks summed at once on an accelerator; on CPU one at a time, which stays in the cache."""
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(UserError, RuntimeError):
     """A synchronisation that did not complete: which phase, which engines (none: the learner), and why."""
 
     def __init__(self, phase: str, engines: Sequence[str], reason: str) -> None:

@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 
 from rewards.base import RewardFunction, ScoringRequest, Service
 from rollout.types import Completion, Verdict, is_finite
+from vlm.errors import UserError
 from vlm.user_code import UserCodeError, find
 
 _GIVEN = ("completions", "completion_ids", "prompts", "answer")
 """Keyword arguments that every function may ask for; the rest are data columns."""
 
 
-class RewardSetupError(ValueError):
+class RewardSetupError(UserError, ValueError):
     """A reward that cannot be used as configured: what is wrong and what to do."""
 
 

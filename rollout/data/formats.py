@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 from rollout.data.columns import field_names
 from rollout.data.json_array import ElementError, array_spans, element_spans
+from vlm.errors import UserError
 
 BLOCK_BYTES = 16 * 2**20
 """Aimed size of a block, uncompressed."""
@@ -32,7 +33,7 @@ Loaded = Callable[[int], Row]
 """Row `i` of a loaded block. Raises ValueError for a row that cannot be decoded."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used; says which file, which rows, and why."""
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlm.errors import UserError
 
-class MergeError(ValueError):
+
+class MergeError(UserError, ValueError):
     """What cannot be merged, and why."""
 
 

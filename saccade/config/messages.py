@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from saccade.config.sections import RewardSpec
 from saccade.config.synonyms import REFUSED, VALUES, synonym_of
+from vlm.errors import UserError
 
 SHOWN = 120
 """Characters of a wrong value that are shown."""
@@ -41,7 +42,7 @@ IN_WORDS = {
 """pydantic's type of an error -> our words for it, which may name the limit."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """All that is wrong with a configuration, one line each."""
 
     def __init__(self, problems: Sequence[str], source: str = "the configuration") -> None:

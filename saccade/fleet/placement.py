@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from saccade.config.demands import Demand, Device, demands, totals
 from saccade.config.run_config import RunConfig
+from vlm.errors import UserError
 
 SAY_SECONDS = 5.0
 """Between two lines on what is awaited."""
@@ -24,7 +25,7 @@ LOOK_SECONDS = 1.0
 """Longest wait for one demand before the others are looked at."""
 
 
-class PlacementError(RuntimeError):
+class PlacementError(UserError, RuntimeError):
     """The cluster cannot place an actor; says which, what it asks for, and what there is."""
 
 

@@ -1,0 +1,8 @@
+"""The base of all errors that are for the user."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Says what is wrong, where, and what to do. The command line shows its text alone; anything else that is raised is
+    a defect of this project, and is shown with its traceback."""
