@@ -126,7 +126,7 @@ def plan(
     Example:  saccade plan mine.yaml learner.zero_stage=3 learner.ranks=8 cluster.device=cuda
     """
     settings = load_config(config, overrides or [])
-    from saccade.checks.planning import plan_run
+    from saccade.commands.plan import plan_run
 
     plan_run(settings, Console(), json_file)
 
@@ -167,7 +167,7 @@ def check(
     Example:  saccade data check mine.yaml --rows 1000
     """
     settings = load_config(config, overrides or [])
-    from saccade.preflight import check_data
+    from saccade.commands.check_data import check_data
 
     if not check_data(settings, rows, Console()):
         raise typer.Exit(1)

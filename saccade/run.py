@@ -1,6 +1,6 @@
 """A run: everything that `saccade/loop.py` moves, started, checked, saved and ended.
 
-open_run: preflight ─▶ Ray ─▶ placement ─▶ actors start side by side ─▶ weight group ─▶ (resume) ─▶ Run ─▶ teardown
+open_run: resolve ─▶ Ray ─▶ placement ─▶ actors start side by side ─▶ weight group ─▶ (resume) ─▶ Run ─▶ teardown
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from learner.types import LearnerError, UpdateStats
 from rollout.data.elsewhere import address_problem
 from rollout.types import PromptRef
 from saccade import checkpoints
-from saccade.config.options import config_adapter, evaluation_sampling, sampling_params
+from saccade.config.options import evaluation_sampling, require_trainable, sampling_params
 from saccade.config.run_config import RunConfig, config_tree, dump_config, require_evaluation
 from saccade.config.saved_paths import absolute
 from saccade.errors import MismatchError, RunError
@@ -37,7 +37,7 @@ from saccade.pipeline.evaluate import Evaluator, Results
 from saccade.pipeline.ledger import Ledger
 from saccade.pipeline.reward_failures import unscored
 from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
-from saccade.preflight import preflight
+from saccade.preflight import Resolved, resolve
 from saccade.run_folder import held
 from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightSyncError
@@ -205,7 +205,7 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
     """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
     directory, display = Path(config.output_dir), display or SilentDisplay()
     with ExitStack() as stack:
-        # A folder that cannot be one is said by preflight, together with all else that is wrong.
+        # A folder that cannot be one is said by resolve, together with all else that is wrong.
         files = [path for path in (directory, *directory.parents) if os.path.exists(path) and not os.path.isdir(path)]
         blocked = files or address_problem(config.output_dir)
         if not blocked and (remark := stack.enter_context(held(directory))):
@@ -214,18 +214,19 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
 
 
 def _open_run(config: RunConfig, resume: bool, address: str | None, display: Display) -> Iterator[Run]:
-    choices = preflight(config, resume=resume)
-    for line in choices.lines:
+    resolved = resolve(config, resume=resume)
+    for line in resolved.lines:
         display.phase(line)
     directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
     config = config.model_copy(update={"output_dir": str(directory)})
     saved = checkpoints.newest(directory / "checkpoints", display.phase) if resume else None
     with on_ray(config, address, display, training=True) as started:
+        require_trainable(config, resolved.adapter, started.placement.device)
         display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
-        started.start_actors(config, choices.media_kinds, training=True)
+        started.start_actors(config, resolved.media_kinds, training=True)
         if saved is None:
             (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
-        run = _assemble(config, started, display)
+        run = _assemble(config, resolved, started, display)
         with closing(run.log):
             if saved is not None:
                 _restore(run, *saved)
@@ -234,7 +235,7 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
             yield run
 
 
-def _assemble(config: RunConfig, started: Started, display: Display) -> Run:
+def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Run:
     """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
     actors = started.actors
     directory = Path(config.output_dir)
@@ -246,7 +247,7 @@ def _assemble(config: RunConfig, started: Started, display: Display) -> Run:
         engines=actors.engines,
         rewards=actors.rewards,
         ledger=ledger,
-        sampling=sampling_params(config, config_adapter(config)),
+        sampling=sampling_params(config, resolved.adapter),
         run_seed=config.seed,
         prompts_per_step=config.learner.prompts_per_step,
         max_attempts=config.rollout.max_attempts,
@@ -260,11 +261,11 @@ def _assemble(config: RunConfig, started: Started, display: Display) -> Run:
     )
     assert actors.learner is not None
     actors.learner.form_weight_group(actors.handles)
-    evaluator = open_evaluator(config, started, display) if config.data.eval else None
+    evaluator = open_evaluator(config, resolved, started, display) if config.data.eval else None
     return Run(config, actors, actors.learner, ledger, rollouts, evaluator, log, display, started.head)
 
 
-def open_evaluator(config: RunConfig, started: Started, display: Display) -> Evaluator:
+def open_evaluator(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Evaluator:
     actors = started.actors
     prompts = actors.eval_prompts(config.evaluation.max_prompts, config.rollout.start_timeout)
     held_out = actors.data_report().evaluation
@@ -274,7 +275,7 @@ def open_evaluator(config: RunConfig, started: Started, display: Display) -> Eva
         prompts=prompts,
         engines=actors.engines,
         rewards=actors.rewards,
-        sampling=evaluation_sampling(config, config_adapter(config)),
+        sampling=evaluation_sampling(config, resolved.adapter),
         group_by=config.evaluation.group_by,
         timeout=config.rollout.group_timeout + 2 * config.reward.timeout,
         report=display.phase,
@@ -287,13 +288,13 @@ def open_engines(config: RunConfig, *, address: str | None, display: Display | N
     """Engines and rewards without a learner, for an evaluation of the model as it lies on disk."""
     display = display or SilentDisplay()
     require_evaluation(config)
-    choices = preflight(config, resume=True)
-    for line in choices.lines:
+    resolved = resolve(config, resume=True)
+    for line in resolved.lines:
         display.phase(line)
     with on_ray(config, address, display, training=False) as started:
         display.phase(f"starting {config.rollout.engines} engine(s)")
-        started.start_actors(config, choices.media_kinds, training=False)
-        yield open_evaluator(config, started, display)
+        started.start_actors(config, resolved.media_kinds, training=False)
+        yield open_evaluator(config, resolved, started, display)
 
 
 def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:

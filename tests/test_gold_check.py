@@ -13,10 +13,11 @@ from rich.console import Console
 from rollout.data.source import PromptSource
 from saccade.checks import gold_check
 from saccade.checks.gold_check import gold_problems
+from saccade.commands.check_data import check_data
 from saccade.commands.inspect_data import PlainText
 from saccade.config.options import data_options
 from saccade.config.run_config import ConfigError, RunConfig, parse_config
-from saccade.preflight import check_data, preflight
+from saccade.preflight import resolve
 from tests.data_helpers import png, write_rows
 from vlm.adapter import MultimodalAdapter
 
@@ -186,10 +187,10 @@ def test_a_run_and_a_check_of_data_stop(tiny_model: Path, tmp_path: Path) -> Non
     changes = {**model, "data": {"max_prompt_length": 256}}
     config = configured(files, "accuracy", **changes)
     with pytest.raises(ConfigError, match="the reward 'accuracy' gives the gold answer itself less than full marks"):
-        preflight(config)
+        resolve(config)
     out = io.StringIO()
     assert not check_data(config, None, Console(file=out, width=200))
     assert "4 of 4 golds looked at" in out.getvalue()
     unchecked = configured(files, "accuracy", **changes, reward={"check_golds": False})
-    preflight(unchecked)
+    resolve(unchecked)
     assert check_data(unchecked, None, Console(file=io.StringIO()))

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from rollout.data.source import DataError
+from saccade.commands.check_data import check_data
 from saccade.commands.inspect_data import BARS, bars, inspect_data
 from saccade.config.run_config import ConfigError, data_config, parse_config
-from saccade.preflight import check_data, preflight
+from saccade.preflight import resolve
 from tests.data_helpers import png, write_rows
 from vlm.tiny.noise import noise_sound, noise_video
 
@@ -127,7 +128,7 @@ def test_a_run_and_a_check_say_which_columns_were_chosen(tiny_model: Path, tmp_p
         }
     )
     chosen = "data.train: 4 rows; prompt: problem, image: images, answer: solution"
-    assert chosen in preflight(config).lines
+    assert chosen in resolve(config).lines
     out = io.StringIO()
     assert check_data(config, None, Console(file=out, width=200))
     assert chosen in out.getvalue()

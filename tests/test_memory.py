@@ -20,8 +20,8 @@ from learner.plan.memory import KINDS, Load, behind_bytes, logits_bytes, plan_me
 from learner.plan.model_shape import ModelShape, describe
 from learner.plan.zero_states import element_bytes, zero_states
 from learner.types import LearnerOptions
-from saccade.checks.planning import make_plan
 from saccade.cli import app
+from saccade.commands.plan import make_plan
 from saccade.config.run_config import load_config
 from tests.learner_cases import adapter_of
 from vlm.adapter import MultimodalAdapter

@@ -7,21 +7,27 @@ import io
 import json
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from saccade.checks.planning import make_plan
-from saccade.config.options import transfer_backend, weight_transfer_options
+from rollout.data import rows
+from rollout.data.formats import RowFile
+from saccade.checks.machine import missing_weights
+from saccade.commands.check_data import check_data
+from saccade.commands.plan import make_plan
+from saccade.config.options import require_trainable, sampling_params, transfer_backend
 from saccade.config.run_config import ConfigError, RunConfig, parse_config
 from saccade.demo.shapes import make_shapes
 from saccade.errors import RunError
-from saccade.preflight import check_data, idle_ranks, missing_weights, preflight
+from saccade.preflight import idle_ranks, resolve
 from saccade.run import Run
 from tests.data_helpers import png, write_rows
-from vlm.adapter import AdapterError
+from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
@@ -42,24 +48,24 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(settings: dict, tmp_path: Path) -> None:
     config = parse_config({**settings, "output_dir": str(tmp_path)})
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "evaluation", "step": 0, "results": {}}) + "\n")
-    preflight(config)
+    resolve(config)
 
 
 def test_figures_without_a_checkpoint_and_checkpoints_are_not_written_over(settings: dict, tmp_path: Path) -> None:
     config = parse_config({**settings, "output_dir": str(tmp_path)})
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
     with pytest.raises(ConfigError, match="left no checkpoint; delete it"):
-        preflight(config)
+        resolve(config)
     (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match="continue it with --resume"):
-        preflight(config)
-    preflight(config, resume=True)
+        resolve(config)
+    resolve(config, resume=True)
 
 
 def test_it_says_what_of_the_media_is_computed_once(settings: dict, tmp_path: Path) -> None:
     def said(**model: object) -> list[str]:
         config = parse_config({**settings, "model": {**settings["model"], **model}, "output_dir": str(tmp_path)})
-        return [line for line in preflight(config).lines if line.startswith("learner: image")]
+        return [line for line in resolve(config).lines if line.startswith("learner: image")]
 
     assert said() == said(freeze=["projector"]) == []
     held = "as far as 1 GiB a rank hold what it gives"
@@ -77,7 +83,7 @@ def test_a_reward_that_compares_with_answers_needs_their_column(settings: dict, 
         data = {**settings["data"], "train": [str(path)]}
         config = parse_config({**settings, "data": data, "output_dir": str(tmp_path / "run"), **change})
         with pytest.raises(ConfigError) as caught:
-            preflight(config)
+            resolve(config)
         return str(caught.value)
 
     text = problems()
@@ -92,7 +98,7 @@ def test_parts_and_roles_that_the_family_does_not_have_are_refused_by_name(setti
             {**settings, "model": {**settings["model"], **model}, "output_dir": str(tmp_path / "out")}
         )
         with pytest.raises(ConfigError) as caught:
-            preflight(config)
+            resolve(config)
         return str(caught.value)
 
     assert "model.freeze: QwenVLAdapter has no audio; it has language, vision, projector" in problems(freeze=["audio"])
@@ -117,7 +123,7 @@ def test_parts_and_roles_that_the_family_does_not_have_are_refused_by_name(setti
         }
     )
     with pytest.raises(ConfigError, match="nothing would be trained: frozen: language; media of the data: none"):
-        preflight(config)
+        resolve(config)
 
 
 def test_ranks_that_have_nothing_to_train_are_said(settings: dict, tmp_path: Path) -> None:
@@ -144,7 +150,7 @@ def test_quantization_without_its_package_is_refused(
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else there(name))
     with pytest.raises(ConfigError, match="quantize=nf4 needs bitsandbytes: pip install"):
-        preflight(config)
+        resolve(config)
 
 
 def test_nccl_is_refused_where_the_cluster_turns_out_to_have_no_gpu(settings: dict) -> None:
@@ -159,11 +165,13 @@ def test_a_family_whose_engine_would_go_on_with_old_weights_is_refused_there(set
         model = {"path": str(build_tiny(family, tmp_path / family))}
         return parse_config({**settings, "model": model, "output_dir": str(tmp_path)})
 
+    aria, gemma = config("aria"), config("gemma3")
     with pytest.raises(RunError, match=r"AriaAdapter.* is not trained on cpu: .*former experts"):
-        weight_transfer_options(config("aria"), "cpu")
+        require_trainable(aria, load_adapter(aria.model.path), "cpu")
+    gemma_adapter = load_adapter(gemma.model.path)
     with pytest.raises(RunError, match=r"is not trained on cuda: .*see each other"):
-        weight_transfer_options(config("gemma3"), "cuda")
-    assert weight_transfer_options(config("gemma3"), "cpu").backend == "gloo"
+        require_trainable(gemma, gemma_adapter, "cuda")
+    require_trainable(gemma, gemma_adapter, "cpu")
 
 
 def test_a_model_without_tokenizer_is_said_to_be_unusable(tiny_model: Path, tmp_path: Path) -> None:
@@ -177,29 +185,29 @@ def test_limits_of_a_micro_batch_that_hold_no_sample_are_said(settings: dict, tm
         learner = {**settings["learner"], "logprob_chunk_rows": 64, **limits}
         config = parse_config({**settings, "learner": learner, "output_dir": str(tmp_path / "run")})
         with pytest.raises(ConfigError) as caught:
-            preflight(config)
+            resolve(config)
         return str(caught.value)
 
     assert "micro_batch_patches=1023 may not hold one prompt" in problems(micro_batch_patches=1023)  # 256 tokens x 4
     assert "leaves nothing for tokens" in problems(micro_batch_gib=0.01, logprob_chunk_rows=10_000)
     assert "micro_batch_gib=0.001 cannot hold one sample of up to" in problems(micro_batch_gib=0.001)
     enough = {**settings["learner"], "micro_batch_gib": 1.0, "micro_batch_patches": 1024}
-    preflight(parse_config({**settings, "learner": enough, "output_dir": str(tmp_path / "run")}))
+    resolve(parse_config({**settings, "learner": enough, "output_dir": str(tmp_path / "run")}))
 
 
 def refused(settings: dict, folder: Path, rows: list[dict], **data: object) -> str:
-    """What preflight says of these rows."""
+    """What `resolve` says of these rows."""
     path = write_rows(folder / "rows.parquet", rows)
     given = {**settings["data"], "train": [str(path)], **data}
     config = parse_config({**settings, "data": given, "output_dir": str(folder / "out")})
     with pytest.raises(ConfigError) as caught:
-        preflight(config)
+        resolve(config)
     return str(caught.value)
 
 
-def lines(settings: dict, folder: Path, rows: list[dict], **data: object) -> list[str]:
+def lines(settings: dict, folder: Path, rows: list[dict], **data: object) -> tuple[str, ...]:
     given = {**settings["data"], "train": [str(write_rows(folder / "rows.parquet", rows))], **data}
-    return preflight(parse_config({**settings, "data": given, "output_dir": str(folder / "out")})).lines
+    return resolve(parse_config({**settings, "data": given, "output_dir": str(folder / "out")})).lines
 
 
 @pytest.mark.parametrize("column", ["picture", "image_path", "img"])
@@ -221,7 +229,7 @@ def test_each_problem_stands_behind_its_own_knob_and_once(settings: dict, tmp_pa
     """A limit that the model cannot keep is no fault of its path, and refused answers are one fault, not two."""
     model = {"path": str(build_tiny("llama", tmp_path / "llama")), "max_image_tokens": 64}
     limited = {**settings, "model": model, "output_dir": str(tmp_path / "out")}
-    for command in (preflight, make_plan, lambda config: check_data(config, None, Console(file=io.StringIO()))):
+    for command in (resolve, make_plan, lambda config: check_data(config, None, Console(file=io.StringIO()))):
         with pytest.raises(ConfigError) as caught:
             command(parse_config(limited))
         (problem,) = caught.value.problems
@@ -278,7 +286,7 @@ def test_missing_model_data_and_rewards_are_named_at_once_and_in_their_words(set
         "output_dir": str(tmp_path / "out"),
     }
     with pytest.raises(ConfigError) as caught:
-        preflight(parse_config(gone))
+        resolve(parse_config(gone))
     text = str(caught.value)
     for said in (
         "model.path: no usable model at 'runs/mine/model': there is no such folder",
@@ -315,13 +323,51 @@ def test_a_folder_without_all_its_weights_and_a_port_in_use_are_said(settings: d
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError) as caught:
-            preflight(parse_config({**given, "cluster": {"metrics_port": port}}))
+            resolve(parse_config({**given, "cluster": {"metrics_port": port}}))
     assert f"cluster.metrics_port={port} cannot be served on this machine" in str(caught.value)
     assert f"{model} holds no weights: neither model.safetensors nor model.safetensors.index.json" in str(caught.value)
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert missing_weights(str(model)) == [
+    config = parse_config({**given, "model": {"path": str(model)}})
+    assert missing_weights(config) == [
         f"model.path: {model} lacks 1 of 2 files of weights: model-00002-of-00002.safetensors"
     ]
     (model / "model-00002-of-00002.safetensors").touch()
-    assert missing_weights(str(model)) == missing_weights("Qwen/Qwen2.5-VL-3B-Instruct") == []
+    hub = parse_config({**given, "model": {"path": "Qwen/Qwen2.5-VL-3B-Instruct"}})
+    assert missing_weights(config) == missing_weights(hub) == []
+
+
+def test_the_model_is_loaded_once_and_each_set_opened_once(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {**settings["data"], "eval": settings["data"]["train"]}
+    config = parse_config({**settings, "data": data, "output_dir": str(tmp_path / "out")})
+    loaded, opened = [], []
+
+    def load(*arguments: Any, **options: Any) -> MultimodalAdapter:
+        loaded.append(arguments)
+        return load_adapter(*arguments, **options)
+
+    def open_files(patterns: Sequence[str], problems: list[str]) -> list[RowFile]:
+        opened.append(patterns)
+        return rows.open_files(patterns, problems)
+
+    monkeypatch.setattr("saccade.config.options.load_adapter", load)
+    monkeypatch.setattr("rollout.data.source.open_files", open_files)
+    resolved = resolve(config)
+    assert len(loaded) == 1 and len(opened) == 2
+    assert resolved.media_kinds == ("image",)
+    assert sampling_params(config, resolved.adapter).stop_token_ids == resolved.adapter.stop_token_ids
+
+
+def test_problems_of_every_kind_are_reported_together(settings: dict, tmp_path: Path) -> None:
+    """The output folder, the learner, the rows and the rewards, each looked at by a check of its own."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
+    path = write_rows(tmp_path / "a.parquet", [{"prompt": f"{n}?", "answer": "x"} for n in range(2)])
+    given = {**settings, "data": {**settings["data"], "train": [str(path)], "columns": {"image": None}}}
+    given |= {"reward": {"functions": [{"name": "gone.py:reward"}]}, "output_dir": str(tmp_path)}
+    learner = {**settings["learner"], "micro_batch_patches": 1}
+    with pytest.raises(ConfigError) as caught:
+        resolve(parse_config({**given, "learner": learner}))
+    parts = ("output_dir: ", "learner.micro_batch_patches=1 ", "data.train has 2 rows", "reward.functions: ")
+    assert [sum(problem.startswith(part) for problem in caught.value.problems) for part in parts] == [1, 1, 1, 1]

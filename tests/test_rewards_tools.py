@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from rewards.base import ScoringRequest
 from rewards.registry import RewardSpec
-from saccade.checks.reward_check import JUNK, Probe, findings, generation_seconds, probe
 from saccade.cli import app
+from saccade.commands.reward_check import JUNK, Probe, findings, generation_seconds, probe
 from saccade.commands.rewards import _request, score_file
 from saccade.config.run_config import ConfigError, parse_config
 from saccade.demo.shapes import make_shapes

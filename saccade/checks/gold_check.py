@@ -18,7 +18,7 @@ from typing import Any
 
 from rewards.answers.golds import gold_forms, is_struct
 from rewards.answers.reading import read
-from rewards.base import RewardFunction, ScoringRequest, gold_of, unscorable
+from rewards.base import RewardFunction, ScoringRequest, as_completion, gold_of, unscorable
 from rewards.compose import describe
 from rewards.functions.format import answer_text
 from rewards.functions.user import RewardSetupError
@@ -27,7 +27,6 @@ from rollout.data.builder import ANSWER_REFUSALS
 from rollout.data.rows import shown
 from rollout.data.source import DataError, PromptSource, Refusal
 from rollout.types import Prompt, Verdict
-from saccade.checks.reward_check import with_completions, wrapper
 from saccade.config.options import reward_specs
 from saccade.config.run_config import RunConfig
 from vlm.media.types import Media
@@ -143,6 +142,20 @@ def _rewards(config: RunConfig, has_answers: bool) -> Iterator[tuple[str, Reward
                 yield spec.name, load_reward(spec.name, spec.options)
             except RewardSetupError:
                 continue
+
+
+def wrapper(config: RunConfig) -> Callable[[str], str]:
+    """Puts an answer into the format that the run asks for."""
+    spec = next((s for s in reward_specs(config) if s.name == "format"), None)
+    options = {"trace": config.reward.trace, **(spec.options if spec else {})}
+    line = "\n" if options.get("style") == "newline" else ""
+    think = "" if options["trace"] == "stripped" else f"<think>{line}I look at it.{line}</think>{line}"
+    return lambda answer: f"{think}<answer>{line}{answer}{line}</answer>"
+
+
+def with_completions(row: ScoringRequest, texts: Sequence[str]) -> ScoringRequest:
+    """The row with completions that nobody sampled."""
+    return replace(row, completions=tuple(texts), raw=tuple(map(as_completion, texts)))
 
 
 def _place(config: RunConfig) -> Callable[[str], str]:

@@ -1,7 +1,7 @@
 """`saccade rewards score` and `saccade rewards check`: rewards outside of a run.
 
 score   rows of a file ──▶ RewardWorker ──▶ a verdict a line
-check   rows of a run's data ──▶ saccade/checks/reward_check.py ──▶ table, findings
+check   rows of a run's data ──▶ saccade/commands/reward_check.py ──▶ table, findings
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def check(
     Example:  saccade rewards check mine.yaml --rows 100
     """
     settings = load_config(config, overrides or [])
-    from saccade.checks.reward_check import probe_rewards
+    from saccade.commands.reward_check import probe_rewards
 
     if probe_rewards(settings, rows, token_ms, Console()):
         raise typer.Exit(1)

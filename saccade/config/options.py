@@ -101,14 +101,17 @@ def transfer_backend(config: RunConfig, device: Device) -> str:
     return "nccl" if device == "cuda" else "gloo"
 
 
-def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransferOptions:
+def require_trainable(config: RunConfig, adapter: MultimodalAdapter, device: Device) -> None:
     """Raises RunError for a model that cannot be trained on `device`."""
-    adapter = config_adapter(config)
     if device in adapter.untrainable_on:
         raise RunError(
             f"{config.model.path} ({type(adapter).__name__}) is not trained on {device}: "
             f"{adapter.untrainable_on[device]} (saccade eval works; model.adapter can name an adapter of yours)"
         )
+
+
+def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransferOptions:
+    """Raises RunError for a backend that the device cannot have."""
     sync = config.weight_sync
     backend = transfer_backend(config, device)
     bucket = BUCKET_MIB[backend] if sync.bucket_mib is None else sync.bucket_mib

@@ -14,17 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from rewards.answers.golds import gold_forms
-from rewards.base import ScoringRequest, as_completion
+from rewards.base import ScoringRequest
 from rewards.functions.format import shown
 from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
 from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load_reward
-from rollout.data.source import DataError, PromptSource
+from rollout.data.source import DataError
 from rollout.types import Verdict
-from saccade.config.options import config_adapter, data_options, model_problem, reward_specs
+from saccade.checks.gold_check import with_completions, wrapper
+from saccade.checks.references import WHERE, load_model, open_set
+from saccade.config.options import reward_specs
 from saccade.config.run_config import ConfigError, RunConfig
 from saccade.observe.screen import say, show
-from vlm.adapter import AdapterError
 
 JUNK = "lorem ipsum 7 or 8, who knows; (A) (B) red blue"
 OTHER = "4711"
@@ -129,15 +130,6 @@ def _probe_row(
     found.seconds.append(sum(timed.seconds.values()))
 
 
-def wrapper(config: RunConfig) -> Callable[[str], str]:
-    """Puts an answer into the format that the run asks for."""
-    spec = next((s for s in reward_specs(config) if s.name == "format"), None)
-    options = {"trace": config.reward.trace, **(spec.options if spec else {})}
-    line = "\n" if options.get("style") == "newline" else ""
-    think = "" if options["trace"] == "stripped" else f"<think>{line}I look at it.{line}</think>{line}"
-    return lambda answer: f"{think}<answer>{line}{answer}{line}</answer>"
-
-
 def findings(found: Probe, generation_seconds: float, actors: int, show: Callable[[str], str] = str) -> Iterator[str]:
     """What is wrong with one reward, a line each."""
     gold = [case for case in found.verdicts if case.startswith("gold")]
@@ -189,11 +181,9 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
     if problems := check_rewards(specs, set(config.data.extra_columns)):
         raise ConfigError([f"reward.functions: {problem}" for problem in problems])
     try:
-        source = PromptSource(data_options(config, config.data.train, train=False), config_adapter(config))
-    except AdapterError as error:
-        raise ConfigError([model_problem(error)], "what the configuration refers to") from error
+        source = open_set(config, "data.train", load_model(config), shuffled=True).source
     except DataError as error:
-        raise ConfigError([f"data.train: {error}"], "what the configuration refers to") from error
+        raise ConfigError([f"data.train: {error}"], WHERE) from error
     prompts = [prompt for prompt in source.look(rows) if prompt is not None]
     if not prompts:
         raise ConfigError([f"data.train: none of the first rows can be used: {source.report()}"])
@@ -215,11 +205,6 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
     for line in lines or ["nothing to report"]:
         say(console, line)
     return bool(lines)
-
-
-def with_completions(row: ScoringRequest, texts: Sequence[str]) -> ScoringRequest:
-    """The row with completions that nobody sampled."""
-    return replace(row, completions=tuple(texts), raw=tuple(map(as_completion, texts)))
 
 
 def _table(probes: Sequence[Probe]) -> Table:

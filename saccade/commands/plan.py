@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,18 +23,19 @@ from learner.plan.flops import Flops, GroupShape, step_flops
 from learner.plan.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
 from learner.plan.model_shape import ModelShape, describe
 from learner.types import LearnerOptions
-from rollout.data.source import DataError, PromptSource
+from rollout.data.source import DataError
+from saccade.checks.memory import GIB, planned_device
+from saccade.checks.references import WHERE, load_model, open_set
 from saccade.config.demands import Device
-from saccade.config.options import config_adapter, data_options, learner_options, model_problem
+from saccade.config.options import learner_options
 from saccade.config.run_config import ConfigError, RunConfig
 from saccade.observe.screen import say, show
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
 from vlm.media.types import MediaKind
-from vlm.media_cost import patches_per_token
 
 LOOKED_AT = 256
 """Rows of the training data whose lengths are measured."""
-GIB, TERA = 2**30, 1e12
+TERA = 1e12
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,20 @@ def plan_run(config: RunConfig, console: Console, path: Path | None) -> None:
 def make_plan(config: RunConfig) -> Plan:
     """Reads the model's configuration and processor, and the beginning of the data. Raises ConfigError."""
     device = planned_device(config)
-    try:
-        adapter = config_adapter(config)
-    except AdapterError as error:
-        raise ConfigError([model_problem(error)], "what the configuration refers to") from error
+    adapter = load_model(config)
     group, kinds, assumed = _typical_group(config, adapter)
     try:
         options = with_unit_bytes(learner_options(config, device, kinds), adapter)
         shape = describe(options, adapter)
     except ValueError as error:
-        raise ConfigError([f"model: {error}"], "what the configuration refers to") from error
+        raise ConfigError([f"model: {error}"], WHERE) from error
     if shape.vision is not None:
         group = GroupShape(group.prompt, group.completions, [round(n * shape.patches_per_token) for n in group.images])
     shared = shares_prompts(adapter)
     try:
         rows = rows_of(group, options, shared)
     except ValueError as error:
-        raise ConfigError([f"learner.micro_batch_*: {error}"], "what the configuration refers to") from error
+        raise ConfigError([f"learner.micro_batch_*: {error}"], WHERE) from error
     load = micro_batch(config, options, rows, shared)
     if not shared:  # siblings follow each other, and their images are encoded once
         rows = [replace(row, images=row.images if i == 0 else ()) for i, row in enumerate(rows)]
@@ -101,13 +98,6 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
-def planned_device(config: RunConfig) -> Device:
-    """As configured; `auto` is decided by this machine, since no cluster is asked."""
-    if config.cluster.device != "auto":
-        return config.cluster.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[GroupShape, tuple[MediaKind, ...], str]:
     """A group of the run, its images in *tokens*; kinds of media in the data; and what both are based on.
 
@@ -115,8 +105,8 @@ def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[Group
     completions = [config.rollout.max_completion_length] * config.rollout.num_generations
     told = f"completions of {completions[0]} tokens, their limit"
     try:
-        source = PromptSource(data_options(config, config.data.train), adapter)
-        prompts = [prompt for prompt in source.look(LOOKED_AT) if prompt is not None]
+        data = open_set(config, "data.train", adapter)
+        prompts = [prompt for prompt in data.source.look(LOOKED_AT) if prompt is not None]
         if not prompts:
             raise DataError(f"none of the first {LOOKED_AT} rows is usable")
     except DataError as error:
@@ -125,7 +115,7 @@ def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[Group
         reason = "; ".join(line.strip(" -") for line in str(error).splitlines())
         group = GroupShape(longest, completions, [longest] if kinds else [])
         return group, kinds, f"prompts of {longest} tokens, all of them an image's, because of {reason}; {told}"
-    kinds = tuple(kind for kind, _ in source.columns.media if kind in adapter.modalities)
+    kinds = data.media_kinds(adapter)
     images = [adapter.media_lengths(prompt.media) for prompt in prompts]
     length = round(float(np.mean([prompt.expanded_length for prompt in prompts])))
     count = round(float(np.mean([len(own) for own in images])))
@@ -160,24 +150,6 @@ def micro_batch(config: RunConfig, options: LearnerOptions, rows: Sequence[Group
         return Load(tokens, trained, patches, len(bins))
 
     return max(map(load, bins), key=lambda each: (each.tokens, each.patches))
-
-
-def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequence[MediaKind]) -> list[str]:
-    """Why micro-batches limited in bytes cannot be made for a run."""
-    try:
-        options = with_unit_bytes(learner_options(config, planned_device(config), kinds), adapter)
-    except ValueError as error:
-        return [f"learner.micro_batch_gib: {error}"]
-    tokens, longest = config.data.max_prompt_length, config.rollout.max_completion_length
-    patches = math.ceil(tokens * max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0))
-    needed = options.size(tokens + longest, patches, longest).bytes + options.unit_bytes[3]
-    if options.micro_batch_bytes is None or needed <= options.micro_batch_bytes:
-        return []
-    return [
-        f"learner.micro_batch_gib={config.learner.micro_batch_gib} cannot hold one sample of up to "
-        f"data.max_prompt_length + rollout.max_completion_length = {tokens + longest} tokens, which takes "
-        f"{needed / GIB:.2f} GiB"
-    ]
 
 
 def _head(plan: Plan) -> str:

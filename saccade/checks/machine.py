@@ -1,0 +1,63 @@
+"""What a configuration asks of this machine: the files of weights, packages, a folder to write to, a port."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from rollout.data.elsewhere import address_problem
+from saccade.config.run_config import RunConfig
+
+
+def missing_weights(config: RunConfig) -> list[str]:
+    """What a local model folder lacks of its weights; a hub's model is fetched whole."""
+    path = config.model.path
+    folder = Path(path)
+    if not folder.is_dir() or any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)):
+        return []
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        try:
+            shards = set(json.loads((folder / name).read_text())["weight_map"].values())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            return [f"model.path: {folder / name} cannot be read: {error}"]
+        missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        return [f"model.path: {path} lacks {len(missing)} of {len(shards)} files of weights: {few}"] if missing else []
+    return [f"model.path: {path} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"]
+
+
+def quantization(config: RunConfig) -> list[str]:
+    if config.model.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        return [f"model.quantize={config.model.quantize} needs bitsandbytes: pip install -e '.[qlora]'"]
+    return []
+
+
+def output_folder(config: RunConfig) -> list[str]:
+    directory = Path(config.output_dir)
+    if problem := address_problem(config.output_dir):  # as a path, it would be made in the working directory
+        return [f"output_dir={config.output_dir}: {problem}"]
+    if directory.exists() and not directory.is_dir():
+        return [f"output_dir: {directory} exists and is not a folder"]
+    if file := next((p for p in directory.parents if p.exists() and not p.is_dir()), None):
+        return [f"output_dir: {directory} cannot be made: {file} is a file"]
+    return []
+
+
+def metrics_port(config: RunConfig) -> list[str]:
+    port = config.cluster.metrics_port
+    if not port:
+        return []
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            reason = f"cannot be served on this machine ({error.strerror}), maybe for another run"
+            return [f"cluster.metrics_port={port} {reason}; name another, or 0: Ray serves the figures too"]
+    return []

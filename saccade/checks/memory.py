@@ -1,0 +1,45 @@
+"""Whether micro-batches limited in bytes can hold the samples of a run, and the device that a plan assumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from learner.plan.memory import with_unit_bytes
+from saccade.config.demands import Device
+from saccade.config.options import learner_options
+from saccade.config.run_config import RunConfig
+from vlm.adapter import MultimodalAdapter
+from vlm.media.types import MediaKind
+from vlm.media_cost import patches_per_token
+
+GIB = 2**30
+
+
+def planned_device(config: RunConfig) -> Device:
+    """The configured device. `auto` is decided by this machine, since no cluster is asked."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequence[MediaKind]) -> list[str]:
+    """Why micro-batches limited in bytes (learner.micro_batch_gib) cannot be made for a run."""
+    if config.learner.micro_batch_gib is None:
+        return []
+    try:
+        options = with_unit_bytes(learner_options(config, planned_device(config), kinds), adapter)
+    except ValueError as error:
+        return [f"learner.micro_batch_gib: {error}"]
+    tokens, longest = config.data.max_prompt_length, config.rollout.max_completion_length
+    patches = math.ceil(tokens * max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0))
+    needed = options.size(tokens + longest, patches, longest).bytes + options.unit_bytes[3]
+    if options.micro_batch_bytes is None or needed <= options.micro_batch_bytes:
+        return []
+    return [
+        f"learner.micro_batch_gib={config.learner.micro_batch_gib} cannot hold one sample of up to "
+        f"data.max_prompt_length + rollout.max_completion_length = {tokens + longest} tokens, which takes "
+        f"{needed / GIB:.2f} GiB"
+    ]
