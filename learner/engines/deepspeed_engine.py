@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from learner.algorithm.schedule import learning_rate
+from learner.engines.base import BaseEngine
 from learner.engines.deepspeed_state import (
     forget_gradients,
     link_moments,
@@ -30,96 +29,29 @@ from learner.engines.deepspeed_state import (
     write_full,
     write_weight,
 )
-from learner.engines.export import save_policy
-from learner.engines.optimizer import ClippingAdamW, parameter_groups, poisoned_unless_finite
+from learner.engines.optimizer import ClippingAdamW, parameter_groups
 from learner.engines.process_group import all_reduce
-from learner.engines.protocol import MOMENTS, MicroLoss, ReadTensor, StepResult, StepTotals, on_cpu, state_bytes
 from learner.model.load import load_policy, load_reference
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
-from vlm.batch import MultimodalBatch
-from vlm.encoding import FeatureRow
-from vlm.media.types import MediaKind
-from weight_sync.protocols import WeightSource
-from weight_sync.source import PolicySource
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(BaseEngine):
     """Implements TrainEngine. The default process group must exist (`learner.engines.process_group.join`)."""
 
     def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
         # DeepSpeed would compile a shared-memory collective, for minutes, that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # adopts the existing process group
-        self.rank, self.world_size, self.steps = dist.get_rank(), dist.get_world_size(), 0
-        self.options, self.adapter = options, adapter
-        self._device = deepspeed.get_accelerator().current_device_name()
+        super().__init__(options, adapter, deepspeed.get_accelerator().current_device_name())
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = engine_config(options)
-        self.policy = _load_partitioned(load_policy, options, adapter, config)
-        self._trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        self._set_policy(_load_partitioned(load_policy, options, adapter, config))
         self._optimizer = _make_optimizer(list(self._trained.values()), options)
-        self._engine = deepspeed.initialize(model=self.policy, optimizer=self._optimizer, config=config)[0]
-        self._reference = None
+        self._module = deepspeed.initialize(model=self.policy, optimizer=self._optimizer, config=config)[0]
         if options.needs_reference and not options.lora_rank:
             self._reference = _make_reference(options, adapter, config, self._device)
-
-    @torch.no_grad()
-    def logprobs(self, batch: MultimodalBatch, *, reference: bool = False) -> Tensor:
-        batch = self._place(batch)
-        if reference and self.options.lora_rank:
-            return self._engine(batch, reference=True)[0].cpu()
-        module = self._reference if reference else self._engine
-        if module is None:
-            raise RuntimeError("no reference policy was loaded: beta is 0")
-        return module(batch)[0].cpu()
-
-    def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
-        return on_cpu(self._engine(self._place(batch), features_only=True))
-
-    def constant_kinds(self) -> tuple[MediaKind, ...]:
-        return self.policy.constant_kinds()
-
-    def recorded_kinds(self) -> tuple[MediaKind, ...]:
-        return self.policy.recorded_kinds()
-
-    def media_cost(self) -> float:
-        return self.policy.media_cost
-
-    def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
-        totals = StepTotals()
-        for batch in batches:
-            batch = self._place(batch)
-            terms = micro_loss(batch, *self._engine(batch))
-            self._engine.backward(poisoned_unless_finite(terms.loss) * self.world_size, scale_wrt_gas=False)
-            totals.add(terms)
-        rate = learning_rate(self.steps, self.options)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._engine.step()
-        taken = self._engine.was_step_applied()  # no stage takes one whose gradient norm is not finite
-        if taken and self.steps == 0:
-            link_moments(self._engine.optimizer)
-        if not taken:
-            forget_gradients(self._engine.optimizer)
-        self.steps += taken
-        own = self._optimizer if isinstance(self._optimizer, ClippingAdamW) else None
-        norm = float(self._engine.get_global_grad_norm()) if own is None else own.grad_norm
-        loss, sums, maxima = totals.reduce(self)
-        return StepResult(loss, norm, rate, sums, maxima, taken, {} if taken else totals.not_finite())
-
-    def refresh_reference(self) -> None:
-        for name, reference in self._refreshed():
-            write_weight(reference, read_full(self._trained[name], None, self._optimizer))
-
-    def _refreshed(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The reference's copies of trained parameters, if they are ever set."""
-        if self.options.reference_every:
-            if self._reference is None:
-                raise RuntimeError("no reference policy was loaded that could be refreshed")
-            module: Any = getattr(self._reference, "module", self._reference)
-            named = dict(module.model.named_parameters())
-            yield from ((name, named[name]) for name in self._trained)
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         return all_reduce(values, dist.ReduceOp.SUM, self._device)
@@ -127,37 +59,33 @@ class DeepSpeedEngine:
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         return all_reduce(values, dist.ReduceOp.MAX, self._device)
 
-    def weight_source(self, bucket_bytes: int) -> WeightSource:
-        return PolicySource(self.policy.model, rename=self.adapter.engine_weight_name, bucket_bytes=bucket_bytes)
+    def _backward(self, loss: Tensor) -> None:
+        self._module.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._trained.items():
-            yield f"param/{name}", read_full(parameter, None, self._optimizer)
-            for moment in MOMENTS if self.steps else ():
-                yield f"{moment}/{name}", read_full(parameter, moment, self._optimizer)
-        for name, parameter in self._refreshed():
-            yield f"reference/{name}", read_weight(parameter)
+    def _step(self) -> tuple[bool, float]:
+        self._module.step()
+        taken = self._module.was_step_applied()  # no stage takes one whose gradient norm is not finite
+        if taken and self.steps == 0:
+            link_moments(self._module.optimizer)
+        if not taken:
+            forget_gradients(self._module.optimizer)
+        own = self._optimizer if isinstance(self._optimizer, ClippingAdamW) else None
+        return taken, float(self._module.get_global_grad_norm()) if own is None else own.grad_norm
 
-    def state_bytes(self) -> int:
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._trained.values())
-        return state_bytes(trained, self.steps, bool(self.options.reference_every))
+    def _restart_optimizer(self, steps: int) -> None:
+        set_step_count(self._module.optimizer, self._optimizer, steps)
 
-    def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
-        self.steps = steps
-        set_step_count(self._engine.optimizer, self._optimizer, steps)
-        for name, parameter in self._trained.items():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            write_full(parameter, None, read(f"param/{name}", shape), self._optimizer)
-            for moment in MOMENTS if steps else ():
-                write_full(parameter, moment, read(f"{moment}/{name}", shape), self._optimizer)
-        for name, parameter in self._refreshed():
-            write_weight(parameter, read(f"reference/{name}", getattr(parameter, "ds_shape", parameter.shape)))
+    def _read(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        return read_full(parameter, moment, self._optimizer)
 
-    def save_pretrained(self, directory: Path) -> None:
-        save_policy(self.policy, self.adapter, directory, rank=self.rank)
+    def _write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        write_full(parameter, moment, value, self._optimizer)
 
-    def _place(self, batch: MultimodalBatch) -> MultimodalBatch:
-        return batch.to(self._device, getattr(torch, self.options.dtype))
+    def _read_reference(self, parameter: nn.Parameter) -> Tensor:
+        return read_weight(parameter)
+
+    def _write_reference(self, parameter: nn.Parameter, value: Tensor) -> None:
+        write_weight(parameter, value)
 
 
 def engine_config(options: LearnerOptions) -> dict[str, Any]:

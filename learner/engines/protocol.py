@@ -19,9 +19,6 @@ from vlm.encoding import FeatureRow
 from vlm.media.types import MediaKind
 from weight_sync.protocols import WeightSource
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's names of its moments."""
-
 MicroLoss = Callable[[MultimodalBatch, Tensor, Tensor], LossTerms]
 """(micro-batch, logprobs [B, L], entropy [B, L]) -> its part of the loss, already divided by the *global* denominator,
 and sums and maxima to report. Entries outside `loss_mask` of both tensors are 0 and carry no gradient."""
@@ -148,15 +145,6 @@ def step_metrics(results: Sequence[StepResult], tokens: Sequence[float], known: 
         sums |= {name: share * sum(r.sums[name] for r in results[:known]) for name in MISMATCH}
         maxima["mismatch_max"] = max(r.maxima["mismatch_max"] for r in results[:known])
     return {**token_means(sums, sum(tokens)), **maxima}
-
-
-def state_bytes(trained: int, steps: int, reference: bool) -> int:
-    """Bytes in float32 of `trained` parameters, their moments once a step was taken, and a refreshed reference."""
-    return 4 * trained * (1 + (len(MOMENTS) if steps else 0) + reference)
-
-
-def on_cpu(features: Mapping[MediaKind, Sequence[FeatureRow]]) -> dict[MediaKind, list[FeatureRow]]:
-    return {kind: [tuple(tensor.cpu() for tensor in row) for row in rows] for kind, rows in features.items()}
 
 
 def _read(values: Mapping[str, Tensor]) -> list[float]:
