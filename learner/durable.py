@@ -1,10 +1,11 @@
-"""Files that are whole or absent, that survive a power failure, and that are checked before they are read again.
+"""The one writer of files that must be whole or absent and survive a power failure; they are checked before reading.
 
     atomic_directory: room enough? ─▶ written beside its place ─▶ digests.json ─▶ fsync ─▶ renamed
     atomic_file:                      the same for one file
+    remove_directory: renamed ─▶ removed, so that no part of it stands under its name
     damage(directory): the first file that is missing, cut or changed, in words
 
-A disk that is full or read-only raises StorageError: which file, what was needed, what is free.
+A disk that is full or read-only raises StorageError, which says which file, what was needed and what is free.
 """
 
 from __future__ import annotations
@@ -44,22 +45,21 @@ PLACE_ERRORS = (
     errno.ETIMEDOUT,
 )
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
-"""What is said where a folder cannot be synced, as on some network and FUSE mounts, or may be written but not read. Its
-files are synced by themselves; that their names last is left to the file system then."""
+"""Errors of file systems that cannot sync a folder (some network and FUSE mounts), or let it be written but not read.
+Its files are synced all the same; whether their names survive is then left to the file system."""
 
 
 class StorageError(UserError, RuntimeError):
-    """A place that cannot be written to; says which file, why, and what to do. Nothing half-written is left."""
+    """A place cannot be written to. Says which file, why, and what to do; nothing half-written is left."""
 
 
 @contextmanager
 def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) -> Iterator[Path]:
-    """A new directory beside `directory` to write into; takes its place, durably, when the block ends without error.
+    """Yield a new directory beside `directory` to write into; it takes that place, durably, if the block succeeds.
 
-    `needed` bytes have to be free before anything is written; `sealed` writes DIGESTS. After an error the former
-    content stands where it was. A crash leaves the former content or the new one; at worst, between two renames, or
-    where it cannot be put back, the former under a hidden name beside it, which `clear_leftovers` puts back. Raises
-    StorageError."""
+    `needed` bytes must be free before anything is written; `sealed` writes DIGESTS. After an error the former content
+    stands where it was. After a crash either the former content or the new one is there. A crash between the two
+    renames leaves the former content under a hidden name, and `clear_leftovers` puts it back. Raises StorageError."""
     mark = uuid.uuid4().hex[:8]
     partial, former = (directory.parent / f".{directory.name}.{kind}-{mark}" for kind in ("partial", "former"))
     with storage_errors(directory):
@@ -77,7 +77,7 @@ def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) 
             partial.rename(directory)
             _sync(directory.parent)
         except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # the first error is the one to report
                 if former.exists() and not directory.exists():
                     former.rename(directory)
             raise
@@ -87,14 +87,16 @@ def atomic_directory(directory: Path, *, needed: int = 0, sealed: bool = False) 
                 shutil.rmtree(former, ignore_errors=True)
 
 
-def moved_aside(directory: Path) -> Path:
-    """`directory` under the name of something half-written, so that a removal that is cut short leaves no part of it
-    under its own. Raises OSError."""
-    return directory.rename(directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}")
+def remove_directory(directory: Path) -> None:
+    """Remove `directory` as far as possible. It is renamed first: if the removal is cut short, no part of it stands
+    under its name, and `clear_leftovers` removes the rest."""
+    with suppress(OSError):
+        shutil.rmtree(directory.rename(directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"))
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: a number that is not finite is null. Python would write `NaN`, which is none."""
+    """JSON that every reader accepts: a number that is not finite becomes null. Python would write `NaN`, which is not
+    JSON."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -106,12 +108,12 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def atomic_file(path: Path, content: str) -> None:
-    """Write `path` whole, in place of what was there, or not at all. Raises StorageError."""
+def atomic_file(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` as a whole, or leave what was there. Raises StorageError."""
     partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     with storage_errors(path):
         try:
-            partial.write_text(content)
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
@@ -121,22 +123,22 @@ def atomic_file(path: Path, content: str) -> None:
 
 
 def append(path: Path, content: str) -> None:
-    """Add `content` to the end of `path` whole, or not at all. Raises StorageError.
+    """Add `content` as a whole to the end of `path`, or nothing. Raises StorageError.
 
-    A power failure may take what was appended since `sync_file`."""
+    A power failure may lose what was appended since the last `sync_file`."""
     with storage_errors(path), path.open("ab", buffering=0) as file:
         size, rest = file.tell(), content.encode()
         try:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # the first error is the one to report
                 file.truncate(size)
             raise
 
 
 def make_folder(directory: Path) -> None:
-    """Make `directory` with its parents, those that are new so that they survive a power failure."""
+    """Make `directory` and its parents. Those that are new survive a power failure."""
     new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for path in new:
@@ -151,8 +153,8 @@ def sync_file(path: Path) -> None:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove what a killed writer left half-written under `directory`, as far as that can be, and put back what it had
-    moved aside. For the only writer there is."""
+    """Remove what a killed writer left half-written in `directory`, as far as possible, and put back what it had moved
+    aside. Nobody else may be writing there."""
     for path in directory.glob(".*.*-*") if directory.is_dir() else ():
         match = re.fullmatch(r"\.(.+)\.(partial|former)-[0-9a-f]{8}", path.name)
         if match is None:
@@ -175,7 +177,7 @@ def seal(directory: Path) -> None:
 
 
 def damage(directory: Path) -> str | None:
-    """The first file of a sealed directory that is not as it was written, in words; None where all are."""
+    """Say which file of a sealed directory is not as it was written, the first one found; None if all are intact."""
     path = directory / DIGESTS
     try:
         recorded = json.loads(path.read_text())
@@ -203,7 +205,7 @@ def size_of(directory: Path) -> int:
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Raises StorageError when less than `needed` bytes, and a margin, are free where `path` will be written."""
+    """Raises StorageError if less than `needed` bytes plus a margin are free where `path` will be written."""
     free = _free(path)
     if free is not None and needed * MARGIN > free:
         raise StorageError(
@@ -213,7 +215,7 @@ def check_room(path: Path, needed: int) -> None:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the place where `path` is written, of Python's or of safetensors', into StorageError."""
+    """Turn errors of the storage that `path` is written to, raised by Python or by safetensors, into StorageError."""
     try:
         yield
     except Exception as error:
@@ -230,7 +232,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _number(error: BaseException) -> int | None:
-    """errno; safetensors has it in the text of its error only."""
+    """The error's errno. Safetensors has it only in the text of its error."""
     if isinstance(error, OSError):
         return error.errno
     found = (
@@ -242,7 +244,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def _to_digest(directory: Path) -> list[str]:
-    """Files under `directory`, by their relative names; of a sealed directory inside only its digests."""
+    """Relative names of the files under `directory`. A sealed directory inside it is represented by its digests."""
     names = []
     for path in sorted(directory.iterdir()):
         if path.is_dir():
@@ -259,7 +261,7 @@ def _measure(path: Path) -> tuple[int, str]:
 
 
 def _free(path: Path) -> int | None:
-    """Bytes that may be written where `path` is or will be; None if that cannot be known."""
+    """Bytes that are free where `path` is or will be; None if that cannot be known."""
     for place in (path, *path.parents):
         if os.path.exists(place):  # False where nobody may look
             try:

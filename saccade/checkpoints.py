@@ -1,12 +1,12 @@
 """Checkpoints of a whole run: one folder a step, complete or absent.
 
     output_dir/checkpoints/step-000020/
-        learner/     weights, optimizer, scheduler, RNG: whatever the number of ranks (learner/engines/checkpoint.py)
+        learner/     weights, optimizer, steps, RNG; any number of ranks can load it (learner/engines/checkpoint.py)
         run.json     policy version, ledger (issued but untrained prompts), data cursor, resolved configuration, ...
         digests.json size and SHA-256 of every file
 
-Written beside its place and renamed, so that a crash leaves the former checkpoint and nothing half-written. A resume
-checks every file, and takes the newest checkpoint of which none is damaged.
+`learner/durable.py` writes it beside its place and renames it, so that a crash leaves the former checkpoint and nothing
+half-written. A resume checks every file and takes the newest checkpoint that is not damaged.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from learner.durable import atomic_directory, damage, moved_aside, strict_json
+from learner.durable import atomic_directory, damage, remove_directory, strict_json
 from saccade.errors import RunError
 
 FORMAT = 3
 
 
 class DamagedError(RunError):
-    """A checkpoint with a file that is missing, cut or changed, or of another format."""
+    """A checkpoint has a file that is missing, cut, changed, or in another format."""
 
 
 def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Callable[[Path], None], keep: int) -> Path:
     """Write the checkpoint of `step` under `directory`; `save_learner` fills the learner's folder. Returns its path.
 
-    Raises StorageError where there is no room; the former checkpoints are as they were then."""
+    Raises StorageError if there is no room; the former checkpoints are then unchanged."""
     final = _path(directory, step)
     with atomic_directory(final, sealed=True) as partial:
         save_learner(partial / "learner")
@@ -42,13 +40,12 @@ def save(directory: Path, step: int, state: Mapping[str, Any], save_learner: Cal
     # Later steps than this one belong to checkpoints that a resume found damaged: they count for nothing.
     before = [s for s in found(directory) if s < step]
     for old in before[: max(0, len(before) + 1 - keep)]:
-        with suppress(OSError):  # what is left of it stands in nobody's way, and goes at the next start
-            shutil.rmtree(moved_aside(_path(directory, old)))
+        remove_directory(_path(directory, old))
     return final
 
 
 def check_visible(written: Path) -> None:
-    """Raises RunError when what the learner wrote is not there for the driver, which may run on another node."""
+    """Raises RunError if the driver, which may run on another node, cannot see what the learner wrote."""
     if not written.exists():
         raise RunError(
             f"the learner wrote {written} on its own node, where the driver cannot see it; put output_dir on storage "
@@ -58,16 +55,16 @@ def check_visible(written: Path) -> None:
 
 def found(directory: Path) -> list[int]:
     """Steps of the complete checkpoints under `directory`."""
-    if not os.path.isdir(directory):  # nor where nobody may look
+    if not os.path.isdir(directory):  # also False where reading is not allowed
         return []
     matches = (re.fullmatch(r"step-(\d+)", p.name) for p in directory.iterdir())
     return sorted(int(m.group(1)) for m in matches if m)
 
 
 def newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The newest undamaged checkpoint and its run state; `say` is told which newer ones are damaged, and how.
+    """The newest undamaged checkpoint and its run state. `say` is told which newer ones are damaged, and how.
 
-    Raises RunError when there is none."""
+    Raises RunError if there is none."""
     steps = found(directory)
     if not steps:
         raise RunError(f"nothing to resume: no checkpoint in {directory}; start without --resume")
@@ -78,13 +75,13 @@ def newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str,
             return path, read_state(path)
         except DamagedError as error:
             problems.append(str(error))
-            say(f"{error}; the checkpoint before it is tried")
+            say(f"{error}; trying the checkpoint before it")
     raise RunError(f"nothing to resume: no checkpoint in {directory} is usable: " + "; ".join(problems))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The run state of a checkpoint whose files are all as they were written. Raises DamagedError, and
-    RunError for one of another version."""
+    """The run state of a checkpoint, after all of its files have been checked. Raises DamagedError, or RunError for a
+    checkpoint of another version of saccade."""
     try:
         state = json.loads((path / "run.json").read_text())
     except (OSError, ValueError) as error:

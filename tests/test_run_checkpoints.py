@@ -360,7 +360,7 @@ def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run_and_is_never_half_there(tmp_path, monkeypatch):
-    real = checkpoints.shutil.rmtree
+    real = shutil.rmtree
 
     def busy(path, **options):
         if "000001" not in path.name:
@@ -370,7 +370,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run_and_is_ne
 
     checkpoints.save(tmp_path, 1, {"version": 1}, write_learner, keep=1)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints.shutil, "rmtree", busy)
+        patched.setattr(shutil, "rmtree", busy)
         checkpoints.save(tmp_path, 2, {"version": 2}, write_learner, keep=1)
     assert checkpoints.found(tmp_path) == [2] and len(list(tmp_path.iterdir())) == 2
     clear_leftovers(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from learner.durable import strict_json
+from learner.durable import atomic_file, strict_json
 from saccade.config.run_config import ConfigError, RunConfig
 from saccade.demo.curves import accuracy_table, plot, speed_table, summarise
 from saccade.demo.shapes import ShapesFiles, make_shapes, vocabulary
@@ -102,7 +102,7 @@ def run_demo(
     records, evaluations = read_metrics(result.output_dir), read_metrics(result.output_dir, "evaluation")
     seconds = time.perf_counter() - begin
     summary = summarise(records, evaluations, warm_start_seconds=warm.seconds, total_seconds=seconds)
-    (directory / "summary.json").write_text(strict_json(summary, 2) + "\n")
+    atomic_file(directory / "summary.json", strict_json(summary, 2) + "\n")
     plot(records, evaluations, directory / "curves.png", title=f"A tiny VLM learns to see (seed {seed})")
     show(console, accuracy_table(summary), speed_table(summary))
     say(console, f"model {result.model_dir}  curves {directory / 'curves.png'}  figures {directory / 'summary.json'}")

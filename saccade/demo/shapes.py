@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
+from learner.durable import atomic_file
+
 COLORS = {
     "red": (220, 30, 30),
     "green": (30, 170, 50),
@@ -191,7 +193,6 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _write(path: Path, rows: Iterable[dict]) -> None:
-    """Write beside and rename, so that an interruption leaves no half-written file."""
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), partial)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), buffer)
+    atomic_file(path, buffer.getvalue())
