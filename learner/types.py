@@ -228,8 +228,6 @@ class WeightTransferOptions:
     """Bytes gathered and sent at once."""
     timeout: float = 300.0
     """Seconds that forming the group, or one transfer, may take."""
-    verify: bool = True
-    """Digest every tensor sent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,6 @@ class LearnerWorker:
                 bucket_bytes=transfer.bucket_bytes,
                 timeout=transfer.timeout,
                 host=ray.util.get_node_ip_address(),
-                verify=transfer.verify,
             )
         self._sender.form_group(engines)
 

@@ -124,14 +124,14 @@ def test_the_dead_are_named_in_place_of_what_others_say_of_it(local_ray, process
         "learner rank 0": answers(processes["b"]),
         "learner rank 1": answers(processes["c"]),
     }
-    error = WeightSyncError("receive the weights", (), GLOO)
+    error = WeightSyncError("receiving the weights", (), GLOO)
     assert find_dead(asked, 0.5) == {}
     pid = kill(local_ray, processes["b"])
     shown = explain(error, asked, HEAD)
     assert isinstance(shown, DeathError) and isinstance(shown, RunError) and shown.dead == ("learner rank 0",)
     first, noticed, advice = str(shown).splitlines()
     assert first.startswith(f"learner rank 0 died (process {pid} at ") and "it was killed or crashed" in first
-    assert noticed == f"It was noticed as: weight sync failed while it had to receive the weights: {GLOO}"
+    assert noticed == f"It was noticed as: weight sync failed while receiving the weights: {GLOO}"
     assert "--resume" in advice
     assert explain(shown, asked, HEAD) is shown
     (tmp_path / "fifo").write_text("")
@@ -193,7 +193,7 @@ def test_a_rank_that_died_is_named_not_the_one_that_gloo_told_of_it(processes, t
     ("error", "dead", "saved"),
     [
         (RunError("a group was lost with its actor"), ["engine rollout-0"], True),
-        (WeightSyncError("receive", ("rollout-0",), GLOO), ["engine rollout-0"], True),
+        (WeightSyncError("receiving the weights", ("rollout-0",), GLOO), ["engine rollout-0"], True),
         (RunError("a group was lost with its actor"), ["learner rank 1"], False),
         (LearnerError("rank 0 failed"), [], False),
         (MismatchError("they differ by 1"), [], False),

@@ -23,7 +23,7 @@ from tests.engine_contract import LocalLearner, image_media, make_prompt
 from vlm.adapter import MultimodalAdapter
 from vlm.families.registry import load_adapter
 from vlm.media.types import Media
-from weight_sync.sync import form_group, sync_weights
+from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightSyncError
 
 OPTIONS = EngineOptions("simulated", device="cpu", max_model_len=512, control_timeout=0.5)
@@ -214,23 +214,23 @@ def test_synchronisation_death_and_restart(
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 3))
     learner = LocalLearner(model, timeout=10.0)
 
-    form_group(learner, handles)
-    assert sync_weights(learner, handles, 3, timeout=20.0).nbytes == sum(p.nbytes for p in model.parameters())
+    learner.form_weight_group(handles)
+    sync_weights(learner, handles, 3, timeout=20.0)
     first, second = (local_ray.get(mortal.actor.generate.remote(prompt, SAMPLING), timeout=30) for _ in range(2))
     assert isinstance(first, RolloutGroup) and {c.oldest_version for c in first.completions} == {3}
     assert isinstance(second, RolloutFailure) and second.engine_dead
-    with pytest.raises(WeightSyncError, match="pause at b: b: EngineDeadError"):
+    with pytest.raises(WeightSyncError, match="at b while pausing: b: EngineDeadError"):
         sync_weights(learner, handles, 4, timeout=20.0)
 
     local_ray.get(mortal.actor.restart.remote(), timeout=30)
-    form_group(learner, handles)
+    learner.form_weight_group(handles)
     sync_weights(learner, handles, 4, timeout=20.0)
     third = local_ray.get(mortal.actor.generate.remote(prompt, SAMPLING), timeout=30)
     assert isinstance(third, RolloutGroup) and {c.oldest_version for c in third.completions} == {4}
 
     local_ray.kill(mortal.actor)
-    with pytest.raises(WeightSyncError, match=r"pause at b.*(died|dead)"):
+    with pytest.raises(WeightSyncError, match=r"at b while pausing.*(died|dead)"):
         sync_weights(learner, handles, 5, timeout=20.0)
-    form_group(learner, [alive])
+    learner.form_weight_group([alive])
     sync_weights(learner, [alive], 5, timeout=20.0)
     assert local_ray.get(alive.actor.version.remote(), timeout=20) == 5

@@ -32,7 +32,7 @@ from tests.engine_contract import image_media, make_prompt, reference_logprobs, 
 from vlm.adapter import MultimodalAdapter
 from vlm.families.registry import load_adapter
 from vlm.media.types import Media
-from weight_sync.sync import form_group, sync_weights
+from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightSyncError
 
 pytestmark = pytest.mark.e2e
@@ -151,15 +151,14 @@ def scored(group: RolloutGroup, rng: np.random.Generator) -> RolloutGroup:
 def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Path) -> None:
     ray, learner, handles = cluster.ray, cluster.learner, cluster.handles
     rng = np.random.default_rng(0)
-    form_group(learner, handles)
+    learner.form_weight_group(handles)
     sync_weights(learner, handles, 0, timeout=CALL_TIMEOUT)
     groups = [g for handle in handles for g in cluster.generate(handle)]
     for version in range(3):
         batch = [scored(group, rng) for group in groups]
         learner.update([ray.put(g) for g in batch], [GroupSummary.of(g) for g in batch], version)
-        report = sync_weights(learner, handles, version + 1, timeout=CALL_TIMEOUT)
+        sync_weights(learner, handles, version + 1, timeout=CALL_TIMEOUT)
         model = cluster.model(tmp_path / str(version + 1))
-        assert report.nbytes == sum(p.nbytes for p in model.parameters())
         assert cluster.difference(groups, model) > 1e-3, "the update changed nothing: the next check would be empty"
         groups = []
         for handle in handles:
@@ -175,23 +174,23 @@ def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path:
     dead one is started again in its place and synchronised."""
     ray, learner = cluster.ray, cluster.learner
     single, pair = cluster.handles
-    form_group(learner, [single, pair])
+    learner.form_weight_group([single, pair])
     long = replace(cluster.sampling, max_tokens=200)
     running = single.actor.generate.remote(cluster.prompts[1], long)
     ray.get(single.actor.generate.remote(cluster.prompts[1], replace(long, max_tokens=1)), timeout=CALL_TIMEOUT)
     _engine_core(ray, single).kill()
     failure = ray.get(running, timeout=CALL_TIMEOUT)
     assert isinstance(failure, RolloutFailure) and failure.engine_dead and failure.engine == "single", failure
-    with pytest.raises(WeightSyncError, match=r"pause at single.*EngineDeadError"):
+    with pytest.raises(WeightSyncError, match=r"at single while pausing.*EngineDeadError"):
         sync_weights(learner, [single, pair], 10, timeout=CALL_TIMEOUT)
 
-    form_group(learner, [pair])
+    learner.form_weight_group([pair])
     sync_weights(learner, [pair], 10, timeout=CALL_TIMEOUT)
     model = cluster.model(tmp_path / "model")
     assert cluster.difference(cluster.generate(pair), model) < TOLERANCE
 
     ray.get(single.actor.restart.remote(), timeout=START_TIMEOUT)
-    form_group(learner, [single, pair])
+    learner.form_weight_group([single, pair])
     sync_weights(learner, [single, pair], 11, timeout=CALL_TIMEOUT)
     for handle in (single, pair):
         groups = cluster.generate(handle)

@@ -19,7 +19,7 @@ from weight_sync.source import PolicySource
 from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightReport, WeightSyncError, tensor_digest
 
-PHASES = ("pause", "send", "verify", "commit", "resume")
+DOING = {"pause": "pausing", "commit": "committing the version", "resume": "resuming"}
 
 
 class FakeEngine:
@@ -68,7 +68,7 @@ class FakeLearner:
 
     def send_weights(self) -> TransferReport:
         self.journal.append("learner.send")
-        return TransferReport({"w": "1"}, self.received, 4, 0.1)
+        return TransferReport({"w": "1"}, self.received)
 
 
 def fail() -> None:
@@ -82,20 +82,21 @@ def good(*names: str) -> dict[str, WeightReport]:
 def test_order_of_the_phases() -> None:
     journal: list[str] = []
     engines = [FakeEngine("a", journal), FakeEngine("b", journal)]
-    report = sync_weights(FakeLearner(journal, good("a", "b")), engines, 7, timeout=5.0)
+    sync_weights(FakeLearner(journal, good("a", "b")), engines, 7, timeout=5.0)
     stage = {"pause": 0, "send": 1, "commit": 2, "resume": 3}
     assert [stage[entry.split(".")[1]] for entry in journal] == [0, 0, 1, 2, 2, 3, 3]
     assert [e.held_version for e in engines] == [7, 7] and not any(e.paused for e in engines)
-    assert tuple(report.seconds) == PHASES and report.nbytes == 4
 
 
 @pytest.mark.parametrize("phase", ["pause", "commit", "resume"])
 def test_a_failing_engine_is_named_with_its_phase_and_stays_paused(phase: str) -> None:
     journal: list[str] = []
     engines = [FakeEngine("a", journal), FakeEngine("b", journal, {phase: fail})]
-    with pytest.raises(WeightSyncError, match=rf"{phase}.* at b: b: RuntimeError: out of order") as caught:
+    with pytest.raises(
+        WeightSyncError, match=f"failed at b while {DOING[phase]}: b: RuntimeError: out of order"
+    ) as caught:
         sync_weights(FakeLearner(journal, good("a", "b")), engines, 7, timeout=5.0)
-    assert caught.value.phase == phase and caught.value.engines == ("b",)
+    assert caught.value.phase == DOING[phase] and caught.value.engines == ("b",)
     assert engines[1].paused or phase == "pause"
     assert "b.resume" not in journal
 
@@ -126,7 +127,7 @@ def test_wrong_weights_are_never_committed(reports: dict[str, WeightReport], mes
     engines = [FakeEngine("a", journal), FakeEngine("b", journal)]
     with pytest.raises(WeightSyncError, match=message) as caught:
         sync_weights(FakeLearner(journal, reports), engines, 7, timeout=5.0)
-    assert caught.value.phase == "verify" and caught.value.engines == ("b",)
+    assert caught.value.phase == "comparing the weights with those sent" and caught.value.engines == ("b",)
     assert all(e.paused and e.held_version == 0 for e in engines)
 
 
@@ -145,7 +146,7 @@ def test_first_failure_ends_the_wait() -> None:
     failed: Future[None] = Future()
     failed.set_exception(RuntimeError("gone"))
     with pytest.raises(WeightSyncError, match="gone"):
-        await_all("pause", {"slow": slow, "failed": failed}, 1e6)
+        await_all("pausing", {"slow": slow, "failed": failed}, 1e6)
 
 
 def test_engine_names_must_differ() -> None:
@@ -201,6 +202,7 @@ class LocalLearner:
     def send_weights(self) -> TransferReport:
         report = self.sender.send()
         assert report is not None
+        self.sent = report.sent
         return report
 
 
@@ -218,8 +220,8 @@ def test_gloo_delivers_every_tensor_to_every_engine(model: nn.Module) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1.0)
-        report = sync_weights(learner, engines, version, timeout=20.0)
-        assert report.nbytes == 4 * sum(p.numel() for p in model.parameters())
+        sync_weights(learner, engines, version, timeout=20.0)
+        assert list(learner.sent) == [name for name, _ in model.named_parameters()]
         for engine in engines:
             assert engine.held_version == version
             assert all(torch.equal(engine.values[n], p) for n, p in model.named_parameters())
@@ -230,7 +232,7 @@ def test_a_corrupted_byte_is_found_and_named(model: nn.Module) -> None:
     engines = [ThreadEngine("a"), ThreadEngine("b", corrupt=True)]
     learner = LocalLearner(model)
     learner.form_weight_group(engines)
-    with pytest.raises(WeightSyncError, match=r"at b: .*differ: 0\.weight"):
+    with pytest.raises(WeightSyncError, match=r"at b while .*differ: 0\.weight"):
         sync_weights(learner, engines, 1, timeout=20.0)
     assert all(e.held_version == 0 and e.paused for e in engines)
 
@@ -240,7 +242,7 @@ def test_after_a_failed_transfer_the_group_is_formed_again(model: nn.Module) -> 
     engines = [ThreadEngine("a"), broken]
     learner = LocalLearner(model, timeout=3.0)
     learner.form_weight_group(engines)
-    with pytest.raises(WeightSyncError, match="receive the weights at b: b: RuntimeError: out of order"):
+    with pytest.raises(WeightSyncError, match="failed at b while receiving the weights: b: RuntimeError: out of order"):
         sync_weights(learner, engines, 1, timeout=10.0)
     with pytest.raises(WeightSyncError, match="no weight-transfer group"):
         learner.send_weights()
@@ -255,7 +257,7 @@ def test_after_a_failed_transfer_the_group_is_formed_again(model: nn.Module) -> 
 def test_an_engine_that_never_joins_is_named_in_time(model: nn.Module) -> None:
     release = threading.Event()
     learner = LocalLearner(model, timeout=1.0)
-    with pytest.raises(WeightSyncError, match="join the transfer group"):
+    with pytest.raises(WeightSyncError, match="while joining the transfer group"):
         learner.form_weight_group([ThreadEngine("a"), ThreadEngine("b", {"init": release.wait})])
     release.set()
 
@@ -265,7 +267,7 @@ def test_a_dead_engine_is_found_before_anything_is_broadcast(model: nn.Module) -
     learner = LocalLearner(model)
     learner.form_weight_group(engines)
     engines[1].faults["health"] = fail
-    with pytest.raises(WeightSyncError, match="answer before the transfer at b"):
+    with pytest.raises(WeightSyncError, match="at b while checking its health before the transfer"):
         learner.send_weights()
     assert engines[0].values == {}
 

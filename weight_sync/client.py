@@ -1,7 +1,7 @@
 """The control plane of one transfer group: vLLM's `VLLMWeightSyncClient` over engine handles, with deadlines.
 
-Differs from vLLM's own Ray client in two ways: independent engines get distinct ranks (its `rank_offset` is the same
-for all), and no call waits without a limit.
+It differs from vLLM's own Ray client in two ways: independent engines get distinct ranks (vLLM gives all the same
+`rank_offset`), and no call waits without a limit.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 def rank_offsets(workers: Sequence[int]) -> list[int]:
-    """First rank of each engine in the transfer group: rank 0 is the learner, engines follow one after another."""
+    """The first rank of each engine in the transfer group. The learner is rank 0; the engines follow one another."""
     return list(accumulate(workers, initial=1))[:-1]
 
 
 def await_all(phase: str, futures: Mapping[str, Future[T]], timeout: float) -> dict[str, T]:
-    """Results by engine name. Raises WeightSyncError at the first failure, or naming who was not done after `timeout`
-    seconds."""
+    """Return results by engine name. Raises WeightSyncError at the first failure, or if an engine is not done after
+    `timeout` seconds."""
     done, pending = wait(futures.values(), timeout=timeout, return_when=FIRST_EXCEPTION)
     failed = {name: future.exception() for name, future in futures.items() if future in done and future.exception()}
     if failed:
@@ -53,17 +53,17 @@ class WeightSyncClient:
         self.offsets = rank_offsets([engine.workers for engine in engines])
         self.world_size = 1 + sum(engine.workers for engine in engines)
         self.reports: dict[str, WeightReport] = {}
-        """What each engine said of the last update."""
+        """Each engine's report of the last update."""
         self.failure: WeightSyncError | None = None
         """Why an engine did not receive the last update."""
         self.on_failure: Callable[[], None] = lambda: None
-        """Called as soon as an engine fails to receive: what ends a broadcast that waits for it."""
+        """Called as soon as an engine fails to receive. It ends a broadcast that waits for that engine."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let every worker of every engine join; `rank_offset` of `init_info` is replaced by the engine's own."""
+        """Let every worker of every engine join. The `rank_offset` of `init_info` is replaced by the engine's own."""
         offset = {engine.name: first for engine, first in zip(self.engines, self.offsets, strict=True)}
         self._all(
-            "join the transfer group",
+            "joining the transfer group",
             lambda engine: engine.init_weight_transfer({**init_info, "rank_offset": offset[engine.name]}),
         )
 
@@ -71,22 +71,22 @@ class WeightSyncClient:
         """Nothing to do: an engine leaves its group when it joins the next."""
 
     def start_weight_update(self) -> None:
-        """See that every engine is alive before a broadcast begins, which could wait for a dead one. The update itself
-        is started inside `update_weights`, in one call, so that a dying sender leaves no engine half-way open."""
+        """Check that every engine is alive before a broadcast, which could wait for a dead one. The update itself
+        starts inside `update_weights`, in one call, so that a dying sender leaves no engine with an open update."""
         self.reports, self.failure = {}, None
-        self._all("answer before the transfer", lambda engine: engine.check_health())
+        self._all("checking its health before the transfer", lambda engine: engine.check_health())
 
     def update_weights(self, update_info: Any) -> None:
-        """Receive in all engines; returns when all have finished, digested and processed the weights."""
+        """Let all engines receive. Returns when all have received, digested and loaded the weights."""
         try:
-            self.reports = self._all("receive the weights", lambda engine: engine.receive_weights(update_info))
+            self.reports = self._all("receiving the weights", lambda engine: engine.receive_weights(update_info))
         except WeightSyncError as error:
             self.failure = error
             self.on_failure()
             raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Nothing to do: the engines finished in `update_weights`; the version is committed after verification."""
+        """Nothing to do: the engines finished in `update_weights`, and the version is committed after the check."""
 
     def _all(self, phase: str, call: Callable[[EngineHandle], Future[T]]) -> dict[str, T]:
         start = time.monotonic()

@@ -184,7 +184,7 @@ class GlooTrainer:
         try:
             self.group = join_group(info, 0, self._store)
         except RuntimeError as error:
-            raise _cause(joining, "join the transfer group", error) from error
+            raise _cause(joining, "joining the transfer group", error) from error
         joining.result()
 
     def send_weights(self) -> None:
@@ -205,7 +205,7 @@ class GlooTrainer:
         try:
             self._broadcast(metadata, receiving)
         except BroadcastError as error:
-            raise _cause(receiving, "receive the weights", error) from error
+            raise _cause(receiving, "receiving the weights", error) from error
         receiving.result()
         self.client.finish_weight_update()
 

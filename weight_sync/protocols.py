@@ -1,4 +1,5 @@
-"""What a synchronisation needs of its two sides. No Ray here: rollout/actor.py and learner/group.py implement these."""
+"""The interfaces that a synchronisation needs of its two sides. No Ray here: rollout/actor.py and learner/group.py
+implement them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from weight_sync.verify import WeightReport
 
 @dataclass(frozen=True, slots=True)
 class ParamMeta:
-    """One tensor of the wire, as declared before anything is gathered."""
+    """One tensor to be sent, as declared before anything is gathered."""
 
     name: str
     dtype: torch.dtype
@@ -27,38 +28,36 @@ class ParamMeta:
 
 
 class WeightSource(Protocol):
-    """The learner's weights under the engine's names. It has the shape of vLLM's `WeightSource`, which takes seconds to
-    import."""
+    """The learner's weights under the engine's names. The interface is that of vLLM's `WeightSource`, which takes
+    seconds to import."""
 
     def metadata(self) -> list[ParamMeta]:
-        """What iteration will yield, in its order, without gathering anything."""
+        """Describe what iteration will yield, in order, without gathering anything."""
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """A fresh pass over `(name, full tensor)`. Collective over learner ranks: all iterate to the end together."""
+        """Start a new pass over `(name, full tensor)`. Collective: all learner ranks iterate to the end together."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """One completed transfer, as learner rank 0 saw it."""
+    """One completed transfer, as seen by learner rank 0."""
 
     sent: Mapping[str, str]
-    """Wire name -> digest (verify.tensor_digest) of every tensor as sent; empty if digests were not asked for."""
+    """Name -> digest (`verify.tensor_digest`) of every tensor as it was sent."""
     received: Mapping[str, WeightReport]
-    """Engine name -> what that engine says it received."""
-    nbytes: int
-    seconds: float
+    """Engine name -> that engine's report."""
 
 
 class EngineHandle(Protocol):
-    """A rollout engine as seen from another process. Calls return at once with a future, so that several engines work
-    side by side; the caller sets the deadline. Picklable: the driver hands it to learner rank 0."""
+    """A rollout engine as seen from another process. Calls return a future at once, so that several engines work side
+    by side; the caller sets the deadline. Picklable: the driver hands it to learner rank 0."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def workers(self) -> int:
-        """Processes of this engine in a transfer group: tensor parallel x pipeline parallel size."""
+        """The number of this engine's processes in a transfer group: tensor parallel x pipeline parallel size."""
 
     def check_health(self) -> Future[None]: ...
 
@@ -77,7 +76,7 @@ class WeightLearner(Protocol):
     """The learner group. Both calls block, run on every rank, and end within their own limit."""
 
     def form_weight_group(self, engines: Sequence[EngineHandle]) -> None:
-        """Every rank: `WeightSender.form_group(engines)`. Replaces the former group."""
+        """Call `WeightSender.form_group(engines)` on every rank. Replaces the former group."""
 
     def send_weights(self) -> TransferReport:
-        """Every rank: `WeightSender.send()`; returns rank 0's report."""
+        """Call `WeightSender.send()` on every rank. Returns rank 0's report."""

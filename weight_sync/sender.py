@@ -7,7 +7,6 @@ rank 1..  gather bucket      (the collective only)
 from __future__ import annotations
 
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from weight_sync.verify import WeightSyncError, digest_text, hash_words
 
 
 class Transport(Protocol):
-    """vLLM's `TrainerWeightTransferEngine`, as far as it is used here."""
+    """The part of vLLM's `TrainerWeightTransferEngine` that is used here."""
 
     def send_weights(self) -> None: ...
 
@@ -30,11 +29,11 @@ class Transport(Protocol):
 
 
 class WeightSender:
-    """Construct one per learner rank; then `form_group` and `send`, on every rank in the same order.
+    """Make one per learner rank; then call `form_group` and `send` on every rank in the same order.
 
     sender = WeightSender(source, backend="gloo", rank=rank, bucket_bytes=8 << 20, timeout=300.0, host=node_ip)
-    sender.form_group(engine_handles)     # again whenever an engine came, went or failed
-    report = sender.send()                # TransferReport on rank 0, None elsewhere
+    sender.form_group(engine_handles)     # again whenever an engine came, went, or a transfer failed
+    report = sender.send()                # a TransferReport on rank 0, None elsewhere
     """
 
     def __init__(
@@ -46,22 +45,21 @@ class WeightSender:
         bucket_bytes: int = 8 * 2**20,
         timeout: float = 300.0,
         host: str = "127.0.0.1",
-        verify: bool = True,
     ) -> None:
-        """`host` is this node's address as the engines reach it (used on rank 0). `timeout` in seconds bounds every
-        wait of `form_group` and `send`. Raises ValueError for an unknown `backend`."""
+        """`host` is the address under which the engines reach this node (used on rank 0). `timeout`, in seconds, limits
+        every wait of `form_group` and `send`. Raises ValueError for an unknown `backend`."""
         if backend not in TRANSPORTS:
             raise ValueError(f"weight_sync.backend {backend!r} is unknown; known: {', '.join(sorted(TRANSPORTS))}")
-        self.source = DigestingSource(source, enabled=verify and rank == 0)
+        self.source = DigestingSource(source, enabled=rank == 0)
         self.backend, self.rank, self.host = backend, rank, host
         self.bucket_bytes, self.timeout = bucket_bytes, timeout
         self._client: WeightSyncClient | None = None
         self._transport: Transport | None = None
 
     def form_group(self, engines: Sequence[EngineHandle]) -> None:
-        """Connect rank 0 with every worker of `engines`, on a fresh store; a former group is dropped first.
+        """Connect rank 0 with every worker of `engines` through a new store. A former group is dropped first.
 
-        Raises WeightSyncError naming the engines that did not join within `timeout`."""
+        Raises WeightSyncError, which names the engines that did not join within `timeout`."""
         self.close()
         self._client = WeightSyncClient(engines, self.timeout)
         self._transport = TRANSPORTS[self.backend](self, self._client)
@@ -69,10 +67,11 @@ class WeightSender:
     def send(self) -> TransferReport | None:
         """Send one full set of weights to all engines of the group, which must be paused. Collective.
 
-        After an error the group is unusable: form it again. Raises WeightSyncError with phase and engines."""
+        After an error the group is unusable and must be formed again. Raises WeightSyncError."""
         if self._transport is None or self._client is None:
-            raise WeightSyncError("send", (), "no weight-transfer group was formed yet, or the last one failed")
-        start = time.perf_counter()
+            raise WeightSyncError(
+                "sending the weights", (), "no weight-transfer group was formed yet, or the last one failed"
+            )
         try:
             self._transport.send_weights()
         except BaseException as error:
@@ -82,9 +81,7 @@ class WeightSender:
             raise
         if self.rank != 0:
             return None
-        seconds = time.perf_counter() - start
-        nbytes = sum(meta.nbytes for meta in self.source.metadata())
-        return TransferReport(self.source.digests(), dict(self._client.reports), nbytes, seconds)
+        return TransferReport(self.source.digests(), dict(self._client.reports))
 
     def close(self) -> None:
         """Leave the group; safe to call again."""
@@ -94,7 +91,7 @@ class WeightSender:
 
 
 class DigestingSource:
-    """A source that remembers the digest of everything that passed through it in the last complete pass."""
+    """A source that remembers the digest of every tensor of its last complete pass, if `enabled`."""
 
     def __init__(self, inner: WeightSource, enabled: bool) -> None:
         self._inner, self._enabled = inner, enabled
@@ -128,20 +125,20 @@ def _gloo(sender: WeightSender, client: WeightSyncClient) -> Transport:
 
 
 class NcclTransport:
-    """vLLM's own NCCL engine. A broadcast waits for an engine that failed, for ever: what the engine says ends it."""
+    """vLLM's own NCCL engine. A broadcast would wait for ever for an engine that failed: the engine's error ends it."""
 
     def __init__(self, trainer: Any, client: WeightSyncClient) -> None:
         self._trainer, self._client = trainer, client
         client.on_failure = self._abort
 
     def _abort(self) -> None:
-        """End the broadcast under way (`ncclCommAbort`), from the thread that heard of the failure."""
+        """End the current broadcast (`ncclCommAbort`), from the thread that learned of the failure."""
         communicator = self._trainer.model_update_group
         if communicator is not None:
             communicator.destroy()
 
     def send_weights(self) -> None:
-        """Raises the engines' own error where they have one: a broadcast that was ended may fail in any way."""
+        """Raises the engines' own error if there is one: an aborted broadcast may fail in any way."""
         try:
             with same_stream():
                 self._trainer.send_weights()
@@ -156,7 +153,7 @@ class NcclTransport:
 
 @contextmanager
 def same_stream() -> Iterator[None]:
-    """vLLM's communicator makes a stream of its own the current one for good; the learner computes on the former."""
+    """Restore the current stream afterwards: vLLM's communicator makes its own stream current for good."""
     if not torch.cuda.is_available():
         yield
         return
@@ -185,7 +182,7 @@ def _nccl(sender: WeightSender, client: WeightSyncClient) -> Transport:
 
 
 def free_port() -> int:
-    """A TCP port that is free now. vLLM's NCCL rendezvous takes a number, not a bound socket."""
+    """A TCP port that is free now. vLLM's NCCL rendezvous takes a port number, not a bound socket."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -1,77 +1,51 @@
 """sync_weights: one update of all rollout engines, in one function.
 
+Learner and engines first join a transfer group, and again whenever an engine came, went, or a synchronisation failed:
+
+    driver ── form_weight_group(engine handles) ─▶ learner, on every rank: WeightSender.form_group
+    learner rank 0    opens a store at a new port, takes rank 0 of the group
+           ── init_weight_transfer(host, port, first rank) ─▶ each engine ─▶ its workers take the ranks 1, 2, ...
+    all meet in the store: one broadcast group (gloo or NCCL); the other learner ranks only take part in gathers
+
+Then each update:
+
     driver ── pause ─────────────────────────────────▶ engines    running requests freeze; caches of old weights go
            ── send_weights ─▶ learner ── broadcast ──▶ engines    bucket by bucket; each side digests what it sees
-           ── compare digests, load coverage
+           ── compare digests and load coverage
            ── commit(version) ───────────────────────▶ engines    tokens sampled from now on carry it
-           ── resume ────────────────────────────────▶ engines    frozen requests go on, their KV recomputed
+           ── resume ────────────────────────────────▶ engines    frozen requests continue, their KV is recomputed
 
-After a failure every engine stays paused, and some may already hold the new weights: `form_group` again (without the
-engines that are gone), call `sync_weights` again, and nothing was sampled from a mixture.
+After a failure every engine stays paused, and some may already hold the new weights. Form the group again (without the
+engines that are gone) and call `sync_weights` again: nothing was sampled from a mixture.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TypeVar
 
 from weight_sync.client import await_all
 from weight_sync.protocols import EngineHandle, TransferReport, WeightLearner
 from weight_sync.verify import WeightSyncError, problems_of
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    version: int
-    nbytes: int
-    seconds: Mapping[str, float]
-    """By phase: pause, send, verify, commit, resume."""
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-
-def form_group(learner: WeightLearner, engines: Sequence[EngineHandle]) -> None:
-    """(Re)connect the learner with `engines`. Needed once, and whenever an engine came, went, or a sync failed.
-
-    Raises WeightSyncError naming who did not join."""
-    learner.form_weight_group(engines)
-
-
-def sync_weights(
-    learner: WeightLearner, engines: Sequence[EngineHandle], version: int, *, timeout: float, verify: bool = True
-) -> SyncReport:
+def sync_weights(learner: WeightLearner, engines: Sequence[EngineHandle], version: int, *, timeout: float) -> None:
     """Give all `engines` the learner's current weights, as `version`. `engines` are those of the formed group.
 
-    Raises WeightSyncError saying which phase failed, at which engines, and why; the engines are then still paused."""
-    seconds: dict[str, float] = {}
-
-    def timed(phase: str, call: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        result = call()
-        seconds[phase] = time.perf_counter() - start
-        return result
+    Raises WeightSyncError, which says which phase failed, at which engines, and why; the engines are then still
+    paused."""
 
     def everywhere(phase: str, call: Callable[[EngineHandle], Future[None]]) -> None:
-        timed(phase, lambda: await_all(phase, {e.name: call(e) for e in engines}, timeout))
+        await_all(phase, {engine.name: call(engine) for engine in engines}, timeout)
 
-    everywhere("pause", lambda engine: engine.pause())
-    report = timed("send", learner.send_weights)
-    if verify:
-        timed("verify", lambda: check_transfer(report, engines))
-    everywhere("commit", lambda engine: engine.commit(version))
-    everywhere("resume", lambda engine: engine.resume())
-    return SyncReport(version, report.nbytes, seconds)
+    everywhere("pausing", lambda engine: engine.pause())
+    check_transfer(learner.send_weights(), engines)
+    everywhere("committing the version", lambda engine: engine.commit(version))
+    everywhere("resuming", lambda engine: engine.resume())
 
 
 def check_transfer(report: TransferReport, engines: Sequence[EngineHandle]) -> None:
-    """Raises WeightSyncError unless every engine received, took and applied exactly what was sent."""
+    """Raises WeightSyncError unless every engine received, loaded and applied exactly what was sent."""
     wrong: dict[str, str] = {}
     for engine in engines:
         received = report.received.get(engine.name)
@@ -79,4 +53,5 @@ def check_transfer(report: TransferReport, engines: Sequence[EngineHandle]) -> N
         if problem:
             wrong[engine.name] = problem
     if wrong:
-        raise WeightSyncError("verify", tuple(wrong), "; ".join(f"{name}: {text}" for name, text in wrong.items()))
+        reasons = "; ".join(f"{name}: {text}" for name, text in wrong.items())
+        raise WeightSyncError("comparing the weights with those sent", tuple(wrong), reasons)

@@ -1,7 +1,7 @@
-"""Did every engine receive, and use, exactly what the learner sent? Digests of wire tensors, and load coverage.
+"""Did every engine receive and use exactly what the learner sent? Digests of sent tensors, and load coverage.
 
-learner: name ──▶ digest of what went onto the wire ─┐
-engine:  name ──▶ digest of what came off it ────────┴─▶ mismatches; plus names no layer took, layers nothing reached
+learner: name ──▶ digest of what was sent ─────┐
+engine:  name ──▶ digest of what arrived ──────┴─▶ mismatches; plus names no layer took, layers nothing reached
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ ROWS_PER_STEP = 256
 
 
 class WeightSyncError(UserError, RuntimeError):
-    """A synchronisation that did not complete: which phase, which engines (none: the learner), and why."""
+    """A synchronisation did not complete. Says in which phase, at which engines (none: the learner), and why."""
 
     def __init__(self, phase: str, engines: Sequence[str], reason: str) -> None:
+        """`phase`: what was being done, such as "receiving the weights"."""
         super().__init__(phase, tuple(engines), reason)
         self.phase, self.engines, self.reason = phase, tuple(engines), reason
 
     def __str__(self) -> str:
         where = f" at {', '.join(self.engines)}" if self.engines else ""
-        return f"weight sync failed while it had to {self.phase}{where}: {self.reason}"
+        return f"weight sync failed{where} while {self.phase}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightReport:
-    """What one engine says about one update it received. Plain data, so that it crosses processes as it is."""
+    """One engine's report of an update that it received. Plain data, so that it crosses processes as it is."""
 
     digests: Mapping[str, str]
-    """Wire name -> digest, of every tensor that arrived, equal on all workers of the engine."""
+    """Name -> digest of every tensor that arrived, the same on all workers of the engine."""
     unconsumed: tuple[str, ...] = ()
-    """Wire names that arrived and no parameter of the engine's model took."""
+    """Names of tensors that arrived and that no parameter of the engine's model took."""
     uncovered: tuple[str, ...] = ()
-    """Modules of the engine's model of which some weight elements were not written."""
+    """Modules of the engine's model in which some weight elements were not written."""
 
 
 @lru_cache(maxsize=8)
@@ -90,14 +91,16 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def merge_worker_reports(reports: Sequence[WeightReport]) -> WeightReport:
-    """One report for an engine of several workers (tensor parallel ranks): every worker must have received the same.
+    """Merge the reports of an engine's workers (tensor parallel ranks), which must have received the same.
 
     Raises WeightSyncError naming the first names on which workers differ."""
     first = reports[0]
     for rank, other in enumerate(reports[1:], start=1):
         problems = mismatches(first.digests, other.digests)
         if problems:
-            raise WeightSyncError("receive", (), f"worker {rank} and worker 0 received different bytes: {problems}")
+            raise WeightSyncError(
+                "receiving the weights", (), f"worker {rank} and worker 0 received different bytes: {problems}"
+            )
     return WeightReport(
         first.digests,
         tuple(sorted({n for r in reports for n in r.unconsumed})),
@@ -106,7 +109,7 @@ def merge_worker_reports(reports: Sequence[WeightReport]) -> WeightReport:
 
 
 def mismatches(sent: Mapping[str, str], received: Mapping[str, str], limit: int = 5) -> str:
-    """What differs between two name -> digest maps, at most `limit` names of each kind; empty if nothing."""
+    """Say how two name -> digest maps differ, with at most `limit` names of each kind; empty if they are equal."""
     missing = [n for n in sent if n not in received]
     unknown = [n for n in received if n not in sent]
     changed = [f"{n} (sent {d}, received {received[n]})" for n, d in sent.items() if n in received and received[n] != d]
@@ -119,11 +122,14 @@ def mismatches(sent: Mapping[str, str], received: Mapping[str, str], limit: int 
 
 
 def problems_of(sent: Mapping[str, str], report: WeightReport, limit: int = 5) -> str:
-    """Everything wrong with one engine's report, in words; empty if it holds exactly the weights that were sent."""
+    """Say what is wrong with one engine's report; empty if the engine holds exactly the weights that were sent."""
     found = [text for text in [mismatches(sent, report.digests, limit)] if text]
     for names, meaning in (
-        (report.unconsumed, "sent tensors that no parameter of the engine took (engine_weight_name of the adapter?)"),
-        (report.uncovered, "modules of the engine that kept old weight elements (a parameter that was not sent?)"),
+        (
+            report.unconsumed,
+            "tensors were sent that no parameter of the engine took (check the adapter's engine_weight_name)",
+        ),
+        (report.uncovered, "modules of the engine kept old weight elements (was a parameter not sent?)"),
     ):
         if names:
             found.append(f"{len(names)} {meaning}: {', '.join(names[:limit])}{' ...' if len(names) > limit else ''}")
