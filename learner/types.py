@@ -56,7 +56,7 @@ class RewardError(UserError, ValueError):
     """Rewards from which no advantage can be computed; names the prompt and the reward. The weights are unchanged."""
 
 
-class EncodingMismatchError(ValueError):
+class EncodingMismatchError(UserError, ValueError):
     """Learner and engine expand a prompt to different tokens; names the family and the first position that differs."""
 
 

@@ -11,19 +11,20 @@ import typer
 from rich.console import Console
 
 from saccade import __version__
-from saccade.commands.help import QUIET, App, knob_text
+from saccade.commands.data import app as data
+from saccade.commands.help import QUIET, App, ConfigFile, Overrides, knob_text
 from saccade.commands.merge_source import check_source
 from saccade.commands.rewards import app as rewards
 from saccade.config.demands import asked_for
 from saccade.config.run_config import (
     ConfigError,
     RunConfig,
-    data_config,
     dump_config,
     iter_knobs,
     load_config,
     require_evaluation,
 )
+from saccade.errors import RunStopped
 from saccade.observe.screen import say
 from vlm.errors import UserError
 
@@ -36,11 +37,6 @@ app = App(
 )
 errors = Console(stderr=True)
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file; `saccade config` shows all its knobs.", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Knobs to change, e.g. learner.lr=1e-6 rollout.engines=4", metavar="[section.name=value]..."),
-]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -152,61 +148,7 @@ def show_config(
 
 
 app.add_typer(rewards, name="rewards")
-data = App(help="Look at a data set, check it, or make the shapes one.")
 app.add_typer(data, name="data")
-
-
-@data.command()
-def check(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    rows: Annotated[int | None, typer.Option(help="Stop after so many rows of each file set; default all.")] = None,
-) -> None:
-    """Read data.train and data.eval as a run would, and list the rows it would refuse, with the reason.
-
-    Example:  saccade data check mine.yaml --rows 1000
-    """
-    settings = load_config(config, overrides or [])
-    from saccade.commands.check_data import check_data
-
-    if not check_data(settings, rows, Console()):
-        raise typer.Exit(1)
-
-
-@data.command()
-def inspect(
-    files: Annotated[
-        list[str],
-        typer.Argument(help="Data files or glob patterns, and knobs.", metavar="FILE... [section.name=value]..."),
-    ],
-    model: Annotated[str | None, typer.Option(help="Count the tokens of this model: a path or a hub name.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows to look at, drawn from all of them.", min=1)] = 1000,
-) -> None:
-    """Show what a run would make of data files: columns, sizes, lengths, refused rows, three prompts as rendered.
-
-    Examples:  saccade data inspect train.parquet --model Qwen/Qwen2.5-VL-3B-Instruct
-               saccade data inspect train.json data.columns.prompt=caption data.root=/images
-    """
-    settings = data_config(files, model)
-    from saccade.commands.inspect_data import inspect_data
-
-    inspect_data(settings, model, rows, Console())
-
-
-@data.command()
-def shapes(
-    directory: Annotated[Path, typer.Argument(help="Folder to write the Parquet files to.", metavar="FOLDER")],
-    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
-) -> None:
-    """Make the shapes data set: images of coloured shapes with questions on colour, shape and count, as Parquet.
-
-    Example:  saccade data shapes runs/shapes-data --seed 1
-    """
-    from saccade.demo.shapes import make_shapes
-
-    make_shapes(directory, seed=seed)
-    for path in sorted(directory.glob("*.parquet")):
-        typer.echo(str(path))
 
 
 @app.command()
@@ -312,12 +254,10 @@ def main() -> None:
     except ConfigError as error:
         _complain(error)
         sys.exit(2)
-    except Exception as error:
-        if type(error).__name__ == "RunStopped":
-            say(errors, "stopped; there was nothing to save yet")
-            sys.exit(130)
-        if not isinstance(error, UserError):
-            raise
+    except RunStopped:
+        say(errors, "stopped; there was nothing to save yet")
+        sys.exit(130)
+    except UserError as error:
         _complain(error)
         sys.exit(1)
 

@@ -173,6 +173,30 @@ def test_an_error_for_the_user_is_shown_without_a_traceback(
     assert end.value.code == 1 and "saccade: the disk is full; free some" in capsys.readouterr().err
 
 
+CAUGHT = {
+    *("RowRefusedError", "ElementError", "GoldError", "MediaError", "MediaTooLargeError"),  # a row is refused
+    *("TransientError", "ServiceError", "SandboxError", "LinkEndedError", "UnsupportedError"),  # a verdict says so
+    *("_UnjudgeableError", "NotJSONError", "_SlowPatternError"),
+    *("EngineDeadError", "PromptRefusedError", "BroadcastError"),  # named by the driver, or by the sync
+}
+"""Errors that are caught where they arise, and become something else."""
+DEFECTS = {"LedgerError", "StalenessError"}
+
+
+def test_every_error_is_for_the_user_or_caught_or_a_defect(repository: Path) -> None:
+    bases: dict[str, set[str]] = {}
+    for room in ("saccade", "learner", "rewards", "rollout", "weight_sync", "vlm"):
+        for path in (repository / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
+                    bases[node.name] = {ast.unparse(base) for base in node.bases}
+
+    def for_users(name: str) -> bool:
+        return name == "UserError" or any(map(for_users, bases.get(name, ())))
+
+    assert {name for name in bases if not for_users(name)} == CAUGHT | DEFECTS
+
+
 def test_a_defect_is_shown_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**options: object) -> None:
         raise ValueError("ours")

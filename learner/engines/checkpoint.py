@@ -23,13 +23,14 @@ from torch import Tensor
 from learner.durable import StorageError, atomic_directory, damage
 from learner.engines.protocol import TrainEngine
 from learner.types import NotFiniteError
+from vlm.errors import UserError
 
 FORMAT = 2
 FILE_BYTES = 2 * 2**30
 """Tensors are held until a file of about this size is full: it bounds what writing takes in memory."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A directory that is no checkpoint of this learner, or does not fit its model."""
 
 

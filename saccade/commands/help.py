@@ -1,10 +1,12 @@
-"""How `saccade --help` reads: docstrings fill the terminal's width, and the usage line names what is typed."""
+"""How `saccade --help` reads: docstrings fill the terminal's width, and the usage line names what is typed. And the
+arguments that several commands take."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
@@ -19,6 +21,12 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Read by libraries at import: their chatter would tear the progress display."""
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; `saccade config` shows all its knobs.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Knobs to change, e.g. learner.lr=1e-6 rollout.engines=4", metavar="[section.name=value]..."),
+]
 
 
 def unwrapped(text: str) -> str:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,21 +26,19 @@ from learner.types import LearnerOptions
 from learner.update import score_groups
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
-from rollout.types import Completion, Prompt, PromptRef, RolloutGroup
+from rollout.types import Completion, Prompt, RolloutGroup
+from saccade.commands.parity_cases import case_prompt, cases, shape
 from saccade.config.demands import Device
 from saccade.config.run_config import ConfigError
+from saccade.errors import RunError
 from saccade.observe.screen import say, show
 from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.families.registry import load_adapter
 from vlm.media.types import Media
-from vlm.media.video_audio import SOUND_RATE, decode
+from vlm.media.video_audio import decode
 from vlm.tiny import TINY, build_tiny
 from vlm.tiny.noise import noise
 
-SIZES = ((84, 84), (120, 60), (60, 150))
-"""Width and height of the images: square, wide and high."""
-SHAPES: Mapping[str, Mapping[str, Any]] = {"video": {"frames": 27, "fps": 10, "shown": 6}}
-"""Of a video: frames that are left out, and steps in time that are no whole number of positions."""
 COMPLETIONS, NEW_TOKENS = 4, 8
 ENGINE_SHARE = 0.5
 """Share of a GPU that must be free when the engine starts."""
@@ -106,7 +104,7 @@ def parity(
     """Compare vLLM and the learner's model on `device`, in the cases of `cases`. The engine comes first, and is gone
     when the learner loads, so that one GPU holds either.
 
-    Raises AdapterError when there is no such model, RuntimeError when the engine does not start."""
+    Raises AdapterError when there is no such model, RunError when the engine does not start."""
     family = load_adapter(model, adapter, trust_remote_code=trust_remote_code, max_image_tokens=max_image_tokens)
     chosen = cases(family, images, video)
     prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
@@ -138,46 +136,15 @@ def parity(
     return [compare(learner, family, learner_options, p, s, seed) for p, s in zip(prompts, sampled, strict=True)]
 
 
-def cases(family: MultimodalAdapter, images: int, video: bool = True) -> dict[str, list[str]]:
-    """Name -> parts of the user's message: texts, and kinds of media where such an item stands."""
-    cases = {"text": ["Name a number."]}
-    if "image" in family.modalities:
-        cases["1 image"] = ["image", "What is this?"]
-        cases[f"{images} images"] = [*["image"] * images, "What are these?"]
-        cases["interleaved"] = ["First", "image", "then", "image", "and what now?"]
-    if "video" in family.modalities and video:
-        cases["video"] = ["video", "What happens?"]
-        cases["video, image"] = ["image", "Is this in", "video", "?"]
-    if "audio" in family.modalities:
-        cases["audio"] = ["audio", "What is heard?"]
-        cases["audio, image"] = ["image", "Does", "audio", "belong to it?"]
-    return cases
-
-
-def case_prompt(family: MultimodalAdapter, name: str, parts: Sequence[str], seed: int) -> Prompt:
-    media = case_media(family, parts, seed)
-    content = [{"type": part} if part in family.modalities else {"type": "text", "text": part} for part in parts]
-    text = family.render([{"role": "user", "content": content if family.modalities else "".join(parts)}])
-    ids = family.tokenize(text)
-    return Prompt(PromptRef(name), text, np.asarray(ids, np.int32), family.expanded_length(ids, media), media)
-
-
-def case_media(family: MultimodalAdapter, parts: Sequence[str], seed: int) -> tuple[Media, ...]:
-    kinds = [part for part in parts if part in family.modalities]
-    shapes = [{**SHAPES.get(kind, {}), **_size(kind, i)} for i, kind in enumerate(kinds)]
-    return tuple(noise(kind, seed + i, **shapes[i]) for i, kind in enumerate(kinds))
-
-
-def _size(kind: str, i: int) -> dict[str, int]:
-    return dict(zip(("width", "height"), SIZES[i % len(SIZES)], strict=True)) if kind == "image" else {}
-
-
 async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:
     """What became of each prompt, or why nothing."""
     sampling = SamplingParams(
         n=COMPLETIONS, max_tokens=NEW_TOKENS, seed=1, ignore_eos=True, banned_token_ids=family.banned_token_ids
     )
-    await engine.start()
+    try:
+        await engine.start()
+    except RuntimeError as error:
+        raise RunError(str(error)) from error
     try:
         results: list[Sampled | str] = []
         for prompt in prompts:
@@ -220,21 +187,11 @@ def compare(
         result = replace(result, largest=float(np.abs(ours - theirs).max()), mean=float(np.abs(ours - theirs).mean()))
         if not prompt.media:
             return result
-        others = [noise(m.kind, seed + 100 + i, **_shape(m)) for i, m in enumerate(prompt.media)]
+        others = [noise(m.kind, seed + 100 + i, **shape(m)) for i, m in enumerate(prompt.media)]
         moved = float(np.abs(score(others) - ours).max())
         return replace(result, moved=moved, pixels=_pixel_difference(family, prompt, sampled.inputs))
     except Exception as error:  # as with the engine: the finding of this case
         return replace(result, problem=f"learner: {type(error).__name__}: {error}")
-
-
-def _shape(media: Media) -> dict[str, Any]:
-    """What `noise` makes an item of the same tokens from."""
-    if media.kind == "audio":
-        return {"seconds": media.samples / SOUND_RATE}
-    frames: dict[str, Any] = {}
-    if media.kind == "video":
-        frames = {"frames": media.total_frames, "fps": int(media.fps), "shown": len(media.frames)}
-    return {"width": media.width, "height": media.height, **frames}
 
 
 def _pixel_difference(family: MultimodalAdapter, prompt: Prompt, theirs: Mapping[str, Tensor]) -> float:

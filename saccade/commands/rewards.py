@@ -23,7 +23,7 @@ from rewards.registry import RewardSpec, answers_are_programs, check_rewards
 from rollout.data.conversation import Conversation
 from rollout.data.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict
-from saccade.commands.help import App
+from saccade.commands.help import App, ConfigFile, Overrides
 from saccade.config.run_config import ConfigError, apply_overrides, load_config
 from saccade.observe.screen import say
 from vlm.user_code import short
@@ -69,10 +69,8 @@ def score(
 
 @app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Knobs to change.", metavar="[section.name=value]...")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     rows: Annotated[int, typer.Option(help="Rows of data.train to probe with.", min=1)] = 20,
     token_ms: Annotated[
         float, typer.Option(help="Milliseconds that one decoding step of an engine takes, to compare with.", min=0.01)
