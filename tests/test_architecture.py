@@ -26,7 +26,7 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 MAY_IMPORT = {
     "rollout": ("rollout.types", "rewards.answers.golds", "vlm", "weight_sync"),
     "learner": ("rollout.types", "vlm", "weight_sync"),
-    "rewards": ("rollout.types", "vlm.user_code", "vlm.control", "vlm.errors", "vlm.media.types"),
+    "rewards": ("rollout.types", "vlm.user_code", "vlm.import_path", "vlm.control", "vlm.errors", "vlm.media.types"),
     "vlm": (),
     "weight_sync": ("rollout.types", "vlm.errors"),
     "saccade": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
@@ -77,7 +77,7 @@ ORDERS = {
     "rollout": ("actor", "environment", "data", "engines", "types", "__init__"),
     "vlm": (
         *("tiny", "families", "publish", "media_cost", "adapter", "image_tokens", "features", "tower_end", "parts"),
-        *("encoding", "media", "roles", "ends", "control", "batch", "user_code", "errors", "__init__"),
+        *("encoding", "media", "roles", "ends", "control", "batch", "user_code", "import_path", "errors", "__init__"),
     ),
 }
 SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "pipeline", "fleet", "observe")

@@ -142,7 +142,7 @@ def test_dockerfiles_copy_what_exists_and_install_the_right_extra(device: str) -
     copied = [
         name for name in re.findall(r"^COPY (\w+)(?:/__init__\.py)? ", text, re.MULTILINE) if (ROOT / name).is_dir()
     ]
-    assert sorted([*made.split(), *copied]) == sorted(packages())
+    assert sorted([*made.split(), *copied]) == sorted([*packages(), "deploy"])
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     holder = setuptools["dynamic"]["version"]["attr"].removesuffix(".__version__")
     assert f"COPY {holder}/__init__.py {holder}/" in text, "the version is read where the environment is made"
@@ -154,9 +154,9 @@ def packages() -> list[str]:
     return [pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]]
 
 
-def test_the_wheel_holds_the_rooms_and_neither_tests_nor_benchmarks() -> None:
+def test_the_wheel_holds_the_rooms_and_neither_deployment_tests_nor_benchmarks() -> None:
     rooms = {p.parent.name for p in ROOT.glob("*/__init__.py")}
-    assert set(packages()) == rooms - {"tests", "bench"}
+    assert set(packages()) == rooms - {"tests", "bench", "deploy"}
 
 
 # --- configurations and manifests -------------------------------------------------------------------------------------
