@@ -8,9 +8,9 @@ from pathlib import Path
 
 from saccade import checkpoints
 from saccade.config.run_config import RunConfig
+from saccade.fleet.run_folder import in_use
 from saccade.observe.metrics import MODEL, read_metrics
 from saccade.pipeline.evaluate import Results
-from saccade.run_folder import in_use
 
 
 @dataclass(frozen=True)

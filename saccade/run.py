@@ -27,18 +27,18 @@ from saccade.finished import RunResult
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain, first_lines
 from saccade.fleet.head import HeadWatch
+from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
-from saccade.health import Health
 from saccade.observe.display import Display, SilentDisplay
 from saccade.observe.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
 from saccade.observe.timing import union_seconds
 from saccade.pipeline.difficulty import Difficulty
 from saccade.pipeline.evaluate import Evaluator, Results
+from saccade.pipeline.health import Health
 from saccade.pipeline.ledger import Ledger
 from saccade.pipeline.reward_failures import unscored
 from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
 from saccade.preflight import Resolved, resolve
-from saccade.run_folder import held
 from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightSyncError
 

@@ -62,9 +62,8 @@ ORDERS = {
             "finished",
             "preflight",
             "checks",
-            "health",
         ),
-        *("checkpoints", "run_folder", "pipeline", "fleet", "observe", "config", "errors"),
+        *("checkpoints", "pipeline", "fleet", "observe", "config", "errors"),
     ),
     "learner": (
         *("group", "worker", "update", "refusal", "features", "plan", "engines", "model", "batching", "algorithm"),

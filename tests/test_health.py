@@ -12,7 +12,7 @@ from learner.refusal import joined, refused_step
 from learner.types import NotFiniteError, RefusedStep, UpdateStats
 from rollout.types import PromptRef
 from saccade.errors import MismatchError
-from saccade.health import Health
+from saccade.pipeline.health import Health
 
 NAN = math.nan
 

@@ -21,7 +21,8 @@ from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import RolloutGroup
 from saccade import cli
-from saccade.commands.parity import TOLERANCES, CaseResult, Sampled, case_prompt, cases, compare, parity, run_parity
+from saccade.commands.parity import TOLERANCES, CaseResult, Sampled, compare, parity, run_parity
+from saccade.commands.parity_cases import case_prompt, cases
 from saccade.config.run_config import ConfigError
 from tests.engine_contract import Harness, LocalLearner, move
 from vlm.families.qwen_vl import QwenVLAdapter

@@ -22,11 +22,12 @@ from learner.types import NotFiniteError, RefusedStep, UpdateStats
 from rollout.data.actor import DataActorReport
 from rollout.data.source import DataReport, Refusal
 from rollout.types import GroupSummary, PromptRef
-from saccade import checkpoints, run_folder
+from saccade import checkpoints
 from saccade.config.run_config import ConfigError, parse_config
 from saccade.demo.demo import prepare_folder
 from saccade.errors import MismatchError, RunError
 from saccade.finished import finished
+from saccade.fleet import run_folder
 from saccade.loop import step as one_step
 from saccade.loop import train
 from saccade.pipeline.ledger import Ledger
@@ -135,7 +136,7 @@ def test_a_folder_is_held_by_one_run_and_freed_with_its_process(tmp_path):
             with pytest.raises(ConfigError, match=rf"in use by another run \(process {os.getpid()} on .*, since 20"):
                 refused()
     assert not folder.exists()  # nothing was written into it
-    code = "import os, sys, signal; from pathlib import Path; from saccade.run_folder import held\n"
+    code = "import os, sys, signal; from pathlib import Path; from saccade.fleet.run_folder import held\n"
     code += "with held(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -signal.SIGKILL
     assert (folder / "run.lock").exists() and run_folder.in_use(folder) is None

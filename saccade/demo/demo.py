@@ -20,11 +20,11 @@ from saccade.config.run_config import ConfigError, RunConfig
 from saccade.demo.curves import accuracy_table, plot, speed_table, summarise
 from saccade.demo.shapes import ShapesFiles, make_shapes, vocabulary
 from saccade.demo.warm_start import warm_start
+from saccade.fleet.run_folder import in_use
 from saccade.loop import train
 from saccade.observe.display import TerminalDisplay
 from saccade.observe.metrics import read_metrics
 from saccade.observe.screen import say, show
-from saccade.run_folder import in_use
 from vlm.tiny import build_tiny
 
 STEPS = 120

@@ -24,7 +24,7 @@ STOP_FACTOR = 10
 
 @dataclass
 class Health:
-    """Of one run. `refused_in_row` is part of its checkpoints."""
+    """The health of one run. Checkpoints keep `refused_in_row`."""
 
     dtype: Literal["float32", "bfloat16"]
     model: str
