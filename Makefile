@@ -23,12 +23,12 @@ demo: venv
 demo-seeds: venv
 	for seed in 0 1 2; do $(VENV)/bin/saccade demo --seed $$seed --output-dir runs/demo-seed-$$seed $(ARGS) || exit 1; done
 
-# One thread per process: the end-to-end tests run several processes on few cores. The quick tests come first, so that
+# One thread per process: the system tests run several processes on few cores. The quick tests come first, so that
 # a slip shows within seconds.
 test: export OMP_NUM_THREADS := 1
 test: venv
-	$(PYTEST) -q -m "not e2e and not slow" $(ARGS)
-	$(PYTEST) -q -m "e2e and not slow" --durations=10 $(ARGS)
+	$(PYTEST) -q -m "not slow" tests/unit tests/model $(ARGS)
+	$(PYTEST) -q -m "not slow" --durations=10 tests/system $(ARGS)
 
 test-all: export OMP_NUM_THREADS := 1
 test-all: venv

@@ -78,7 +78,7 @@ def process_group(tiny_model: Path) -> Iterator[None]:
     import torch.distributed as dist
 
     from learner.engines.process_group import join, open_store
-    from tests.learner_cases import options
+    from tests.helpers.learner_cases import options
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     store, port = open_store("127.0.0.1", 60.0)

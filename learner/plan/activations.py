@@ -16,7 +16,8 @@ autograd saves (every tensor once, however many operations save it):
     layer scale     what it multiplies (D H each)
     LoRA            as much of what a layer reads, and r numbers between A and B; the frozen weight needs nothing
 
-`tests/test_memory.py` counts the same with `torch.autograd.graph.saved_tensors_hooks` on several families.
+`tests/model/learner/test_memory.py` counts the same with `torch.autograd.graph.saved_tensors_hooks` on several
+families.
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""RewardActor in a real Ray: chained on a rollout's reference, two return values, images fetched, children that end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rewards.registry import RewardSpec
+from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment
+from vlm.media.types import Media
+
+PATIENCE = 180.0
+
+SOURCE = """
+import os, time
+
+def length(completions, level, **columns):
+    if completions[0] == "hang":
+        time.sleep(10_000)
+    if completions[0] == "exit":
+        os._exit(3)
+    if completions[0] == "hold pipe":
+        pipe = open(columns["fifo"][0], "w")
+        print("open", file=pipe, flush=True)
+        time.sleep(10_000)
+    return [len(text) + value for text, value in zip(completions, level)]
+
+def none(completions):
+    return [None for _ in completions]
+
+def image_bytes(request):
+    from rollout.types import Verdict
+    return [Verdict.scored(len(request.media[0].data) + c.num_tokens) for c in request.raw]
+"""
+
+
+def make_group(*texts: str, media: tuple[Media, ...] = (), **columns: Any) -> RolloutGroup:
+    completions = tuple(
+        Completion(
+            (Segment(np.arange(k + 1, dtype=np.int32), np.zeros(k + 1, np.float32), np.full(k + 1, 5, np.int32)),),
+            text,
+            "stop",
+            seed=k,
+        )
+        for k, text in enumerate(texts)
+    )
+    columns = {"level": 1, **columns}
+    prompt = Prompt(PromptRef("rows:0"), "what?", np.arange(3, dtype=np.int32), 3, media, answer="red", columns=columns)
+    return RolloutGroup(prompt, np.arange(3, dtype=np.int32), completions, engine="rollout-0")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_the_excerpts_of_a_report_leave_the_trace_out(source: Path) -> None:
+    """The shell without Ray around it."""
+    from rewards.actor import RewardActor
+
+    for trace, excerpt in (("visible", "<think>secret</think>short"), ("internal", "short"), ("stripped", "short")):
+        actor = RewardActor([RewardSpec(f"{source}:none")], PATIENCE, trace=trace)  # type: ignore[arg-type]
+        _, summary = actor.score(make_group("<think>secret</think>short", "x" * 1000))
+        actor.shutdown()
+        assert summary.invalid_excerpts == (excerpt, "x" * 200)
