@@ -58,7 +58,7 @@ def root(
         bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Configurations are read before anything heavy is imported, so that a mistake in one is told at once."""
+    """Every command reads its configuration before it imports anything heavy, so that mistakes are reported at once."""
 
 
 @app.command()
@@ -68,11 +68,11 @@ def train(
     resume: Annotated[bool, typer.Option(help="Continue the run in output_dir from its newest checkpoint.")] = False,
     address: Address = None,
 ) -> None:
-    """Train a model by the configuration file.
+    """Train a model as the configuration file says.
 
     Example:  saccade train examples/shapes.yaml learner.lr=1e-3 rollout.num_generations=4
 
-    Ctrl-C finishes nothing half: the current state is saved as a checkpoint, every process ends, and --resume goes on.
+    Ctrl-C saves a checkpoint and stops every process; continue with --resume.
     """
     settings = load_config(config, overrides or [])
     from saccade.loop import train as run
@@ -95,7 +95,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model to evaluate in place of model.path.")] = None,
     address: Address = None,
 ) -> None:
-    """Evaluate a model on data.eval: mean of every reward per file, and per value of evaluation.group_by.
+    """Evaluate a model on data.eval: print the mean of every reward per file, and per value of evaluation.group_by.
 
     Example:  saccade eval examples/shapes.yaml --model runs/shapes/model
     """
@@ -112,12 +112,12 @@ def evaluate(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Predict a learner rank's memory by kind and a step's operations, without loading weights.
+    """Predict the memory of a learner rank and the operations of a step, without loading weights.
 
-    Takes full micro-batches, prompts as long as those of data.train on average (or data.max_prompt_length, where the
-    files cannot be read), and completions at their limit. Says what takes most, and which knob lowers it.
+    Assumes full micro-batches, prompts of the average length in data.train (or of data.max_prompt_length, if the files
+    cannot be read), and completions of the maximum length. Names what takes most memory, and the knob that lowers it.
 
     Example:  saccade plan mine.yaml learner.zero_stage=3 learner.ranks=8 cluster.device=cuda
     """
@@ -129,7 +129,7 @@ def plan(
 
 @app.command("config")
 def show_config(
-    config: Annotated[Path | None, typer.Argument(help="YAML file to resolve.", metavar="[CONFIG]")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file.", metavar="[CONFIG]")] = None,
     overrides: Overrides = None,
     knobs: Annotated[bool, typer.Option(help="List every knob with its default and meaning instead.")] = False,
 ) -> None:
@@ -157,28 +157,33 @@ def parity(
     tiny: Annotated[
         str | None, typer.Option(help="Instead of MODEL: the tiny random model of this family, or `all`.")
     ] = None,
-    images: Annotated[int, typer.Option(help="Images of the case with several.", min=2)] = 3,
-    video: Annotated[bool, typer.Option(help="Videos too, where the model takes them.")] = True,
+    images: Annotated[int, typer.Option(help="Number of images in the case with several.", min=2)] = 3,
+    video: Annotated[bool, typer.Option(help="Test videos too, if the model takes them.")] = True,
     adapter: Annotated[
-        str | None, typer.Option(help="An adapter of your own, package.module:Class (file.py:Class).")
+        str | None, typer.Option(help="Your own adapter: package.module:Class or file.py:Class.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
     max_image_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that an image may take, as in the knob model.max_image_tokens.", min=1)
+        int | None, typer.Option(help="Most tokens of an image, as the knob model.max_image_tokens.", min=1)
     ] = None,
-    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of both.")] = "float32",
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Default: cuda if there is a GPU.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Precision of the engine and the learner.")
+    ] = "float32",
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Difference of a log-probability that agrees; float32: largest, 3e-5; bfloat16: mean, 0.05."),
+        typer.Option(
+            help="Allowed difference of log-probabilities. float32: the largest, 3e-5; bfloat16: the mean, 0.05."
+        ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Check that vLLM and the learner agree on a model: expanded prompts, pixels, positions, log-probabilities.
 
-    Loads the model in both, one after the other; has vLLM sample for text, one image, several, images between text,
-    and videos and sounds where the model takes them; compares expanded prompts, pixels, and the log-probability of
-    every sampled token. Other pixels must move them, or an agreement proves nothing. Exit status 1 on disagreement.
+    Loads the model in vLLM and then in the learner. vLLM samples for text, one image, several images, images between
+    text, and for videos and sounds if the model takes them. Compares the expanded prompts, the pixels, and the
+    log-probability of every sampled token. Other pixels must change these, or agreement would prove nothing. The exit
+    status is 1 on disagreement.
 
     Example:  saccade parity Qwen/Qwen2.5-VL-3B-Instruct      saccade parity --tiny all
     """
@@ -211,10 +216,10 @@ def merge(
         typer.Argument(help="A saved adapter, a model saved with one, or a checkpoint folder.", metavar="ADAPTER"),
     ],
     output: Annotated[Path, typer.Argument(help="New folder for the model.", metavar="OUTPUT")],
-    model: Annotated[str | None, typer.Option(help="The base model, if it is no longer where it was.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if it has moved.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
-    """Merge a LoRA adapter into its base model, or a checkpoint's weights: a folder that transformers and vLLM load.
+    """Merge a LoRA adapter or a checkpoint into its base model: a folder that transformers and vLLM load.
 
     Examples:  saccade merge runs/mine/model/adapter merged
                saccade merge runs/mine/checkpoints/step-000200 merged
@@ -230,7 +235,7 @@ def merge(
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of data, model and training.")] = 0,
-    output_dir: Annotated[Path, typer.Option(help="Folder of everything it makes.")] = Path("runs/demo"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the recipe's.")] = None,
 ) -> None:
     """Train a tiny vision-language model to see, end to end, on this machine's CPU, with nothing downloaded.
@@ -246,7 +251,7 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: errors that are for the user are printed as such, without a traceback."""
+    """Run the command line. Errors that are for the user are printed without a traceback."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:

@@ -1,4 +1,4 @@
-"""What a run returns, and whether a resume has anything to add to it: known from its folder, before anything starts."""
+"""The result of a run; and whether a resume has anything left to do, which the folder tells before anything starts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from saccade.pipeline.evaluate import Results
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `train` returns."""
+    """`train` returns this."""
 
     output_dir: Path
     model_dir: Path | None
     """The trained model in Hugging Face format; None if the run was interrupted."""
     steps: int
-    """Updates done, over all resumes."""
+    """Updates that were done, over all resumes."""
     evaluations: Mapping[int, Results]
-    """Step -> results, over all resumes."""
+    """Results by step, over all resumes."""
     interrupted: bool = False
 
 
 def finished(config: RunConfig) -> RunResult | None:
-    """The result of a run whose steps are all done, evaluated where that was asked for, and whose model is saved; None
-    where something is left to do."""
+    """Return the result of a run that has nothing left to do: all steps are done, the last evaluation too if there is
+    one, and the model is saved. None otherwise."""
     directory = Path(config.output_dir).absolute()
     done = max(checkpoints.found(directory / "checkpoints"), default=-1)
     if done < config.steps or in_use(directory) or not (directory / "model").is_dir():

@@ -1,11 +1,11 @@
-"""Everything that can be known to fail is found before an actor starts, and reported together.
+"""`resolve(config)` finds everything that can be known to fail before an actor starts, and reports it together.
 
-The configuration itself was validated by `saccade.config`. Here its references are followed, each once:
+`saccade.config` has validated the configuration itself. Here its references are followed, each once:
 
 model, data files ──▶ loaded, opened, first rows tried ──▶ checks ──▶ checks of what the learner would do ──▶ Resolved
                                                   └──────────────────┴──▶ all problems at once, as ConfigError
 
-A check looks at one thing and returns its problems. The order of checks within a list only orders what is printed.
+A check looks at one thing and returns its problems. The order of the checks in a list only orders the output.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from vlm.media.types import MediaKind
 from vlm.media_cost import patches_per_token
 
 ROWS_TRIED = 100
-"""Rows of each set of files that are made prompts of before anything starts."""
+"""So many rows of each data set are turned into prompts before anything starts."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the references of a configuration turned out to be. The rest of a run asks this, and opens nothing again."""
+    """The model and the data that a configuration refers to. The rest of a run asks this, and opens nothing again."""
 
     adapter: MultimodalAdapter
     media_kinds: tuple[MediaKind, ...]
-    """The kinds of media that prompts may hold, training and held-out ones together."""
+    """The kinds of media that prompts may hold, in training and in evaluation."""
     lines: tuple[str, ...]
-    """For the user: the columns of each set of files, and what the learner does with prompts and their media."""
+    """The user is told these: the columns of each data set, and how the learner handles prompts and their media."""
 
 
 @dataclass(frozen=True)
 class References:
-    """What the checks look at: a model, and its data sets, of which the first rows were tried."""
+    """The checks look at this: the model, and the data sets, whose first rows were tried."""
 
     config: RunConfig
     adapter: MultimodalAdapter
     sets: tuple[DataSet, ...]
     unusable: tuple[str, ...]
-    """Why sets cannot be opened, or their rows cannot be used."""
+    """These problems say why a set cannot be opened, or why its rows cannot be used."""
 
     @property
     def media_kinds(self) -> tuple[MediaKind, ...]:
@@ -64,7 +64,7 @@ class References:
 
     @cached_property
     def once(self) -> list[str]:
-        """What a run computes once for each item of media, for the user."""
+        """The user is told these: what a run computes only once for each image, video or sound."""
         options = learner_options(self.config, planned_device(self.config), self.media_kinds)
         return once_per_run(self.adapter, options)
 
@@ -100,7 +100,7 @@ def _open(config: RunConfig, adapter: MultimodalAdapter) -> References:
 
 
 def _first_rows(data: DataSet) -> list[str]:
-    """Rows that would stop the run at its first step, prompts too long among them: known before engines are started."""
+    """Find rows that would stop the run at its first step (too long, unreadable) before engines are started."""
     try:
         if not data.source.options.allow_urls:  # fetching takes a while
             data.source.try_rows(ROWS_TRIED)
@@ -118,7 +118,7 @@ def _lines(found: References) -> list[str]:
 
 
 def idle_ranks(config: RunConfig) -> list[str]:
-    """A line where ranks stay without work, as a group is trained by one of them."""
+    """One line if some ranks have no work, because one rank trains a whole group."""
     learner, steps = config.learner, config.algorithm.optimizer_steps
     groups = learner.prompts_per_step // steps
     if learner.ranks <= groups:
@@ -126,7 +126,7 @@ def idle_ranks(config: RunConfig) -> list[str]:
     divided = f" / algorithm.optimizer_steps={steps}" if steps > 1 else ""
     return [
         f"learner: {learner.ranks - groups} of learner.ranks={learner.ranks} have nothing to train: an optimizer step "
-        f"has {groups} prompts (learner.prompts_per_step={learner.prompts_per_step}{divided}), each for one rank"
+        f"has {groups} prompts (learner.prompts_per_step={learner.prompts_per_step}{divided}), and one rank trains each"
     ]
 
 
@@ -163,8 +163,8 @@ def _unusable(found: References) -> list[str]:
 def _answers(found: References) -> list[str]:
     comparing = [f.name for f in found.config.reward.functions if f.name in COMPARING]
     return [
-        f"{data.key}: the reward {comparing[0]!r} compares with answers, and no column is known to hold them; name "
-        f"it: data.columns.answer. Not used are: {', '.join(data.source.unused) or 'none'}"
+        f"{data.key}: the reward {comparing[0]!r} compares with answers, but no column is known to hold them: set "
+        f"data.columns.answer. Unused columns: {', '.join(data.source.unused) or 'none'}"
         for data in found.sets
         if comparing and data.source.columns.answer is None
     ]
@@ -186,7 +186,7 @@ def _enough_rows(found: References) -> list[str]:
 
 def _parts(found: References) -> list[str]:
     model = found.config.model
-    # Where data cannot be used, what media they hold is not known.
+    # If the data cannot be used, their media are not known.
     reached = tuple(found.adapter.modalities) if found.unusable else found.media_kinds
     targets = model.lora_targets if model.lora_rank else ()
     return [f"model.{text}" for text in found.adapter.part_problems(model.freeze, targets, reached)]
@@ -214,26 +214,26 @@ def _rewards(config: RunConfig) -> list[str]:
 
 
 def _earlier_run(config: RunConfig) -> list[str]:
-    """What a new run in this folder would write over."""
+    """A new run in this folder would overwrite these."""
     directory = Path(config.output_dir)
     if checkpoints.found(directory / "checkpoints"):
         return [
-            f"output_dir: {directory} holds an earlier run; continue it with --resume, or name another folder "
+            f"output_dir: {directory} holds an earlier run; continue it with --resume, or choose another folder "
             "(output_dir=...)"
         ]
     if read_metrics(directory):
         return [
-            f"output_dir: {directory} holds the figures of an earlier run that left no checkpoint; delete it, or name "
-            "another folder (output_dir=...)"
+            f"output_dir: {directory} holds the metrics of an earlier run without a checkpoint; delete the folder, or "
+            "choose another (output_dir=...)"
         ]
     return []
 
 
 Check = Callable[[References], list[str]]
 CHECKS: tuple[Check, ...] = (_context_length, _patches, _unusable, _answers, _golds, _enough_rows, _parts)
-"""Of the model and the data."""
+"""These checks look at the model and the data."""
 LEARNER_CHECKS: tuple[Check, ...] = (_idle_knobs, _memory)
-"""Asked where the others found nothing: a learner cannot be described with parts that the model does not have."""
+"""These run only if the others found nothing: no learner can be described whose parts the model does not have."""
 CONFIG_CHECKS: tuple[Callable[[RunConfig], list[str]], ...] = (
     *(missing_weights, quantization, _rewards, output_folder, metrics_port),
 )

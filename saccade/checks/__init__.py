@@ -1,1 +1,1 @@
-"""What is looked at before anything starts, and by commands of its own."""
+"""Checks of the model, the data and the rewards, for `resolve` and for the commands."""

@@ -1,10 +1,10 @@
-"""Are the golds of the data answers to the rewards of the run? Each is scored against itself before anything starts.
+"""Checks the golds of the data before anything starts: each is scored against itself by the rewards of the run.
 
-a few hundred rows, some of every file ──▶ gold ──▶ the completion that says just that ──▶ reward ──▶ full marks?
+a few hundred rows, some of every file ──▶ gold ──▶ a completion that says just that ──▶ reward ──▶ full marks?
 
-A gold that does not get full marks for itself gets them for nothing, and training teaches nothing, in silence: a worked
-solution that marks no answer, a letter that is none of the row's choices, a struct. No engine, image or tokenizer is
-needed, and it ends after SECONDS for a set of files.
+If a gold does not get full marks for itself, no completion gets them, and training silently teaches nothing: a worked
+solution that marks no answer, a letter that is none of the row's choices, a struct. The check needs no engine, image or
+tokenizer, and ends after SECONDS for each set of files.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from saccade.config.run_config import RunConfig
 from vlm.media.types import Media
 
 ASKED = COMPARING | {"tool_call", "grounding"}
-"""Rewards that are asked: those whose golds say by themselves what a right completion is (`ideal`). Programs and judges
-have no gold to write down, and of a user's own full marks are not known."""
+"""These rewards are asked: their golds alone say what a right completion is (`ideal`). Programs and judges have no gold
+to write down, and the full marks of a user's own reward are not known."""
 IMAGE = Media("image", "", b"", width=2**16, height=2**16)
-"""Stands for a row's image, which is not read: in pixels, a box has full marks for itself in any image around it."""
+"""Stands in for a row's image, which is not read: a box in pixels gets full marks for itself in any image around it."""
 ROWS = 256
-"""Rows of one set (data.train, data.eval), spread over its files."""
+"""So many rows of one set (data.train, data.eval) are checked, spread over its files."""
 SECONDS = 2.0
-"""For one set. A row that is begun is finished."""
+"""The check of one set takes about this long: the row at hand is finished."""
 EXAMPLES = 3
 WHOLE = 5
-"""Golds of one kind in one file that show what becomes of all of them."""
+"""If so many golds of one kind in one file all fail, the kind is taken to fail as a whole."""
 LONG = 200
-"""Characters of a gold that is named by its length, and not by what it is."""
+"""A gold of more characters is called a long text, whatever it says."""
 
 
 @dataclass
 class Tally:
-    """What became of the golds that one reward was asked about."""
+    """The results of the golds that one reward was asked about."""
 
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By file and kind of gold."""
+    """Golds by file and kind."""
     short: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Those without full marks."""
+    """Golds without full marks, by file and kind."""
     examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    """Of each file and kind, the first ones."""
+    """The first examples of each file and kind."""
 
     def add(self, file: str, kind: str, example: str | None) -> None:
-        """`example`: a gold without full marks, and why; None: it has them."""
+        """Count one gold. `example` shows it and the reason, or is None if it got full marks."""
         self.asked[file, kind] += 1
         if example is not None:
             self.short[file, kind] += 1
@@ -67,8 +67,8 @@ class Tally:
                 kept.append(example)
 
     def is_fault(self, share: float) -> bool:
-        """Whether more than `share` of all failed, beyond what a sample of rows with that share may show by chance
-        (three standard deviations), or WHOLE or more of one kind in one file, and that is all of them."""
+        """Return whether too many failed: more than `share` of all, beyond what a sample may show by chance (three
+        standard deviations), or all golds of one kind in one file, if they are WHOLE or more."""
         whole = any(self.asked[group] == failed >= WHOLE for group, failed in self.short.items())
         allowed = share * self.asked.total()
         return whole or self.short.total() == self.asked.total() > 0 or self.short.total() > allowed + 3 * allowed**0.5
@@ -85,11 +85,11 @@ class Tally:
             example for turn in zip_longest(*groups) for example in turn if example is not None
         ]  # one of each first
         lines = "".join(f"\n      {example}" for example in turns[:EXAMPLES])
-        return f"{self.short.total()} of {self.asked.total()} golds looked at ({parts}){lines}"
+        return f"{self.short.total()} of {self.asked.total()} golds checked ({parts}){lines}"
 
 
 def gold_problems(config: RunConfig, key: str, source: PromptSource) -> list[str]:
-    """What is wrong with the golds of one set of files, `data.train` or `data.eval`, a problem for each reward."""
+    """Find what is wrong with the golds of one set, `data.train` or `data.eval`: one problem for each reward."""
     if not config.reward.check_golds:
         return []
     try:
@@ -97,27 +97,27 @@ def gold_problems(config: RunConfig, key: str, source: PromptSource) -> list[str
     except DataError as error:
         return [f"{key}: {error}"]
     share, problems = config.data.max_refused_share, []
-    way_out = "leave this check out with reward.check_golds=false"
+    way_out = "turn this check off with reward.check_golds=false"
     if refused.is_fault(share) and not _stops_at_answers(source):
         problems.append(f"{key}: no answer can be read from {refused}\n    name another column, or {way_out}")
     for name, tally in tallies.items():
         if tally.is_fault(share):
             problems.append(
-                f"{key}: the reward {name!r} gives the gold answer itself less than full marks, for {tally}\n"
+                f"{key}: the reward {name!r} gives the gold answer itself less than full marks for {tally}\n"
                 f"    name another column (data.columns.answer), change the reward or its options, or {way_out}"
             )
     return problems
 
 
 def _stops_at_answers(source: PromptSource) -> bool:
-    """Whether the rows read so far would stop a run, some refused for their answers: that is said then, with them."""
+    """Whether a run would stop at the rows read so far, some refused for their answers: another check reports it."""
     report = source.report()
     stops = source.excess() or report.refused_total == report.rows
     return bool(stops) and not report.refused.keys().isdisjoint(ANSWER_REFUSALS)
 
 
 def _asked(config: RunConfig, source: PromptSource) -> tuple[Tally, dict[str, Tally]]:
-    """The rows whose answer is refused, and what each reward said."""
+    """Return the rows whose answer is refused, and what each reward said."""
     rewards = list(_rewards(config, source.columns.answer is not None))
     refused, tallies = Tally(), {name: Tally() for name, _ in rewards}
     place = _place(config)
@@ -135,7 +135,7 @@ def _asked(config: RunConfig, source: PromptSource) -> tuple[Tally, dict[str, Ta
 
 
 def _rewards(config: RunConfig, has_answers: bool) -> Iterator[tuple[str, RewardFunction]]:
-    """Those that can be asked. What cannot be loaded is reported elsewhere."""
+    """Load the rewards that can be asked. Another check reports those that cannot be loaded."""
     for spec in reward_specs(config):
         if spec.name in ASKED and spec.weight != 0 and (has_answers or spec.options.get("column") is not None):
             try:
@@ -145,7 +145,7 @@ def _rewards(config: RunConfig, has_answers: bool) -> Iterator[tuple[str, Reward
 
 
 def wrapper(config: RunConfig) -> Callable[[str], str]:
-    """Puts an answer into the format that the run asks for."""
+    """Return a function that puts an answer into the format that the run asks for."""
     spec = next((s for s in reward_specs(config) if s.name == "format"), None)
     options = {"trace": config.reward.trace, **(spec.options if spec else {})}
     line = "\n" if options.get("style") == "newline" else ""
@@ -154,12 +154,12 @@ def wrapper(config: RunConfig) -> Callable[[str], str]:
 
 
 def with_completions(row: ScoringRequest, texts: Sequence[str]) -> ScoringRequest:
-    """The row with completions that nobody sampled."""
+    """Give the row completions that nobody sampled."""
     return replace(row, completions=tuple(texts), raw=tuple(map(as_completion, texts)))
 
 
 def _place(config: RunConfig) -> Callable[[str], str]:
-    """Puts what a reward calls a right completion into the format of the run, where it has one."""
+    """Return a function that puts a right completion into the format of the run, if it has one."""
     wrap = wrapper(config)
     in_format = any(spec.name == "format" for spec in config.reward.functions)
 
@@ -171,7 +171,7 @@ def _place(config: RunConfig) -> Callable[[str], str]:
 
 
 def _scored(function: RewardFunction, row: Prompt, place: Callable[[str], str]) -> tuple[str, str | None]:
-    """The kind of a row's gold; and the gold with what the reward said of it, if that is not full marks."""
+    """Return the kind of a row's gold; and the gold with what the reward said of it, unless it got full marks."""
     request = replace(ScoringRequest.of_row(row), media=(IMAGE,))
     try:
         ideal = function.ideal(request)  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ def _only(verdicts: Sequence[Verdict], request: ScoringRequest) -> Verdict:
 
 
 def _kind(gold: Any) -> str:
-    """A gold by what it is: number, letter, words, several, ..."""
+    """Name what a gold is: number, letter, words, several, ..."""
     if gold is not None and not isinstance(gold, str):
         return "struct"
     forms = gold_forms(gold)

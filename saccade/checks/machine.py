@@ -1,4 +1,4 @@
-"""What a configuration asks of this machine: the files of weights, packages, a folder to write to, a port."""
+"""Checks of what a configuration needs on this machine: weight files, packages, a folder to write to, a port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saccade.config.run_config import RunConfig
 
 
 def missing_weights(config: RunConfig) -> list[str]:
-    """What a local model folder lacks of its weights; a hub's model is fetched whole."""
+    """Find weight files that a local model folder lacks. The hub delivers models whole."""
     path = config.model.path
     folder = Path(path)
     if not folder.is_dir() or any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)):
@@ -28,8 +28,8 @@ def missing_weights(config: RunConfig) -> list[str]:
             return [f"model.path: {folder / name} cannot be read: {error}"]
         missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
         few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        return [f"model.path: {path} lacks {len(missing)} of {len(shards)} files of weights: {few}"] if missing else []
-    return [f"model.path: {path} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"]
+        return [f"model.path: {path} lacks {len(missing)} of {len(shards)} weight files: {few}"] if missing else []
+    return [f"model.path: {path} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"]
 
 
 def quantization(config: RunConfig) -> list[str]:
@@ -45,7 +45,7 @@ def output_folder(config: RunConfig) -> list[str]:
     if directory.exists() and not directory.is_dir():
         return [f"output_dir: {directory} exists and is not a folder"]
     if file := next((p for p in directory.parents if p.exists() and not p.is_dir()), None):
-        return [f"output_dir: {directory} cannot be made: {file} is a file"]
+        return [f"output_dir: {directory} cannot be created: {file} is a file"]
     return []
 
 
@@ -58,6 +58,8 @@ def metrics_port(config: RunConfig) -> list[str]:
         try:
             probe.bind(("", port))
         except OSError as error:
-            reason = f"cannot be served on this machine ({error.strerror}), maybe for another run"
-            return [f"cluster.metrics_port={port} {reason}; name another, or 0: Ray serves the figures too"]
+            return [
+                f"cluster.metrics_port={port} cannot be used on this machine ({error.strerror}); another run may have "
+                "it: choose another port, or 0 (Ray serves the metrics too)"
+            ]
     return []

@@ -1,4 +1,4 @@
-"""Whether micro-batches limited in bytes can hold the samples of a run, and the device that a plan assumes."""
+"""Checks that micro-batches limited in bytes can hold the samples of a run; and the device that a plan assumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def planned_device(config: RunConfig) -> Device:
-    """The configured device. `auto` is decided by this machine, since no cluster is asked."""
+    """Return the configured device. This machine decides `auto`, since no cluster is asked."""
     if config.cluster.device != "auto":
         return config.cluster.device
     return "cuda" if torch.cuda.is_available() else "cpu"

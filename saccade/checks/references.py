@@ -1,4 +1,4 @@
-"""The model and the data files that a configuration names: loaded and opened once, by a run and by every command."""
+"""A run and every command load the model and open the data files of a configuration here, each once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.media.types import MediaKind
 
 WHERE = "what the configuration refers to"
-"""How a ConfigError names the place of these problems."""
+"""A ConfigError calls the place of these problems so."""
 Key = Literal["data.train", "data.eval"]
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One set of data files, opened. Its source counts the rows that it refuses."""
+    """An opened set of data files. Its source counts the rows that it refuses."""
 
     key: Key
     source: PromptSource
 
     def media_kinds(self, adapter: MultimodalAdapter) -> tuple[MediaKind, ...]:
-        """The kinds of media that its prompts may hold."""
+        """Return the kinds of media that its prompts may hold."""
         return tuple(kind for kind, _ in self.source.columns.media if kind in adapter.modalities)
 
 
 def load_model(config: RunConfig) -> MultimodalAdapter:
-    """The adapter of the configured model. Raises ConfigError."""
+    """Load the adapter of the configured model. Raises ConfigError."""
     try:
         return config_adapter(config)
     except AdapterError as error:
@@ -37,19 +37,19 @@ def load_model(config: RunConfig) -> MultimodalAdapter:
 
 
 def open_set(config: RunConfig, key: Key, adapter: MultimodalAdapter, *, shuffled: bool = False) -> DataSet:
-    """Its rows come in the order of the run, or shuffled in any case. Raises DataError."""
+    """Open one set. Its rows come in the order of the run, or always shuffled. Raises DataError."""
     options = data_options(config, set_files(config)[key], train=key == "data.train" and not shuffled)
     return DataSet(key, PromptSource(options, adapter))
 
 
 def set_files(config: RunConfig) -> dict[Key, tuple[str, ...]]:
-    """The files of each set that is configured."""
+    """Return the files of each configured set."""
     files: dict[Key, tuple[str, ...]] = {"data.train": config.data.train, "data.eval": config.data.eval}
     return {key: names for key, names in files.items() if names}
 
 
 def file_problems(config: RunConfig) -> list[str]:
-    """What is wrong with the data files, whatever the model is."""
+    """Find what is wrong with the data files without a model."""
     problems = []
     for key, files in set_files(config).items():
         try:

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time writes into it, and what a killed one left half-written is cleared away.
+"""The lock of a run's folder: one run at a time writes into it, and clears what a killed one left half-written.
 
 The lock is the kernel's, on `run.lock`: it ends with the process that holds it, however that ends, also on another
 machine that shares the folder. The file says who; a file that nobody holds means nothing.
@@ -21,12 +21,12 @@ from saccade.config.run_config import ConfigError
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""What file systems say that cannot lock, as Lustre does unless it is mounted with `flock`."""
+"""File systems that cannot lock answer with these, such as Lustre when it is mounted without `flock`."""
 
 
 @contextmanager
 def held(directory: Path) -> Iterator[str | None]:
-    """Hold `directory`, made if need be, for the length of a run. Yields what is to be said of it, if anything.
+    """Hold `directory` for the length of a run, and make it if needed. Yields a remark for the user, or None.
 
     Raises ConfigError naming the run that holds it, StorageError where nothing can be written."""
     path = directory / LOCK
@@ -54,7 +54,7 @@ def held(directory: Path) -> Iterator[str | None]:
 
 
 def in_use(directory: Path) -> str | None:
-    """Who holds `directory`, in words; None if nobody does."""
+    """Say who holds `directory`; None if nobody does."""
     try:
         descriptor = os.open(directory / LOCK, os.O_RDONLY)
     except OSError:
@@ -72,8 +72,8 @@ def in_use(directory: Path) -> str | None:
 
 
 def _open_locked(path: Path) -> tuple[int, str | None]:
-    """A locked descriptor of the file that stands at `path`: a run that ends removes its own. And a remark, where the
-    file system has no locks."""
+    """Return a locked descriptor of the file that stands at `path`, as a run that ends removes its own; and a remark if
+    the file system has no locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -85,7 +85,10 @@ def _open_locked(path: Path) -> tuple[int, str | None]:
             raise ConfigError([_refusal(path)], "what the configuration refers to") from None
         except OSError as error:
             if error.errno in NO_LOCKS:
-                return descriptor, f"output_dir: {path.parent} has no file locks: see that no second run writes there"
+                return (
+                    descriptor,
+                    f"output_dir: {path.parent} has no file locks: make sure that no second run writes there",
+                )
             os.close(descriptor)
             raise
         os.close(descriptor)
@@ -104,4 +107,4 @@ def _refusal(path: Path) -> str:
         who = f"process {note['pid']} on {note['host']}, since {note['started']}"
     except (OSError, ValueError, KeyError, TypeError):
         who = "a process that is just starting"
-    return f"output_dir: {path.parent} is in use by another run ({who}); wait for it, or name another output_dir"
+    return f"output_dir: {path.parent} is in use by another run ({who}); wait for it, or choose another output_dir"

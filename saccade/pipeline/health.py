@@ -1,4 +1,4 @@
-"""Whether a run may go on as it does: steps that are not taken, and engines that disagree with the learner.
+"""Decides whether a run may go on: steps that were not taken, and engines that disagree with the learner.
 
 UpdateStats ──judge────▶ a line, or MismatchError: before anything of the update is booked
             ──observe──▶ lines, or NotFiniteError: its prompts are booked by then, with the reason
@@ -14,12 +14,12 @@ from learner.types import NotFiniteError, UpdateStats
 from saccade.errors import MismatchError
 
 MOST_REFUSED = 3
-"""Optimizer steps in a row that are not taken, at which the run ends: one may be an outlier, a third is a cause."""
+"""The run ends when so many optimizer steps in a row were not taken: one may be an outlier, three have a cause."""
 USUAL_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
-"""Mean |log-probability difference| of engine and learner with the same weights that passes without a word. Kernels
-that round apart stay an order of magnitude below it; other pixels, weights or positions do not."""
+"""A mean |log-probability difference| of engine and learner with the same weights up to this is not mentioned. Kernels
+that round differently stay an order of magnitude below it; other pixels, weights or positions do not."""
 STOP_FACTOR = 10
-"""Times the usual mismatch at which the run ends."""
+"""The run ends at so many times the usual mismatch."""
 
 
 @dataclass
@@ -30,11 +30,11 @@ class Health:
     model: str
     refused_in_row: int = 0
     _judged: bool = False
-    """Whether the mismatch was looked at; later ones have to do with staleness too."""
+    """Whether the mismatch was judged; later ones also depend on staleness."""
 
     def observe(self, update: UpdateStats) -> list[str]:
-        """What there is to say about steps that were not taken. Raises NotFiniteError after MOST_REFUSED in a row; a
-        run that is resumed after that counts anew."""
+        """Return a line for each step that was not taken. Raises NotFiniteError after MOST_REFUSED in a row; a resumed
+        run then counts anew."""
         refused, longest = {step.position for step in update.refused}, 0
         for position in update.attempted:
             self.refused_in_row = self.refused_in_row + 1 if position in refused else 0
@@ -45,8 +45,8 @@ class Health:
         return [str(step) for step in update.refused]
 
     def judge(self, update: UpdateStats) -> list[str]:
-        """What there is to say about the gap of the first update whose tokens were sampled by the very weights that it
-        trains. Raises MismatchError when it is beyond what the precision explains."""
+        """Compare engine and learner at the first update that trains the very weights its tokens were sampled with, and
+        return a line if they differ too much. Raises MismatchError if the precision cannot explain it."""
         gap, usual = update.metrics.get("mismatch_mean", math.nan), USUAL_MISMATCH[self.dtype]
         if self._judged or update.staleness_max > 0 or math.isnan(gap):
             return []

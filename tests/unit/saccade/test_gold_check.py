@@ -57,7 +57,7 @@ def test_good_golds_get_full_marks_in_any_scope_and_format(
         functions.append({"name": "format", "options": {"style": form}})
     found = asked(tmp_path, GOLDS, *functions)
     if scope == "completion" and name in ("exact_match", "edit_distance") and form:  # the format is what they compare
-        assert "for 13 of 13 golds looked at" in found[0]
+        assert "for 13 of 13 golds checked" in found[0]
     else:
         assert found == asked(tmp_path, GOLDS, *functions, reward={"trace": "stripped"}) == []
 
@@ -110,7 +110,7 @@ def test_boxes_have_full_marks_for_themselves(tmp_path: Path, coordinates: str, 
 )
 def test_what_is_no_box_stops_a_run(tmp_path: Path, gold: Any, options: dict[str, Any], said: str) -> None:
     (problem,) = asked(tmp_path, [gold] * 3, boxed("thousandths", **options))
-    assert "the reward 'grounding' gives the gold answer itself less than full marks, for 3 of 3" in problem
+    assert "the reward 'grounding' gives the gold answer itself less than full marks for 3 of 3" in problem
     assert said in problem
     rows = [{"prompt": "q", "boxes": gold}] * 3
     in_column = boxed("thousandths", column="boxes", **options)
@@ -138,7 +138,7 @@ def test_golds_that_are_no_answers_stop_a_run(tmp_path: Path, golds: list[Any], 
     name = function if isinstance(function, str) else function["name"]
     first, *examples, last = problem.splitlines()
     assert f"data.train: the reward {name!r} gives the gold answer itself less than full marks" in first
-    assert f"for {len(golds)} of {len(golds)} golds looked at" in first
+    assert f"for {len(golds)} of {len(golds)} golds checked" in first
     assert len(examples) == len(golds) and said in examples[0] and "a.jsonl:" in examples[0]
     assert "reward.check_golds=false" in last
     assert max(map(len, problem.splitlines())) < 400
@@ -149,7 +149,7 @@ def test_golds_that_are_no_answers_stop_a_run(tmp_path: Path, golds: list[Any], 
 
 def test_refused_answers_are_counted_too(tmp_path: Path) -> None:
     (problem,) = asked(tmp_path, ["\\boxed{1}, so else \\boxed{2}", None, "3"], "accuracy")
-    assert "no answer can be read from 2 of 3 golds looked at (1 of 1 " in problem
+    assert "no answer can be read from 2 of 3 golds checked (1 of 1 " in problem
     assert "marks 2 answers, '1' and '2'; name a column" in problem
 
 
@@ -159,7 +159,7 @@ def test_single_faults_are_within_the_share_that_may_be_refused_but_a_kind_of_go
     assert asked(tmp_path, ["7"] * 79 + ["red", "blue"], "counting") == []  # chance, where one in 100 may
     few = [f"{n} dogs" for n in range(5)]
     (problem,) = asked(tmp_path, [*good, *few], "counting")
-    assert "for 5 of 205 golds looked at (5 of 5 quantity)" in problem
+    assert "for 5 of 205 golds checked (5 of 5 quantity)" in problem
     assert asked(tmp_path, ["7"] * 8 + ["red"], "counting", data={"max_refused_share": 0.2}) == []
 
 
@@ -169,7 +169,7 @@ def test_some_rows_of_every_file_are_looked_at_and_no_media(tmp_path: Path) -> N
     large = write_rows(tmp_path / "large.parquet", rows)
     small = write_rows(tmp_path / "small.parquet", [{"prompt": "q", "image": "gone.png", "answer": SOLUTION}] * 5)
     (problem,) = problems(configured([large, small], "accuracy"))
-    assert "for 5 of 133 golds looked at" in problem
+    assert "for 5 of 133 golds checked" in problem
     assert "small.parquet:0" in problem and "large" not in problem
 
 
@@ -177,7 +177,7 @@ def test_it_ends_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.Monke
     seconds = iter(range(1000))
     monkeypatch.setattr(gold_check.time, "monotonic", lambda: next(seconds))
     (problem,) = asked(tmp_path, [SOLUTION] * 100, "accuracy")
-    assert "for 3 of 3 golds looked at" in problem
+    assert "for 3 of 3 golds checked" in problem
 
 
 def test_a_run_and_a_check_of_data_stop(tiny_model: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_run_and_a_check_of_data_stop(tiny_model: Path, tmp_path: Path) -> Non
         resolve(config)
     out = io.StringIO()
     assert not check_data(config, None, Console(file=out, width=200))
-    assert "4 of 4 golds looked at" in out.getvalue()
+    assert "4 of 4 golds checked" in out.getvalue()
     unchecked = configured(files, "accuracy", **changes, reward={"check_golds": False})
     resolve(unchecked)
     assert check_data(unchecked, None, Console(file=io.StringIO()))

@@ -54,7 +54,7 @@ def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(settings: dict
 def test_figures_without_a_checkpoint_and_checkpoints_are_not_written_over(settings: dict, tmp_path: Path) -> None:
     config = parse_config({**settings, "output_dir": str(tmp_path)})
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
-    with pytest.raises(ConfigError, match="left no checkpoint; delete it"):
+    with pytest.raises(ConfigError, match="without a checkpoint; delete the folder"):
         resolve(config)
     (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match="continue it with --resume"):
@@ -87,8 +87,8 @@ def test_a_reward_that_compares_with_answers_needs_their_column(settings: dict, 
         return str(caught.value)
 
     text = problems()
-    assert "data.train: the reward 'accuracy' compares with answers, and no column is known to hold them" in text
-    assert "Not used are: gold" in text
+    assert "data.train: the reward 'accuracy' compares with answers, but no column is known to hold them" in text
+    assert "Unused columns: gold" in text
     assert "compares with answers" not in problems(reward={"functions": [{"name": "format"}, {"name": "no_such"}]})
 
 
@@ -218,7 +218,7 @@ def test_images_in_a_column_that_no_role_is_for_are_not_left_out_silently(
     values = {"picture": {"bytes": png(), "path": "x"}, "image_path": "a.png", "img": [png()]}
     rows = [{"prompt": f"{n}?", column: values[column], "answer": "x", "note": "see a.png"} for n in range(4)]
     text = refused(settings, tmp_path, rows)
-    assert f"data.train: the column {column!r} holds images, and no role is for it: set data.columns: " in text
+    assert f"data.train: the column {column!r} holds images, but no role uses it: set data.columns: " in text
     assert f"{{image: {column}}}, or {{image: null}} to leave them out" in text and "note" not in text
     named = lines(settings, tmp_path, rows, columns={"image": column})
     assert f"data.train: 4 rows; prompt: prompt, image: {column}, answer: answer" in named
@@ -324,13 +324,13 @@ def test_a_folder_without_all_its_weights_and_a_port_in_use_are_said(settings: d
         port = other.getsockname()[1]
         with pytest.raises(ConfigError) as caught:
             resolve(parse_config({**given, "cluster": {"metrics_port": port}}))
-    assert f"cluster.metrics_port={port} cannot be served on this machine" in str(caught.value)
-    assert f"{model} holds no weights: neither model.safetensors nor model.safetensors.index.json" in str(caught.value)
+    assert f"cluster.metrics_port={port} cannot be used on this machine" in str(caught.value)
+    assert f"{model} has no weights: neither model.safetensors nor model.safetensors.index.json" in str(caught.value)
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     config = parse_config({**given, "model": {"path": str(model)}})
     assert missing_weights(config) == [
-        f"model.path: {model} lacks 1 of 2 files of weights: model-00002-of-00002.safetensors"
+        f"model.path: {model} lacks 1 of 2 weight files: model-00002-of-00002.safetensors"
     ]
     (model / "model-00002-of-00002.safetensors").touch()
     hub = parse_config({**given, "model": {"path": "Qwen/Qwen2.5-VL-3B-Instruct"}})
