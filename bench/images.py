@@ -67,9 +67,7 @@ def counting(name: Callable[[], str], counts: Counter[str]) -> Iterator[None]:
 
 
 async def measure(model: Path, data: Path) -> list[dict[str, Any]]:
-    options = EngineOptions(
-        str(model), dtype="float32", device="cpu", max_model_len=256, max_num_seqs=64, kv_cache_gib=0.25
-    )
+    options = EngineOptions(str(model), dtype="float32", device="cpu", max_model_len=256, kv_cache_gib=0.25)
     adapter = load_adapter(str(model))
     actor = RolloutActor("engine", options, partial(load_adapter, str(model)))
     await actor.start()

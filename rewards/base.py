@@ -7,6 +7,7 @@ What a reward may have besides its call:
     needs_media = True          its requests carry the bytes of images and the raw completions
     separable = True            what it says of a completion depends on no sibling: after a crash or a time-out each
                                 is scored alone, so that only the guilty one goes without a score
+    columns = ("level",)        data columns that its requests must have, where its parameters do not name them
     warm_up()                   called once before the first group
     connect(services)           handed what the driver offers: `{"generate": callable, "reward_model": callable}`
     ideal(request)              a completion that deserves full marks, where the row tells; for `saccade rewards check`

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,8 @@ REWARDS: dict[str, Callable[..., RewardFunction]] = {
 """Shipped rewards: name -> factory, which takes the options as keyword arguments."""
 COMPARING = frozenset({"accuracy", "multiple_choice", "exact_match", "contains", "edit_distance", "counting"})
 """Those that can score nothing without the row's answer."""
+COLUMN_OPTIONS = ("column", "choices", "question")
+"""Options of shipped rewards that name a data column."""
 UNBOUNDED = frozenset({"reward_model"})
 """Those whose best score is not 1.0."""
 
@@ -67,19 +70,13 @@ class RewardSpec:
     combine: Combine = "sum"
 
 
-def load_reward(
-    name: str, options: Mapping[str, Any] | None = None, columns: Collection[str] | None = None
-) -> RewardFunction:
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
     """A shipped reward by its name, or a user's by `package.module:function` or `path/file.py:function`.
 
-    Args:
-        columns: further data columns that the run will have (`data.extra_columns`); None: not checked.
-    Raises:
-        RewardSetupError: saying what is wrong with it and what to do.
-    """
+    Raises RewardSetupError, saying what is wrong with it and what to do."""
     options = options or {}
     if ":" in name:
-        return load_user_reward(name, options, columns)
+        return load_user_reward(name, options)
     factory = REWARDS.get(name)
     if factory is None:
         close = difflib.get_close_matches(name, REWARDS, n=1)
@@ -96,7 +93,7 @@ def load_reward(
         raise RewardSetupError(f"options of reward {name!r}: {error}; it has: {known}") from error
 
 
-def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None = None) -> list[str]:
+def check_rewards(specs: Sequence[RewardSpec]) -> list[str]:
     """All that is wrong with the configured rewards, one line each; imports users' modules."""
     problems = []
     names = [short(spec.name) for spec in specs]
@@ -110,12 +107,27 @@ def check_rewards(specs: Sequence[RewardSpec], columns: Collection[str] | None =
                 f"combine: {spec.combine} leave it at 1 (or 0, to record it only)"
             )
         try:
-            load_reward(spec.name, spec.options, columns)
+            load_reward(spec.name, spec.options)
         except RewardSetupError as error:
             problems.append(str(error))
     if not any(spec.weight for spec in specs):
         problems.append("no reward has a weight other than 0: nothing would be learned")
     return problems
+
+
+def columns_read(specs: Sequence[RewardSpec]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Data columns that the rewards must be given, beside the answer, and those that they take where there are any.
+
+    What cannot be loaded reads nothing here; `check_rewards` tells why."""
+    needed: list[str] = []
+    optional: list[str] = []
+    for spec in specs:
+        with suppress(RewardSetupError):
+            reward = load_reward(spec.name, spec.options)
+            needed += [name for option in COLUMN_OPTIONS if (name := getattr(reward, option, None)) is not None]
+            needed += getattr(reward, "columns", ())
+            optional += getattr(reward, "optional_columns", ())
+    return tuple(dict.fromkeys(needed)), tuple(dict.fromkeys(optional))
 
 
 def answers_are_programs(specs: Sequence[RewardSpec]) -> bool:

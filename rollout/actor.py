@@ -178,7 +178,7 @@ class RolloutActor:
         return replace(output, completions=completions)
 
     async def _explain_timeout(self, failure: Callable[..., RolloutFailure]) -> RolloutFailure:
-        reason = f"waited {self._group_timeout:g} s (rollout.group_timeout) for its completions"
+        reason = f"waited {self._group_timeout:g} s (a third of cluster.timeout) for its completions"
         try:
             await self._running().check_health()
         except EngineDeadError as error:

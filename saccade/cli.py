@@ -70,7 +70,7 @@ def train(
 ) -> None:
     """Train a model as the configuration file says.
 
-    Example:  saccade train examples/shapes.yaml learner.lr=1e-3 rollout.num_generations=4
+    Example:  saccade train examples/shapes.yaml learner.learning_rate=1e-3 rollout.num_generations=4
 
     Ctrl-C saves a checkpoint and stops every process; continue with --resume.
     """
@@ -95,7 +95,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model to evaluate in place of model.path.")] = None,
     address: Address = None,
 ) -> None:
-    """Evaluate a model on data.eval: print the mean of every reward per file, and per value of evaluation.group_by.
+    """Evaluate a model on data.eval: print the mean of every reward per file, and per value of the column data.columns.group.
 
     Example:  saccade eval examples/shapes.yaml --model runs/shapes/model
     """
@@ -135,7 +135,7 @@ def show_config(
 ) -> None:
     """Print a configuration with every default filled in, or list all knobs.
 
-    Examples:  saccade config examples/shapes.yaml learner.lr=1e-3      saccade config --knobs
+    Examples:  saccade config examples/shapes.yaml learner.learning_rate=1e-3      saccade config --knobs
     """
     if knobs or config is None:
         for name, info in iter_knobs():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from learner.batching.samples import layout, shares_prompts
+from learner.batching.samples import layout
 from learner.features.frozen_towers import once_per_run
 from rewards.registry import COMPARING, check_rewards
 from rollout.data.source import DataError
@@ -31,7 +31,6 @@ from saccade.config.run_config import ConfigError, RunConfig
 from saccade.observe.metrics import read_metrics
 from vlm.adapter import MultimodalAdapter
 from vlm.media.types import MediaKind
-from vlm.media_cost import patches_per_token
 
 ROWS_TRIED = 100
 """So many rows of each data set are turned into prompts before anything starts."""
@@ -145,17 +144,6 @@ def _context_length(found: References) -> list[str]:
     ]
 
 
-def _patches(found: References) -> list[str]:
-    limit, longest = found.config.learner.micro_batch_patches, found.config.data.max_prompt_length
-    most = max((patches_per_token(found.adapter, kind) for kind in found.adapter.towers()), default=0.0)
-    if limit is None or limit >= longest * most:
-        return []
-    return [
-        f"learner.micro_batch_patches={limit} may not hold one prompt: data.max_prompt_length={longest} tokens of "
-        f"images are {longest * most:g} patches; raise it, or lower data.max_prompt_length"
-    ]
-
-
 def _unusable(found: References) -> list[str]:
     return list(found.unusable)
 
@@ -197,7 +185,7 @@ def _parts(found: References) -> list[str]:
 
 def _idle_knobs(found: References) -> list[str]:
     rows = sum(len(data.source) for data in found.sets if data.key == "data.train")
-    facts = Facts(rows, found.media_kinds, bool(found.once), shares_prompts(found.adapter))
+    facts = Facts(rows, found.media_kinds, bool(found.once))
     return data_idle_problems(found.config, facts)
 
 
@@ -209,8 +197,7 @@ def _memory(found: References) -> list[str]:
 
 
 def _rewards(config: RunConfig) -> list[str]:
-    columns = set(config.data.extra_columns)
-    return [f"reward.functions: {problem}" for problem in check_rewards(reward_specs(config), columns)]
+    return [f"reward.functions: {problem}" for problem in check_rewards(reward_specs(config))]
 
 
 def _earlier_run(config: RunConfig) -> list[str]:
@@ -230,7 +217,7 @@ def _earlier_run(config: RunConfig) -> list[str]:
 
 
 Check = Callable[[References], list[str]]
-CHECKS: tuple[Check, ...] = (_context_length, _patches, _unusable, _answers, _golds, _enough_rows, _parts)
+CHECKS: tuple[Check, ...] = (_context_length, _unusable, _answers, _golds, _enough_rows, _parts)
 """These checks look at the model and the data."""
 LEARNER_CHECKS: tuple[Check, ...] = (_idle_knobs, _memory)
 """These run only if the others found nothing: no learner can be described whose parts the model does not have."""

@@ -74,7 +74,7 @@ class Run:
 
     def sync_weights(self) -> None:
         """Send the learner's weights to every engine and commit them as the current version."""
-        sync_weights(self.learner, self.actors.handles, self.version, timeout=self.config.weight_sync.timeout)
+        sync_weights(self.learner, self.actors.handles, self.version, timeout=self.config.cluster.sync_timeout)
 
     def book(self, batch: SealedBatch, update: UpdateStats) -> None:
         """Enter a batch that went through an update into the ledger. A group with fewer than two scores took no part
@@ -250,8 +250,7 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
         sampling=sampling_params(config, resolved.adapter),
         run_seed=config.seed,
         prompts_per_step=config.learner.prompts_per_step,
-        max_attempts=config.rollout.max_attempts,
-        group_timeout=config.rollout.group_timeout,
+        group_timeout=config.cluster.group_timeout,
         reward_timeout=config.reward.timeout,
         hold_while_admitting=config.rollout.max_staleness == 0,
         max_failed_share=config.reward.max_failed_share,
@@ -267,7 +266,7 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
 
 def open_evaluator(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Evaluator:
     actors = started.actors
-    prompts = actors.eval_prompts(config.evaluation.max_prompts, config.rollout.start_timeout)
+    prompts = actors.eval_prompts(config.evaluation.max_prompts, config.cluster.start_timeout)
     held_out = actors.data_report().evaluation
     if held_out is not None and held_out.remark:
         display.phase(f"data.eval: {held_out.remark}")
@@ -276,8 +275,8 @@ def open_evaluator(config: RunConfig, resolved: Resolved, started: Started, disp
         engines=actors.engines,
         rewards=actors.rewards,
         sampling=evaluation_sampling(config, resolved.adapter),
-        group_by=config.evaluation.group_by,
-        timeout=config.rollout.group_timeout + 2 * config.reward.timeout,
+        group_by=config.data.columns.get("group"),
+        timeout=config.cluster.group_timeout + 2 * config.reward.timeout,
         report=display.phase,
         check_stop=started.check,
     )
@@ -314,7 +313,7 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     batches: dict[int, list[PromptRef]] = {}
     for batch, ref in run.ledger.outstanding():
         batches.setdefault(batch, []).append(ref)
-    timeout = run.config.rollout.start_timeout
+    timeout = run.config.cluster.start_timeout
     again = {batch: run.actors.read_prompts(refs, timeout) for batch, refs in batches.items()}
     run.rollouts.go_on_from(run.version, again)
     if changed := _changed(state["config"], config_tree(absolute(run.config))):

@@ -58,7 +58,7 @@ def _parts(summaries: Sequence[GroupSummary], names: Sequence[str], valid: Bools
             if len(values) != valid[g].sum():
                 raise ValueError(
                     f"group {summary.ref} has {len(values)} scores of {name!r} for {valid[g].sum()} scored "
-                    "completions; algorithm.normalize_parts needs each reward's own score of every completion"
+                    "completions; algorithm.advantage=gdpo needs each reward's own score of every completion"
                 )
             parts[g, valid[g], r] = values
     return parts

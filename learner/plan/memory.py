@@ -202,6 +202,6 @@ def with_unit_bytes(options: LearnerOptions, adapter: MultimodalAdapter) -> Lear
     if units.fixed >= options.micro_batch_bytes:
         raise ValueError(
             f"any micro-batch takes {units.fixed / 2**30:.2f} GiB, for a chunk of logits and the gradient of the head; "
-            f"learner.micro_batch_gib={options.micro_batch_bytes / 2**30:g} leaves nothing for tokens"
+            f"{options.micro_batch_bytes / 2**30:g} GiB leave nothing for tokens"
         )
     return replace(options, unit_bytes=(units.token, units.patch, units.row, units.fixed))

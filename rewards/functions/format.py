@@ -4,7 +4,7 @@
     lenient    tags in any case, text around them and further `<think>`s allowed; one filled answer, after the thinking
     newline    strict, and a line break after each opening and before each closing tag, one between the two blocks
 
-What becomes of the `<think>` trace is up to the operator (`reward.trace`):
+What becomes of the `<think>` trace is up to the operator (the option `trace`):
 
     visible    it is asked for, and shown
     internal   it is asked for, but reports and served outputs leave it out
@@ -49,7 +49,7 @@ def format_problem(text: str, style: Style = "strict", trace: Trace = "visible")
         if count == 0 or (count > 1 and not (lenient and tag in _THINK)):
             return f"{tag} occurs {count} times, not once"
     if trace == "stripped" and "<think>" in text:
-        return "there is a <think>, and none is asked for (reward.trace: stripped)"
+        return "there is a <think>, and none is asked for (trace: stripped)"
     blocks = _find_blocks(text, trace) if lenient else _match_blocks(text, style, trace)
     if blocks is None:
         text_outside = "" if lenient else ", or there is text outside of them"

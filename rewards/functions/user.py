@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -40,6 +40,11 @@ class _UserReward:
     def separable(self) -> bool:
         return bool(getattr(self.function, "separable", False))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Data columns that it must be given: those in the function's attribute `columns`."""
+        return tuple(getattr(self.function, "columns", ()))
+
     def warm_up(self) -> None:
         if warm_up := getattr(self.function, "warm_up", None):
             warm_up()
@@ -53,6 +58,22 @@ class _UserReward:
 class ColumnReward(_UserReward):
     """Calls `function(completions=[...K], prompts=[...K], answer=[...K], <column>=[...K], **options)`, each argument
     only if the function takes it. It returns K numbers, None where a completion cannot be scored."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those, and the parameters without a default that no option sets."""
+        named = [p.name for p in self._of_columns() if p.default is p.empty]
+        return tuple(dict.fromkeys((*getattr(self.function, "columns", ()), *named)))
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Data columns that it takes where there are any: parameters with a default that no option sets."""
+        return tuple(p.name for p in self._of_columns() if p.default is not p.empty)
+
+    def _of_columns(self) -> list[inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters.values()
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return [p for p in parameters if p.kind not in several and p.name not in (*_GIVEN, *self.options)]
 
     @property
     def needs_media(self) -> bool:
@@ -118,14 +139,11 @@ def _short(number: Any) -> str:
         return f"a number beyond {sys.float_info.max:.1e}"
 
 
-def load_user_reward(
-    name: str, options: Mapping[str, Any], known_columns: Collection[str] | None = None
-) -> RewardFunction:
+def load_user_reward(name: str, options: Mapping[str, Any]) -> RewardFunction:
     """The reward `package.module:function` or `path/file.py:function`.
 
     Args:
         options: constant keyword arguments of every call.
-        known_columns: data columns that will be there; None if not known here.
     Raises:
         RewardSetupError: not importable, not a function, or with a signature that cannot be called.
     """
@@ -142,7 +160,6 @@ def load_user_reward(
     _check_options(name, options, parameters)
     first = next(iter(parameters.values()), None)
     if first and (first.name == "request" or first.annotation in (ScoringRequest, "ScoringRequest")):
-        given: set[str] | None = {first.name}
         reward: RewardFunction = RequestReward(function, dict(options))
     else:
         if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -150,9 +167,8 @@ def load_user_reward(
                 f"{name}{inspect.signature(function)} takes neither `completions` nor `request`; write "
                 "def reward(completions, answer, **columns) -> list[float | None]"
             )
-        given = None if known_columns is None else {*_GIVEN, *known_columns}
         reward = ColumnReward(function, dict(options))
-    _check_required(name, parameters, options, given)
+    _check_parameters(name, parameters, options, takes_request=isinstance(reward, RequestReward))
     return reward
 
 
@@ -169,19 +185,19 @@ def _check_options(name: str, options: Mapping[str, Any], parameters: Mapping[st
         )
 
 
-def _check_required(
-    name: str, parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any], given: set[str] | None
+def _check_parameters(
+    name: str, parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any], *, takes_request: bool
 ) -> None:
-    """Every parameter without a default must come from `given` (None: from anywhere) or from the options."""
+    """Arguments come by name. What a function that takes the request wants besides must come from its options; what
+    another wants is a data column."""
     for position, parameter in enumerate(parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        is_request = position == 0 and given == {parameter.name}
-        if parameter.kind is parameter.POSITIONAL_ONLY and not is_request:
+        if takes_request and position == 0:
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:
             raise RewardSetupError(f"{name}: parameter `{parameter.name}` is positional-only; arguments come by name")
-        required = parameter.default is parameter.empty and parameter.name not in options
-        if required and given is not None and parameter.name not in given:
+        if takes_request and parameter.default is parameter.empty and parameter.name not in options:
             raise RewardSetupError(
-                f"{name} needs `{parameter.name}`, which is no data column known to the run; add it to "
-                f"data.extra_columns, give it in the reward's options, or give it a default"
+                f"{name} needs `{parameter.name}`; give it in the reward's options, or give it a default"
             )

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from vlm.media.types import MediaKind
 
-Role = Literal["prompt", "image", "video", "audio", "answer"]
+Role = Literal["prompt", "image", "video", "audio", "answer", "group"]
 MEDIA_ROLES: tuple[MediaKind, ...] = get_args(MediaKind)
 
 KNOWN_NAMES: Mapping[Role, tuple[str, ...]] = {
@@ -102,14 +102,20 @@ def field_names(row: Mapping[str, Any], within: str = "") -> Iterator[str]:
 
 
 def choose_columns(
-    named: Mapping[Role, str | None], extra: Sequence[str], files: Mapping[str, Sequence[str]], problems: list[str]
+    named: Mapping[Role, str | None],
+    extra: Sequence[str],
+    files: Mapping[str, Sequence[str]],
+    problems: list[str],
+    optional: Sequence[str] = (),
 ) -> Columns | None:
     """The columns of a set of files, from what is named and from the columns, and their fields, that each file has.
 
-    A role that is not named gets the one column that is known for it, if there is one. What is missing, what could be
+    `extra`: what is handed on besides; `optional`: the same, where all files have it. A role that is not named gets
+    the one column that is known for it, if there is one. What is missing, what could be
     meant in two ways, and files that differ are added to `problems`; then the result is None, as it is for no files."""
     chosen: dict[Columns, str] = {}
     before = len(problems)
+    extra = (*extra, *(n for n in optional if n not in extra and all(n in present for present in files.values())))
     alike: dict[tuple[str, ...], list[str]] = {}
     for file, present in files.items():
         alike.setdefault(tuple(present), []).append(file)
@@ -133,7 +139,7 @@ def _choose(
     named: Mapping[Role, str | None], extra: Sequence[str], file: str, present: Sequence[str], problems: list[str]
 ) -> Columns | None:
     wanted = [(f"data.columns.{role}", name) for role, name in named.items() if name is not None]
-    wanted += [("data.extra_columns", name) for name in extra]
+    wanted += [("asked for by a reward, or data.columns.group", name) for name in extra]
     missing = [
         f"{file}: no column {name!r} ({knob}); it has {', '.join(_nearest_first(name, present))}"
         for knob, name in wanted

@@ -81,7 +81,7 @@ class MediaFiles:
     def _check_size(self, size: int, kind: MediaKind, where: str) -> None:
         if size > self._max_bytes:
             raise RowRefusedError(
-                f"{kind} too large", f"{where}{size:,} bytes, the limit is {self._max_bytes:,} (data.max_image_bytes)"
+                f"{kind} too large", f"{where}{size:,} bytes, the limit is {self._max_bytes:,} (data.max_media_bytes)"
             )
 
     def _decode(self, text: str, kind: MediaKind, where: str) -> bytes:
@@ -100,7 +100,7 @@ class MediaFiles:
         try:
             path = (root / name).resolve()  # symbolic links followed
             if not path.is_relative_to(root):
-                raise RowRefusedError("outside root", f"{where}{shown(name)} leads outside {root} (data.root)")
+                raise RowRefusedError("outside root", f"{where}{shown(name)} leads outside {root} (data.media_from)")
             if not path.is_file():
                 raise RowRefusedError(f"missing {kind}", f"{where}{_no_file(name, path)}")
             self._check_size(path.stat().st_size, kind, where)
@@ -119,7 +119,8 @@ class MediaFiles:
             raise RowRefusedError("URL refused", f"{where}{shown(url)} is a {scheme} URL{only}")
         if self._opener is None:
             raise RowRefusedError(
-                "URL refused", f"{where}{shown(url)} is a URL, none is fetched without data.allow_urls; store the file"
+                "URL refused",
+                f"{where}{shown(url)} is a URL, none is fetched unless data.media_from has urls",
             )
         try:
             return self._download(url, kind, where)

@@ -58,6 +58,8 @@ class DataOptions:
     """Role -> column; None: nothing plays it. Roles that are not here are known by the names of the columns."""
     extra_columns: tuple[str, ...] = ()
     """Further columns, handed to rewards untouched."""
+    optional_columns: tuple[str, ...] = ()
+    """The same, where all files have them."""
     answers_as_written: bool = False
     """Answers are programs or tests: nothing in them marks an answer."""
     system_prompt: str | None = None
@@ -101,10 +103,12 @@ def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:
     problems: list[str] = []
     if options.root_folder is not None and not options.root_folder.is_dir():
         why = address_problem(str(options.root))
-        problems.append(f"data.root: no folder {options.root}" + (f"; {why}" if why else ""))
+        problems.append(f"data.media_from: no folder {options.root}" + (f"; {why}" if why else ""))
     files = open_files(options.files, problems)
     present = {str(file.path): file.columns for file in files if file.columns}
-    columns = choose_columns(options.columns, options.extra_columns, present, problems)
+    columns = choose_columns(
+        options.columns, options.extra_columns, present, problems, optional=options.optional_columns
+    )
     if problems or columns is None:
         raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
     return files, columns

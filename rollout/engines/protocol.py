@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 BAN = -100.0
 """Added to the logit of a banned token, by the engine and by the learner (learner.model.logprobs.BAN) alike."""
 
+DEFAULT_MAX_SEQS, DEFAULT_GPU_SHARE = 256, 0.85
+"""Of `EngineOptions.max_num_seqs` and `.gpu_memory_utilization`."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -66,16 +69,13 @@ class EngineOptions:
     model: str
     dtype: str = "bfloat16"
     max_model_len: int = 4096
-    max_num_seqs: int = 256
     tensor_parallel_size: int = 1
     device: str = "cuda"
     """"cuda" or "cpu"; an engine refuses to start on a machine that lacks it."""
     threads: int = 1
     """OpenMP threads: of everything on CPU; beside a GPU, of what prepares images."""
     kv_cache_gib: float | None = None
-    """Bytes of KV cache in GiB; None: by `gpu_memory_utilization` (GPU) or 1 GiB (CPU)."""
-    gpu_memory_utilization: float = 0.85
-    """GPU: share of its memory that must be free at the start, and that the engine takes if `kv_cache_gib` is None."""
+    """KV cache in GiB; None: what is left of the engine's share of a GPU, or 1 GiB (CPU)."""
     max_media_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 8})
     """By kind."""
     weight_transfer_backend: str | None = None
@@ -88,6 +88,17 @@ class EngineOptions:
     """Seconds that any call but `start` and `generate` may take, receiving weights included."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of vLLM's `AsyncEngineArgs`, as they are."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at once."""
+        return int(self.extra.get("max_num_seqs", DEFAULT_MAX_SEQS))
+
+    @property
+    def gpu_memory_utilization(self) -> float:
+        """GPU: share of its memory that must be free at the start, and that the engine takes if `kv_cache_gib` is
+        None."""
+        return float(self.extra.get("gpu_memory_utilization", DEFAULT_GPU_SHARE))
 
 
 @runtime_checkable

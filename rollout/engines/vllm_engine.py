@@ -89,8 +89,8 @@ class VLLMEngine:
         cause = causes[-1] if causes else f"{type(error).__name__}: {error}"
         return (
             f"the vLLM engine for {self._options.model!r} did not start: {cause}\n"
-            f"Check the path, the memory it may take (rollout.kv_cache_gib, rollout.gpu_memory_utilization) and "
-            f"rollout.engine_options. The end of its own log:\n{tail or '  | (nothing)'}"
+            f"Check the path, the memory it may take (rollout.kv_cache_gib, gpu_memory_utilization) and the "
+            f"other rollout.engine_options. The end of its own log:\n{tail or '  | (nothing)'}"
         )
 
     async def shutdown(self) -> None:

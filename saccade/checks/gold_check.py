@@ -147,7 +147,7 @@ def _rewards(config: RunConfig, has_answers: bool) -> Iterator[tuple[str, Reward
 def wrapper(config: RunConfig) -> Callable[[str], str]:
     """Return a function that puts an answer into the format that the run asks for."""
     spec = next((s for s in reward_specs(config) if s.name == "format"), None)
-    options = {"trace": config.reward.trace, **(spec.options if spec else {})}
+    options = {"trace": "visible", **(spec.options if spec else {})}
     line = "\n" if options.get("style") == "newline" else ""
     think = "" if options["trace"] == "stripped" else f"<think>{line}I look at it.{line}</think>{line}"
     return lambda answer: f"{think}<answer>{line}{answer}{line}</answer>"

@@ -26,20 +26,20 @@ def planned_device(config: RunConfig) -> Device:
 
 
 def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequence[MediaKind]) -> list[str]:
-    """Why micro-batches limited in bytes (learner.micro_batch_gib) cannot be made for a run."""
-    if config.learner.micro_batch_gib is None:
+    """Why micro-batches limited in bytes (learner.micro_batch: 12 GiB) cannot be made for a run."""
+    if config.learner.micro_batch_bytes is None:
         return []
     try:
         options = with_unit_bytes(learner_options(config, planned_device(config), kinds), adapter)
     except ValueError as error:
-        return [f"learner.micro_batch_gib: {error}"]
+        return [f"learner.micro_batch: {error}"]
     tokens, longest = config.data.max_prompt_length, config.rollout.max_completion_length
     patches = math.ceil(tokens * max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0))
     needed = options.size(tokens + longest, patches, longest).bytes + options.unit_bytes[3]
     if options.micro_batch_bytes is None or needed <= options.micro_batch_bytes:
         return []
     return [
-        f"learner.micro_batch_gib={config.learner.micro_batch_gib} cannot hold one sample of up to "
+        f"learner.micro_batch={config.learner.micro_batch} cannot hold one sample of up to "
         f"data.max_prompt_length + rollout.max_completion_length = {tokens + longest} tokens, which takes "
         f"{needed / GIB:.2f} GiB"
     ]

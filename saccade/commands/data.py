@@ -43,7 +43,7 @@ def inspect(
     """Show what a run would make of data files: columns, sizes, lengths, refused rows, three prompts as rendered.
 
     Examples:  saccade data inspect train.parquet --model Qwen/Qwen2.5-VL-3B-Instruct
-               saccade data inspect train.json data.columns.prompt=caption data.root=/images
+               saccade data inspect train.json data.columns.prompt=caption data.media_from=/images
     """
     settings = data_config(files, model)
     from saccade.commands.inspect_data import inspect_data

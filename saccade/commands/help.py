@@ -25,7 +25,7 @@ QUIET = {
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; `saccade config` shows all its knobs.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Knobs to change, e.g. learner.lr=1e-6 rollout.engines=4", metavar="[section.name=value]..."),
+    typer.Argument(help="Knobs to change, e.g. learner.ranks=4 rollout.engines=4", metavar="[section.name=value]..."),
 ]
 
 

@@ -112,14 +112,17 @@ def parity(
         model,
         dtype=dtype,
         max_model_len=max(p.expanded_length for p in prompts) + NEW_TOKENS,
-        max_num_seqs=COMPLETIONS,
         device=device,
         kv_cache_gib=kv_cache_gib,
-        gpu_memory_utilization=ENGINE_SHARE,
         max_media_per_prompt={kind: max(parts.count(kind) for parts in chosen.values()) for kind in family.modalities},
         trust_remote_code=trust_remote_code,
         # With a cache of images it would not say again what it made of one; graphs are not worth capturing here.
-        extra={"mm_processor_cache_gb": 0, "enforce_eager": True},
+        extra={
+            "mm_processor_cache_gb": 0,
+            "enforce_eager": True,
+            "max_num_seqs": COMPLETIONS,
+            "gpu_memory_utilization": ENGINE_SHARE,
+        },
     )
     sampled = asyncio.run(_generate(VLLMEngine(options, family), family, prompts))
     learner_options = LearnerOptions(

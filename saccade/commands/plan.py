@@ -82,7 +82,7 @@ def make_plan(config: RunConfig) -> Plan:
     try:
         rows = rows_of(group, options, shared)
     except ValueError as error:
-        raise ConfigError([f"learner.micro_batch_*: {error}"], WHERE) from error
+        raise ConfigError([f"learner.micro_batch: {error}"], WHERE) from error
     load = micro_batch(config, options, rows, shared)
     if not shared:  # siblings follow each other, and their images are encoded once
         rows = [replace(row, images=row.images if i == 0 else ()) for i, row in enumerate(rows)]
@@ -204,16 +204,16 @@ def advice(plan: Plan) -> str:
 
 
 def _remedy(kind: str, plan: Plan, options: LearnerOptions) -> str:
-    smaller = f"lower learner.micro_batch_tokens ({plan.memory.units.token / 2**20:.2f} MiB a token)"
+    smaller = f"lower learner.micro_batch ({plan.memory.units.token / 2**20:.2f} MiB a token)"
     if kind == "activations":
         on = "language" in options.gradient_checkpointing
         return smaller if on else f"learner.gradient_checkpointing=[language], or {smaller}"
     if kind == "vision":
         first = "" if "vision" in options.gradient_checkpointing else "learner.gradient_checkpointing=[vision], "
-        return f"{first}model.freeze=[vision], a lower model.max_image_tokens, or lower learner.micro_batch_patches"
+        return f"{first}model.freeze=[vision], a lower model.max_image_tokens, or {smaller}"
     if kind == "logits chunk":
         head = 4 * plan.shape.vocabulary * plan.shape.hidden if plan.shape.head_trained else 0
-        return f"lower learner.logprob_chunk_rows (the head's own gradient, {_gib(head) or 0} GiB of it, stays)"
+        return f"a fixed amount (the head's own gradient is {_gib(head) or 0} GiB of it), so the batch may grow"
     if kind == "inputs":
         return "a lower model.max_image_tokens, or more learner.ranks"
     if kind == "parameters":

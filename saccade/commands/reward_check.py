@@ -20,10 +20,11 @@ from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
 from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load_reward
 from rollout.data.source import DataError
+from rollout.engines.protocol import DEFAULT_MAX_SEQS
 from rollout.types import Verdict
 from saccade.checks.gold_check import with_completions, wrapper
 from saccade.checks.references import WHERE, load_model, open_set
-from saccade.config.options import reward_specs
+from saccade.config.options import reward_specs, trace_shown
 from saccade.config.run_config import ConfigError, RunConfig
 from saccade.observe.screen import say, show
 
@@ -171,14 +172,15 @@ def generation_seconds(config: RunConfig, token_ms: float) -> float:
     """What generating one group takes of an engine's time when all of its places are taken: L steps for K of the
     `max_num_seqs` sequences that run side by side, over the engines."""
     rollout = config.rollout
-    share = rollout.num_generations / max(rollout.max_num_seqs, rollout.num_generations)
+    places = rollout.engine_options.get("max_num_seqs", DEFAULT_MAX_SEQS)
+    share = rollout.num_generations / max(places, rollout.num_generations)
     return rollout.max_completion_length * token_ms / 1000 * share / rollout.engines
 
 
 def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Console) -> bool:
     """Print what the configured rewards say, and what is wrong with them; whether anything is. Raises ConfigError."""
     specs = reward_specs(config)
-    if problems := check_rewards(specs, set(config.data.extra_columns)):
+    if problems := check_rewards(specs):
         raise ConfigError([f"reward.functions: {problem}" for problem in problems])
     try:
         source = open_set(config, "data.train", load_model(config), shuffled=True).source
@@ -189,7 +191,7 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
         raise ConfigError([f"data.train: none of the first rows can be used: {source.report()}"])
     requests = {prompt.ref.uid: ScoringRequest.of_row(prompt) for prompt in prompts}
     say(console, f"{len(requests)} rows of data.train")
-    limit = generation_seconds(config, token_ms)
+    limit, trace = generation_seconds(config, token_ms), trace_shown(config)
     try:
         probes = [probe(spec, requests, config) for spec in specs]
         if len(specs) > 1:
@@ -200,7 +202,7 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
     lines = [
         f"{p.name}: {line}"
         for p in probes
-        for line in findings(p, limit, config.reward.actors, lambda text: shown(text, config.reward.trace))
+        for line in findings(p, limit, config.reward.actors, lambda text: shown(text, trace))
     ]
     for line in lines or ["nothing to report"]:
         say(console, line)

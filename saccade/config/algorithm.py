@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from saccade.config.section import Section
+from saccade.config.section import Overlong, Section
 
 if TYPE_CHECKING:
     from saccade.config.run_config import RunConfig
@@ -35,7 +35,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
         "aggregation": "token",
         "clip_eps_high": 0.28,
         "refill": 3.0,
-        "overlong_buffer": 0.2,
+        "overlong": 0.2,
     },
     "gspo": {
         "advantage": "grpo",
@@ -58,10 +58,8 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
 class AlgorithmConfig(Section):
     name: Preset = "grpo"
     """Preset: sets all of the knobs below that are not given."""
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gpg", "maxrl"] = "grpo"
+    advantage: Literal["grpo", "gdpo", "dr_grpo", "rloo", "reinforce_pp", "gpg", "maxrl"] = "grpo"
     """How a completion compares with its siblings; docs/algorithms.md has the formulas."""
-    normalize_parts: bool = False
-    """Normalise each reward within its group before they are summed by weight (GDPO)."""
     loss: Literal["ppo_clip", "gspo", "cispo", "sapo", "reinforce"] = "ppo_clip"
     """Policy loss."""
     clip_eps_low: float = Field(0.2, ge=0, le=1)
@@ -96,10 +94,9 @@ class AlgorithmConfig(Section):
     refill: float = Field(0.0, ge=0)
     """Dynamic sampling: groups whose scores are all equal are replaced by new prompts, at most this many times the
     batch; 0: they stay."""
-    overlong_buffer: float = Field(0.0, ge=0, le=1)
-    """Last part of the length limit, as a share, in which a penalty of the reward grows to 1; 0: none."""
-    mask_truncated: bool = False
-    """Leave completions that were cut off at the length limit out of the loss."""
+    overlong: Overlong = "keep"
+    """What becomes of completions near or beyond the length limit. keep: nothing. mask: those that were cut off are
+    left out of the loss. A share such as 0.2: in that last part of the limit a penalty of the reward grows to 1."""
     reward_range: tuple[float, float] | None = None
     """Difficulty filter: prompts whose mean reward so far lies outside are passed over in later epochs."""
 
@@ -116,6 +113,11 @@ class AlgorithmConfig(Section):
         made = handler({**preset, **given})
         made.model_fields_set.intersection_update(given)
         return made
+
+    @property
+    def overlong_share(self) -> float:
+        """The last part of the length limit in which the penalty grows; 0: there is none."""
+        return 0.0 if isinstance(self.overlong, str) else self.overlong
 
 
 def algorithm_problems(config: RunConfig) -> list[str]:
@@ -158,13 +160,14 @@ def algorithm_problems(config: RunConfig) -> list[str]:
             f"algorithm.optimizer_steps={algorithm.optimizer_steps}"
         )
     names = [function.name for function in config.reward.functions]
-    if algorithm.normalize_parts and len(set(names)) < len(names):
+    by_reward = algorithm.advantage == "gdpo"
+    if by_reward and len(set(names)) < len(names):
         found.append(
-            "algorithm.normalize_parts: two of reward.functions have one name, so their scores cannot be told apart"
+            "algorithm.advantage=gdpo: two of reward.functions have one name, so their scores cannot be told apart"
         )
     gates = [f"{f.name} (combine: {f.combine})" for f in config.reward.functions if f.combine != "sum"]
-    if algorithm.normalize_parts and gates:
-        found.append(f"algorithm.normalize_parts normalises the parts of a sum, and takes no {', '.join(gates)}")
+    if by_reward and gates:
+        found.append(f"algorithm.advantage=gdpo normalises the parts of a sum, and takes no {', '.join(gates)}")
     return found
 
 
@@ -196,9 +199,7 @@ def _maxrl_problems(config: RunConfig) -> list[str]:
         return []
     functions = config.reward.functions
     makers = {
-        f"algorithm.overlong_buffer={algorithm.overlong_buffer:g} takes up to 1 off them": algorithm.overlong_buffer
-        > 0,
-        "algorithm.normalize_parts centres them on 0": algorithm.normalize_parts,
+        f"algorithm.overlong={algorithm.overlong} takes up to 1 off them": algorithm.overlong_share > 0,
         f"algorithm.kl_in=reward with algorithm.beta={algorithm.beta:g} takes the KL off them": (
             algorithm.kl_in == "reward" and algorithm.beta > 0
         ),

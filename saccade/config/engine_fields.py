@@ -29,6 +29,8 @@ ALLOWED = frozenset(
         "prefix_caching_hash_algo",
         "disable_cascade_attn",
         "max_num_batched_tokens",
+        "max_num_seqs",
+        "gpu_memory_utilization",
         "max_num_scheduled_tokens",
         "long_prefill_token_threshold",
         "max_num_active_seqs",
@@ -93,8 +95,6 @@ INSTEAD = {
     "seed": "seed",
     "trust_remote_code": "model.trust_remote_code",
     "max_model_len": "data.max_prompt_length and rollout.max_completion_length",
-    "max_num_seqs": "rollout.max_num_seqs",
-    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "kv_cache_memory_bytes": "rollout.kv_cache_gib",
     "tensor_parallel_size": "rollout.tensor_parallel_size",
     "quantization": "model.quantize",
@@ -108,7 +108,7 @@ INSTEAD = {
     "override_generation_config": "rollout.temperature",
     "logits_processors": "rollout.temperature (the learner knows no other change of the logits)",
     "media_io_kwargs": "data.max_video_frames",
-    "weight_transfer_config": "weight_sync.backend",
+    "weight_transfer_config": "cluster.device (nccl on GPUs, gloo on CPUs)",
 }
 """Option -> the knob for it, which all who need it know of."""
 

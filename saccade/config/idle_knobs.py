@@ -33,8 +33,6 @@ class Facts:
     """Media that the prompts may hold."""
     once: bool
     """Whether a tower runs once per item, so that there is something to cache."""
-    shares_prompts: bool
-    """Whether groups are packed, so that the packed attention is used."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,6 @@ IDLE = (
         ("model.freeze",),
         lambda c: c.model.lora_rank > 0,
         "model.lora_rank={model.lora_rank} trains adapters alone, on model.lora_targets",
-    ),
-    Idle(
-        ("rollout.gpu_memory_utilization",),
-        lambda c: c.cluster.device == "cpu",
-        "cluster.device=cpu; rollout.kv_cache_gib sets the KV cache there",
     ),
     Idle(
         ("algorithm.name",),
@@ -134,7 +127,7 @@ IDLE = (
         "cluster.device=cpu: everything is in CPU memory already",
     ),
     Idle(
-        ("evaluation.every", "evaluation.temperature", "evaluation.group_by", "evaluation.max_prompts"),
+        ("evaluation.every", "evaluation.temperature", "evaluation.max_prompts"),
         lambda c: not c.data.eval,
         "there is nothing to evaluate on: data.eval names no files",
     ),
@@ -144,19 +137,9 @@ IDLE_FOR_DATA = (
     IdleForData("model.max_image_tokens", lambda c, f: "image" not in f.kinds, "the data hold no images"),
     IdleForData("data.max_video_frames", lambda c, f: "video" not in f.kinds, "the data hold no videos"),
     IdleForData(
-        "learner.micro_batch_patches",
-        lambda c, f: not f.kinds,
-        "the data hold no media that the model takes",
-    ),
-    IdleForData(
         "learner.feature_cache_gib",
         lambda c, f: not f.once,
         "no frozen tower runs for the media of these data",
-    ),
-    IdleForData(
-        "learner.attention",
-        lambda c, f: not f.shares_prompts,
-        "completions of this family are padded, not packed",
     ),
     IdleForData(
         "algorithm.reward_range",
@@ -179,16 +162,13 @@ ALWAYS = frozenset(
         "data.train",
         "data.eval",
         "data.columns",
-        "data.extra_columns",
         "data.system_prompt",
         "data.prompt_template",
         "data.shuffle",
         "data.max_prompt_length",
         "data.overlong_prompts",
-        "data.max_image_bytes",
-        "data.max_image_pixels",
-        "data.root",
-        "data.allow_urls",
+        "data.max_media_bytes",
+        "data.media_from",
         "data.max_refused_share",
         "rollout.engines",
         "rollout.tensor_parallel_size",
@@ -196,20 +176,14 @@ ALWAYS = frozenset(
         "rollout.max_completion_length",
         "rollout.temperature",
         "rollout.max_staleness",
-        "rollout.max_num_seqs",
         "rollout.kv_cache_gib",
         "rollout.engine_options",
-        "rollout.start_timeout",
-        "rollout.group_timeout",
-        "rollout.max_attempts",
         "reward.functions",
-        "reward.trace",
         "reward.check_golds",
         "reward.max_failed_share",
         "reward.actors",
         "reward.timeout",
         "algorithm.advantage",
-        "algorithm.normalize_parts",
         "algorithm.loss",
         "algorithm.aggregation",
         "algorithm.beta",
@@ -217,8 +191,7 @@ ALWAYS = frozenset(
         "algorithm.entropy_bonus",
         "algorithm.optimizer_steps",
         "algorithm.refill",
-        "algorithm.overlong_buffer",
-        "algorithm.mask_truncated",
+        "algorithm.overlong",
         "learner.ranks",
         "learner.prompts_per_step",
         "learner.learning_rate",
@@ -227,21 +200,14 @@ ALWAYS = frozenset(
         "learner.betas",
         "learner.weight_decay",
         "learner.max_grad_norm",
-        "learner.micro_batch_tokens",
-        "learner.micro_batch_gib",
-        "learner.micro_batch_logits",
-        "learner.logprob_chunk_rows",
+        "learner.micro_batch",
         "learner.zero_stage",
         "learner.gradient_checkpointing",
-        "learner.timeout",
-        "weight_sync.backend",
-        "weight_sync.bucket_mib",
-        "weight_sync.timeout",
         "checkpoint.every",
         "checkpoint.keep",
         "cluster.device",
         "cluster.resources",
-        "cluster.placement_timeout",
+        "cluster.timeout",
         "cluster.metrics_port",
     ]
 )

@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pydantic import AliasChoices, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from saccade.config.renamed import renamed
 from saccade.config.sections import RewardSpec
 from saccade.config.synonyms import REFUSED, VALUES, synonym_of
 from vlm.errors import UserError
@@ -65,16 +66,10 @@ def location(detail: Any) -> tuple[Any, ...]:
     return tuple(part for part in detail["loc"] if part != "[key]")
 
 
-def short_forms(info: FieldInfo) -> tuple[str, ...]:
-    """All spellings of a knob's last part, if it has several."""
-    alias = info.validation_alias
-    return tuple(str(choice) for choice in alias.choices) if isinstance(alias, AliasChoices) else ()
-
-
 def _explain(detail: Any, knobs: Mapping[str, FieldInfo]) -> str:
     where = ".".join(str(part) for part in location(detail))
     if detail["type"] == "extra_forbidden":
-        return _unknown(where, knobs)
+        return renamed(where, detail["input"]) or _unknown(where, knobs)
     if detail["type"] == "missing":
         is_item = isinstance(detail["loc"][-1], int)
         return f"{where}: a value is missing there" if is_item else f"{where}: required, but not given"
@@ -120,13 +115,12 @@ def _unknown(where: str, knobs: Mapping[str, FieldInfo]) -> str:
         names = list(RewardSpec.model_fields)
         meant = _meant(leaf, names)
         return f"{where}: unknown key; " + (f"did you mean {meant}?" if meant else f"there are {', '.join(names)}")
-    if matches := [n for n, info in knobs.items() if leaf in (n.split(".")[-1], *short_forms(info))]:
+    if matches := [name for name in knobs if leaf == name.split(".")[-1]]:
         return f"{where}: unknown key; did you mean {matches[0]}?"
     if known := synonym_of(leaf):
         return f"{where}: unknown key; here it is called {known}"
-    # A dotted name is compared with knobs and their short forms, another with the sections too.
-    names = [f"{name.rpartition('.')[0]}.{short}" for name, info in knobs.items() for short in short_forms(info)]
-    names += [*knobs] if "." in where else [*knobs, *dict.fromkeys(name.split(".")[0] for name in knobs)]
+    # A dotted name is compared with knobs, another with the sections too.
+    names = [*knobs] if "." in where else [*knobs, *dict.fromkeys(name.split(".")[0] for name in knobs)]
     nearest = difflib.get_close_matches(where, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "`saccade config --knobs` lists all"
     return f"{where}: unknown key; {hint}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from learner.types import LearnerOptions, WeightTransferOptions
-from rewards.registry import RewardSpec, answers_are_programs
+from rewards.functions.format import Trace
+from rewards.registry import RewardSpec, answers_are_programs, columns_read
 from rollout.data.source import MEDIA_PER_PROMPT, DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from saccade.config.demands import Device
 from saccade.config.run_config import RunConfig
-from saccade.config.sections import ActorRole
+from saccade.config.sections import URLS, ActorRole
 from saccade.errors import RunError
 from vlm.adapter import AdapterError, MultimodalAdapter
 from vlm.families.registry import load_adapter
@@ -36,21 +37,30 @@ def model_problem(error: AdapterError) -> str:
 
 
 def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:
-    """The configured rewards; `format` follows `reward.trace` unless its own options say otherwise."""
-    trace = {"format": {"trace": config.reward.trace}}
-    return tuple(
-        RewardSpec(f.name, f.weight, {**trace.get(f.name, {}), **f.options}, f.combine) for f in config.reward.functions
-    )
+    """The configured rewards."""
+    return tuple(RewardSpec(f.name, f.weight, f.options, f.combine) for f in config.reward.functions)
+
+
+def trace_shown(config: RunConfig) -> Trace:
+    """What `format` asks of the <think> trace, by which reports show completions."""
+    return next((f.options.get("trace", "visible") for f in config.reward.functions if f.name == "format"), "visible")
+
+
+PIXELS_PER_BYTE = 50_000_000 / (20 * 2**20)
+"""Limit of an image's pixels for each byte of data.max_media_bytes: what is small on disk must not fill the memory."""
 
 
 def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True) -> DataOptions:
     """How rows become prompts. Held-out rows are shuffled too: evaluation.max_prompts then draws a fair sample."""
-    data = config.data
+    data, specs = config.data, reward_specs(config)
+    needed, known = columns_read(specs)
+    folders = [place for place in data.media_from if place != URLS]
     return DataOptions(
         files=tuple(files),
-        columns=data.columns,
-        extra_columns=data.extra_columns,
-        answers_as_written=answers_are_programs(reward_specs(config)),
+        columns={role: column for role, column in data.columns.items() if role != "group"},
+        extra_columns=tuple(dict.fromkeys(filter(None, (*needed, data.columns.get("group"))))),
+        optional_columns=known,
+        answers_as_written=answers_are_programs(specs),
         system_prompt=data.system_prompt,
         prompt_template=data.prompt_template,
         shuffle=data.shuffle or not train,
@@ -58,10 +68,10 @@ def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True)
         max_prompt_length=data.max_prompt_length,
         overlong_prompts=data.overlong_prompts,
         max_video_frames=data.max_video_frames,
-        max_image_bytes=data.max_image_bytes,
-        max_image_pixels=data.max_image_pixels,
-        root=data.root,
-        allow_urls=data.allow_urls,
+        max_image_bytes=data.max_media_bytes,
+        max_image_pixels=round(data.max_media_bytes * PIXELS_PER_BYTE),
+        root=next(iter(folders), None),
+        allow_urls=URLS in data.media_from,
         max_refused_share=data.max_refused_share,
     )
 
@@ -89,16 +99,13 @@ def evaluation_sampling(config: RunConfig, adapter: MultimodalAdapter) -> Sampli
 
 
 BUCKET_MIB = {"nccl": 256, "gloo": 8}
-"""What is gathered and sent at once by default: NCCL is fast in large pieces, gloo is fastest in small ones."""
+"""What is gathered and sent at once: NCCL is fast in large pieces, gloo is fastest in small ones."""
 
 
 def transfer_backend(config: RunConfig, device: Device) -> str:
-    """Raises RunError for a backend that the device cannot have."""
-    if config.weight_sync.backend == "nccl" and device == "cpu":
-        raise RunError("weight_sync.backend=nccl needs GPUs, and this cluster has none; use gloo (or auto)")
-    if config.weight_sync.backend != "auto":
-        return config.weight_sync.backend
-    return "nccl" if device == "cuda" else "gloo"
+    """NCCL between GPUs, but gloo where an engine and a rank may share one: NCCL refuses two ranks on one device."""
+    shared = {"rollout", "learner"} & config.cluster.gpu_shares.keys()
+    return "nccl" if device == "cuda" and not shared else "gloo"
 
 
 def require_trainable(config: RunConfig, adapter: MultimodalAdapter, device: Device) -> None:
@@ -111,11 +118,10 @@ def require_trainable(config: RunConfig, adapter: MultimodalAdapter, device: Dev
 
 
 def weight_transfer_options(config: RunConfig, device: Device) -> WeightTransferOptions:
-    """Raises RunError for a backend that the device cannot have."""
-    sync = config.weight_sync
+    """How the learner sends its weights."""
     backend = transfer_backend(config, device)
-    bucket = BUCKET_MIB[backend] if sync.bucket_mib is None else sync.bucket_mib
-    return WeightTransferOptions(backend=backend, bucket_bytes=bucket * 2**20, timeout=sync.timeout)
+    bucket = BUCKET_MIB[backend] * 2**20
+    return WeightTransferOptions(backend=backend, bucket_bytes=bucket, timeout=config.cluster.sync_timeout)
 
 
 def threads_of(config: RunConfig, role: ActorRole) -> int:
@@ -140,18 +146,16 @@ def engine_options(
         model=config.model.path,
         dtype=config.model.dtype,
         max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
-        max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel_size,
         device=device,
         threads=threads_of(config, "rollout"),
         kv_cache_gib=rollout.kv_cache_gib,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
         max_media_per_prompt={kind: MEDIA_PER_PROMPT[kind] for kind in media_kinds},
         weight_transfer_backend=transfer_backend(config, device) if weights_change else None,
         seed=config.seed,
         trust_remote_code=config.model.trust_remote_code,
-        start_timeout=rollout.start_timeout,
-        control_timeout=config.weight_sync.timeout,
+        start_timeout=config.cluster.start_timeout,
+        control_timeout=config.cluster.sync_timeout,
         extra=rollout.engine_options,
     )
 
@@ -173,12 +177,12 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         freeze=model.freeze,
         media_kinds=tuple(media_kinds),
         temperature=config.rollout.temperature,
-        advantage=algorithm.advantage,
+        advantage="reinforce_pp" if algorithm.advantage == "gdpo" else algorithm.advantage,
         part_weights={short(f.name): f.weight for f in config.reward.functions if f.weight}
-        if algorithm.normalize_parts
+        if algorithm.advantage == "gdpo"
         else {},
-        overlong_buffer=round(algorithm.overlong_buffer * config.rollout.max_completion_length),
-        mask_truncated=algorithm.mask_truncated,
+        overlong_buffer=round(algorithm.overlong_share * config.rollout.max_completion_length),
+        mask_truncated=algorithm.overlong == "mask",
         max_completion_length=config.rollout.max_completion_length,
         loss=algorithm.loss,
         clip_eps_low=algorithm.clip_eps_low,
@@ -203,17 +207,13 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         weight_decay=learner.weight_decay,
         max_grad_norm=learner.max_grad_norm,
         micro_batch_tokens=learner.micro_batch_tokens,
-        micro_batch_patches=learner.micro_batch_patches,
-        micro_batch_logits=learner.micro_batch_logits,
-        micro_batch_bytes=None if learner.micro_batch_gib is None else round(learner.micro_batch_gib * 2**30),
-        attention=learner.attention,
+        micro_batch_bytes=learner.micro_batch_bytes,
         feature_cache_gib=learner.feature_cache_gib,
-        logprob_chunk_rows=learner.logprob_chunk_rows,
         zero_stage=learner.zero_stage,
         offload=learner.offload,
         gradient_checkpointing=learner.gradient_checkpointing,
         ranks=learner.ranks,
         threads=threads_of(config, "learner"),
-        timeout=learner.timeout,
+        timeout=config.cluster.timeout,
         seed=config.seed,
     )

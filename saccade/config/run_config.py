@@ -18,12 +18,14 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from learner.types import DEFAULT_TOKENS, quantization_problems
+from learner.types import quantization_problems
+from rollout.engines.protocol import DEFAULT_GPU_SHARE
 from saccade.config.algorithm import AlgorithmConfig, algorithm_problems
 from saccade.config.engine_fields import engine_option_problems
 from saccade.config.idle_knobs import idle, idle_problems
-from saccade.config.messages import ConfigError, location, problems_of, short_forms
+from saccade.config.messages import ConfigError, location, problems_of
 from saccade.config.sections import (
+    URLS,
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
@@ -33,7 +35,6 @@ from saccade.config.sections import (
     RewardConfig,
     RolloutConfig,
     Section,
-    WeightSyncConfig,
 )
 from saccade.config.yaml_files import read_yaml
 from vlm.roles import role_problems
@@ -57,7 +58,6 @@ class RunConfig(Section):
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
-    weight_sync: WeightSyncConfig = WeightSyncConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -105,32 +105,18 @@ class RunConfig(Section):
             found.append("learner.zero_stage=0 keeps no float32 master weights; use stage 1 or more with bfloat16")
         longest = self.data.max_prompt_length + rollout.max_completion_length
         tokens = learner.micro_batch_tokens
-        if tokens is None and learner.micro_batch_gib is None:
-            tokens = DEFAULT_TOKENS
         if tokens is not None and longest > tokens:
             found.append(
-                f"learner.micro_batch_tokens={tokens} cannot hold one sample of up to "
+                f"learner.micro_batch={tokens} cannot hold one sample of up to "
                 f"data.max_prompt_length + rollout.max_completion_length = {longest} tokens"
             )
-        if learner.micro_batch_logits is not None and learner.micro_batch_logits < rollout.max_completion_length:
-            found.append(
-                f"learner.micro_batch_logits={learner.micro_batch_logits} cannot hold one completion of up to "
-                f"rollout.max_completion_length={rollout.max_completion_length} tokens"
-            )
-        if learner.attention == "flex" and self.cluster.device == "cpu":
-            found.append("learner.attention=flex has no backward pass on CPUs, but cluster.device=cpu; use auto")
-        if learner.attention == "blocks" and self.cluster.device == "cuda":
-            found.append("learner.attention=blocks is a kernel of CPUs, but cluster.device=cuda; use auto")
         if learner.lr_schedule != "constant" and learner.warmup_steps >= self.steps:
             found.append(
                 f"learner.warmup_steps={learner.warmup_steps} leaves nothing of steps={self.steps} to decay over"
             )
-        if self.cluster.device == "cpu" and self.weight_sync.backend == "nccl":
-            found.append("weight_sync.backend=nccl needs GPUs, but cluster.device=cpu; use gloo (or auto)")
         found += _shared_gpu_problems(self)
-        group_by = self.evaluation.group_by
-        if group_by is not None and group_by not in self.data.extra_columns:
-            found.append(f"evaluation.group_by={group_by!r} is not among data.extra_columns, so it is not read; add it")
+        if len(folders := [place for place in self.data.media_from if place != URLS]) > 1:
+            found.append(f"data.media_from={folders}: media have one folder; name the one that all paths start in")
         if "prompt" in self.data.columns and self.data.columns["prompt"] is None:
             found.append("data.columns.prompt=null: without prompts there is nothing to do; name their column")
         template = self.data.prompt_template
@@ -146,21 +132,17 @@ class RunConfig(Section):
 def _shared_gpu_problems(config: RunConfig) -> list[str]:
     """An engine and a learner rank with `GPU: 0.5` each may share one: what cannot work on a share."""
     rollout, found = config.rollout, []
-    shares = {role: asked["GPU"] for role, asked in config.cluster.resources.items() if 0 < asked.get("GPU", 1) < 1}
+    shares = config.cluster.gpu_shares
     where = ", ".join(f"cluster.resources.{role}.GPU={share:g}" for role, share in shares.items())
-    if {"rollout", "learner"} & shares.keys() and config.weight_sync.backend != "gloo":
-        found.append(
-            f"{where}: an engine and a learner rank may share a GPU, and NCCL refuses two ranks on one device; "
-            f"set weight_sync.backend=gloo"
-        )
     if "learner" in shares and config.learner.ranks > 1:
         found.append(f"{where}: learner ranks may share a GPU, and NCCL refuses that; use learner.ranks=1")
     if "rollout" in shares and rollout.tensor_parallel_size > 1:
         found.append(f"{where}: an engine on a share of a GPU needs rollout.tensor_parallel_size=1")
-    if rollout.gpu_memory_utilization > shares.get("rollout", 1.0):
+    taken = rollout.engine_options.get("gpu_memory_utilization", DEFAULT_GPU_SHARE)
+    if taken > shares.get("rollout", 1.0):
         found.append(
-            f"{where}: rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} is more than the engine's "
-            f"share; lower it to what the learner leaves free"
+            f"{where}: rollout.engine_options.gpu_memory_utilization={taken:g} is more than the engine's share; "
+            "lower it to what the learner leaves free"
         )
     return found
 
@@ -206,7 +188,7 @@ def data_config(arguments: Sequence[str], model: str | None) -> RunConfig:
     knobs = [argument for argument in arguments if _KNOB.match(argument)]
     files = [argument for argument in arguments if argument not in knobs]
     tree: dict[str, Any] = {"output_dir": "none", "steps": 1, "model": {"path": model or "none"}}
-    tree |= {"data": {"train": files}, "learner": {"micro_batch_tokens": sys.maxsize}}
+    tree |= {"data": {"train": files}, "learner": {"micro_batch": sys.maxsize}}
     return parse_config(tree, "the command line", apply_overrides(tree, knobs))
 
 
@@ -295,8 +277,6 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]
         if not isinstance(node, dict):
             problems.append(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
             continue
-        for twin in _spellings(dotted):
-            node.pop(twin, None)
         node[leaf] = value
     return problems
 
@@ -310,17 +290,3 @@ def _parse_scalar(text: str) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _short_forms(name: str) -> tuple[str, ...]:
-    """All spellings of the last part of knob `name`, if it has several."""
-    return short_forms(dict(iter_knobs())[name])
-
-
-def _spellings(dotted: str) -> tuple[str, ...]:
-    """All names under which a knob may stand in its section, so that an override replaces the file's spelling."""
-    section, _, leaf = dotted.rpartition(".")
-    for name, _ in iter_knobs():
-        if name.rpartition(".")[0] == section and leaf in _short_forms(name):
-            return _short_forms(name)
-    return ()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.config.run_config import RunConfig
-from saccade.config.sections import RewardSpec
+from saccade.config.sections import URLS, RewardSpec
 from vlm.user_code import located
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -35,7 +35,8 @@ def absolute(config: RunConfig) -> RunConfig:
     adapter = None if model.adapter is None else located(model.adapter)
     model = model.model_copy(update={"path": _folder(model.path), "adapter": adapter})
     files = {"train": tuple(map(_pattern, data.train)), "eval": tuple(map(_pattern, data.eval))}
-    data = data.model_copy(update={**files, "root": None if data.root is None else _path(data.root)})
+    places = tuple(place if place == URLS else _path(place) for place in data.media_from)
+    data = data.model_copy(update={**files, "media_from": places})
     functions = tuple(map(_reward, config.reward.functions))
     reward = config.reward.model_copy(update={"functions": functions})
     return config.model_copy(update={"model": model, "data": data, "reward": reward})

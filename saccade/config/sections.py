@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from learner.types import Offload
+from learner.types import DEFAULT_TOKENS, Offload
 from rollout.data.columns import Role
-from saccade.config.section import ListOfOne, Section
+from saccade.config.section import ListOfOne, MicroBatch, Section
 from vlm.roles import DEFAULT_LORA_TARGETS, LoraRole, Part
 
 ActorRole = Literal["rollout", "learner", "reward"]
+URLS = "urls"
+"""The word in data.media_from that allows to fetch."""
 DEFAULT_CPUS: dict[ActorRole, float] = {"rollout": 1.0, "learner": 1.0, "reward": 0.5}
 
 
@@ -55,9 +57,8 @@ class DataConfig(Section):
     """Files of held-out prompts; empty: no evaluation."""
     columns: dict[Role, str | None] = Field(default_factory=dict)
     """Which column is the prompt, image, video, audio and answer. A role that is not named goes to a column whose name
-    tells (docs/data.md lists them), null to none. The prompt's own column as answer: its last turn is the answer."""
-    extra_columns: Annotated[tuple[str, ...], ListOfOne] = ()
-    """Further columns handed to rewards."""
+    tells (docs/data.md lists them), null to none. The prompt's own column as answer: its last turn is the answer.
+    group: the column whose values evaluation reports apart."""
     system_prompt: str | None = None
     """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
     prompt_template: str | None = None
@@ -70,16 +71,13 @@ class DataConfig(Section):
     overlong_prompts: Literal["refuse", "truncate"] = "refuse"
     """What becomes of longer ones. truncate: the user's text loses its beginning; media, system message and the chat
     template's tokens stay."""
-    max_image_bytes: int = Field(20 * 2**20, ge=1)
-    """Largest encoded image, video or sound in bytes."""
-    max_image_pixels: int = Field(50_000_000, ge=1)
-    """Largest image or frame, width x height."""
+    max_media_bytes: int = Field(20 * 2**20, ge=1)
+    """Largest encoded image, video or sound in bytes. The largest image or frame in pixels is 2.4 times this number."""
     max_video_frames: int = Field(8, ge=1)
     """Frames that a model is shown of a video, evenly spaced."""
-    root: str | None = None
-    """Folder in which paths of media start and must stay; default: the folder of the data file."""
-    allow_urls: bool = False
-    """Fetch media that are given as http or https URLs, each time their row comes up."""
+    media_from: Annotated[tuple[str, ...], ListOfOne] = ()
+    """Where media may come from: the folder in which their paths start and must stay (without one: the data file's),
+    and the word 'urls' to fetch http and https URLs, each time their row comes up."""
     max_refused_share: float = Field(0.01, ge=0, le=1)
     """Share of rows that may be refused (unreadable image, no answer, too long) before the run stops."""
 
@@ -98,20 +96,12 @@ class RolloutConfig(Section):
     max_staleness: int = Field(1, ge=0)
     """Policy versions that a token may lag behind the weights it trains; 0 is strictly on-policy, 1 overlaps generation
     of the next batch with training of this one."""
-    max_num_seqs: int = Field(256, ge=1)
-    """Sequences an engine runs at once."""
     kv_cache_gib: float | None = Field(None, gt=0)
-    """KV cache in GiB; default: by gpu_memory_utilization, on CPU 1 GiB."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that must be free when an engine starts, and that it takes without kv_cache_gib."""
+    """KV cache in GiB; default: what is left of the engine's share of a GPU (engine_options.gpu_memory_utilization),
+    on CPU 1 GiB."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of vLLM's AsyncEngineArgs, as they are."""
-    start_timeout: float = Field(600.0, gt=0)
-    """Seconds an engine may take to start."""
-    group_timeout: float = Field(600.0, gt=0)
-    """Seconds one group may take to generate."""
-    max_attempts: int = Field(3, ge=1)
-    """Attempts at one group before it is given up and entered in the ledger with its reason."""
+    """Further options of vLLM's AsyncEngineArgs, by vLLM's names: max_num_seqs (256 here), gpu_memory_utilization (0.85
+    here: the share of a GPU that must be free when an engine starts, and that it takes), enforce_eager, ..."""
 
 
 class RewardSpec(Section):
@@ -136,9 +126,6 @@ class RewardConfig(Section):
         RewardSpec(name="accuracy"),
     )
     """Rewards, summed by weight, or combined as each one's `combine` says."""
-    trace: Literal["visible", "internal", "stripped"] = "visible"
-    """The <think> trace: `visible`: asked for and shown; `internal`: asked for, and left out of what is shown;
-    `stripped`: not asked for. `format` goes by it."""
     check_golds: bool = True
     """Score golds of a few hundred rows against themselves first, and do not start where they miss full marks."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
@@ -154,8 +141,8 @@ class LearnerConfig(Section):
     """Learner processes, one GPU each."""
     prompts_per_step: int = Field(64, ge=1)
     """B, prompts (groups) of one optimizer step."""
-    learning_rate: float = Field(1e-6, gt=0, validation_alias=AliasChoices("learning_rate", "lr"))
-    """Peak learning rate (`lr` for short)."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -168,22 +155,12 @@ class LearnerConfig(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm to which gradients are clipped."""
-    micro_batch_tokens: int | None = Field(None, ge=1)
-    """Language positions of one micro-batch; null: 8192, or what micro_batch_gib allows."""
-    micro_batch_gib: float | None = Field(None, gt=0)
-    """Memory of one micro-batch beside the model's states, as `saccade plan` predicts it; null: no such limit."""
-    micro_batch_patches: int | None = Field(None, ge=1)
-    """Vision patches (and frames of sound) of one micro-batch; null: as many as its tokens bring."""
-    micro_batch_logits: int | None = Field(None, ge=1)
-    """Positions with a loss of one micro-batch; null: as many as its tokens bring."""
-    attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
-    """How packed groups attend; auto: blocks on CPU, flex_attention on GPUs; mask: sdpa with a mask written out."""
+    micro_batch: MicroBatch = DEFAULT_TOKENS
+    """What one micro-batch may hold: language positions (8192), or memory beside the model's states, as `saccade plan`
+    predicts it (12 GiB)."""
     feature_cache_gib: float = Field(1.0, ge=0)
     """Memory of a rank for what frozen towers make of media, so that they run once for each item; 4 times that in the
     object store; 0: no cache, and they run in every pass."""
-    logprob_chunk_rows: int | None = Field(None, ge=1)
-    """Rows of the vocabulary projection computed at once, which bounds the logits held; null: 64 MiB of them on CPUs,
-    512 MiB on GPUs."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     offload: Offload = "none"
@@ -194,17 +171,16 @@ class LearnerConfig(Section):
         "audio",
     )
     """Parts of the model whose activations are recomputed in the backward pass; [] keeps all."""
-    timeout: float = Field(1800.0, gt=0)
-    """Seconds one learner call may take."""
 
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """The limit in language positions; None where it is one of memory."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else None
 
-class WeightSyncConfig(Section):
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Transport; auto: nccl on GPUs, gloo on CPU."""
-    bucket_mib: int | None = Field(None, ge=1)
-    """MiB gathered and sent at once; None: 256 over nccl, 8 over gloo."""
-    timeout: float = Field(300.0, gt=0)
-    """Deadline of every call of one synchronisation, in seconds."""
+    @property
+    def micro_batch_bytes(self) -> int | None:
+        """The limit in bytes; None where it is one of positions."""
+        return None if isinstance(self.micro_batch, int) else round(float(self.micro_batch.split()[0]) * 2**30)
 
 
 class EvalConfig(Section):
@@ -212,8 +188,6 @@ class EvalConfig(Section):
     """Steps between evaluations on data.eval; 0: at the start and the end only."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature of evaluation; 0 is greedy."""
-    group_by: str | None = None
-    """Column (one of data.extra_columns) whose values are reported apart."""
     max_prompts: int | None = Field(None, ge=1)
     """Held-out prompts used, drawn from all files with the run's seed; default all."""
 
@@ -234,8 +208,9 @@ class ClusterConfig(Section):
     """Ray resources of one engine (`rollout`), one learner rank (`learner`) and one reward actor (`reward`): CPU,
     which is the number of its compute threads too, and custom ones that pin them to labelled nodes. GPUs follow from
     the device."""
-    placement_timeout: float = Field(120.0, gt=0)
-    """Seconds to wait until the cluster can place everything."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds in which a call on the learner must end. A third of it is the limit for everything to be placed, for
+    actors to start, and for one group to be generated; a sixth for each call of a weight sync."""
     metrics_port: int = Field(0, ge=0, le=65535)
     """Port of the driver's own Prometheus endpoint; 0: none (Ray's node endpoints always have the metrics)."""
 
@@ -243,3 +218,23 @@ class ClusterConfig(Section):
     @classmethod
     def _with_cpus(cls, given: dict[ActorRole, dict[str, float]]) -> dict[ActorRole, dict[str, float]]:
         return {role: {"CPU": cpus, **given.get(role, {})} for role, cpus in DEFAULT_CPUS.items()}
+
+    @property
+    def gpu_shares(self) -> dict[ActorRole, float]:
+        """The roles whose actors are given a part of a GPU, which another actor may share."""
+        return {role: asked["GPU"] for role, asked in self.resources.items() if 0 < asked.get("GPU", 1) < 1}
+
+    @property
+    def start_timeout(self) -> float:
+        """Seconds in which everything must be placed, and then started."""
+        return self.timeout / 3
+
+    @property
+    def group_timeout(self) -> float:
+        """Seconds in which the completions of one group must be generated."""
+        return self.timeout / 3
+
+    @property
+    def sync_timeout(self) -> float:
+        """Seconds in which each call of a weight sync must end."""
+        return self.timeout / 6

@@ -21,7 +21,7 @@ SYNONYMS = {
     "data.columns.prompt": "prompt_key input_key problem_key prompt_column question_column",
     "data.columns.image": "image_key images_key image_column image_field",
     "data.columns.answer": "answer_key label_key answer_column solution_column ground_truth_key",
-    "data.root": "image_dir image_folder image_root media_dir",
+    "data.media_from": "image_dir image_folder image_root media_dir",
     "data.max_prompt_length": "max_prompt_len prompt_max_len max_input_length prompt_length",
     "data.overlong_prompts": "filter_overlong_prompts truncation",
     "rollout.engines": "vllm_num_engines num_engines rollout_num_engines",
@@ -29,7 +29,9 @@ SYNONYMS = {
     "rollout.num_generations": "n n_samples_per_prompt group_size num_samples num_samples_per_prompt rollout_n k",
     "rollout.max_completion_length": "max_tokens max_new_tokens response_length max_response_length generate_max_len "
     "max_completion_len max_gen_len",
-    "rollout.gpu_memory_utilization": "vllm_gpu_memory_utilization vllm_gpu_memory_util",
+    "rollout.engine_options.gpu_memory_utilization": "vllm_gpu_memory_utilization vllm_gpu_memory_util "
+    "gpu_memory_utilization",
+    "rollout.engine_options.max_num_seqs": "max_num_seqs",
     "rollout.max_staleness": "max_async_level async_level max_head_offpolicyness off_policy_steps staleness",
     "rollout.engine_options": "vllm_kwargs engine_kwargs vllm_options",
     "data.max_prompt_length + rollout.max_completion_length": "max_model_len max_seq_len max_seq_length max_length "
@@ -50,21 +52,20 @@ SYNONYMS = {
     "algorithm.entropy_bonus": "entropy_coef entropy_coeff",
     "algorithm.optimizer_steps": "ppo_mini_batch_size mini_batch_size num_iterations ppo_epochs num_minibatches",
     "algorithm.refill": "dynamic_sampling filter_groups dynamic_filtering",
-    "algorithm.overlong_buffer": "overlong_buffer_len soft_punish_cache overlong_penalty",
-    "algorithm.mask_truncated": "mask_truncated_completions overlong_filtering",
+    "algorithm.overlong": "overlong_buffer_len soft_punish_cache overlong_penalty mask_truncated_completions "
+    "overlong_filtering",
     "learner.ranks": "num_gpus n_gpus_per_node nproc_per_node num_processes world_size actor_num_gpus_per_node",
     "learner.prompts_per_step": "batch_size train_batch_size global_batch_size rollout_batch_size "
     "per_device_train_batch_size generation_batch_size",
-    "learner.micro_batch_tokens": "gradient_accumulation_steps micro_batch_size micro_train_batch_size "
+    "learner.micro_batch": "gradient_accumulation_steps micro_batch_size micro_train_batch_size "
     "ppo_micro_batch_size ppo_micro_batch_size_per_gpu ppo_max_token_len_per_gpu max_tokens_per_gpu",
-    "learner.learning_rate": "actor_learning_rate actor_lr",
+    "learner.learning_rate": "lr actor_learning_rate actor_lr",
     "learner.lr_schedule": "lr_scheduler_type lr_scheduler scheduler warmup_style",
     "learner.warmup_steps": "warmup_ratio num_warmup_steps lr_warmup_steps lr_warmup_ratio lr_warmup_steps_ratio",
     "learner.min_lr_ratio": "min_lr lr_min",
     "learner.betas": "adam_beta1 adam_beta2 adam_betas",
     "learner.max_grad_norm": "grad_clip clip_grad max_norm gradient_clipping grad_norm",
     "learner.weight_decay": "wd l2",
-    "learner.attention": "attn_implementation flash_attn",
     "learner.offload (none, optimizer or parameters)": "offload_optimizer offload_parameters cpu_offload param_offload "
     "optimizer_offload adam_offload",
     "learner.zero_stage": "deepspeed deepspeed_stage zero",
@@ -75,6 +76,7 @@ SYNONYMS = {
     "cluster.resources": "num_cpus cpus",
     "cluster.resources.<role>.CPU (as many threads)": "threads num_threads omp_num_threads",
     "cluster.device": "use_cpu no_cuda",
+    "cluster.timeout": "ddp_timeout timeout_seconds",
 }
 """What it is called here -> what TRL, verl, OpenRLHF, prime-rl and the like call it."""
 

@@ -24,6 +24,7 @@ from saccade.config.options import (
     learner_environment,
     learner_options,
     reward_specs,
+    trace_shown,
     weight_transfer_options,
 )
 from saccade.config.run_config import RunConfig
@@ -52,10 +53,10 @@ class Actors:
     learner: LearnerGroup | None = None
 
     def eval_prompts(self, limit: int | None, timeout: float) -> list[Prompt]:
-        return wait_for(self.data.eval_prompts.remote(limit), timeout, "the held-out prompts (rollout.start_timeout)")
+        return wait_for(self.data.eval_prompts.remote(limit), timeout, "the held-out prompts (cluster.timeout)")
 
     def read_prompts(self, refs: Sequence[PromptRef], timeout: float) -> list[StoredPrompt]:
-        return wait_for(self.data.read.remote(list(refs)), timeout, "prompts in flight (rollout.start_timeout)")
+        return wait_for(self.data.read.remote(list(refs)), timeout, "prompts in flight (cluster.timeout)")
 
     def data_state(self) -> dict[str, Any]:
         return wait_for([self.data.state.remote()], CALL_TIMEOUT, "the data cursor")[0]
@@ -107,7 +108,7 @@ def start_actors(
         starting |= {m.start.remote(): "the reward model" for m in actors.models}
         with ThreadPoolExecutor(1) as pool:
             learner = actors.learner
-            learning = pool.submit(learner.start, config.rollout.start_timeout) if learner is not None else None
+            learning = pool.submit(learner.start, config.cluster.start_timeout) if learner is not None else None
 
             def check() -> None:
                 check_stop()
@@ -115,7 +116,7 @@ def start_actors(
                     learning.result()  # a learner that failed ends the wait for the others
 
             try:
-                _await_start(starting, config.rollout.start_timeout, check)
+                _await_start(starting, config.cluster.start_timeout, check)
             except BaseException:
                 if learner is not None:
                     learner.shutdown()  # ends the wait of the other thread
@@ -143,7 +144,7 @@ def _create(
             max_concurrency=CONCURRENT_GROUPS, runtime_env=threads, **placement.options("rollout", i)
         )
         name = f"rollout-{i}"
-        actors.engines.append(engine.remote(name, options, adapter, group_timeout=config.rollout.group_timeout))
+        actors.engines.append(engine.remote(name, options, adapter, group_timeout=config.cluster.group_timeout))
         actors.handles.append(RayEngineHandle(name, actors.engines[-1], options.tensor_parallel_size))
     services = create_services(config, placement, actors.engines, adapter)
     actors.models = services.models
@@ -154,7 +155,7 @@ def _create(
                 reward_specs(config),
                 timeout=config.reward.timeout,
                 services=services.by_name,
-                trace=config.reward.trace,
+                trace=trace_shown(config),
                 name=f"reward-{i}",
             )
         )
@@ -181,4 +182,4 @@ def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Call
                 raise RunError(f"{what} did not start: it died{how_it_died(str(error))}") from error
         if starting and time.monotonic() > deadline:
             names = ", ".join(starting.values())
-            raise RunError(f"waited {timeout:g} s (rollout.start_timeout) for {names} to start")
+            raise RunError(f"waited {timeout:g} s (a third of cluster.timeout) for {names} to start")

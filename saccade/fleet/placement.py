@@ -1,7 +1,7 @@
 """Where everything runs: one placement group per rollout actor, one for the learner, one for the rewards.
 
 Rollout, learner and reward resources come from the configuration independently of each other. A placement that cannot
-be met within `cluster.placement_timeout` fails, saying what is missing.
+be met within a third of `cluster.timeout` fails, saying what is missing.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def place(
         role = demand.role.split("-")[0]
         slots = placement._slots.setdefault(role, [])
         slots += [(groups[demand.role], i, bundles[demand.role]) for i in range(demand.count)]
-    timeout = config.cluster.placement_timeout
+    timeout = config.cluster.start_timeout
     begin = spoke = time.monotonic()
     unmet = wanted
     try:
@@ -112,7 +112,7 @@ def _explain(unmet: Sequence[Demand], wanted: Sequence[Demand], timeout: float |
     total, free = _resources()
     lines = ["this machine does not have what the run asks for:"]
     if timeout is not None:
-        lines = [f"the cluster could not place everything within {timeout:g} s (cluster.placement_timeout):"]
+        lines = [f"the cluster could not place everything within {timeout:g} s (a third of cluster.timeout):"]
     lines += [f"  - {demand.role}: {demand.count} x ({_asks(demand)}) not placed" for demand in unmet]
     lines += [f"  {line}" for line in shortages(wanted, unmet, total, free)]
     lines += [f"  {line}" for line in remedies(wanted, unmet, total, free, device)]
@@ -172,7 +172,7 @@ def remedies(
     elif held:
         lines.append(
             f"other jobs hold the {', '.join(held)} that is lacking: wait for their end (a larger "
-            "cluster.placement_timeout), or stop one (ray job list)"
+            "cluster.timeout), or stop one (ray job list)"
         )
     else:
         lines.append("the cluster has enough in all, but not in one node as each of those wants it: add larger nodes")

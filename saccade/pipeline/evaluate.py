@@ -1,6 +1,6 @@
 """Evaluation: greedy completions of held-out prompts through the same engines and rewards as training.
 
-results[file][group][reward name] = mean over scored completions      (group: by evaluation.group_by)
+results[file][group][reward name] = mean over scored completions      (group: by data.columns.group)
 """
 
 from __future__ import annotations

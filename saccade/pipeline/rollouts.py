@@ -68,9 +68,10 @@ class RolloutPipeline:
     sampling: SamplingParams
     run_seed: int
     prompts_per_step: int
-    max_attempts: int
     group_timeout: float
     reward_timeout: float
+    max_attempts: int = 3
+    """Attempts at one group before it is given up and entered in the ledger with its reason."""
     hold_while_admitting: bool = False
     """Queue a batch whole before any of it runs: the same schedule, hence the same bits, in every rerun."""
     refill: int = 0
@@ -217,7 +218,7 @@ class RolloutPipeline:
                 names = ", ".join(str(g.prompt.ref) for g in list(pending.values())[:3])
                 raise RunError(
                     f"waited {self._patience():g} s for {len(pending)} of {len(groups)} groups of batch {batch} "
-                    f"(first: {names}); raise rollout.group_timeout if completions take that long"
+                    f"(first: {names}); raise cluster.timeout (a third of it) if completions take that long"
                 )
 
     def _patience(self) -> float:

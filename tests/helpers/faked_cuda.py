@@ -69,8 +69,7 @@ def configured(model: str) -> dict[str, Any]:
         dtype="bfloat16",
         device="cuda",
         max_model_len=3072,
-        max_num_seqs=64,
-        gpu_memory_utilization=0.4,
+        extra={"max_num_seqs": 64, "gpu_memory_utilization": 0.4},
         tensor_parallel_size=2,
         weight_transfer_backend="nccl",
     )

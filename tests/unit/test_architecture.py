@@ -83,7 +83,7 @@ SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "pre
 """Of `saccade`, what may have Ray loaded."""
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
-MAX_KNOBS = 101
+MAX_KNOBS = 80
 
 
 @dataclass(frozen=True)

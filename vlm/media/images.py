@@ -41,7 +41,7 @@ class ImageLimits:
         """Raises MediaTooLargeError for an encoded image of `size` bytes that is over the limit."""
         if size > self.max_bytes:
             raise MediaTooLargeError(
-                f"image has {size:,} bytes, the limit is {self.max_bytes:,} (data.max_image_bytes)"
+                f"image has {size:,} bytes, the limit is {self.max_bytes:,} (data.max_media_bytes)"
             )
 
 
@@ -62,7 +62,7 @@ def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     if width * height > limits.max_pixels:
         raise MediaTooLargeError(
             f"image of {width} x {height} = {width * height:,} pixels, the limit is {limits.max_pixels:,} "
-            "(data.max_image_pixels)"
+            "(it follows data.max_media_bytes)"
         )
     return _decode(image).size
 

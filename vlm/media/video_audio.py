@@ -74,7 +74,7 @@ def check_video(data: bytes, limits: ImageLimits, max_frames: int) -> Media:
         if width * height > limits.max_pixels:
             raise MediaTooLargeError(
                 f"video of {width} x {height} = {width * height:,} pixels a frame, the limit is {limits.max_pixels:,} "
-                "(data.max_image_pixels)"
+                "(it follows data.max_media_bytes)"
             )
         total = sum(1 for _ in container.decode(stream))
         if not total:

@@ -16,7 +16,8 @@ def test_the_rewards_of_a_run_are_probed_with_its_own_data(tiny_model: Path, tmp
     make_shapes(tmp_path / "data", seed=0, train_rounds=1, unseen_rounds=1)
     path = tmp_path / "run.yaml"
     data = {"train": [str(tmp_path / "data" / "train.parquet")], "max_prompt_length": 256}
-    rollout = {"max_completion_length": 12, "max_num_seqs": 8}  # a batch of one group: generation takes its time
+    # A batch of one group: generation takes its time.
+    rollout = {"max_completion_length": 12, "engine_options": {"max_num_seqs": 8}}
     settings = {"output_dir": "x", "steps": 1, "model": {"path": str(tiny_model)}, "data": data, "rollout": rollout}
     path.write_text(json.dumps(settings))
     result = CliRunner().invoke(app, ["rewards", "check", str(path), "--rows", "3", "--token-ms", "1000"])

@@ -57,7 +57,6 @@ def options(model: Path | str, **changes: object) -> EngineOptions:
         dtype="float32",
         device="cpu",
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=64,
         kv_cache_gib=0.125,
         weight_transfer_backend="gloo",
         control_timeout=60.0,

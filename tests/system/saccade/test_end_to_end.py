@@ -49,7 +49,7 @@ def settings(tiny_model, shapes) -> dict:
         "data": {
             "train": [str(shapes / "train.parquet")],
             "eval": [str(shapes / "unseen.parquet")],
-            "extra_columns": ["kind"],
+            "columns": {"group": "kind"},
             "max_prompt_length": 256,
         },
         "rollout": {
@@ -57,7 +57,7 @@ def settings(tiny_model, shapes) -> dict:
             "max_completion_length": 12,
             "max_staleness": 0,
             "kv_cache_gib": 0.25,
-            "max_num_seqs": 32,
+            "engine_options": {"max_num_seqs": 32},
         },
         # Random weights never give the expected answer; the length of the text does vary.
         "reward": {"functions": [{"name": "tests.helpers.rewards_for_tests:letters"}]},
@@ -69,7 +69,7 @@ def settings(tiny_model, shapes) -> dict:
             "lr_schedule": "linear",
             "warmup_steps": 1,
         },
-        "evaluation": {"max_prompts": 8, "group_by": "kind"},
+        "evaluation": {"max_prompts": 8},
         "cluster": {"device": "cpu"},
     }
 
@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_before_or_behind_a_step_that_was_not_taken_ends_as_t
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {
         **settings,
-        "data": {"train": [str(tmp_path / "rows.jsonl")], "extra_columns": ["spoiled"], "max_prompt_length": 64},
+        "data": {"train": [str(tmp_path / "rows.jsonl")], "max_prompt_length": 64},
         "reward": {"functions": [{"name": "tests.helpers.rewards_for_tests:letters_or_too_much"}]},
         "algorithm": {"name": "dr_grpo"},
         "evaluation": {},

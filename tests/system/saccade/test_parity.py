@@ -64,7 +64,6 @@ def test_engine_and_learner_agree_before_and_after_updates(family: str, tmp_path
         dtype="float32",
         device="cpu",
         max_model_len=512,
-        max_num_seqs=8,
         kv_cache_gib=0.25,
         weight_transfer_backend="gloo",
         max_media_per_prompt=dict.fromkeys(adapter.modalities, 3),

@@ -18,7 +18,7 @@ import os, sys, yaml, ray
 from saccade.config.run_config import load_config
 from saccade.config.demands import local_resources
 from saccade.fleet.placement import place
-config = load_config(sys.argv[1], ["cluster.placement_timeout=30"])
+config = load_config(sys.argv[1], ["cluster.timeout=90"])
 offered = local_resources(config)
 ray.init(address="local", num_cpus=int(offered.pop("CPU")), num_gpus=8, resources=offered, include_dashboard=False)
 placement = place(config)
@@ -68,7 +68,7 @@ def test_what_is_missing_is_said_with_numbers_and_nothing_stays_reserved(local_r
         rollout={"engines": 2},
         cluster={
             "device": "cpu",
-            "placement_timeout": 1.0,
+            "timeout": 3.0,
             "resources": {"rollout": {"CPU": 100}, "learner": {"learner_node": 1}},
         },
     )
@@ -84,4 +84,4 @@ def test_what_is_missing_is_said_with_numbers_and_nothing_stays_reserved(local_r
 
 def test_a_ray_that_does_not_grow_is_not_waited_for(local_ray):
     with pytest.raises(PlacementError, match=r"this machine does not have what .*\n(.*\n)*.*GPU: the run needs 2"):
-        place(config(cluster={"device": "cuda", "placement_timeout": 1e6}), grows=False)
+        place(config(cluster={"device": "cuda", "timeout": 1e6}), grows=False)

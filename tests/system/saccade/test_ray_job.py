@@ -85,7 +85,7 @@ def test_a_submitted_job_runs_across_nodes_reports_metrics_and_stops_with_a_chec
             "max_completion_length": 8,
             "max_staleness": 0,
             "kv_cache_gib": 0.25,
-            "max_num_seqs": 32,
+            "engine_options": {"max_num_seqs": 32},
         },
         "reward": {"functions": [{"name": f"{repository}/tests/helpers/rewards_for_tests.py:letters"}]},
         "learner": {"prompts_per_step": 4, "learning_rate": 1e-4, "zero_stage": 1},

@@ -105,7 +105,7 @@ def cluster(local_ray: ModuleType, tiny_model: Path, request: pytest.FixtureRequ
             dtype="float32",
             device="cpu",
             max_model_len=512,
-            max_num_seqs=32,
+            extra={"max_num_seqs": 32},
             tensor_parallel_size=workers,
             kv_cache_gib=0.125,
             weight_transfer_backend=backend,

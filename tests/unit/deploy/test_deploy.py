@@ -168,7 +168,7 @@ def test_yaml_parses(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.stem)
 def test_examples_are_valid_configurations(path: Path) -> None:
-    config = load_config(path, ["learner.lr=1e-6", "rollout.engines=4"])
+    config = load_config(path, ["learner.learning_rate=1e-6", "rollout.engines=4"])
     assert config.rollout.engines == 4
     assert config.learner.learning_rate == 1e-6
 

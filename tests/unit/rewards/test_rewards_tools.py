@@ -107,7 +107,7 @@ CONFIG = {
     "steps": 1,
     "model": {"path": "m"},
     "data": {"train": ["t.parquet"]},
-    "rollout": {"num_generations": 4, "max_num_seqs": 256, "max_completion_length": 500},
+    "rollout": {"num_generations": 4, "max_completion_length": 500},
     "reward": {"timeout": PATIENCE},
 }
 ROWS = {f"d:{i}": ScoringRequest(f"what is {i}?", (), answer=str(i), columns={"level": i}) for i in range(3)}

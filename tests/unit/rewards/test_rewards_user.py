@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rewards.base import ScoringRequest, TransientError
 from rewards.compose import Combine, Term, compose
 from rewards.functions.user import ColumnReward, RewardSetupError
-from rewards.registry import RewardSpec, build_rewards, check_rewards, load_reward
+from rewards.registry import RewardSpec, build_rewards, check_rewards, columns_read, load_reward
 from rollout.types import Completion, Segment, Verdict
 
 REQUEST = ScoringRequest("what colour?", ("red", "blue!", ""), answer="red", columns={"level": 2, "tags": ["a", "b"]})
@@ -109,7 +109,7 @@ def test_signatures_of_trl_are_taken_as_they_are(tmp_path: Path) -> None:
     request = ScoringRequest("q", ("red", "<answer>red</answer>"), columns=columns, raw=raw)
 
     def values(name: str, asked: ScoringRequest = request) -> list[float | None]:
-        reward = load_reward(f"{path}:{name}", columns=tuple(columns))
+        reward = load_reward(f"{path}:{name}")
         return [verdict.score for verdict in reward(asked)]
 
     assert values("has_answer") == [0.0, 1.0]
@@ -199,13 +199,12 @@ def test_a_request_function_must_return_verdicts() -> None:
         ("{source}:blind", {}, "takes neither `completions` nor `request`"),
         ("{source}:positional", {}, "positional-only"),
         ("{source}:level", {"scael": 2}, "takes no option scael; it takes completions, level, scale"),
-        ("{source}:level", {}, "needs `level`, which is no data column"),
         ("{source}:judged", {"bonus": 1, "x": 2}, "takes no option x"),
     ],
 )
 def test_problems_are_named_before_the_run(source: str, name: str, options: dict[str, Any], message: str) -> None:
     spec = RewardSpec(name.format(source=source), options=options)
-    (problem,) = check_rewards([spec], columns=("answer_type",))
+    (problem,) = check_rewards([spec])
     assert message in problem
 
 
@@ -232,10 +231,15 @@ def test_all_problems_at_once() -> None:
     assert "nothing would be learned" in check_rewards([RewardSpec("format", 0.0)])[0]
 
 
-def test_columns_that_the_run_has_satisfy_a_function(source: str) -> None:
-    assert check_rewards([RewardSpec(f"{source}:level")], columns=("level",)) == []
-    assert check_rewards([RewardSpec(f"{source}:level", options={"level": [1, 2, 3]})], columns=()) == []
-    assert check_rewards([RewardSpec(f"{source}:level")]) == []  # the worker does not know the columns
+def test_what_a_reward_names_is_read_of_the_data(source: str, tmp_path: Path) -> None:
+    assert columns_read([RewardSpec(f"{source}:level")]) == (("level",), ("scale",))
+    assert columns_read([RewardSpec(f"{source}:level", options={"level": [1, 2, 3]})]) == ((), ("scale",))
+    assert columns_read([RewardSpec("accuracy"), RewardSpec("no such reward")]) == ((), ())
+    shipped = [RewardSpec("code_tests"), RewardSpec("multiple_choice", options={"choices": "options"})]
+    assert columns_read(shipped) == (("tests", "options"), ())
+    path = tmp_path / "asks.py"
+    path.write_text("def whole(request): ...\nwhole.columns = ('extra.level',)\ndef some(completions, **columns): ...")
+    assert columns_read([RewardSpec(f"{path}:whole"), RewardSpec(f"{path}:some")]) == (("extra.level",), ())
 
 
 def test_the_default_rewards_add_up() -> None:
@@ -375,7 +379,7 @@ def test_the_examples_in_the_documentation_work(repository: Path, tmp_path: Path
     path = tmp_path / "documented.py"
     path.write_text("\n".join(blocks))
     request = ScoringRequest("", ("short", "long " * 200), columns={"kind": "photo"})
-    assert [v.score for v in load_reward(f"{path}:brevity", columns=("kind",))(request)] == [1.0, 0.0]
+    assert [v.score for v in load_reward(f"{path}:brevity")(request)] == [1.0, 0.0]
     essay = ScoringRequest("", ("short",), columns={"kind": "essay"})
     assert load_reward(f"{path}:brevity")(essay)[0].status == "unscorable"
     assert len(load_reward(f"{path}:finished")(ScoringRequest("", ()))) == 0

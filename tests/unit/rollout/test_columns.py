@@ -56,7 +56,10 @@ def test_extra_columns_are_read_and_must_exist() -> None:
     columns = choose("prompt kind level", extra="level kind")
     assert isinstance(columns, Columns)
     assert (columns.names, columns.extra) == (("prompt", "level", "kind"), ("level", "kind"))
-    assert choose("prompt knid", extra="kind") == "file0: no column 'kind' (data.extra_columns); it has knid, prompt"
+    assert (
+        choose("prompt knid", extra="kind")
+        == "file0: no column 'kind' (asked for by a reward, or data.columns.group); it has knid, prompt"
+    )
 
 
 def test_two_columns_of_one_role_are_a_question_not_a_guess() -> None:

@@ -53,13 +53,13 @@ def test_folders_of_a_run_are_no_addresses_either(tmp_path: Path, monkeypatch: p
     with pytest.raises(AdapterError, match="loaded from a folder of this machine, or by its name on the Hugging Face"):
         load_adapter("s3://bucket/model")
     tree = {**MINIMAL, "output_dir": "s3://bucket/run", "model": {"path": "gs://bucket/model"}}
-    tree["data"] = {"train": ["s3://bucket/train.parquet"], "root": "gs://bucket/images"}
+    tree["data"] = {"train": ["s3://bucket/train.parquet"], "media_from": "gs://bucket/images"}
     with pytest.raises(ConfigError) as caught:
         open_run(parse_config(tree), resume=False, address=None, display=None).__enter__()
     text = str(caught.value)
     for said in (
         "output_dir=s3://bucket/run: only what is on this machine is used",
-        "data.root: no folder gs://bucket/images; only what is on this machine is used",
+        "data.media_from: no folder gs://bucket/images; only what is on this machine is used",
         "s3://bucket/train.parquet: no such file; only what",
         "no usable model at 'gs://bucket/model'",
     ):

@@ -85,7 +85,7 @@ def test_latency_is_steps_times_step_time(adapter: MultimodalAdapter, simulate: 
     prompt, sampling = make_prompt(adapter, "?"), SamplingParams(n=8, max_tokens=20, ignore_eos=True)
 
     def seconds(slots: int) -> float:
-        harness = simulate(behavior, max_num_seqs=slots)
+        harness = simulate(behavior, extra={"max_num_seqs": slots})
         start = time.perf_counter()
         harness.generate(prompt, sampling)
         return time.perf_counter() - start

@@ -413,7 +413,7 @@ def test_missing_files_folders_and_columns_are_reported_at_construction(tmp_path
         source(path, tmp_path / "b.jsonl", columns={"image": "pictures"}, root=str(tmp_path / "no"))
     message = str(caught.value)
     assert "4 problem(s)" in message
-    assert f"data.root: no folder {tmp_path / 'no'}" in message
+    assert f"data.media_from: no folder {tmp_path / 'no'}" in message
     assert "b.jsonl: no such file" in message
     assert "a.parquet: no column that is known to hold prompts (prompt, problem, " in message
     assert "no column 'pictures' (data.columns.image); it has picture, " in message

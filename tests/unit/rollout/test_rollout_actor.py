@@ -110,7 +110,7 @@ def test_errors_become_data(adapter: MultimodalAdapter, error: Exception, dead: 
 def test_a_slow_group_is_given_up_and_a_hanging_engine_is_told_from_it(adapter: MultimodalAdapter) -> None:
     slow = SimulatedEngine(OPTIONS, adapter, Behavior(decode_seconds=10.0))
     failure = ask(adapter, slow, timeout=0.2)
-    assert failure.retryable and not failure.engine_dead and "0.2 s (rollout.group_timeout)" in failure.reason
+    assert failure.retryable and not failure.engine_dead and "0.2 s (a third of cluster.timeout)" in failure.reason
 
     class Hanging(SimulatedEngine):
         async def generate(self, *args: Any) -> EngineOutput:

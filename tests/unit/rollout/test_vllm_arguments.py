@@ -16,7 +16,8 @@ ADAPTER: Any = SimpleNamespace(modalities={"image": None}, has_vision=True, engi
 
 
 def test_memory_knobs_arrive_as_they_are() -> None:
-    arguments = engine_arguments(EngineOptions("m", device="cuda", gpu_memory_utilization=0.4, kv_cache_gib=2), ADAPTER)
+    options = EngineOptions("m", device="cuda", kv_cache_gib=2, extra={"gpu_memory_utilization": 0.4})
+    arguments = engine_arguments(options, ADAPTER)
     assert (arguments["gpu_memory_utilization"], arguments["kv_cache_memory_bytes"]) == (0.4, 2 * 2**30)
     assert "enforce_eager" not in arguments and "max_num_batched_tokens" not in arguments
 

@@ -48,9 +48,8 @@ def test_what_is_given_goes_before_the_preset(tmp_path):
         ({"algorithm": {"loss": "reinforce"}}, "no ratio.*older weights.*correction=tis.*max_staleness=0"),
         ({"algorithm": {"name": "rloo", "correction": "none"}}, "no ratio.*older weights"),
         ({"algorithm": {"name": "rloo", "optimizer_steps": 4}}, "no ratio.*before the first step.*optimizer_steps=1"),
-        ({"algorithm": {"advantage": "maxrl", "overlong_buffer": 0.9}}, "maxrl takes.*overlong_buffer=0.9"),
-        ({"algorithm": {"name": "dapo", "advantage": "maxrl"}}, "maxrl takes.*overlong_buffer=0.2"),
-        ({"algorithm": {"advantage": "maxrl", "normalize_parts": True}}, "maxrl takes.*normalize_parts"),
+        ({"algorithm": {"advantage": "maxrl", "overlong": 0.9}}, "maxrl takes.*overlong=0.9"),
+        ({"algorithm": {"name": "dapo", "advantage": "maxrl"}}, "maxrl takes.*overlong=0.2"),
         ({"algorithm": {"advantage": "maxrl", "kl_in": "reward", "beta": 0.1}}, "maxrl takes.*kl_in=reward"),
         (
             {"algorithm": {"advantage": "maxrl"}, "reward": {"functions": [{"name": "length", "weight": -0.5}]}},
@@ -87,7 +86,6 @@ def test_every_knob_of_the_algorithm_reaches_the_learner_or_the_driver():
     """A value unlike the default, for each."""
     given = {
         "advantage": "rloo",
-        "normalize_parts": True,
         "loss": "gspo",
         "clip_eps_low": 0.1,
         "clip_eps_high": 0.3,
@@ -102,13 +100,19 @@ def test_every_knob_of_the_algorithm_reaches_the_learner_or_the_driver():
         "correction_range": (0.1, 3.0),
         "entropy_bonus": 0.01,
         "optimizer_steps": 2,
-        "overlong_buffer": 0.5,
-        "mask_truncated": True,
+        "overlong": 0.5,
     }
     config = parse_config({**MINIMAL, "algorithm": given, "rollout": {"max_completion_length": 100}, "steps": 10})
     options = learner_options(config, "cpu", ["image"])
     named = {name: value for name, value in given.items() if hasattr(options, name)}
-    assert {name: getattr(options, name) for name in named} == {**named, "overlong_buffer": 50}
-    assert options.total_steps == 20 and options.part_weights == {"format": 0.5, "accuracy": 1.0}
-    elsewhere = {"name", "refill", "reward_range", "normalize_parts"}
-    assert set(AlgorithmConfig.model_fields) - elsewhere == set(named) - {"normalize_parts"}
+    assert {name: getattr(options, name) for name in named} == named
+    assert options.total_steps == 20 and options.overlong_buffer == 50 and not options.mask_truncated
+    elsewhere = {"name", "refill", "reward_range", "overlong"}
+    assert set(AlgorithmConfig.model_fields) - elsewhere == set(named)
+    masking = learner_options(parse_config({**MINIMAL, "algorithm": {"overlong": "mask"}}), "cpu", ["image"])
+    assert masking.mask_truncated and not masking.overlong_buffer
+
+
+def test_gdpo_normalises_each_reward_in_its_group_and_the_sum_over_the_batch() -> None:
+    options = learner_options(parse_config({**MINIMAL, "algorithm": {"advantage": "gdpo"}}), "cpu", ["image"])
+    assert (options.advantage, options.part_weights) == ("reinforce_pp", {"format": 0.5, "accuracy": 1.0})

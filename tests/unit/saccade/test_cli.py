@@ -25,14 +25,14 @@ from saccade.observe.screen import show
 HEAVY = ["deepspeed", "ray", "torch", "transformers", "vllm"]
 WRONG = "learner.lrr=1"
 MISTAKES = {
-    f"train CONFIG {WRONG}": "did you mean learner.lr?",
-    f"eval CONFIG {WRONG}": "did you mean learner.lr?",
+    f"train CONFIG {WRONG}": "did you mean learner.ranks?",
+    f"eval CONFIG {WRONG}": "did you mean learner.ranks?",
     "eval CONFIG data.eval=[]": "data.eval names no files",
-    f"plan CONFIG {WRONG}": "did you mean learner.lr?",
-    f"config CONFIG {WRONG}": "did you mean learner.lr?",
-    f"data check CONFIG {WRONG}": "did you mean learner.lr?",
-    "data inspect x.parquet data.rot=y": "did you mean data.root?",
-    f"rewards check CONFIG {WRONG}": "did you mean learner.lr?",
+    f"plan CONFIG {WRONG}": "did you mean learner.ranks?",
+    f"config CONFIG {WRONG}": "did you mean learner.ranks?",
+    f"data check CONFIG {WRONG}": "did you mean learner.ranks?",
+    "data inspect x.parquet data.shufle=y": "did you mean data.shuffle?",
+    f"rewards check CONFIG {WRONG}": "did you mean learner.ranks?",
     "rewards score acuracy CONFIG": "did you mean 'accuracy'?",
     "parity": "either a model or --tiny",
     "merge nofolder out": "there is no such folder",

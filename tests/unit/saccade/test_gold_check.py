@@ -56,10 +56,13 @@ def test_good_golds_get_full_marks_in_any_scope_and_format(
     if form is not None:
         functions.append({"name": "format", "options": {"style": form}})
     found = asked(tmp_path, GOLDS, *functions)
+    stripped = [
+        {**f, "options": {**f["options"], "trace": "stripped"}} if f["name"] == "format" else f for f in functions
+    ]
     if scope == "completion" and name in ("exact_match", "edit_distance") and form:  # the format is what they compare
         assert "for 13 of 13 golds checked" in found[0]
     else:
-        assert found == asked(tmp_path, GOLDS, *functions, reward={"trace": "stripped"}) == []
+        assert found == asked(tmp_path, GOLDS, *stripped) == []
 
 
 @pytest.mark.parametrize("scope", ["answer", "completion"])
@@ -94,7 +97,7 @@ def test_boxes_have_full_marks_for_themselves(tmp_path: Path, coordinates: str, 
             assert asked(tmp_path, golds, *([FORMAT] if scope == "answer" else []), function) == []
     rows = [{"prompt": "q", "boxes": box} for box in ([BOX], [OTHER])]
     function = boxed(coordinates, gold_coordinates="absolute", column="boxes", threshold=0.5)
-    assert asked(tmp_path, rows, function, data={"extra_columns": ["boxes"]}) == []
+    assert asked(tmp_path, rows, function) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_what_is_no_box_stops_a_run(tmp_path: Path, gold: Any, options: dict[str
     assert said in problem
     rows = [{"prompt": "q", "boxes": gold}] * 3
     in_column = boxed("thousandths", column="boxes", **options)
-    (problem,) = asked(tmp_path, rows, in_column, data={"extra_columns": ["boxes"]})
+    (problem,) = asked(tmp_path, rows, in_column)
     assert said.replace("answer", "boxes") in problem and "gold None" not in problem and " empty" not in problem
 
 

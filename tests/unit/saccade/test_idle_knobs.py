@@ -26,8 +26,7 @@ from tests.unit.saccade.test_config import MINIMAL
 
 BUSY: dict[str, dict[str, Any]] = {
     "model": {"path": "m", "lora_rank": 4, "lora_alpha": 8.0, "lora_targets": ["vision", "projector"]},
-    "data": {"train": ["a.jsonl"], "eval": ["b.jsonl"], "extra_columns": ["kind"]},
-    "rollout": {"gpu_memory_utilization": 0.5},
+    "data": {"train": ["a.jsonl"], "eval": ["b.jsonl"]},
     "algorithm": {
         "name": "dr_grpo",
         "clip_eps_low": 0.1,
@@ -39,16 +38,16 @@ BUSY: dict[str, dict[str, Any]] = {
         "old_policy": "behavior",
     },
     "learner": {"lr_schedule": "cosine", "min_lr_ratio": 0.1, "feature_cache_gib": 2.0, "offload": "optimizer"},
-    "evaluation": {"every": 5, "temperature": 0.5, "group_by": "kind", "max_prompts": 3},
+    "evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3},
 }
 """Knobs at other values than their defaults, all of which do something."""
 CHANGES = {
     "model.lora_rank=0": ["learner.feature_cache_gib", "model.lora_alpha", "model.lora_targets"],
-    "cluster.device=cpu": ["rollout.gpu_memory_utilization", "learner.offload"],
+    "cluster.device=cpu": ["learner.offload"],
     "algorithm.beta=0": ["algorithm.kl_estimator", "algorithm.kl_in"],
     "algorithm.loss=sapo": ["algorithm.clip_eps_low", "algorithm.clip_eps_high", "algorithm.clip_dual"],
     "learner.lr_schedule=constant": ["learner.min_lr_ratio"],
-    "data.eval=[]": ["evaluation.every", "evaluation.group_by", "evaluation.max_prompts", "evaluation.temperature"],
+    "data.eval=[]": ["evaluation.every", "evaluation.max_prompts", "evaluation.temperature"],
 }
 SAPO, FROZEN = {"loss": "sapo"}, {"path": "m", "lora_rank": 4}
 EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
@@ -60,10 +59,6 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
         ({"model": {"path": "m", "lora_alpha": 8.0}}, ["model.lora_alpha=8.0"]),
         ({"model": {"path": "m", "lora_targets": ["vision"]}}, ["model.lora_targets=['vision']"]),
         ({"model": {**FROZEN, "freeze": ["vision"]}}, ["model.freeze=['vision']"]),
-        (
-            {"rollout": {"gpu_memory_utilization": 0.5}, "cluster": {"device": "cpu"}},
-            ["rollout.gpu_memory_utilization=0.5"],
-        ),
         (
             {"algorithm": {"name": "dr_grpo", "advantage": "grpo", "loss": "gspo", "aggregation": "token"}},
             ["algorithm.name=dr_grpo"],
@@ -122,9 +117,9 @@ def test_what_is_saved_leaves_out_knobs_that_do_nothing_and_reads_back_equal(tmp
 def test_a_saved_configuration_asks_for_nothing_that_nobody_gave(tmp_path: Path) -> None:
     """It holds every default, and what a preset sets: of data without videos as well, and after a change to it."""
     (tmp_path / "saved.yaml").write_text(dump_config(parse_config({**MINIMAL, "algorithm": "dapo"})))
-    nothing = Facts(rows=10**9, kinds=(), once=False, shares_prompts=False)
+    nothing = Facts(rows=10**9, kinds=(), once=False)
     assert data_idle_problems(load_config(tmp_path / "saved.yaml"), nothing) == []
-    changed = load_config(tmp_path / "saved.yaml", ["algorithm.loss=sapo", "algorithm.overlong_buffer=0"])
+    changed = load_config(tmp_path / "saved.yaml", ["algorithm.loss=sapo", "algorithm.overlong=keep"])
     assert changed.algorithm.loss == "sapo"
 
 
@@ -157,17 +152,15 @@ def test_a_knob_at_its_default_is_never_idle(name: str) -> None:
     ("knob", "value", "facts"),
     [
         ("data.max_video_frames", 4, {}),
-        ("learner.micro_batch_patches", 9000, {"kinds": ()}),
-        ("learner.attention", "mask", {"shares_prompts": False}),
         ("algorithm.reward_range", [0.1, 0.9], {"rows": 1000}),
     ],
 )
 def test_knobs_that_the_data_make_idle(knob: str, value: Any, facts: dict[str, Any]):
     section, name = knob.split(".")
     config = parse_config({**MINIMAL, section: {**MINIMAL.get(section, {}), name: value}})
-    busy = Facts(rows=10, kinds=("image", "video"), once=True, shares_prompts=True)
+    busy = Facts(rows=10, kinds=("image", "video"), once=True)
     assert data_idle_problems(config, busy) == []
-    given = {"rows": 10, "kinds": ("image",), "once": True, "shares_prompts": True, **facts}
+    given = {"rows": 10, "kinds": ("image",), "once": True, **facts}
     (problem,) = data_idle_problems(config, Facts(**given))
     assert problem.startswith(f"{knob}=")
 

@@ -18,15 +18,15 @@ TOLD = {
     "steps=1.5": "steps=1.5: should be a whole number",
     "steps=null": "steps=null: should be a whole number",
     "steps=0": "steps=0: should be at least 1",
-    "learner.lr=fast": "learner.lr='fast': should be a number",
-    "learner.lr=0": "learner.lr=0: should be more than 0",
-    "learner.lr=.inf": "learner.lr=inf: should be a finite number",
-    "learner.lr=.nan": "learner.lr=nan: should be a finite number",
+    "learner.learning_rate=fast": "learner.learning_rate='fast': should be a number",
+    "learner.learning_rate=0": "learner.learning_rate=0: should be more than 0",
+    "learner.learning_rate=.inf": "learner.learning_rate=inf: should be a finite number",
+    "learner.learning_rate=.nan": "learner.learning_rate=nan: should be a finite number",
     "learner.betas=0.9": "learner.betas=0.9: should be a list",
     "learner.betas=[0.9]": "learner.betas.1: a value is missing there",
     "learner.betas=[0.9, 0.9, 0.9]": "should have 2 values, not 3",
     "learner.betas=[0.9, 2]": "learner.betas.1=2: should be less than 1",
-    "rollout.gpu_memory_utilization=2": "should be at most 1",
+    "learner.min_lr_ratio=2": "should be at most 1",
     "data.shuffle=maybe": "data.shuffle='maybe': should be true or false",
     "data.columns=3": "data.columns=3: should be a mapping of names to values",
     "data.train=3": "data.train=3: should be a list",
@@ -47,7 +47,7 @@ TOLD = {
     "model.dtype=bf16": "did you mean bfloat16?",
     "learner.zero_stage=4": "learner.zero_stage=4: should be 0, 1, 2 or 3",
     # keys
-    "learner.lrr=1": "learner.lrr: unknown key; did you mean learner.lr?",
+    "learner.rank=1": "learner.rank: unknown key; did you mean learner.ranks?",
     "learner.batch_size=8": "here it is called learner.prompts_per_step",
     "num_epochs=8": "here it is called steps (epochs x rows / learner.prompts_per_step)",
     "num_train_epochs=8": "here it is called steps (epochs x rows / learner.prompts_per_step)",
@@ -67,7 +67,7 @@ TOLD = {
 TAKEN = {
     "data.train=b.parquet": ("data.train", ("b.parquet",)),
     "data.eval=b.parquet": ("data.eval", ("b.parquet",)),
-    "data.extra_columns=kind": ("data.extra_columns", ("kind",)),
+    "data.media_from=urls": ("data.media_from", ("urls",)),
     "model.freeze=vision": ("model.freeze", ("vision",)),
     "model.lora_targets=vision model.lora_rank=4": ("model.lora_targets", ("vision",)),
     "learner.gradient_checkpointing=vision": ("learner.gradient_checkpointing", ("vision",)),
@@ -108,7 +108,9 @@ def test_a_reward_is_its_name(given: str, tmp_path: Path) -> None:
 
 def test_a_section_left_empty_has_its_defaults(tmp_path: Path) -> None:
     text = MINIMAL.replace("}}", "}, learner: , rollout: }")
-    assert configured(tmp_path, ["learner.lr=2e-6"], text) == configured(tmp_path, ["learner.lr=2e-6"])
+    assert configured(tmp_path, ["learner.learning_rate=2e-6"], text) == configured(
+        tmp_path, ["learner.learning_rate=2e-6"]
+    )
     with pytest.raises(ConfigError, match=r"model.path: required, but not given"):
         parse_config({"output_dir": "x", "steps": 1, "model": None, "data": {"train": "a"}})
 

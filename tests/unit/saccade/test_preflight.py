@@ -153,11 +153,11 @@ def test_quantization_without_its_package_is_refused(
         resolve(config)
 
 
-def test_nccl_is_refused_where_the_cluster_turns_out_to_have_no_gpu(settings: dict) -> None:
-    config = parse_config({**settings, "output_dir": "x", "weight_sync": {"backend": "nccl"}})
-    with pytest.raises(RunError, match="nccl needs GPUs"):
-        transfer_backend(config, "cpu")
-    assert transfer_backend(config, "cuda") == "nccl"
+def test_weights_go_over_nccl_between_gpus_that_nobody_shares(settings: dict) -> None:
+    half = {"cluster": {"resources": {"learner": {"GPU": 0.5}}}}
+    alone, sharing = (parse_config({**settings, "output_dir": "x", **more}) for more in ({}, half))
+    assert [transfer_backend(alone, device) for device in ("cuda", "cpu")] == ["nccl", "gloo"]
+    assert transfer_backend(sharing, "cuda") == "gloo"
 
 
 def test_a_family_whose_engine_would_go_on_with_old_weights_is_refused_there(settings: dict, tmp_path: Path) -> None:
@@ -182,16 +182,14 @@ def test_a_model_without_tokenizer_is_said_to_be_unusable(tiny_model: Path, tmp_
 
 def test_limits_of_a_micro_batch_that_hold_no_sample_are_said(settings: dict, tmp_path: Path) -> None:
     def problems(**limits: object) -> str:
-        learner = {**settings["learner"], "logprob_chunk_rows": 64, **limits}
+        learner = {**settings["learner"], **limits}
         config = parse_config({**settings, "learner": learner, "output_dir": str(tmp_path / "run")})
         with pytest.raises(ConfigError) as caught:
             resolve(config)
         return str(caught.value)
 
-    assert "micro_batch_patches=1023 may not hold one prompt" in problems(micro_batch_patches=1023)  # 256 tokens x 4
-    assert "leaves nothing for tokens" in problems(micro_batch_gib=0.01, logprob_chunk_rows=10_000)
-    assert "micro_batch_gib=0.001 cannot hold one sample of up to" in problems(micro_batch_gib=0.001)
-    enough = {**settings["learner"], "micro_batch_gib": 1.0, "micro_batch_patches": 1024}
+    assert "; 0.001 GiB leave nothing for tokens" in problems(micro_batch="0.001 GiB")
+    enough = {**settings["learner"], "micro_batch": "1 GiB"}
     resolve(parse_config({**settings, "learner": enough, "output_dir": str(tmp_path / "run")}))
 
 
@@ -364,10 +362,11 @@ def test_problems_of_every_kind_are_reported_together(settings: dict, tmp_path: 
     """The output folder, the learner, the rows and the rewards, each looked at by a check of its own."""
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
     path = write_rows(tmp_path / "a.parquet", [{"prompt": f"{n}?", "answer": "x"} for n in range(2)])
-    given = {**settings, "data": {**settings["data"], "train": [str(path)], "columns": {"image": None}}}
+    data = {"train": [str(path)], "columns": {"image": None}, "max_prompt_length": 10**6}
+    given = {**settings, "data": {**settings["data"], **data}}
     given |= {"reward": {"functions": [{"name": "gone.py:reward"}]}, "output_dir": str(tmp_path)}
-    learner = {**settings["learner"], "micro_batch_patches": 1}
+    learner = {**settings["learner"], "micro_batch": 10**7}
     with pytest.raises(ConfigError) as caught:
         resolve(parse_config({**given, "learner": learner}))
-    parts = ("output_dir: ", "learner.micro_batch_patches=1 ", "data.train has 2 rows", "reward.functions: ")
+    parts = ("output_dir: ", "data.max_prompt_length + ", "data.train has 2 rows", "reward.functions: ")
     assert [sum(problem.startswith(part) for problem in caught.value.problems) for part in parts] == [1, 1, 1, 1]

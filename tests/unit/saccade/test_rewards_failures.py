@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rollout.types import GroupSummary, PromptRef
-from saccade.config.options import reward_specs
+from saccade.config.options import reward_specs, trace_shown
 from saccade.config.run_config import ConfigError, load_config, parse_config
 from saccade.errors import RunError
 from saccade.observe.metrics import group_statistics
@@ -66,7 +66,7 @@ def test_gates_cannot_be_normalised_apart(tmp_path: Path) -> None:
     tree = {"output_dir": "x", "steps": 1, "model": {"path": "m"}, "data": {"train": ["t.parquet"]}}
     functions = [{"name": "format", "combine": "product"}, {"name": "accuracy"}]
     with pytest.raises(ConfigError, match=r"takes no format \(combine: product\)"):
-        parse_config({**tree, "algorithm": {"normalize_parts": True}, "reward": {"functions": functions}})
+        parse_config({**tree, "algorithm": {"advantage": "gdpo"}, "reward": {"functions": functions}})
 
 
 def test_latency_is_the_mean_over_the_groups_that_a_reward_was_timed_for() -> None:
@@ -80,11 +80,10 @@ def test_the_trace_of_the_run_is_that_of_its_format_reward(tmp_path: Path) -> No
     path = tmp_path / "run.yaml"
     tree = {"output_dir": "x", "steps": 1, "model": {"path": "m"}, "data": {"train": ["t.parquet"]}}
     path.write_text(json.dumps(tree))
-    specs = reward_specs(load_config(path, ["reward.trace=stripped"]))
-    assert [(s.name, s.weight, dict(s.options)) for s in specs] == [
-        ("format", 0.5, {"trace": "stripped"}),
-        ("accuracy", 1.0, {}),
-    ]
+    assert trace_shown(load_config(path)) == "visible"
+    assert trace_shown(load_config(path, ["reward.functions=accuracy"])) == "visible"
     functions = "reward.functions=[{name: format, combine: product, options: {trace: internal, style: newline}}]"
-    (spec,) = reward_specs(load_config(path, ["reward.trace=stripped", functions]))
+    config = load_config(path, [functions])
+    (spec,) = reward_specs(config)
     assert (spec.combine, dict(spec.options)) == ("product", {"trace": "internal", "style": "newline"})
+    assert trace_shown(config) == "internal"

@@ -37,7 +37,11 @@ def config(home: Path) -> RunConfig:
             "output_dir": "runs/x",
             "steps": 1,
             "model": {"path": "models/mine", "adapter": "saved_family:Family"},
-            "data": {"train": ["data/*.parquet", "/abs/b.parquet"], "eval": "c.parquet", "root": "images"},
+            "data": {
+                "train": ["data/*.parquet", "/abs/b.parquet"],
+                "eval": "c.parquet",
+                "media_from": ["images", "urls"],
+            },
             "reward": {
                 "functions": [
                     "accuracy",
@@ -67,7 +71,7 @@ def test_paths_are_saved_absolute_and_mean_the_same(config: RunConfig, home: Pat
     assert saved.model.adapter == f"{home}/saved_family.py:Family"
     assert saved.data.train == (f"{home}/data/*.parquet", "/abs/b.parquet")
     assert saved.data.eval == (f"{home}/c.parquet",)
-    assert saved.data.root == f"{home}/images"
+    assert saved.data.media_from == (f"{home}/images", "urls")
     assert [f.name for f in saved.reward.functions] == [
         "accuracy",
         f"{home}/saved_rewards.py:brevity",

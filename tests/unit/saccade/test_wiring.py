@@ -29,10 +29,10 @@ def test_a_rank_beside_a_gpu_uses_the_cpus_it_is_given_and_segments_that_grow():
 
 @pytest.mark.parametrize(
     ("given", "device", "mib"),
-    [({}, "cuda", 256), ({}, "cpu", 8), ({"backend": "gloo"}, "cuda", 8), ({"bucket_mib": 2}, "cuda", 2)],
+    [({}, "cuda", 256), ({}, "cpu", 8), ({"resources": {"learner": {"GPU": 0.5}}}, "cuda", 8)],
 )
 def test_what_is_sent_at_once_follows_the_transport(tiny_model: Path, given: dict, device: str, mib: int):
-    chosen: RunConfig = config(model={"path": str(tiny_model)}, weight_sync=given)
+    chosen: RunConfig = config(model={"path": str(tiny_model)}, cluster=given)
     assert weight_transfer_options(chosen, device).bucket_bytes == mib * 2**20  # type: ignore[arg-type]
 
 

@@ -96,12 +96,12 @@ def test_animations_give_their_first_frame() -> None:
 
 
 def test_too_many_bytes_are_refused_naming_the_knob() -> None:
-    with pytest.raises(MediaTooLargeError, match=r"1,000,001 bytes.*1,000,000.*data\.max_image_bytes"):
+    with pytest.raises(MediaTooLargeError, match=r"1,000,001 bytes.*1,000,000.*data\.max_media_bytes"):
         check_image(b"x" * (10**6 + 1), LIMITS)
 
 
 def test_too_many_pixels_are_refused_from_the_header_alone() -> None:
-    with pytest.raises(MediaTooLargeError, match=r"40000 x 4 = 160,000 pixels.*data\.max_image_pixels"):
+    with pytest.raises(MediaTooLargeError, match=r"40000 x 4 = 160,000 pixels.*data\.max_media_bytes"):
         check_image(png_header(40_000, 4), LIMITS)
     with pytest.raises(MediaTooLargeError, match="decompression bomb"):
         check_image(png_header(2**30, 2**30), ImageLimits(max_pixels=2**62))

@@ -1,0 +1,80 @@
+"""Knobs of former versions are refused with what to write instead."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from saccade.config.renamed import RENAMED
+from saccade.config.run_config import ConfigError, apply_overrides, iter_knobs, parse_config
+from tests.unit.saccade.test_config import MINIMAL
+
+FORMER: dict[str, tuple[Any, str]] = {
+    "data.extra_columns": (["kind"], ""),
+    "data.max_image_bytes": (2**20, "data.max_media_bytes=1048576"),
+    "data.max_image_pixels": (50_000_000, "data.max_media_bytes=20971520"),
+    "data.root": ("/images", "data.media_from=/images"),
+    "data.allow_urls": (True, "data.media_from=urls"),
+    "rollout.max_num_seqs": (512, "rollout.engine_options.max_num_seqs=512"),
+    "rollout.gpu_memory_utilization": (0.5, "rollout.engine_options.gpu_memory_utilization=0.5"),
+    "rollout.start_timeout": (600, "cluster.timeout=1800"),
+    "rollout.group_timeout": (900, "cluster.timeout=2700"),
+    "rollout.max_attempts": (2, ""),
+    "reward.trace": (
+        "internal",
+        "reward.functions=[{name: format, options: {trace: internal}, weight: 0.5}, {name: accuracy}]",
+    ),
+    "algorithm.normalize_parts": (True, "algorithm.advantage=gdpo"),
+    "algorithm.overlong_buffer": (0.2, "algorithm.overlong=0.2"),
+    "algorithm.mask_truncated": (True, "algorithm.overlong=mask"),
+    "learner.lr": (1e-6, "learner.learning_rate=1.0e-06"),
+    "learner.micro_batch_tokens": (16384, "learner.micro_batch=16384"),
+    "learner.micro_batch_gib": (12, "learner.micro_batch=12 GiB"),
+    "learner.micro_batch_patches": (1024, ""),
+    "learner.micro_batch_logits": (1024, ""),
+    "learner.attention": ("flex", ""),
+    "learner.logprob_chunk_rows": (64, ""),
+    "learner.timeout": (60, "cluster.timeout=60"),
+    "weight_sync": ({"timeout": 60}, ""),
+    "evaluation.group_by": ("kind", "data.columns.group=kind"),
+    "cluster.placement_timeout": (120, "cluster.timeout=360"),
+}
+"""Former knob -> a value of it, and what to write instead where that can be said."""
+
+
+def told(knob: str, value: Any) -> str:
+    """What is said of the former knob."""
+    section, _, name = knob.rpartition(".")
+    own = {**MINIMAL.get(section, {}), name: value}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, **({section: own} if section else {name: value})})
+    (problem,) = (p for p in caught.value.problems if p.startswith(knob))
+    return problem
+
+
+def test_every_former_knob_is_tried() -> None:
+    assert set(FORMER) == set(RENAMED)
+
+
+@pytest.mark.parametrize("knob", FORMER)
+def test_a_former_knob_says_what_to_write_and_that_is_taken(knob: str) -> None:
+    value, instead = FORMER[knob]
+    problem = told(knob, value)
+    names = {name for name, _ in iter_knobs()}
+    if (now := RENAMED[knob].knob) is None:
+        assert "there is no such knob any more" in problem
+        return
+    assert any(now == name or now.startswith(f"{name}.") for name in names) and now in problem
+    written = re.search(r"write (.*?)(?: \(|$)", problem)
+    assert (written[1] if written else "") == instead
+    if instead:
+        tree = {name: dict(v) if isinstance(v, dict) else v for name, v in MINIMAL.items()}
+        assert apply_overrides(tree, [instead]) == []
+        parse_config(tree)
+
+
+def test_a_value_that_cannot_be_carried_over_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told("rollout.start_timeout", "long").startswith("rollout.start_timeout: this knob is now cluster.timeout")
+    assert "write" not in told("algorithm.normalize_parts", False)
