@@ -95,7 +95,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model to evaluate in place of model.path.")] = None,
     address: Address = None,
 ) -> None:
-    """Evaluate a model on data.eval: print the mean of every reward per file, and per value of the column data.columns.group.
+    """Evaluate a model on data.eval: print the mean of every reward per file, and value of data.columns.group.
 
     Example:  saccade eval examples/shapes.yaml --model runs/shapes/model
     """
