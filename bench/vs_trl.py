@@ -82,8 +82,8 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
     total, alone = warmup + steps, 1 + min(steps, 5)
     config = our_config(model, lengths, staleness, total + alone, work)
     with open_run(config, resume=False, address=None, display=None) as run:
-        sampling = run.rollouts.sampling
-        run.rollouts.sampling = replace(sampling, ignore_eos=True, stop_token_ids=(), max_tokens_each=lengths)
+        dispatcher = run.rollouts.dispatcher
+        dispatcher.sampling = replace(dispatcher.sampling, ignore_eos=True, stop_token_ids=(), max_tokens_each=lengths)
         ends = [time.perf_counter()]
         for _ in range(total):
             step(run, config)
@@ -92,7 +92,7 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
         generation, learning = [], []
         for batch in range(total, total + alone):
             start = time.perf_counter()
-            run.rollouts.admit_through(batch)
+            run.rollouts.admit(batch - staleness)
             sealed = run.rollouts.collect(batch)
             generation.append(time.perf_counter() - start)
         for _ in range(alone):

@@ -1,6 +1,6 @@
 """LearnerGroup: the learner as the driver sees it. One Ray actor per rank; every method blocks, with a limit.
 
-    driver ── update(group refs, summaries, version) ──▶ advantages (here, from summaries) ─▶ shards by cost
+    driver ── update(stored groups, summaries, version) ──▶ advantages (here, from summaries) ─▶ shards by cost
                                                             └▶ LearnerWorker.update on every rank ─▶ UpdateStats
 
 The driver passes references: the workers fetch tokens and pixels themselves.
@@ -32,7 +32,7 @@ from learner.types import (
     WeightTransferOptions,
 )
 from learner.worker import LearnerWorker, ScoredGroup
-from rollout.types import GroupSummary
+from rollout.types import GroupSummary, StoredGroup
 from weight_sync.protocols import EngineHandle, TransferReport
 from weight_sync.verify import WeightSyncError
 
@@ -81,16 +81,14 @@ class LearnerGroup:
             self.shutdown()
             raise
 
-    def update(
-        self, group_refs: Sequence[ray.ObjectRef], summaries: Sequence[GroupSummary], version: int
-    ) -> UpdateStats:
-        """One update on a sealed batch: `group_refs[i]` resolves to the scored RolloutGroup of `summaries[i]`.
+    def update(self, groups: Sequence[StoredGroup], summaries: Sequence[GroupSummary], version: int) -> UpdateStats:
+        """One update on a sealed batch: `groups[i]` says where the group of `summaries[i]` and its verdicts are.
 
         `version`: the policy version of the weights before the step. The order of the groups does not matter: they
         are sorted by uid and epoch, so that a rerun computes the same batches.
         Raises NothingToLearnError and RewardError (before anything is trained), LearnerError, LearnerTimeoutError."""
-        if len(group_refs) != len(summaries):
-            raise ValueError(f"{len(group_refs)} groups but {len(summaries)} summaries")
+        if len(groups) != len(summaries):
+            raise ValueError(f"{len(groups)} groups but {len(summaries)} summaries")
         order = sorted(range(len(summaries)), key=lambda i: (summaries[i].ref.uid, summaries[i].ref.epoch))
         rewards, valid = combined_rewards(summaries, self.options)
         used = has_baseline(valid)
@@ -105,12 +103,12 @@ class LearnerGroup:
         costs = [self._cost(s.prompt_length, s.lengths, s.media_length) for s in summaries]
         deal = [shard([costs[i] for i in part], self.options.ranks) for part in parts]
         if self.options.beta > 0 and self.options.kl_in == "reward":
-            rewards -= self.options.beta * self._reference_kl(group_refs, parts, deal, rewards.shape)
+            rewards -= self.options.beta * self._reference_kl([g.group for g in groups], parts, deal, rewards.shape)
         check_rewards(rewards, valid, summaries, self.options)
         advantages = ADVANTAGES[self.options.advantage](rewards, valid)
         shards = [
             [
-                ScoredGroup(group_refs[part[j]], tuple(advantages[part[j]]), m)
+                ScoredGroup(groups[part[j]], tuple(advantages[part[j]]), m)
                 for m, (part, dealt) in enumerate(zip(parts, deal, strict=True))
                 for j in dealt[rank]
             ]

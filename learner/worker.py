@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import ray
 
 from learner.batching.packing import GroupCost
 from learner.types import LearnerOptions, WeightTransferOptions
-from rollout.types import RolloutGroup
+from rollout.types import RolloutGroup, StoredGroup
 from weight_sync.protocols import EngineHandle, TransferReport
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A reference to a RolloutGroup, and the advantages of its K completions."""
+    """A group in the object store, and the advantages of its K completions."""
 
-    group: ray.ObjectRef
+    group: StoredGroup
     advantages: tuple[float, ...]
     minibatch: int = 0
     """In which optimizer step of the update it is trained."""
@@ -111,7 +111,9 @@ class LearnerWorker:
         from learner.update import run_update
 
         start = time.perf_counter()
-        groups, media = self._fetch([s.group for s in scored])
+        groups, media = self._fetch([s.group.group for s in scored])
+        verdicts = ray.get([s.group.verdicts for s in scored], timeout=self.options.timeout)
+        groups = [replace(group, verdicts=own) for group, own in zip(groups, verdicts, strict=True)]
         return run_update(
             self._engine,
             self._adapter,

@@ -1,20 +1,20 @@
 """RewardActor: a thin Ray shell around a RewardWorker.
 
-    group_ref ──▶ score ──▶ (RolloutGroup with verdicts, GroupSummary)
+    group_ref ──▶ score ──▶ (K verdicts, GroupSummary)
 
-Two return values, so that the learner is handed a reference to the first while the driver reads only the second:
+The driver reads the summary alone. The learner is handed references to the group and to its verdicts, and joins them: a
+group crosses the object store once.
 
     actor = ray.remote(RewardActor).options(num_cpus=0.5).remote(specs, timeout=30.0)
     ray.get(actor.start.remote())
-    group_ref, summary_ref = actor.score.remote(rollout_ref)
+    verdicts_ref, summary_ref = actor.score.remote(group_ref)
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ray
 
@@ -28,20 +28,6 @@ from vlm.media.types import Media
 
 EXCERPT = 200
 """Characters of a completion without a score that go into the summary."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewardInfo:
-    """What a reward actor has done so far."""
-
-    groups: int
-    statuses: Mapping[str, int]
-    """Verdicts by status."""
-    restarts: int
-    """Times the child process was replaced after a time-out or its death."""
-    seconds: float
-    """Time spent scoring."""
-    child_pid: int
 
 
 class RewardActor:
@@ -68,9 +54,6 @@ class RewardActor:
         self._timeout = timeout
         self._trace = trace
         self._name = name
-        self._statuses: Counter[str] = Counter()
-        self._groups = 0
-        self._seconds = 0.0
 
     def __repr__(self) -> str:
         return self._name
@@ -84,24 +67,21 @@ class RewardActor:
         self._worker.start()
 
     @ray.method(num_returns=2)
-    def score(self, group: RolloutGroup | RolloutFailure) -> tuple[RolloutGroup | RolloutFailure, GroupSummary]:
-        """The group with its K verdicts, and its summary. A failure passes through."""
+    def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], GroupSummary]:
+        """The K verdicts of a group, and its summary. A failure has no verdicts."""
         if isinstance(group, RolloutFailure):
-            return group, GroupSummary.of_failure(group)
+            return (), GroupSummary.of_failure(group)
         start = time.perf_counter()
         scores = self._scores(group)
         seconds = time.perf_counter() - start
-        self._groups += 1
-        self._seconds += seconds
-        self._statuses.update(verdict.status for verdict in scores.verdicts)
-        scored = replace(group, verdicts=scores.verdicts, reward_seconds=seconds)
         invalid = [c.text for c, v in zip(group.completions, scores.verdicts, strict=True) if not v.valid]
-        excerpts = tuple(shown(text, self._trace)[:EXCERPT] for text in invalid)
-        return scored, replace(GroupSummary.of(scored), invalid_excerpts=excerpts, part_seconds=scores.seconds)
-
-    def info(self) -> RewardInfo:
-        worker = self._worker
-        return RewardInfo(self._groups, dict(self._statuses), worker.restarts, self._seconds, worker.pid)
+        summary = replace(
+            GroupSummary.of(replace(group, verdicts=scores.verdicts)),
+            reward_seconds=seconds,
+            invalid_excerpts=tuple(shown(text, self._trace)[:EXCERPT] for text in invalid),
+            part_seconds=scores.seconds,
+        )
+        return scores.verdicts, summary
 
     def shutdown(self) -> None:
         """Ends the child process; score nothing afterwards."""

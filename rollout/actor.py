@@ -1,6 +1,7 @@
-"""RolloutActor: a thin Ray shell around one engine. Generates groups, and answers failures with plain data.
+"""RolloutActor: a thin Ray shell around one engine. It generates groups, and answers failures with plain data.
 
 driver ── generate(prompt, sampling) ─▶ [media fetched] ─▶ engine ─▶ RolloutGroup | RolloutFailure ─▶ reward actor
+       └─ with Together(batch, size): the engine is paused until all `size` groups of the batch wait in its queue
 learner rank 0 ── RayEngineHandle ────▶ pause, receive, commit, resume
 
 actor = ray.remote(RolloutActor).options(max_concurrency=1000, ...).remote(name, options, load_adapter_callable)
@@ -26,8 +27,7 @@ from rollout.engines.protocol import (
     RolloutEngine,
     SamplingParams,
 )
-from rollout.environment import SingleTurn
-from rollout.types import Prompt, RolloutFailure, RolloutGroup
+from rollout.types import Prompt, RolloutFailure, RolloutGroup, Together
 from vlm.adapter import MultimodalAdapter
 from vlm.media.types import Media
 from weight_sync.verify import WeightReport
@@ -62,7 +62,7 @@ class RolloutActor:
         self._adapter: MultimodalAdapter | None = None
         self._engine: RolloutEngine | None = None
         self._started = asyncio.Lock()
-        self._ended = 0
+        self._starts: dict[str, JointStart] = {}
         self._pending: set[asyncio.Task[EngineOutput]] = set()
 
     def __repr__(self) -> str:
@@ -84,12 +84,6 @@ class RolloutActor:
             gc.collect()
             gc.freeze()
 
-    async def restart(self) -> None:
-        """Replace a dead (or any) engine by a fresh one in this process. It holds the weights on disk as version 0, and
-        has to join a new transfer group and be synchronised before it may be used."""
-        await self.shutdown()
-        await self.start()
-
     async def shutdown(self) -> None:
         """End the engine; groups that are being generated are answered as failures, since others wait for them."""
         engine, self._engine = self._engine, None
@@ -97,13 +91,6 @@ class RolloutActor:
             task.cancel()
         if engine is not None:
             await engine.shutdown()
-
-    async def info(self) -> dict[str, Any]:
-        """Where this engine runs, for people and tests."""
-        import os
-
-        context = ray.get_runtime_context()
-        return {"name": self._name, "pid": os.getpid(), "node": context.get_node_id(), "model": self._options.model}
 
     def _running(self) -> RolloutEngine:
         if self._engine is None:
@@ -113,11 +100,17 @@ class RolloutActor:
     # ------------------------------------------------------------------ generation
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, seed: int | None = None, attempt: int | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        seed: int | None = None,
+        attempt: int | None = None,
+        together: Together | None = None,
     ) -> RolloutGroup | RolloutFailure:
-        """All K completions of one prompt; `seed` overrides the one in `sampling`, `attempt` the one in `prompt.ref`.
+        """All K completions of one prompt. `seed` overrides the one in `sampling`, `attempt` the one in `prompt.ref`.
+        With `together` it starts when the other groups of its batch do.
 
-        Never raises for what can go wrong with an engine or a prompt: an exception would have to be unpickled in the
+        It never raises for what can go wrong with an engine or a prompt: an exception would have to be unpickled in the
         driver, which would import the engine for it."""
         if seed is not None:
             sampling = replace(sampling, seed=seed)
@@ -127,9 +120,10 @@ class RolloutActor:
         def failure(reason: str, *, dead: bool = False, retryable: bool = False) -> RolloutFailure:
             return RolloutFailure(prompt.ref, reason, self._name, engine_dead=dead, retryable=retryable)
 
-        start = time.perf_counter()
+        begin = time.perf_counter()
         try:
-            output = await asyncio.wait_for(self._tracked(prompt, sampling), self._group_timeout)
+            start = None if together is None else self._joint_start(together, sampling.n)
+            output = await asyncio.wait_for(self._tracked(prompt, sampling, start), self._group_timeout)
         except PromptRefusedError as error:
             return failure(str(error))
         except EngineDeadError as error:
@@ -144,9 +138,7 @@ class RolloutActor:
             return failure(f"media of {prompt.ref} could not be fetched: {error}", retryable=True)
         except Exception as error:
             return failure(f"{type(error).__name__}: {error}", retryable=True)
-        finally:
-            self._ended += 1
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begin
         return RolloutGroup(
             prompt,
             output.prompt_token_ids,
@@ -156,8 +148,22 @@ class RolloutActor:
             generate_seconds=seconds,
         )
 
-    async def _tracked(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
-        task = asyncio.ensure_future(self._generate(prompt, sampling))
+    def _joint_start(self, together: Together, n: int) -> JointStart:
+        """The start that this group takes part in; it is forgotten with the last group that arrives for it."""
+        start = self._starts.get(together.batch)
+        if start is None:
+            start = JointStart(self._running(), together.size, n, self._group_timeout)
+            self._starts[together.batch] = start
+        start.arrived += 1
+        if start.arrived == together.size:
+            del self._starts[together.batch]
+        return start
+
+    async def _tracked(self, prompt: Prompt, sampling: SamplingParams, start: JointStart | None) -> EngineOutput:
+        work = (
+            self._generate(prompt, sampling) if start is None else start.run(lambda: self._generate(prompt, sampling))
+        )
+        task = asyncio.ensure_future(work)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
         return await task
@@ -165,11 +171,11 @@ class RolloutActor:
     async def _generate(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
         media = await _fetch(prompt.media)
         generate = self._running().generate
-        output = await SingleTurn(prompt, media).run(generate, sampling)
+        output = await generate(prompt, media, sampling)
         redone: dict[int, Any] = {}
         for k, completion in enumerate(output.completions):
             if completion.finish_reason == "abort":  # cut off, by no fault of its own: the same draw once more, alone
-                again = await SingleTurn(prompt, media).run(generate, _alone(sampling, k))
+                again = await generate(prompt, media, _alone(sampling, k))
                 redone[k] = again.completions[0]
         completions = tuple(redone.get(k, c) for k, c in enumerate(output.completions))
         cut = [k for k, c in enumerate(completions) if c.finish_reason == "abort"]
@@ -205,27 +211,43 @@ class RolloutActor:
     async def resume(self) -> None:
         await self._running().resume()
 
-    async def hold(self) -> int:
-        """Pause, and return how many groups have ended here so far, for `release`."""
-        await self._running().pause()
-        return self._ended
 
-    async def release(self, groups: int, n: int, ended: int) -> None:
-        """Resume once all of `groups` groups of `n` completions, sent after `hold` said `ended`, wait in the engine's
-        queue (or were refused). Whole batches that start together are scheduled alike in every rerun, so that their
-        log-probabilities have the same bits. Raises TimeoutError."""
+class JointStart:
+    """Groups that start together: the engine stays paused until each of them waits in its queue, or has ended before.
 
-        async def all_waiting() -> None:
-            while self._running().queued() < n * (groups - (self._ended - ended)):
-                await asyncio.sleep(0.001)
+    A batch that starts whole is scheduled alike in every rerun, so that its log-probabilities have the same bits."""
 
+    def __init__(self, engine: RolloutEngine, size: int, n: int, limit: float) -> None:
+        """For `size` groups of `n` completions; the engine resumes after `limit` seconds in any case."""
+        self._engine, self._size, self._n, self._limit = engine, size, n, limit
+        self.arrived = 0
+        self._ended = 0
+        self._paused = asyncio.ensure_future(engine.pause())
+        self._resumed = asyncio.ensure_future(self._resume_when_all_wait())
+
+    async def run(self, generate: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
+        """What `generate` returns, called while the engine is paused. Raises what went wrong with the start itself too:
+        without it the group would wait in a paused engine."""
+        output, _ = await asyncio.gather(self._one(generate), asyncio.shield(self._resumed))
+        return output
+
+    async def _one(self, generate: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
         try:
-            await asyncio.wait_for(all_waiting(), self._group_timeout)
+            await asyncio.shield(self._paused)
+            return await generate()
         finally:
-            await self._running().resume()
+            self._ended += 1
 
-    async def version(self) -> int:
-        return await self._running().version()
+    async def _resume_when_all_wait(self) -> None:
+        await self._paused
+        try:
+            await asyncio.wait_for(self._all_wait(), self._limit)
+        finally:
+            await self._engine.resume()
+
+    async def _all_wait(self) -> None:
+        while self._engine.queued() < self._n * (self._size - self._ended):
+            await asyncio.sleep(0.001)
 
 
 def _alone(sampling: SamplingParams, k: int) -> SamplingParams:
@@ -254,12 +276,24 @@ async def _fetch(media: tuple[Media, ...]) -> tuple[Media, ...]:
 
 @dataclass(frozen=True)
 class RayEngineHandle:
-    """`weight_sync.protocols.EngineHandle` of a RolloutActor; travels to learner rank 0 by value."""
+    """A RolloutActor as other processes see it: what generates groups, and `weight_sync.protocols.EngineHandle`. It
+    travels by value."""
 
     name: str
     actor: Any
     """Ray's handle of the RolloutActor."""
     workers: int = 1
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling: SamplingParams,
+        seed: int | None = None,
+        attempt: int | None = None,
+        together: Together | None = None,
+    ) -> ray.ObjectRef:
+        """`RolloutActor.generate`, for a Prompt or a reference of one."""
+        return self.actor.generate.remote(prompt, sampling, seed, attempt, together)
 
     def check_health(self) -> Future[None]:
         return self.actor.check_health.remote().future()

@@ -1,7 +1,7 @@
 """What crosses processes: named, frozen, and understood without Ray, torch or an engine.
 
-    Prompt ──▶ RolloutGroup(completions) ──▶ RolloutGroup(+ verdicts) ──▶ learner
-    (DataActor)  (RolloutActor)               (RewardActor)                (LearnerWorker)
+    Prompt ──▶ RolloutGroup ──▶ Verdicts, GroupSummary ──▶ RolloutGroup with its verdicts
+    (DataActor)  (RolloutActor)   (RewardActor)              (joined in the LearnerWorker)
 
 The driver holds references to these and the small `GroupSummary`, never tokens or pixels.
 Letters used for shapes everywhere: B groups, K completions per group, T tokens.
@@ -73,6 +73,16 @@ class StoredPrompt:
     ref: PromptRef
     prompt: Any
     """Reference of the Prompt in the object store, whose `ref` is that of the first attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Groups of which an engine runs none before all of them wait in its queue."""
+
+    batch: str
+    """Names them, once in the life of an engine."""
+    size: int
+    """How many of them this engine gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +174,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The K completions of one prompt; with verdicts once they were scored."""
+    """The K completions of one prompt; the learner joins them with their verdicts."""
 
     prompt: Prompt
     prompt_token_ids: np.ndarray
@@ -177,11 +187,20 @@ class RolloutGroup:
     """Unix time of admission in the engine."""
     generate_seconds: float = 0.0
     """Wall time from admission in the engine to the last token."""
-    reward_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.verdicts is not None and len(self.verdicts) != len(self.completions):
             raise ValueError(f"{len(self.completions)} completions but {len(self.verdicts)} verdicts")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """A scored group as the driver holds it: where its contents are."""
+
+    group: Any
+    """Reference of the RolloutGroup in the object store, as its engine put it there."""
+    verdicts: Any
+    """Reference of its K verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +263,6 @@ class GroupSummary:
             oldest_version=min(c.oldest_version for c in group.completions),
             generate_started=group.generate_started,
             generate_seconds=group.generate_seconds,
-            reward_seconds=group.reward_seconds,
             engine=group.engine,
             invalid_reasons=tuple(f"{v.status}: {v.reason}" for v in verdicts if not v.valid),
             media_length=len(group.prompt_token_ids) - len(group.prompt.token_ids) + len(group.prompt.media),

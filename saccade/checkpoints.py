@@ -101,3 +101,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
+
+
+def changed_knobs(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Knobs that differ between two dumped configurations, one text each."""
+    found = []
+    for name, value in now.items():
+        before = then.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            found += changed_knobs(before, value, f"{prefix}{name}.")
+        elif before != value:
+            found.append(f"{prefix}{name} {before!r} -> {value!r}")
+    return found

@@ -19,8 +19,8 @@ from saccade.errors import RunStopped
 from saccade.finished import finished
 from saccade.observe.display import Display, SilentDisplay
 from saccade.observe.timing import Stopwatch
+from saccade.pipeline.admission import checked_lag
 from saccade.pipeline.evaluate import Results
-from saccade.pipeline.rollouts import check_staleness
 from saccade.run import Run, RunResult, open_engines, open_run
 
 
@@ -64,17 +64,16 @@ def step(run: Run, config: RunConfig) -> None:
     """One update: from prompts admitted to weights the engines sample with. Where its optimizer step was not taken, the
     weights are the same under the next version, and its prompts are in the ledger with the reason."""
     watch = Stopwatch()
-    last_batch = config.steps - 1
-    run.rollouts.admit_through(min(run.version + config.rollout.max_staleness, last_batch))
+    run.rollouts.admit(run.version)
 
     with watch.phase("rollout"):
         batch = run.rollouts.collect(run.version)
-    staleness = check_staleness(batch, run.version, config.rollout.max_staleness)
+    staleness = checked_lag(batch.summaries, run.version, config.rollout.max_staleness)
 
     with watch.phase("learn"):
         update = run.learner.update(batch.groups, batch.summaries, run.version)
     run.judge(update)
-    run.book(batch, update)
+    run.rollouts.book(batch, update.refused)
     run.version += 1
 
     with watch.phase("sync"):
@@ -89,7 +88,7 @@ def step(run: Run, config: RunConfig) -> None:
 def evaluate(config: RunConfig, *, address: str | None = None, display: Display | None = None) -> Results:
     """Evaluate `config.model.path` on `config.data.eval`, with engines and rewards but no learner."""
     with open_engines(config, address=address, display=display) as evaluator:
-        return evaluator.run(config.seed)
+        return evaluator.run()
 
 
 __all__ = ["RunConfig", "evaluate", "step", "train"]

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from learner.durable import StorageError, atomic_file
-from learner.group import LearnerGroup
 from learner.types import LearnerError, UpdateStats
 from rollout.data.elsewhere import address_problem
-from rollout.types import PromptRef
+from rollout.engines.protocol import SamplingParams
 from saccade import checkpoints
 from saccade.config.options import evaluation_sampling, require_trainable, sampling_params
 from saccade.config.run_config import RunConfig, config_tree, dump_config, require_evaluation
@@ -27,16 +26,16 @@ from saccade.finished import RunResult
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain, first_lines
 from saccade.fleet.head import HeadWatch
+from saccade.fleet.protocols import Learner
 from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
 from saccade.observe.display import Display, SilentDisplay
-from saccade.observe.metrics import MetricsLog, StepRecord, group_statistics, read_metrics
-from saccade.observe.timing import union_seconds
+from saccade.observe.metrics import MetricsLog, StepRecord, read_metrics
+from saccade.pipeline.admission import Strict
 from saccade.pipeline.difficulty import Difficulty
+from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.evaluate import Evaluator, Results
 from saccade.pipeline.health import Health
-from saccade.pipeline.ledger import Ledger
-from saccade.pipeline.reward_failures import unscored
 from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
 from saccade.preflight import Resolved, resolve
 from weight_sync.sync import sync_weights
@@ -50,8 +49,6 @@ class Run:
 
     config: RunConfig
     actors: Actors
-    learner: LearnerGroup
-    ledger: Ledger
     rollouts: RolloutPipeline
     evaluator: Evaluator | None
     log: MetricsLog
@@ -69,22 +66,16 @@ class Run:
         self.health = Health(model.dtype, model.path)
 
     @property
+    def learner(self) -> Learner:
+        return self.actors.learner
+
+    @property
     def directory(self) -> Path:
         return Path(self.config.output_dir)
 
     def sync_weights(self) -> None:
         """Send the learner's weights to every engine and commit them as the current version."""
-        sync_weights(self.learner, self.actors.handles, self.version, timeout=self.config.cluster.sync_timeout)
-
-    def book(self, batch: SealedBatch, update: UpdateStats) -> None:
-        """Enter a batch that went through an update into the ledger. A group with fewer than two scores took no part
-        in it, and one whose step was not taken was not trained: they stand there with their reasons."""
-        reasons = {ref: step.reason for step in update.refused for ref in step.prompts}
-        for summary in batch.summaries:
-            if reason := unscored(summary) or reasons.get(summary.ref):
-                self.ledger.drop(summary.ref, reason)
-            else:
-                self.ledger.train([summary.ref])
+        sync_weights(self.learner, self.actors.pool.members, self.version, timeout=self.config.cluster.sync_timeout)
 
     def judge(self, update: UpdateStats) -> None:
         """Before an update is booked: raises MismatchError where engine and learner do not compute the same."""
@@ -98,21 +89,14 @@ class Run:
 
     def record(self, batch: SealedBatch, update: UpdateStats, staleness: int, seconds: Mapping[str, float]) -> None:
         """Write down the step that just ended."""
-        record = StepRecord(
-            step=self.version,
-            version=self.version,
-            **group_statistics(batch.summaries),
-            groups_without_signal=update.groups_dropped + update.groups_flat,
-            steps_not_taken=len(update.refused),
+        record = StepRecord.of(
+            self.version,
+            batch.summaries,
+            update,
             dropped=batch.dropped,
             replaced=batch.replaced,
             staleness=staleness,
-            loss=update.loss,
-            grad_norm=update.grad_norm,
-            learning_rate=update.learning_rate,
-            learner=dict(update.metrics),
-            seconds=dict(seconds),
-            busy=_busy(batch, update),
+            seconds=seconds,
         )
         self.log.step(record)
         self.display.step(record, self.config.steps)
@@ -124,7 +108,7 @@ class Run:
         if self.evaluator is None or not due or self.version in self.evaluations:
             return
         begin = time.perf_counter()
-        results = self.evaluator.run(self.config.seed)
+        results = self.evaluator.run()
         self.evaluations[self.version] = results
         self.log.evaluation(self.version, results, time.perf_counter() - begin)
         self.display.evaluation(self.version, results)
@@ -153,9 +137,7 @@ class Run:
         self.log.flush()
         state = {
             "version": self.version,
-            "ledger": self.ledger.state(),
-            "cursor": self.actors.data_state(),
-            "difficulty": None if self.rollouts.difficulty is None else self.rollouts.difficulty.state(),
+            **self.rollouts.state(),
             "refused_in_row": self.health.refused_in_row,
             "config": config_tree(absolute(self.config)),
         }
@@ -241,45 +223,41 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
     directory = Path(config.output_dir)
     log = MetricsLog(directory, config.cluster.metrics_port, display.phase, config.steps)
     atomic_file(directory / "config.yaml", dump_config(absolute(config)))
-    ledger = Ledger()
     rollouts = RolloutPipeline(
         data=actors.data,
-        engines=actors.engines,
-        rewards=actors.rewards,
-        ledger=ledger,
-        sampling=sampling_params(config, resolved.adapter),
-        run_seed=config.seed,
+        dispatcher=_dispatcher(config, started, sampling_params(config, resolved.adapter)),
+        admission=Strict(config.rollout.max_staleness, config.steps),
         prompts_per_step=config.learner.prompts_per_step,
-        group_timeout=config.cluster.group_timeout,
-        reward_timeout=config.reward.timeout,
-        hold_while_admitting=config.rollout.max_staleness == 0,
-        max_failed_share=config.reward.max_failed_share,
         refill=round(config.algorithm.refill * config.learner.prompts_per_step),
         difficulty=None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
+        max_failed_share=config.reward.max_failed_share,
+    )
+    actors.learner.form_weight_group(actors.pool.members)
+    evaluator = open_evaluator(config, resolved, started, display) if config.data.eval else None
+    return Run(config, actors, rollouts, evaluator, log, display, started.head)
+
+
+def _dispatcher(config: RunConfig, started: Started, sampling: SamplingParams) -> Dispatcher:
+    return Dispatcher(
+        pool=started.actors.pool,
+        rewards=started.actors.rewards,
+        sampling=sampling,
+        run_seed=config.seed,
+        group_timeout=config.cluster.group_timeout,
+        reward_timeout=config.reward.timeout,
         check_stop=started.check,
     )
-    assert actors.learner is not None
-    actors.learner.form_weight_group(actors.handles)
-    evaluator = open_evaluator(config, resolved, started, display) if config.data.eval else None
-    return Run(config, actors, actors.learner, ledger, rollouts, evaluator, log, display, started.head)
 
 
 def open_evaluator(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Evaluator:
     actors = started.actors
-    prompts = actors.eval_prompts(config.evaluation.max_prompts, config.cluster.start_timeout)
+    group_by = config.data.columns.get("group")
+    prompts = actors.held_out(config.evaluation.max_prompts, group_by, config.cluster.start_timeout)
     held_out = actors.data_report().evaluation
     if held_out is not None and held_out.remark:
         display.phase(f"data.eval: {held_out.remark}")
-    return Evaluator(
-        prompts=prompts,
-        engines=actors.engines,
-        rewards=actors.rewards,
-        sampling=evaluation_sampling(config, resolved.adapter),
-        group_by=config.data.columns.get("group"),
-        timeout=config.cluster.group_timeout + 2 * config.reward.timeout,
-        report=display.phase,
-        check_stop=started.check,
-    )
+    dispatcher = _dispatcher(config, started, evaluation_sampling(config, resolved.adapter))
+    return Evaluator(prompts, dispatcher, display.phase)
 
 
 @contextmanager
@@ -306,40 +284,9 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
         run.display.phase(f"metrics.jsonl: {cut} unreadable line(s) dropped; a run was killed while writing")
     run.evaluations = {e["step"]: e["results"] for e in read_metrics(run.directory, "evaluation")}
     run.sync_weights()
-    run.actors.load_data_state(state["cursor"])
-    run.ledger = run.rollouts.ledger = Ledger.from_state(state["ledger"])
-    if run.rollouts.difficulty is not None and state["difficulty"] is not None:
-        run.rollouts.difficulty.load_state(state["difficulty"])
-    batches: dict[int, list[PromptRef]] = {}
-    for batch, ref in run.ledger.outstanding():
-        batches.setdefault(batch, []).append(ref)
-    timeout = run.config.cluster.start_timeout
-    again = {batch: run.actors.read_prompts(refs, timeout) for batch, refs in batches.items()}
-    run.rollouts.go_on_from(run.version, again)
-    if changed := _changed(state["config"], config_tree(absolute(run.config))):
+    run.rollouts.load_state(state, run.version, run.config.cluster.start_timeout)
+    if changed := checkpoints.changed_knobs(state["config"], config_tree(absolute(run.config))):
         run.display.phase("changed since the checkpoint: " + "; ".join(changed))
-
-
-def _changed(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Knobs that differ between two dumped configurations, one text each."""
-    found = []
-    for name, value in now.items():
-        before = then.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            found += _changed(before, value, f"{prefix}{name}.")
-        elif before != value:
-            found.append(f"{prefix}{name} {before!r} -> {value!r}")
-    return found
-
-
-def _busy(batch: SealedBatch, update: UpdateStats) -> dict[str, float]:
-    """Seconds of work: each engine's with a group of this batch in it, the rewards' calls, the learner's phases."""
-    spans: dict[str, list[tuple[float, float]]] = {}
-    for s in batch.summaries:
-        spans.setdefault(s.engine, []).append((s.generate_started, s.generate_started + s.generate_seconds))
-    busy = {f"generate/{engine}": union_seconds(times) for engine, times in sorted(spans.items())}
-    busy["reward"] = sum(s.reward_seconds for s in batch.summaries)
-    return busy | {f"learn/{name}": value for name, value in update.seconds.items()}
 
 
 __all__ = ["Run", "RunError", "RunResult", "open_run"]

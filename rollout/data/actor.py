@@ -116,12 +116,16 @@ class DataActor:
         self._media.forget(media for prompt in prompts for media in prompt.media)
         return [self._stored(prompt) for prompt in prompts]
 
-    def eval_prompts(self, limit: int | None = None) -> list[Prompt]:
-        """The held-out prompts, at most `limit`: the same ones in the same order at every call."""
+    def held_out(self, limit: int | None = None, group_by: str | None = None) -> list[tuple[StoredPrompt, str]]:
+        """The held-out prompts, at most `limit`: the same ones in the same order at every call. Each with what its
+        column `group_by` holds."""
         if self._eval_source is None:
             raise DataError("no held-out data: data.eval is empty")
         self._wait()
-        return [self._with_references(prompt) for prompt in self._eval_source.one_epoch(limit)]
+        return [
+            (self._stored(prompt), str(prompt.columns.get(group_by, "none")) if group_by else "all")
+            for prompt in self._eval_source.one_epoch(limit)
+        ]
 
     def state(self) -> dict[str, Any]:
         """The cursor behind the last prompt that `take` returned; what was read ahead does not count."""

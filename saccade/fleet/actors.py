@@ -16,7 +16,7 @@ from learner.group import LearnerGroup
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.data.actor import DataActor, DataActorReport
-from rollout.types import Prompt, PromptRef, StoredPrompt
+from rollout.types import StoredPrompt
 from saccade.config.options import (
     config_adapter,
     data_options,
@@ -29,62 +29,65 @@ from saccade.config.options import (
 )
 from saccade.config.run_config import RunConfig
 from saccade.errors import RunError
+from saccade.fleet.handles import RayData, RayRewards
 from saccade.fleet.placement import Placement
+from saccade.fleet.pool import EnginePool
 from saccade.fleet.reward_services import create_services
-from saccade.fleet.waiting import wait_for
+from saccade.fleet.waiting import CALL_TIMEOUT, wait_for
 from vlm.media.types import MediaKind
 
-CALL_TIMEOUT = 120.0
-"""Seconds for calls that only move bookkeeping."""
 CONCURRENT_GROUPS = 10_000
 """Calls one rollout actor may hold at once; the engine's scheduler decides how many of them run."""
 
 
 @dataclass
 class Actors:
-    """Handles of everything that runs. `learner` is None where nothing is trained."""
+    """Handles of everything that runs; their only owner."""
 
-    data: Any = None
-    engines: list[Any] = field(default_factory=list)
-    handles: list[RayEngineHandle] = field(default_factory=list)
-    rewards: list[Any] = field(default_factory=list)
+    pool: EnginePool[RayEngineHandle] = field(default_factory=EnginePool)
+    rewards: list[RayRewards] = field(default_factory=list)
     models: list[Any] = field(default_factory=list)
-    """Of reward models."""
-    learner: LearnerGroup | None = None
+    """Actors of reward models."""
+    _data: RayData | None = None
+    _learner: LearnerGroup | None = None
+    """None where nothing is trained."""
 
-    def eval_prompts(self, limit: int | None, timeout: float) -> list[Prompt]:
-        return wait_for(self.data.eval_prompts.remote(limit), timeout, "the held-out prompts (cluster.timeout)")
+    @property
+    def data(self) -> RayData:
+        assert self._data is not None, "the data actor was not created"
+        return self._data
 
-    def read_prompts(self, refs: Sequence[PromptRef], timeout: float) -> list[StoredPrompt]:
-        return wait_for(self.data.read.remote(list(refs)), timeout, "prompts in flight (cluster.timeout)")
+    @property
+    def learner(self) -> LearnerGroup:
+        assert self._learner is not None, "nothing is trained"
+        return self._learner
 
-    def data_state(self) -> dict[str, Any]:
-        return wait_for([self.data.state.remote()], CALL_TIMEOUT, "the data cursor")[0]
+    def held_out(self, limit: int | None, group_by: str | None, timeout: float) -> list[tuple[StoredPrompt, str]]:
+        """The held-out prompts, each with the name of its group."""
+        return wait_for(self.data.held_out(limit, group_by), timeout, "the held-out prompts (cluster.timeout)")
 
     def data_report(self) -> DataActorReport:
-        return wait_for([self.data.report.remote()], CALL_TIMEOUT, "the report on the data")[0]
-
-    def load_data_state(self, state: dict[str, Any]) -> None:
-        wait_for([self.data.load_state.remote(state)], CALL_TIMEOUT, "the data cursor to be set")
+        return wait_for(self.data.report(), CALL_TIMEOUT, "the report on the data")
 
     def questions(self) -> dict[str, Callable[[], ray.ObjectRef]]:
         """Every process of the run by its name for the user, and a call that it answers while it lives. For engines
-        that were started: of them the whole engine answers. The others run a built-in function: one of ours they
-        would have to import, for seconds in which they neither answer nor end."""
-        named = {f"learner rank {i}": rank for i, rank in enumerate(self.learner.ranks if self.learner else ())}
-        named |= {f"reward actor {i}": actor for i, actor in enumerate(self.rewards)}
+        that were started: the whole engine answers. The others run a built-in function: one of ours they would have to
+        import, for seconds in which they neither answer nor end."""
+        named = {f"learner rank {i}": rank for i, rank in enumerate(self._learner.ranks if self._learner else ())}
+        named |= {f"reward actor {i}": rewards.actor for i, rewards in enumerate(self.rewards)}
         named |= {f"reward model {i}": actor for i, actor in enumerate(self.models)}
-        named |= {"the data actor": self.data}
-        engines = {f"engine {handle.name}": handle.actor.check_health.remote for handle in self.handles}
+        named |= {"the data actor": self.data.actor}
+        engines = {f"engine {engine.name}": engine.actor.check_health.remote for engine in self.pool.members}
         return engines | {name: partial(actor.__ray_call__.remote, callable) for name, actor in named.items()}
 
     def shutdown(self) -> None:
         """End every process; engines and rewards are asked first, since they have children of their own."""
-        polite = [actor.shutdown.remote() for actor in [*self.engines, *self.rewards]]
+        parents = [engine.actor for engine in self.pool.members] + [rewards.actor for rewards in self.rewards]
+        polite = [actor.shutdown.remote() for actor in parents]
         ray.wait(polite, num_returns=len(polite), timeout=20.0) if polite else None
-        if self.learner is not None:
-            self.learner.shutdown()
-        for actor in [*self.engines, *self.rewards, *self.models, *([self.data] if self.data is not None else [])]:
+        if self._learner is not None:
+            self._learner.shutdown()
+        for actor in [*parents, *self.models, *([self._data.actor] if self._data is not None else [])]:
             ray.kill(actor)
 
 
@@ -102,12 +105,12 @@ def start_actors(
     actors = Actors()
     try:
         _create(actors, config, placement, media_kinds, training)
-        starting = {actors.data.start.remote(): "the data actor"}
-        starting |= {e.start.remote(): f"engine {h.name}" for e, h in zip(actors.engines, actors.handles, strict=True)}
-        starting |= {r.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
+        starting = {actors.data.actor.start.remote(): "the data actor"}
+        starting |= {engine.actor.start.remote(): f"engine {engine.name}" for engine in actors.pool.members}
+        starting |= {r.actor.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
         starting |= {m.start.remote(): "the reward model" for m in actors.models}
         with ThreadPoolExecutor(1) as pool:
-            learner = actors.learner
+            learner = actors.learner if training else None
             learning = pool.submit(learner.start, config.cluster.start_timeout) if learner is not None else None
 
             def check() -> None:
@@ -134,7 +137,7 @@ def _create(
 ) -> None:
     adapter = partial(config_adapter, config)
     held_out = data_options(config, config.data.eval, train=False) if config.data.eval else None
-    actors.data = (
+    actors._data = RayData(
         ray.remote(DataActor).options(num_cpus=0).remote(adapter, data_options(config, config.data.train), held_out)
     )
     options = engine_options(config, placement.device, media_kinds, weights_change=training)
@@ -144,27 +147,26 @@ def _create(
             max_concurrency=CONCURRENT_GROUPS, runtime_env=threads, **placement.options("rollout", i)
         )
         name = f"rollout-{i}"
-        actors.engines.append(engine.remote(name, options, adapter, group_timeout=config.cluster.group_timeout))
-        actors.handles.append(RayEngineHandle(name, actors.engines[-1], options.tensor_parallel_size))
-    services = create_services(config, placement, actors.engines, adapter)
+        actor = engine.remote(name, options, adapter, group_timeout=config.cluster.group_timeout)
+        actors.pool.add(RayEngineHandle(name, actor, options.tensor_parallel_size))
+    services = create_services(config, placement, actors.pool.members, adapter)
     actors.models = services.models
     for i in range(config.reward.actors):
         reward = ray.remote(RewardActor).options(**placement.options("reward", i))
-        actors.rewards.append(
-            reward.remote(
-                reward_specs(config),
-                timeout=config.reward.timeout,
-                services=services.by_name,
-                trace=trace_shown(config),
-                name=f"reward-{i}",
-            )
+        actor = reward.remote(
+            reward_specs(config),
+            timeout=config.reward.timeout,
+            services=services.by_name,
+            trace=trace_shown(config),
+            name=f"reward-{i}",
         )
+        actors.rewards.append(RayRewards(actor))
     if training:
         learner = config.learner
         environment = {"env_vars": learner_environment(config, placement.device)}
         places = [{**placement.options("learner", r), "runtime_env": environment} for r in range(learner.ranks)]
         options_ = learner_options(config, placement.device, media_kinds)
-        actors.learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
+        actors._learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
 
 
 def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Callable[[], None]) -> None:

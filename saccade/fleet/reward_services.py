@@ -22,6 +22,7 @@ from rollout.types import Prompt, PromptRef, RolloutFailure
 from saccade.config.options import reward_specs
 from saccade.config.run_config import RunConfig
 from saccade.fleet.placement import Placement
+from saccade.fleet.protocols import Engine
 from vlm.adapter import MultimodalAdapter
 from vlm.control import without
 
@@ -30,7 +31,7 @@ from vlm.control import without
 class EngineJudge:
     """The service `generate`: greedy answers of the run's own engines, taken in turn. Travels to reward actors."""
 
-    engines: Sequence[Any]
+    engines: Sequence[Engine]
     load_adapter: Callable[[], MultimodalAdapter]
     _adapter: MultimodalAdapter | None = None
     _next: int = 0
@@ -50,7 +51,7 @@ class EngineJudge:
         for question in questions:
             engine = self.engines[self._next % len(self.engines)]
             self._next += 1
-            pending.append(engine.generate.remote(_prompt(question, adapter), sampling))
+            pending.append(engine.generate(_prompt(question, adapter), sampling))
         groups = ray.get(pending, timeout=timeout)
         for group in groups:
             if isinstance(group, RolloutFailure):
@@ -77,7 +78,7 @@ class Services:
 
 
 def create_services(
-    config: RunConfig, placement: Placement, engines: Sequence[Any], adapter: Callable[[], MultimodalAdapter]
+    config: RunConfig, placement: Placement, engines: Sequence[Engine], adapter: Callable[[], MultimodalAdapter]
 ) -> Services:
     """Creates what the configured rewards need; the models still have to be started."""
     services = Services()

@@ -1,26 +1,28 @@
-"""Waiting for actors, with a limit and in words."""
+"""Waiting for calls of actors, with a limit and in words. A call is a `Future`, of Ray's or of a test's."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import ray
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 from saccade.errors import RunError
 
+T = TypeVar("T")
+
 POLL_SECONDS = 1.0
+CALL_TIMEOUT = 120.0
+"""Seconds for calls that only move bookkeeping."""
 
 
-def wait_for(reference: ray.ObjectRef | list[ray.ObjectRef], timeout: float, what: str) -> Any:
-    """`ray.get` with a limit that says what it waited for. Raises RunError."""
-    try:
-        return ray.get(reference, timeout=timeout)
-    except ray.exceptions.GetTimeoutError as error:
-        raise RunError(f"waited {timeout:g} s for {what}") from error
-    except ray.exceptions.RayTaskError as error:
-        raise RunError(f"while waiting for {what}: {error.cause}") from error
-    except ray.exceptions.RayError as error:
-        raise RunError(f"while waiting for {what}: {first_line(error)}") from error
+def wait_for(call: Future[T], timeout: float, what: str) -> T:
+    """The result of `call`. Raises RunError that says what it waited for, or why the call failed."""
+    wait([call], timeout)
+    if not call.done():
+        raise RunError(f"waited {timeout:g} s for {what}")
+    if (error := call.exception()) is not None:
+        cause = getattr(error, "cause", None)  # what an actor raised, without Ray's traceback of it
+        raise RunError(f"while waiting for {what}: {cause or first_line(error)}") from error
+    return call.result()
 
 
 def first_line(error: BaseException) -> str:

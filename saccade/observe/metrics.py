@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from learner.durable import StorageError, append, atomic_file, strict_json, sync_file
+from learner.types import UpdateStats
 from rollout.types import GroupSummary
 from saccade.observe.gauges import GAUGES, Gauges
+from saccade.observe.timing import union_seconds
 
 MODEL = "model"
 """Kind of the record of a saved model."""
@@ -28,7 +30,6 @@ class StepRecord:
     """What happened in one optimizer step. Seconds are wall time in the driver; busy seconds are the actors' own."""
 
     step: int
-    version: int
     """Policy version after the step."""
     reward: float
     parts: Mapping[str, float]
@@ -63,6 +64,45 @@ class StepRecord:
     """Seconds of work per kind of actor: generate (union over groups, per engine), reward (sum over calls)."""
     reward_seconds: Mapping[str, float] = field(default_factory=dict)
     """Latency: mean seconds per group by reward name."""
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        summaries: Sequence[GroupSummary],
+        update: UpdateStats,
+        *,
+        dropped: int,
+        replaced: int,
+        staleness: int,
+        seconds: Mapping[str, float],
+    ) -> StepRecord:
+        """The record of an update on these groups."""
+        return cls(
+            step=step,
+            **group_statistics(summaries),
+            groups_without_signal=update.groups_dropped + update.groups_flat,
+            steps_not_taken=len(update.refused),
+            dropped=dropped,
+            replaced=replaced,
+            staleness=staleness,
+            loss=update.loss,
+            grad_norm=update.grad_norm,
+            learning_rate=update.learning_rate,
+            learner=dict(update.metrics),
+            seconds=dict(seconds),
+            busy=_busy(summaries, update),
+        )
+
+
+def _busy(summaries: Sequence[GroupSummary], update: UpdateStats) -> dict[str, float]:
+    """Seconds of work: each engine's with a group of the batch in it, the rewards' calls, the learner's phases."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for s in summaries:
+        spans.setdefault(s.engine, []).append((s.generate_started, s.generate_started + s.generate_seconds))
+    busy = {f"generate/{engine}": union_seconds(times) for engine, times in sorted(spans.items())}
+    busy["reward"] = sum(s.reward_seconds for s in summaries)
+    return busy | {f"learn/{name}": value for name, value in update.seconds.items()}
 
 
 def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:

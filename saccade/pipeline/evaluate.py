@@ -1,93 +1,66 @@
-"""Evaluation: greedy completions of held-out prompts through the same engines and rewards as training.
+"""Evaluation: greedy completions of held-out prompts, through the same engines, rewards and retries as training.
 
 results[file][group][reward name] = mean over scored completions      (group: by data.columns.group)
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
 
-from rollout.engines.protocol import SamplingParams
-from rollout.types import GroupSummary, Prompt, draw_seed
-from saccade.errors import RunError
-from saccade.fleet.waiting import POLL_SECONDS, wait_for
+from rollout.types import GroupSummary, StoredPrompt
+from saccade.pipeline.dispatch import Dispatcher
+from saccade.pipeline.groups import GroupBuffer
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 @dataclass
 class Evaluator:
-    """Holds the held-out prompts; `run` measures the weights that the engines hold now."""
+    """Holds references of the held-out prompts; `run` measures the weights that the engines hold now."""
 
-    prompts: Sequence[Prompt]
-    engines: Sequence[Any]
-    rewards: Sequence[Any]
-    sampling: SamplingParams
-    group_by: str | None
-    timeout: float
-    """Seconds without any group finishing before the wait is an error."""
+    prompts: Sequence[tuple[StoredPrompt, str]]
+    """Each with the name of its group in the results."""
+    dispatcher: Dispatcher
     report: Callable[[str], None] = lambda text: None
     """Told what could not be scored, and why."""
-    check_stop: Callable[[], None] = lambda: None
-    """Raises RunStopped when the user asked to stop; called while waiting."""
 
-    def run(self, run_seed: int) -> Results:
-        """Means per file, group and reward, `n` the prompts counted, `failed` those without a score."""
-        summaries = []
-        pending: dict[ray.ObjectRef, Prompt] = {}
-        for i, prompt in enumerate(self.prompts):
-            seed = draw_seed(run_seed, prompt.ref.uid, prompt.ref.epoch)
-            group = self.engines[i % len(self.engines)].generate.remote(prompt, replace(self.sampling, seed=seed))
-            _, summary = self.rewards[i % len(self.rewards)].score.remote(group)
-            pending[summary] = prompt
-        deadline = time.monotonic() + self.timeout
-        while pending:
-            self.check_stop()
-            ready, _ = ray.wait(list(pending), num_returns=min(len(pending), 64), timeout=POLL_SECONDS)
-            if ready:
-                deadline = time.monotonic() + self.timeout
-            elif time.monotonic() > deadline:
-                raise RunError(f"evaluation: no group finished for {self.timeout:g} s, {len(pending)} still awaited")
-            found: list[GroupSummary] = wait_for(ready, self.timeout, "held-out groups")
-            summaries += [(pending.pop(r), s) for r, s in zip(ready, found, strict=True)]
-        self._report_failures([summary for _, summary in summaries])
-        return summarise(summaries, self.group_by)
+    def run(self) -> Results:
+        """Means per file, group and reward; `n` counts the prompts, `failed` those without a score. Raises RunError
+        when an engine died: what is left is no evaluation."""
+        dispatcher = replace(self.dispatcher, groups=GroupBuffer())
+        groups = dispatcher.groups.issue(0, [prompt for prompt, _ in self.prompts])
+        dispatcher.start(groups)
+        dispatcher.finish(groups, "held-out groups")
+        summaries = [group.summary for group in groups if group.summary is not None]
+        self._report_failures(summaries)
+        return summarise(zip((name for _, name in self.prompts), summaries, strict=True))
 
     def _report_failures(self, summaries: Sequence[GroupSummary]) -> None:
-        """Raises RunError when an engine died: what is left is no evaluation."""
-        failures = [s.failure for s in summaries if s.failure is not None]
-        for failure in failures:
-            if failure.engine_dead:
-                raise RunError(f"engine {failure.engine} died during the evaluation: {failure.reason}")
-        reasons = [f.reason for f in failures] + [r for s in summaries for r in s.invalid_reasons]
+        reasons = [s.failure.reason for s in summaries if s.failure is not None]
+        reasons += [reason for s in summaries for reason in s.invalid_reasons]
         if reasons:
             first = "; ".join(sorted(set(reasons))[:3])
             self.report(f"evaluation: {len(reasons)} completions without a score, not averaged: {first}")
 
 
-def summarise(scored: Iterable[tuple[Prompt, GroupSummary]], group_by: str | None) -> Results:
-    """Average by file and by the value of column `group_by`; failures are counted, never averaged in."""
+def summarise(scored: Iterable[tuple[str, GroupSummary]]) -> Results:
+    """Average by file and by the name that stands with each summary; failures are counted, never averaged in."""
     cells: dict[str, dict[str, list[GroupSummary]]] = {}
     scored = list(scored)
-    names = short_names({_file(prompt) for prompt, _ in scored})
-    for prompt, summary in scored:
-        file = names[_file(prompt)]
-        group = str(prompt.columns.get(group_by, "none")) if group_by else "all"
-        cells.setdefault(file, {}).setdefault(group, []).append(summary)
+    names = short_names({_file(summary) for _, summary in scored})
+    for group, summary in scored:
+        cells.setdefault(names[_file(summary)], {}).setdefault(group, []).append(summary)
     return {file: {g: _means(s) for g, s in sorted(groups.items())} for file, groups in sorted(cells.items())}
 
 
-def _file(prompt: Prompt) -> str:
+def _file(summary: GroupSummary) -> str:
     """The file in a uid `file:row`; files of one name have parts of their folders in it."""
-    return prompt.ref.uid.rpartition(":")[0]
+    return summary.ref.uid.rpartition(":")[0]
 
 
 def short_names(files: Iterable[str]) -> dict[str, str]:

@@ -39,8 +39,6 @@ HEAVY = {
         *("*/*actor.py", "learner/worker.py", "learner/group.py"),
         *(
             "saccade/fleet/*.py",
-            "saccade/pipeline/rollouts.py",
-            "saccade/pipeline/evaluate.py",
             "saccade/observe/gauges.py",
         ),
     ),
@@ -73,13 +71,13 @@ ORDERS = {
         *("actor", "model_actor", "process", "registry", "functions", "compose", "sandbox", "answers", "base"),
         "__init__",
     ),
-    "rollout": ("actor", "environment", "data", "engines", "types", "__init__"),
+    "rollout": ("actor", "data", "engines", "types", "__init__"),
     "vlm": (
         *("tiny", "families", "publish", "media_cost", "adapter", "image_tokens", "features", "tower_end", "parts"),
         *("encoding", "media", "roles", "ends", "control", "batch", "user_code", "import_path", "errors", "__init__"),
     ),
 }
-SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "pipeline", "fleet", "observe")
+SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "fleet", "observe")
 """Of `saccade`, what may have Ray loaded."""
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
@@ -211,7 +209,7 @@ def uphill(path: PurePosixPath, source: str) -> list[str]:
             "vlm/adapter.py:3 imports saccade.config.run_config",
         ),
         ("rollout/data/source.py", "import ray", "imports ray, which belongs only in"),
-        ("rollout/environment.py", "async def f():\n    from ray.util import metrics", ":2 imports ray"),
+        ("rollout/engines/simulated_engine.py", "async def f():\n    from ray.util import metrics", ":2 imports ray"),
         ("rollout/engines/protocol.py", "from vllm import AsyncLLM", "imports vllm, which belongs only in"),
         ("saccade/loop.py", "import vllm", "imports vllm, which belongs only in"),
         ("saccade/loop.py", "__import__('deepspeed')", "imports deepspeed, which belongs only in"),
@@ -270,7 +268,7 @@ def test_imports_follow_the_rules() -> None:
     ("path", "source", "expected"),
     [
         ("saccade/config/options.py", "from saccade.fleet.placement import Placement", "stands above config"),
-        ("saccade/fleet/actors.py", "def f():\n    from saccade.pipeline import ledger", ":2 imports saccade.pipeline"),
+        ("saccade/fleet/actors.py", "def f():\n    from saccade.pipeline import groups", ":2 imports saccade.pipeline"),
         ("learner/types.py", "from learner.batching.packing import shard", "stands above types"),
         ("saccade/run.py", "from saccade import train", "imports saccade.train, which stands above run"),
     ],

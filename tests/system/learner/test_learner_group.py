@@ -18,7 +18,7 @@ from learner.engines.torch_engine import TorchEngine
 from learner.group import LearnerGroup
 from learner.types import LearnerError, LearnerTimeoutError, NothingToLearnError
 from learner.update import reference_kl, run_update
-from rollout.types import GroupSummary, RolloutGroup
+from rollout.types import GroupSummary, RolloutGroup, StoredGroup
 from tests.helpers.learner_cases import adapter_of, expected_update, make_case, make_group, mixed_case, options
 
 PLACES = [{"num_cpus": 0}, {"num_cpus": 0}]
@@ -32,13 +32,14 @@ def learner(local_ray: ModuleType, tiny_model: Path) -> Iterator[LearnerGroup]:
     group.shutdown()
 
 
-def store(ray: ModuleType, groups: list[RolloutGroup]) -> tuple[list[Any], list[GroupSummary]]:
-    """As rollouts store them: media apart, carried by reference."""
-    refs = []
+def store(ray: ModuleType, groups: list[RolloutGroup]) -> tuple[list[StoredGroup], list[GroupSummary]]:
+    """As engines and rewards store them: media and verdicts apart, carried by reference."""
+    stored = []
     for group in groups:
         media = tuple(replace(m, data=ray.put(m.data)) for m in group.prompt.media)
-        refs.append(ray.put(replace(group, prompt=replace(group.prompt, media=media))))
-    return refs, [GroupSummary.of(group) for group in groups]
+        generated = replace(group, prompt=replace(group.prompt, media=media), verdicts=None)
+        stored.append(StoredGroup(ray.put(generated), ray.put(group.verdicts)))
+    return stored, [GroupSummary.of(group) for group in groups]
 
 
 def test_an_update_by_reference_is_the_update_of_the_reference_engine(
@@ -50,7 +51,7 @@ def test_an_update_by_reference_is_the_update_of_the_reference_engine(
     useless = make_group(adapter_of(tiny_model), 9, scores=[1.0, None, None, None])
     refs, summaries = store(local_ray, [useless, *case.groups])
     expected_scores = expected_update(tiny_model, case, chosen).logprobs
-    for ours, theirs in zip(learner.score(refs[1:]), expected_scores, strict=True):
+    for ours, theirs in zip(learner.score([stored.group for stored in refs[1:]]), expected_scores, strict=True):
         for values, exact in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(values, exact.numpy(), atol=3e-5)
     order = [3, 0, 4, 1, 2]  # as they happened to finish

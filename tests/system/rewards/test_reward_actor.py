@@ -47,12 +47,8 @@ def test_scoring_is_chained_on_a_rollout_and_survives_its_rewards(local_ray: Mod
     assert exited.invalid_excerpts == ("exit", "b") and first.invalid_excerpts == ()
     assert first.part_seconds.keys() == {"format", "mine:length"} and min(first.part_seconds.values()) > 0
 
-    group = ray.get(pairs[0][0], timeout=PATIENCE)
-    assert [v.score for v in group.verdicts] == [2.0, 4.0]
-    assert group.completions[1].text == "abc" and group.reward_seconds > 0
-
-    info = ray.get(actor.info.remote(), timeout=PATIENCE)
-    assert (info.groups, info.statuses, info.restarts) == (4, {"scored": 4, "timeout": 2, "error": 2}, 2)
+    verdicts = ray.get(pairs[0][0], timeout=PATIENCE)
+    assert [v.score for v in verdicts] == [2.0, 4.0] and first.reward_seconds > 0
     ray.kill(actor)
 
 
@@ -64,13 +60,12 @@ def test_failures_pass_images_arrive_and_the_child_dies_with_its_actor(
     actor = start_actor(ray, names)
 
     failure = RolloutFailure(PromptRef("rows:1"), "too long", "rollout-0")
-    passed, summary = ray.get(actor.score.remote(failure), timeout=PATIENCE)
-    assert passed == failure and summary.failure == failure and summary.oldest_version == -1
+    verdicts, summary = ray.get(actor.score.remote(failure), timeout=PATIENCE)
+    assert verdicts == () and summary.failure == failure and summary.oldest_version == -1
 
     image = Media("image", "0" * 64, ray.put(b"encoded"))
-    group, summary = ray.get(actor.score.remote(make_group("a", "b", media=(image,))), timeout=PATIENCE)
+    _, summary = ray.get(actor.score.remote(make_group("a", "b", media=(image,))), timeout=PATIENCE)
     assert summary.rewards == (8.0, 9.0)  # 7 bytes, and 1 or 2 tokens
-    assert isinstance(group.prompt.media[0].data, ray.ObjectRef), "the group itself must not carry the bytes"
 
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)

@@ -153,14 +153,16 @@ def test_read_puts_the_media_again(make: Callable[..., Any], local_ray: ModuleTy
 def test_eval_prompts_are_the_same_at_every_call(make: Callable[..., Any], options: DataOptions) -> None:
     actor = make(options, options)
     actor.take(2)
-    prompts = actor.eval_prompts(7)
+    prompts = contents([prompt for prompt, _ in actor.held_out(7)])
     assert identity(prompts) == identity(list(PromptSource(options, fake_adapter()).one_epoch(7)))
-    assert identity(actor.eval_prompts(7)) == identity(prompts)
-    assert len(actor.eval_prompts()) == 19
+    assert identity(contents([prompt for prompt, _ in actor.held_out(7)])) == identity(prompts)
+    assert {name for _, name in actor.held_out(7)} == {"all"}
+    assert {name for _, name in actor.held_out(7, "kind")} == {"none"}
+    assert len(actor.held_out()) == 19
     assert actor.report().media_puts == 4
     assert actor.report().evaluation.refused == {"no answer": 1}
     with pytest.raises(DataError, match="no held-out data"):
-        make(options).eval_prompts()
+        make(options).held_out()
 
 
 def test_too_many_refused_rows_stop_every_take_and_lose_nothing(make: Callable[..., Any], tmp_path: Path) -> None:

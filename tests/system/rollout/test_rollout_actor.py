@@ -73,7 +73,8 @@ def test_synchronisation_death_and_restart(
     with pytest.raises(WeightSyncError, match="at b while pausing: b: EngineDeadError"):
         sync_weights(learner, handles, 4, timeout=20.0)
 
-    local_ray.get(mortal.actor.restart.remote(), timeout=30)
+    local_ray.get(mortal.actor.shutdown.remote(), timeout=30)
+    local_ray.get(mortal.actor.start.remote(), timeout=30)
     learner.form_weight_group(handles)
     sync_weights(learner, handles, 4, timeout=20.0)
     third = local_ray.get(mortal.actor.generate.remote(prompt, SAMPLING), timeout=30)
@@ -84,4 +85,5 @@ def test_synchronisation_death_and_restart(
         sync_weights(learner, handles, 5, timeout=20.0)
     learner.form_weight_group([alive])
     sync_weights(learner, [alive], 5, timeout=20.0)
-    assert local_ray.get(alive.actor.version.remote(), timeout=20) == 5
+    last = local_ray.get(alive.actor.generate.remote(prompt, SAMPLING), timeout=30)
+    assert isinstance(last, RolloutGroup) and {c.oldest_version for c in last.completions} == {5}

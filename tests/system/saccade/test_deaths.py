@@ -17,6 +17,7 @@ from rollout.engines.protocol import EngineDeadError
 from saccade.errors import RunError
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain, find_dead
+from saccade.fleet.handles import RayData, RayRewards
 from tests.helpers.learner_cases import options
 from tests.unit.saccade.test_deaths import GLOO, HEAD
 from weight_sync.verify import WeightSyncError
@@ -97,7 +98,7 @@ def test_who_is_asked_whether_it_lives_imports_nothing_of_ours_for_it(local_ray)
             return {name.split(".")[0] for name in sys.modules}
 
     actor = local_ray.remote(Bare).options(num_cpus=0).remote()
-    assert find_dead(Actors(data=actor, rewards=[actor]).questions(), 60.0) == {}
+    assert find_dead(Actors(rewards=[RayRewards(actor)], _data=RayData(actor)).questions(), 60.0) == {}
     assert not local_ray.get(actor.modules.remote()) & {"saccade", "learner", "rollout", "torch", "transformers"}
     local_ray.kill(actor)
 

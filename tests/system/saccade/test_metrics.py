@@ -22,7 +22,6 @@ EXPECTED |= {"truncated_share": 0.25, "groups_without_signal": 1.0, "invalid_sha
 def record(step: int) -> StepRecord:
     return StepRecord(
         step=step,
-        version=step,
         reward=0.5,
         parts={"accuracy": 0.25},
         groups=2,

@@ -9,11 +9,9 @@ import pytest
 
 from rewards.actor import RewardActor
 from rewards.registry import RewardSpec
-from rollout.engines.protocol import SamplingParams
 from saccade.errors import RunError
-from saccade.pipeline.ledger import Ledger
-from saccade.pipeline.rollouts import RolloutPipeline
-from tests.system.saccade.test_driver_rollouts import ScriptedData, ScriptedEngine
+from saccade.fleet.handles import RayRewards
+from tests.helpers.fake_fleet import make_pipeline
 
 
 def test_the_batch_of_a_broken_reward_is_not_sealed(local_ray: ModuleType, tmp_path: Path) -> None:
@@ -26,19 +24,15 @@ def test_the_batch_of_a_broken_reward_is_not_sealed(local_ray: ModuleType, tmp_p
         "    return [1.0 for _ in completions]\n\n"
         "mine.calls = 0\n"
     )
-    rewards = ray.remote(RewardActor).options(num_cpus=0).remote([RewardSpec(f"{tmp_path}/mine.py:mine")], 60.0)
-    data, engine = (ray.remote(c).options(num_cpus=0).remote() for c in (ScriptedData, ScriptedEngine))
-    options = {"prompts_per_step": 3, "max_attempts": 1, "group_timeout": 60.0, "reward_timeout": 60.0}
+    actor = ray.remote(RewardActor).options(num_cpus=0).remote([RewardSpec(f"{tmp_path}/mine.py:mine")], 60.0)
     for share, passes in ((0.7, True), (0.6, False)):  # two of three groups fail
-        ray.get([rewards.start.remote(), data.load.remote(), engine.load.remote({})])
-        run = RolloutPipeline(
-            data, [engine], [rewards], Ledger(), SamplingParams(n=2), 0, max_failed_share=share, **options
-        )  # type: ignore[arg-type]
-        run.admit_through(0)
+        ray.get(actor.start.remote())
+        run = make_pipeline(max_failed_share=share)
+        run.dispatcher.rewards = [RayRewards(actor)]
+        run.admit(0)
         if passes:
             assert [s.valid for s in run.collect(0).summaries] == [(True, True), (False, False), (False, False)]
             continue
         with pytest.raises(RunError, match=r"6 of 6 completions(.|\n)*6 x error: .*ValueError: call 1"):
             run.collect(0)
-    for actor in (rewards, data, engine):
-        ray.kill(actor)
+    ray.kill(actor)

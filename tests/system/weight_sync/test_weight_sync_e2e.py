@@ -7,6 +7,7 @@ communicator and its streams (tests/helpers/nccl_over_gloo).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.engines.protocol import EngineOptions, SamplingParams
-from rollout.types import GroupSummary, Prompt, RolloutFailure, RolloutGroup, Verdict
+from rollout.types import GroupSummary, Prompt, RolloutFailure, RolloutGroup, StoredGroup, Verdict
 from saccade.commands.parity import TOLERANCES
 from tests.conftest import REPOSITORY
 from tests.contracts.engine_contract import image_media, make_prompt, reference_logprobs, segment
@@ -157,7 +158,8 @@ def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Pa
     groups = [g for handle in handles for g in cluster.generate(handle)]
     for version in range(3):
         batch = [scored(group, rng) for group in groups]
-        learner.update([ray.put(g) for g in batch], [GroupSummary.of(g) for g in batch], version)
+        stored = [StoredGroup(ray.put(g), ray.put(g.verdicts)) for g in batch]
+        learner.update(stored, [GroupSummary.of(g) for g in batch], version)
         sync_weights(learner, handles, version + 1, timeout=CALL_TIMEOUT)
         model = cluster.model(tmp_path / str(version + 1))
         assert cluster.difference(groups, model) > 1e-3, "the update changed nothing: the next check would be empty"
@@ -200,6 +202,6 @@ def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path:
 
 
 def _engine_core(ray: ModuleType, handle: RayEngineHandle) -> psutil.Process:
-    info: dict[str, Any] = ray.get(handle.actor.info.remote(), timeout=CALL_TIMEOUT)
-    (core,) = [c for c in psutil.Process(info["pid"]).children(recursive=True) if "EngineCore" in c.name()]
+    pid: int = ray.get(handle.actor.__ray_call__.remote(lambda actor: os.getpid()), timeout=CALL_TIMEOUT)
+    (core,) = [c for c in psutil.Process(pid).children(recursive=True) if "EngineCore" in c.name()]
     return core

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import pytest
 from rollout.actor import RolloutActor
 from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
 from rollout.engines.simulated_engine import Behavior, SimulatedEngine
-from rollout.environment import SingleTurn
-from rollout.types import Completion, Prompt, RolloutFailure, Segment
+from rollout.types import Completion, Prompt, RolloutFailure, RolloutGroup, Segment, Together
 from tests.contracts.engine_contract import make_prompt
 from vlm.adapter import MultimodalAdapter
 from vlm.families.registry import load_adapter
@@ -150,12 +149,72 @@ def test_an_actor_that_was_not_started_answers_too(adapter: MultimodalAdapter) -
     assert isinstance(failure, RolloutFailure) and failure.engine_dead and "not running" in failure.reason
 
 
-def test_single_turn_asks_once(adapter: MultimodalAdapter) -> None:
-    output = EngineOutput(np.zeros(2, np.int32), (completion("stop", 1),))
-    engine = Scripted(lambda sampling: output)
-    prompt = make_prompt(adapter, "?")
-    assert asyncio.run(SingleTurn(prompt, ()).run(engine.generate, SAMPLING)) is output
-    assert engine.asked == [SAMPLING]
+class Queue(Scripted):
+    """Keeps a journal, and answers only while it is not paused; `fail` names a call that raises."""
+
+    def __init__(self, fail: str = "") -> None:
+        super().__init__(lambda sampling: EngineOutput(np.zeros(2, np.int32), (completion("stop", 1),) * sampling.n))
+        self.fail, self.journal, self.waiting = fail, [], 0
+        self.running = asyncio.Event()
+        self.running.set()
+
+    async def _note(self, call: str) -> None:
+        self.journal.append(call)
+        await asyncio.sleep(0)
+        if call == self.fail:
+            raise EngineDeadError(f"gone at {call}")
+
+    async def pause(self) -> None:
+        await self._note("pause")
+        self.running.clear()
+
+    async def resume(self) -> None:
+        await self._note(f"resume with {self.waiting}")
+        self.running.set()
+
+    def queued(self) -> int:
+        return self.waiting
+
+    async def generate(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
+        if prompt.text == "refused":
+            raise PromptRefusedError("too long")
+        self.waiting += sampling.n
+        await self.running.wait()
+        self.waiting -= sampling.n
+        return self.answer(sampling)
+
+
+def ask_together(adapter: MultimodalAdapter, engine: Any, texts: Sequence[str], size: int, timeout: float) -> list[Any]:
+    async def play() -> list[Any]:
+        actor = RolloutActor("e", OPTIONS, lambda: adapter, group_timeout=timeout, engine=lambda *given: engine)
+        await actor.start()
+        calls = []
+        for text in texts:
+            prompt = replace(make_prompt(adapter, "?"), text=text)
+            calls.append(asyncio.create_task(actor.generate(prompt, SAMPLING, together=Together("0", size))))
+            await asyncio.sleep(0.01)
+        answers = await asyncio.gather(*calls)
+        assert size != len(texts) or not actor._starts
+        return answers
+
+    return asyncio.run(play())
+
+
+def test_groups_that_start_together_run_when_all_wait_or_were_refused(adapter: MultimodalAdapter) -> None:
+    engine = Queue()
+    answers = ask_together(adapter, engine, ["a", "refused", "b"], 3, 5.0)
+    assert [type(a) for a in answers] == [RolloutGroup, RolloutFailure, RolloutGroup]
+    assert engine.journal == ["pause", "resume with 6"]
+
+
+def test_a_joint_start_that_misses_a_group_or_fails_is_the_failure_of_its_groups(adapter: MultimodalAdapter) -> None:
+    engine = Queue()
+    answers = ask_together(adapter, engine, ["a", "b"], 3, 0.1)
+    assert all(isinstance(a, RolloutFailure) and a.retryable for a in answers)
+    assert engine.journal[0] == "pause" and engine.running.is_set(), "the engine must not stay paused"
+    for call in ("pause", "resume with 6"):
+        answers = ask_together(adapter, Queue(fail=call), ["a", "b"], 2, 5.0)
+        assert all(isinstance(a, RolloutFailure) and a.engine_dead and call in a.reason for a in answers)
 
 
 # ---------------------------------------------------------------------------------------------------- in Ray

@@ -21,7 +21,7 @@ from learner.durable import StorageError, clear_leftovers, seal
 from learner.types import NotFiniteError, RefusedStep, UpdateStats
 from rollout.data.actor import DataActorReport
 from rollout.data.source import DataReport, Refusal
-from rollout.types import GroupSummary, PromptRef
+from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade import checkpoints
 from saccade.config.run_config import ConfigError, parse_config
 from saccade.demo.demo import prepare_folder
@@ -30,9 +30,9 @@ from saccade.finished import finished
 from saccade.fleet import run_folder
 from saccade.loop import step as one_step
 from saccade.loop import train
-from saccade.pipeline.ledger import Ledger
 from saccade.pipeline.rollouts import SealedBatch
 from saccade.run import Run, RunResult
+from tests.helpers.fake_fleet import make_pipeline
 
 
 def write_learner(path):
@@ -95,10 +95,11 @@ def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
         config=parse_config(
             {"output_dir": str(tmp_path), "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}}
         ),
-        actors=SimpleNamespace(data_state=dict, data_report=lambda: DataActorReport(report, None, 0, 0)),
-        learner=SimpleNamespace(save_checkpoint=write_learner),
-        ledger=Ledger(),
-        rollouts=SimpleNamespace(difficulty=None),
+        actors=SimpleNamespace(
+            data_report=lambda: DataActorReport(report, None, 0, 0),
+            learner=SimpleNamespace(save_checkpoint=write_learner),
+        ),
+        rollouts=make_pipeline(),
         evaluator=None,
         log=SimpleNamespace(flush=lambda: None),
         display=SimpleNamespace(phase=said.append),
@@ -188,10 +189,11 @@ def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_
                 "checkpoint": {"every": 3},
             }
         ),
-        actors=SimpleNamespace(data_state=dict, data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0)),
-        learner=SimpleNamespace(save_checkpoint=save_learner),
-        ledger=Ledger(),
-        rollouts=SimpleNamespace(difficulty=None),
+        actors=SimpleNamespace(
+            data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0),
+            learner=SimpleNamespace(save_checkpoint=save_learner),
+        ),
+        rollouts=make_pipeline(),
         evaluator=None,
         log=SimpleNamespace(flush=lambda: None),
         display=SimpleNamespace(phase=said.append),
@@ -292,11 +294,14 @@ def run_of(directory, summaries, stats):
     """A run whose every batch has these summaries, and whose every update these figures; and what it says."""
 
     def collect(version):
-        for summary in summaries:
-            run.ledger.issue(summary.ref, version)
+        for group in run.rollouts.groups.issue(version, [StoredPrompt(s.ref, None) for s in summaries]):
+            run.rollouts.groups.score(group)
+        run.rollouts.groups.seal(version)
         batch = [replace(s, oldest_version=version) for s in summaries]
         return SealedBatch((), tuple(batch), 0)
 
+    rollouts = make_pipeline()
+    rollouts.admit, rollouts.collect = lambda version: 0, collect
     said: list[str] = []
     run = Run(
         config=parse_config(
@@ -308,10 +313,11 @@ def run_of(directory, summaries, stats):
                 "learner": {"prompts_per_step": 2},
             }
         ),
-        actors=SimpleNamespace(data_state=dict, data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0)),
-        learner=SimpleNamespace(save_checkpoint=write_learner, update=lambda *given: stats),
-        ledger=Ledger(),
-        rollouts=SimpleNamespace(difficulty=None, admit_through=lambda batch: None, collect=collect),
+        actors=SimpleNamespace(
+            data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0),
+            learner=SimpleNamespace(save_checkpoint=write_learner, update=lambda *given: stats),
+        ),
+        rollouts=rollouts,
         evaluator=None,
         log=SimpleNamespace(flush=lambda: None),
         display=SimpleNamespace(phase=said.append, step=lambda record, total: None),
@@ -332,9 +338,9 @@ def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_ste
     run.log.step = recorded.append
     run.sync_weights = lambda: synced.append(run.version)
     one_step(run, run.config)
-    assert (run.version, synced, run.ledger.trained, run.ledger.outstanding()) == (1, [1], 1, [])
+    assert (run.version, synced, run.rollouts.groups.trained, run.rollouts.groups.outstanding()) == (1, [1], 1, [])
     reason = "its optimizer step was not taken: kl not finite"
-    assert run.ledger.dropped == {reason: 1, "fewer than two scores: timeout: 9 s": 1}
+    assert run.rollouts.groups.dropped == {reason: 1, "fewer than two scores: timeout: 9 s": 1}
     assert recorded[0].steps_not_taken == 1 and "step 1: the gradient is not finite" in said[0]
     one_step(run, run.config)
     with pytest.raises(NotFiniteError, match="3 optimizer steps in a row"):
@@ -353,7 +359,7 @@ def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp
     run, said = run_of(tmp_path, summaries, stats)
     with pytest.raises(MismatchError, match=r"differ by 2 on average"):
         one_step(run, run.config)
-    assert (run.version, run.ledger.trained, len(run.ledger.outstanding())) == (0, 0, 2)
+    assert (run.version, run.rollouts.groups.trained, len(run.rollouts.groups.outstanding())) == (0, 0, 2)
     error = MismatchError("they differ")
     run.actors.questions, run.head = dict, SimpleNamespace(gone=lambda: False)
     assert run.checkpoint_after(error) is error and checkpoints.found(tmp_path / "checkpoints") == []

@@ -1,0 +1,149 @@
+"""A fleet without Ray: engines, rewards, data and a learner that answer at once, as a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rollout.engines.protocol import SamplingParams
+from rollout.types import (
+    Completion,
+    GroupSummary,
+    Prompt,
+    PromptRef,
+    RolloutFailure,
+    RolloutGroup,
+    Segment,
+    StoredPrompt,
+    Together,
+    Verdict,
+)
+from saccade.fleet.pool import EnginePool
+from saccade.pipeline.admission import Strict
+from saccade.pipeline.dispatch import Dispatcher
+from saccade.pipeline.rollouts import RolloutPipeline
+
+T = TypeVar("T")
+
+Script = Mapping[int, Sequence[Mapping[str, Any]]]
+"""By row: the failure of attempt 0, of attempt 1, ..."""
+
+
+def done(value: T) -> Future[T]:
+    call: Future[T] = Future()
+    call.set_result(value)
+    return call
+
+
+def prompt(row: int) -> Prompt:
+    return Prompt(PromptRef(f"d:{row}", 0, 0, row), "p", np.zeros(2, np.int32), expanded_length=2)
+
+
+def stored(row: int) -> StoredPrompt:
+    return StoredPrompt(prompt(row).ref, prompt(row))
+
+
+@dataclass
+class FakeData:
+    """Rows 0, 1, 2, ..."""
+
+    row: int = 0
+
+    def take(self, n: int) -> Future[list[StoredPrompt]]:
+        self.row += n
+        return done([stored(row) for row in range(self.row - n, self.row)])
+
+    def read(self, refs: Sequence[PromptRef]) -> Future[list[StoredPrompt]]:
+        return done([StoredPrompt(ref, prompt(ref.row)) for ref in refs])
+
+    def state(self) -> Future[dict[str, Any]]:
+        return done({"row": self.row})
+
+    def load_state(self, state: Mapping[str, Any]) -> Future[None]:
+        self.row = state["row"]
+        return done(None)
+
+
+@dataclass
+class FakeEngine:
+    """Fails as its script says; its groups are of `version`."""
+
+    script: Script = field(default_factory=dict)
+    name: str = "rollout-0"
+    version: int = 0
+    asked: list[tuple[int, int, int | None, Together | None]] = field(default_factory=list)
+    """Row, attempt, seed and company of each group, in the order of the calls."""
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        seed: int | None = None,
+        attempt: int | None = None,
+        together: Together | None = None,
+    ) -> RolloutGroup | RolloutFailure:
+        prompt = replace(prompt, ref=replace(prompt.ref, attempt=attempt or 0))
+        self.asked.append((prompt.ref.row, prompt.ref.attempt, seed, together))
+        failures = self.script.get(prompt.ref.row, ())
+        if prompt.ref.attempt < len(failures):
+            return RolloutFailure(prompt.ref, engine=self.name, **failures[prompt.ref.attempt])
+        segment = Segment(np.zeros(1, np.int32), np.zeros(1, np.float32), np.full(1, self.version, np.int32))
+        completions = tuple(Completion((segment,), "x", "stop", seed=k) for k in range(sampling.n))
+        return RolloutGroup(prompt, prompt.token_ids, completions, engine=self.name)
+
+    def seeds(self, row: int) -> list[int | None]:
+        return [seed for asked, _, seed, _ in self.asked if asked == row]
+
+
+@dataclass
+class FakeRewards:
+    """Scores 0, 1, ...; all 1 for the rows that are flat, and none in time for those that are slow."""
+
+    flat: Collection[int] = ()
+    slow: Collection[int] = ()
+    lost: bool = False
+    """Whether its actor is dead."""
+
+    def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], Future[GroupSummary]]:
+        if self.lost:
+            call: Future[GroupSummary] = Future()
+            call.set_exception(RuntimeError("\nThe actor died."))
+            return (), call
+        if isinstance(group, RolloutFailure):
+            return (), done(GroupSummary.of_failure(group))
+        row, count = group.prompt.ref.row, len(group.completions)
+        verdicts = tuple(Verdict.scored(1.0 if row in self.flat else float(k)) for k in range(count))
+        if row in self.slow:
+            verdicts = (Verdict("timeout", reason="no score in 60 s"),) * count
+        return verdicts, done(GroupSummary.of(replace(group, verdicts=verdicts)))
+
+
+def make_dispatcher(engines: Sequence[Any], rewards: Sequence[Any], **changes: Any) -> Dispatcher:
+    defaults: dict[str, Any] = {
+        "sampling": SamplingParams(n=2),
+        "run_seed": 5,
+        "max_attempts": 2,
+        "group_timeout": 60.0,
+        "reward_timeout": 60.0,
+    }
+    return Dispatcher(EnginePool(engines), rewards, **{**defaults, **changes})
+
+
+def make_pipeline(
+    script: Script | None = None,
+    flat: Collection[int] = (),
+    slow: Collection[int] = (),
+    *,
+    staleness: int = 0,
+    batches: int = 99,
+    dispatcher: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> RolloutPipeline:
+    """Three prompts a step through one engine, with one further attempt."""
+    made = make_dispatcher([FakeEngine(script or {})], [FakeRewards(flat, slow)], **(dispatcher or {}))
+    given = {"prompts_per_step": 3, **changes}
+    return RolloutPipeline(FakeData(), made, Strict(staleness, batches), **given)

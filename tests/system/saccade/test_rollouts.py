@@ -1,0 +1,85 @@
+"""The pipeline over real Ray actors: references go from actor to actor, and a lost actor is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rollout.actor import RayEngineHandle
+from rollout.types import GroupSummary, RolloutFailure, RolloutGroup, StoredPrompt, Verdict
+from saccade.errors import RunError
+from saccade.fleet.handles import RayData, RayRewards
+from saccade.fleet.waiting import wait_for
+from saccade.pipeline.admission import Strict
+from saccade.pipeline.rollouts import RolloutPipeline
+from tests.helpers.fake_fleet import FakeData, FakeEngine, FakeRewards, make_dispatcher
+
+BYTES = 300_000
+"""Of a group's ids: too large to travel in Ray's messages, so that it lies in the object store."""
+
+
+class Data:
+    """FakeData as an actor: Ray makes the futures."""
+
+    def __init__(self) -> None:
+        self.fake = FakeData()
+
+    def take(self, n: int) -> list[StoredPrompt]:
+        return self.fake.take(n).result()
+
+
+class Engine(FakeEngine):
+    def generate(self, *given: object) -> RolloutGroup | RolloutFailure:
+        answer = super().generate(*given)  # type: ignore[arg-type]
+        if isinstance(answer, RolloutGroup):
+            object.__setattr__(answer, "prompt_token_ids", answer.prompt_token_ids.repeat(BYTES // 8))
+        return answer
+
+
+class Rewards:
+    def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], GroupSummary]:
+        verdicts, summary = FakeRewards().score(group)
+        return verdicts, summary.result()
+
+
+@pytest.fixture
+def fleet(local_ray) -> Iterator[tuple]:
+    """A data actor, an engine that fails once for row 1, and a reward actor."""
+    rewards = type("RewardActor", (Rewards,), {"score": local_ray.method(num_returns=2)(Rewards.score)})
+    slow = {"reason": "no answer in time", "retryable": True}
+    made = [local_ray.remote(c).options(num_cpus=0) for c in (Data, Engine, rewards)]
+    actors = made[0].remote(), made[1].remote({1: [slow]}), made[2].remote()
+    yield actors
+    for actor in actors:
+        local_ray.kill(actor)
+
+
+def make_run(fleet: tuple) -> RolloutPipeline:
+    data, engine, rewards = fleet
+    dispatcher = make_dispatcher([RayEngineHandle("rollout-0", engine)], [RayRewards(rewards)])
+    return RolloutPipeline(RayData(data), dispatcher, Strict(1, 9), prompts_per_step=3)
+
+
+def test_a_batch_is_generated_scored_retried_and_sealed_by_reference(local_ray, fleet):
+    run = make_run(fleet)
+    assert run.admit(0) == 6
+    first, second = run.collect(0), run.collect(1)
+    assert [s.ref.row for b in (first, second) for s in b.summaries] == [0, 1, 2, 3, 4, 5]
+    assert [s.ref.attempt for s in first.summaries] == [0, 1, 0] and first.summaries[0].rewards == (0.0, 1.0)
+    group = local_ray.get(first.groups[2].group)
+    assert group.prompt.ref.row == 2 and group.verdicts is None, "the group is the one that its engine stored"
+    assert [v.score for v in local_ray.get(first.groups[2].verdicts)] == [0.0, 1.0]
+
+
+def test_what_an_actor_raised_is_said_in_its_own_words(fleet):
+    with pytest.raises(RunError, match=r"^while waiting for prompts: (can only|unsupported operand)"):
+        wait_for(RayData(fleet[0]).take("x"), 60.0, "prompts")  # type: ignore[arg-type]
+
+
+def test_a_lost_reward_actor_is_named_not_awaited_forever(local_ray, fleet):
+    run = make_run(fleet)
+    local_ray.kill(fleet[2])
+    run.admit(0)
+    with pytest.raises(RunError, match="lost with its actor"):
+        run.collect(0)
