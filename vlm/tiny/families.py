@@ -161,7 +161,7 @@ def smolvlm(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 
 
 def aria(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """A mixture of experts; eight tokens an image, which is always padded to 490 x 490 pixels."""
+    """A mixture of experts; eight tokens an image, which is always padded to 490 x 490 pixels, in 14 x 14 patches."""
     template = chat_template("<|img|>")
     tokenizer = chat_tokenizer(words, ["<|img|>"], template, image_token="<|img|>")
     tokenizer.unk_token = tokenizer.pad_token
@@ -175,8 +175,8 @@ def aria(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
         text_config=text_config(
             tokenizer, sizes, model_type="aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1
         ),
-        vision_config=vision_config(sizes, model_type="idefics3_vision", image_size=980),
-        projector_patch_to_query_dict={1225: 8, 4900: 8},
+        vision_config=vision_config(sizes, model_type="idefics3_vision", image_size=980, patch_size=35),
+        projector_patch_to_query_dict={14 * 14: 8, 28 * 28: 8},
         image_token_index=token_id(tokenizer, "<|img|>"),
     )
     return TinyModel(widen(AriaForConditionalGeneration(config)), processor)
