@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UserError
+from vlm.import_path import ours_first
 
 
 class UserCodeError(UserError, ValueError):
@@ -28,6 +29,7 @@ def find(name: str) -> Any:
         raise UserCodeError(f"{name!r} must read package.module:name or path/file.py:name")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
+    ours_first()
     try:
         module = _import_file(source) if source.endswith(".py") else importlib.import_module(source)
     except UserCodeError:
@@ -82,6 +84,7 @@ def _import_file(source: str) -> Any:
         raise UserCodeError(f"{path} is no Python file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
+        ours_first()
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # before it runs: dataclasses look themselves up
     try:

@@ -29,6 +29,7 @@ from rewards.process.channel import Channel
 from rewards.process.child import Setup, Traits
 from rewards.registry import RewardSpec
 from rollout.types import Verdict
+from vlm.import_path import ours_first
 
 START_TIMEOUT = 120.0
 _EXIT_TIMEOUT = 30.0
@@ -150,6 +151,7 @@ class RewardWorker:
     def _spawn(self) -> tuple[subprocess.Popen[bytes], Channel]:
         """Starts a child, which loads the rewards while nobody waits for it. Not a fork: this process may have threads,
         which a fork loses while it keeps their locks."""
+        ours_first()  # the child gets this process's import path
         ours, theirs = socket.socketpair()
         arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
         with theirs:

@@ -7,10 +7,12 @@ import os
 import torch
 
 from rollout.engines.protocol import EngineOptions
+from vlm.import_path import ours_first
 
 
 def set_environment(options: EngineOptions) -> None:
-    """What vLLM and its child processes read from the environment."""
+    """What vLLM and its child processes read from the environment; they get this process's import path too."""
+    ours_first()
     os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout))
     # Its warnings repeat at every start and synchronisation; what they warn of is checked here.

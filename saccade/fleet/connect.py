@@ -22,9 +22,13 @@ from saccade.errors import RunError
 from saccade.fleet import reaper
 from saccade.fleet.head import HeadWatch
 from saccade.observe.display import Display
+from vlm.import_path import NAMES, hiding
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 """Environment of the driver that its actors need too. Nothing prints it: a gated model's HF_TOKEN is a secret."""
+
+HOOK_KEY, HOOK = "worker_process_setup_hook", "saccade.keep_names"
+"""What Ray calls in every worker before it imports anything of a run."""
 
 
 @contextmanager
@@ -34,6 +38,7 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
     A Ray that was started here ends here, with everything that it started, also when this process is killed; a joined
     one only loses this run's actors. Yields the watch over Ray's head service."""
     if ray.is_initialized():  # a notebook, a test: the caller's Ray, which stays
+        _check_names()
         with _watched(display, local=False) as head:
             yield head
         return
@@ -58,16 +63,25 @@ def _watched(display: Display, *, local: bool) -> HeadWatch:
     return HeadWatch(ray.get_runtime_context().gcs_address, display, local=local)
 
 
+def _check_names() -> None:
+    """Raises RunError where workers of the caller's Ray would import a user's folder in place of a package of ours."""
+    if (folders := hiding()) and ray.get_runtime_context().runtime_env.get(HOOK_KEY) != HOOK:
+        raise RunError(
+            f"{', '.join(folders)}: holds a folder or file named like a package of saccade ({', '.join(NAMES)}), and "
+            f"Ray's workers would import that. Do not call ray.init before: a run starts Ray itself. Or call it with "
+            f"runtime_env={{{HOOK_KEY!r}: {HOOK!r}}}"
+        )
+
+
 def _init(config: RunConfig, target: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray refuses a variable that the submitted job's own environment names already, even with the same value.
     given = job_environment().get("env_vars", {})
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ and name not in given}
+    runtime_env = {"env_vars": environment, HOOK_KEY: HOOK}
     try:
         if target:
-            ray.init(
-                address=target, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment}
-            )
+            ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
         else:
             # Logical CPUs only: the configuration says how many threads compute.
             offered = local_resources(config)
@@ -79,7 +93,7 @@ def _init(config: RunConfig, target: str | None) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": environment},
+                runtime_env=runtime_env,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(f"cannot reach Ray at {target or 'this machine'}: {error}") from error
