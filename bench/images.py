@@ -25,7 +25,7 @@ import ray
 from rich.table import Table
 
 from bench.common import images, report, write_parquet
-from learner.batching.samples import encode_prompts
+from learner.batching.rows import encode_prompts
 from rollout.actor import RolloutActor
 from rollout.data.actor import DataActor
 from rollout.data.source import DataOptions

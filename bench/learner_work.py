@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from learner.batching.collate import collate_packed, collate_padded
+from learner.batching.costs import row_costs
 from learner.batching.packing import balance, fewest_bins, pack_padded
-from learner.batching.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
+from learner.batching.rows import Row, encode_prompts, make_rows, size_of, to_sample
 from learner.types import LearnerOptions
-from learner.update import row_costs
 from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -133,7 +134,7 @@ def rows_of(
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
         assert group.verdicts is not None
         scored = zip(group.completions, group.verdicts, strict=True)
-        samples = [to_sample(c, advantage=(v.score or 0.0) - 0.5, reward=v.score or 0.0) for c, v in scored]
+        samples = [to_sample(c, advantage=(v.score or 0.0) - 0.5) for c, v in scored]
         rows += make_rows(prompt, samples, adapter, _options(budget), shared=share)
     return rows
 
@@ -147,7 +148,8 @@ def batches_of(
     bins = (fewest_bins if packed else pack_padded)(sizes, options.micro_batch)
     costs = row_costs(rows, adapter, media_cost=0.0)  # they are alike
     bins = balance(bins, sizes, options.micro_batch, costs, len(bins), additive=packed)
-    return [collate([rows[i] for i in members], adapter, packed=packed) for members in bins]
+    collate = collate_packed if packed else collate_padded
+    return [collate([rows[i] for i in members], adapter) for members in bins]
 
 
 def _options(budget: int) -> LearnerOptions:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from learner.algorithm.objective import GlobalCounts
-from learner.batching.samples import Row, Sample, collate
+from learner.batching.collate import collate
+from learner.batching.rows import Row, Sample
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.engines.process_group import join
 from learner.types import LearnerOptions

@@ -1,4 +1,4 @@
-"""LearnerGroup: the learner as the driver sees it. One Ray actor per rank; every method blocks, with a limit.
+"""LearnerGroup: the learner as the driver sees it. It has one Ray actor per rank; every method blocks, with a limit.
 
     driver ── update(stored groups, summaries, version) ──▶ advantages (here, from summaries) ─▶ shards by cost
                                                             └▶ LearnerWorker.update on every rank ─▶ UpdateStats
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from learner.types import (
     LearnerTimeoutError,
     NotFiniteError,
     NothingToLearnError,
+    RankStats,
     UpdateStats,
     WeightTransferOptions,
 )
@@ -37,9 +39,9 @@ from weight_sync.protocols import EngineHandle, TransferReport
 from weight_sync.verify import WeightSyncError
 
 TRANSFER_MARGIN = 30.0
-"""Seconds beyond a transfer's own limit in which the ranks must have said how it ended."""
+"""Seconds that the ranks have, after the limit of a transfer itself, to say how it ended."""
 DEATH_SECONDS = 1.0
-"""In which a rank's death is known that made another rank fail."""
+"""Seconds within which the death of a rank is known that made another rank fail."""
 
 
 class LearnerGroup:
@@ -115,16 +117,15 @@ class LearnerGroup:
             for rank in range(self.options.ranks)
         ]
         calls = [w.update.remote(mine, version) for w, mine in zip(self._workers, shards, strict=True)]
-        ranks = self._wait(f"the update at version {version}", calls)
-        refused = joined([r["refused"] for r in ranks], [[summaries[i].ref for i in part] for part in parts])
+        ranks: list[RankStats] = self._wait(f"the update at version {version}", calls)
+        refused = joined([rank.refused for rank in ranks], [[summaries[i].ref for i in part] for part in parts])
         if self.options.reference_every and (version + 1) % self.options.reference_every == 0:
             self._wait("refreshing the reference", [w.refresh_reference.remote() for w in self._workers])
         return UpdateStats(
-            version=version,
-            groups=len(summaries),
+            **{f.name: getattr(ranks[0], f.name) for f in fields(RankStats) if f.name != "refused"},
+            refused=refused,
             groups_dropped=int((~used).sum()),
             groups_flat=int((used & ~contributes(rewards, valid)).sum()),
-            **{**ranks[0], "refused": refused},
         )
 
     def _reference_kl(
@@ -134,7 +135,7 @@ class LearnerGroup:
         deal: Sequence[Sequence[Sequence[int]]],
         shape: tuple[int, ...],
     ) -> np.ndarray:
-        """`[G, K]`: of every completion the KL of what it was sampled with to the reference."""
+        """`[G, K]`: for every completion, the KL to the reference of the policy that sampled it."""
         mine = [
             [part[j] for part, dealt in zip(parts, deal, strict=True) for j in dealt[rank]]
             for rank in range(self.options.ranks)
@@ -147,20 +148,6 @@ class LearnerGroup:
             for i, kl in zip(own, values, strict=True):
                 result[i, : len(kl)] = kl
         return result
-
-    def score(self, group_refs: Sequence[ray.ObjectRef]) -> list[list[np.ndarray]]:
-        """Log-probabilities under the current weights, for comparison with the engines': per group and completion,
-        float32 `[T]` over its sampled tokens. The groups need no verdicts."""
-        shards = [
-            [(i, group_refs[i]) for i in range(r, len(group_refs), len(self._workers))]
-            for r in range(len(self._workers))
-        ]
-        calls = [w.score.remote([ref for _, ref in mine]) for w, mine in zip(self._workers, shards, strict=True)]
-        scored: list[list[np.ndarray]] = [[] for _ in group_refs]
-        for mine, result in zip(shards, self._wait("scoring", calls), strict=True):
-            for (index, _), logprobs in zip(mine, result, strict=True):
-                scored[index] = logprobs
-        return scored
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write everything that `load_checkpoint` needs into `directory`, which must not exist yet and appears whole

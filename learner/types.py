@@ -262,41 +262,40 @@ class RefusedStep:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateStats:
-    """One update: `optimizer_steps` steps, over all ranks. Of those that were taken, if any was."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStats:
+    """An update as one rank knows it: figures over all its steps and all ranks, of the steps that were taken if any
+    was. What only people read is in `metrics`."""
 
-    version: int
-    """Version of the weights it started from; those it made are `version + 1`."""
     loss: float
     grad_norm: float
     """Before clipping."""
     learning_rate: float
-    groups: int
-    """Groups of the sealed batch."""
-    groups_dropped: int
-    """Groups with fewer than two scored completions: no part in the loss."""
-    groups_flat: int
-    """Groups whose scored completions all have one reward: no policy gradient, but part of KL and denominators."""
-    samples: int
-    """Completions trained on."""
-    tokens: int
-    """Completion tokens trained on: the loss's denominator."""
-    tokens_computed: int
-    """Token positions through the model, prompts and padding included, one pass counted once."""
-    micro_batches: int
-    """Per rank."""
-    staleness_mean: float
+    """Of the last step."""
     staleness_max: int
-    """Policy versions that trained tokens lagged behind."""
+    """Policy versions that the stalest trained token lagged behind."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Token means: `policy_loss`, `entropy`, `clip_fraction`, `ratio`, `mismatch_mean` (|log-probability of the
-    learner - of the engine|), with a reference also `kl`; and the maxima `mismatch_max`, `ratio_max`. Where a tower is
-    constant and what it makes of media is cached: items `features_computed` and `features_reused` (of those
-    `features_from_store`) since the last update, and `feature_cache_gib`, what all ranks hold in memory."""
+    """Means over trained tokens: `policy_loss`, `entropy`, `clip_fraction`, `ratio`, `mismatch_mean` (|log-probability
+    of the learner - of the engine|), `staleness_mean`, with a reference also `kl`. Maxima: `mismatch_max`, `ratio_max`.
+    Counts: `completions_trained`, `tokens_trained` (the loss's denominator), `positions_computed` (prompts and padding
+    included, one pass counted once), `micro_batches` (per rank). If something is cached of frozen towers, the items
+    `features_computed` and `features_reused` (of those `features_from_store`) since the last update, and
+    `feature_cache_gib`, the memory that all ranks use for it."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of the slowest rank: `fetch` (object store), `encode`, `reference`, `train`, `total`."""
+    """Wall time of the slowest rank by phase: `fetch` (object store), `encode`, `reference`, `before`, `train`,
+    `total`."""
     refused: tuple[RefusedStep, ...] = ()
-    """Steps that were not taken."""
+    """Steps that were not taken, with what this rank saw of them."""
     attempted: tuple[int, ...] = (0,)
-    """Positions of the steps that had something to train, these among them."""
+    """Positions of the steps that had something to train, including those that were not taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStats(RankStats):
+    """An update as the driver sees it. `refused` has what all ranks saw of the steps that were not taken."""
+
+    groups_dropped: int
+    """Groups with fewer than two scored completions, which have no part in the loss."""
+    groups_flat: int
+    """Groups whose scored completions all have one reward. They have no policy gradient, but a part in KL and
+    denominators."""

@@ -1,17 +1,15 @@
-"""One policy update on one rank, from scored groups to statistics. No Ray: references were resolved before.
+"""Updater: policy updates and scores on one rank, from groups to statistics. No Ray: references were resolved before.
 
-groups ─▶ encode prompts ─▶ rows ─▶ micro-batches ─▶ (reference pass) ─▶ train_step(s) ─▶ statistics over all ranks
-                                      │ global counts: trained tokens and completions of all ranks, known beforehand
+groups ─ rows ─▶ rows ─ plan ─▶ micro-batches ─▶ (other policies' log-probabilities) ─ step ─▶ RankStats
+                                    │ global counts: trained tokens and completions of all ranks, known beforehand
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +18,14 @@ from torch import Tensor
 from learner.algorithm.divergence import KL_ESTIMATORS
 from learner.algorithm.losses import Clip
 from learner.algorithm.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss
-from learner.batching.packing import GroupCost, balance, fewest_bins, pack_padded
-from learner.batching.samples import Row, Sample, collate, encode_prompts, make_rows, shares_prompts, size_of, to_sample
+from learner.batching.collate import collate
+from learner.batching.costs import row_costs
+from learner.batching.packing import balance, fewest_bins, pack_padded
+from learner.batching.rows import Row, Sample, encode_prompts, make_rows, shares_prompts, size_of, to_sample, token_lags
 from learner.engines.protocol import MicroLoss, StepResult, TrainEngine, step_metrics
-from learner.features.frozen_towers import ConstantTowers
+from learner.features.frozen_towers import FrozenTowers
 from learner.refusal import refused_step
-from learner.types import LearnerOptions, NothingToLearnError, RefusedStep
+from learner.types import LearnerOptions, NothingToLearnError, RankStats
 from rollout.types import PromptRef, RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -33,20 +33,12 @@ from vlm.batch import MultimodalBatch
 logger = logging.getLogger(__name__)
 
 
-class StalenessError(AssertionError):
-    """A token was sampled by weights older than allowed, or newer than the learner's: a defect of admission."""
+class PhaseTimer:
+    """Seconds by phase; `split(name)` adds the time since the last split to `name`."""
 
-
-@dataclass
-class Stopwatch:
-    """Seconds by phase; `split(name)` gives the time since the last split to `name`."""
-
-    seconds: dict[str, float]
-    _last: float
-
-    @classmethod
-    def start(cls, **known: float) -> Stopwatch:
-        return cls(dict(known), time.perf_counter())
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
 
     def split(self, name: str) -> None:
         now = time.perf_counter()
@@ -54,117 +46,216 @@ class Stopwatch:
         self._last = now
 
 
-def run_update(
-    engine: TrainEngine,
-    adapter: MultimodalAdapter,
-    options: LearnerOptions,
-    groups: Sequence[RolloutGroup],
-    advantages: Sequence[Sequence[float]],
-    media: Mapping[str, bytes],
-    version: int,
-    fetch_seconds: float = 0.0,
-    minibatches: Sequence[int] | None = None,
-    towers: ConstantTowers | None = None,
-) -> dict[str, Any]:
-    """Train on this rank's share of the sealed batch (which may be empty); collective.
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of a sealed batch, which may be empty."""
 
-    `advantages[i][k]`: of completion k of group i, ignored where its verdict is not a score. `media`: encoded bytes by
-    digest. `minibatches[i]`: in which of the `options.optimizer_steps` group i is trained; None: all in the first.
-    `towers`: those that run ahead of all this, where features are cached.
-    Returns those fields of UpdateStats that the group does not know, the same on every rank but for what each has seen
-    of steps that were not taken; the figures are then of those that were, if any was.
-    Raises EncodingMismatchError, StalenessError, NothingToLearnError."""
-    watch = Stopwatch.start(fetch=fetch_seconds)
-    rows: list[list[Row]] = [[] for _ in range(options.optimizer_steps)]
-    owners: list[list[PromptRef]] = [[] for _ in rows]
-    own = build_rows(adapter, options, groups, advantages, media, towers)
-    for i, part in enumerate(own):
-        rows[0 if minibatches is None else minibatches[i]] += part
-        owners[0 if minibatches is None else minibatches[i]] += [groups[i].prompt.ref] * len(part)
-    samples = [[sample for row in part for sample in row.samples] for part in rows]
-    lag_sum, lag_max = check_staleness([s for part in samples for s in part], version, options.max_staleness)
-    plans = [plan_batches(engine, part, adapter, options) for part in rows]
-    batches = [
-        [_collate([part[i] for i in members], adapter, towers) for members in plan]
-        for part, plan in zip(rows, plans, strict=True)
-    ]
-    computed = sum(batch.num_tokens for part in batches for batch in part)
-    tokens = [sum(int(s.trainable.sum()) for s in part) for part in samples]
-    reduced = engine.all_reduce_sum([computed, lag_sum, *tokens, *map(len, samples)])
-    halves = reduced[2 : 2 + len(rows)], reduced[2 + len(rows) :]
-    counts = [GlobalCounts(*pair) for pair in zip(*halves, strict=True)]
-    trained = sum(c.tokens for c in counts)
-    if not trained:
-        raise NothingToLearnError(
-            "every completion was cut off at its length limit, and mask_truncated leaves those out"
+    groups: Sequence[RolloutGroup]
+    advantages: Sequence[Sequence[float]]
+    """`advantages[i][k]` is that of completion k of group i; it is ignored where the verdict is not a score."""
+    media: Mapping[str, bytes]
+    """Encoded bytes by digest."""
+    minibatches: Sequence[int] | None = None
+    """Which of the optimizer steps trains group i; None: the first step trains all groups."""
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What one rank trains in one optimizer step."""
+
+    batches: Sequence[MultimodalBatch]
+    prompts: Sequence[Sequence[PromptRef]]
+    """The prompts of each micro-batch."""
+    samples: Sequence[Sample]
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(sample.trainable.sum()) for sample in self.samples)
+
+    def changed(self, change: Callable[[MultimodalBatch], MultimodalBatch]) -> Minibatch:
+        return replace(self, batches=[change(batch) for batch in self.batches])
+
+
+class Updater:
+    """Trains and scores groups on one rank. Its methods are collective: every rank calls them, with or without
+    groups."""
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        adapter: MultimodalAdapter,
+        options: LearnerOptions,
+        towers: FrozenTowers | None = None,
+    ) -> None:
+        """`towers`: the frozen towers, if something of them is cached."""
+        self._engine, self._adapter, self._options, self._towers = engine, adapter, options, towers
+
+    def update(self, share: Share, version: int, timer: PhaseTimer | None = None) -> RankStats:
+        """Train on a share of the sealed batch. `version` is that of the weights before the update; `timer` may have
+        measured phases before it.
+
+        The statistics describe the steps that were taken, or all if none was. They are the same on every rank, except
+        for what each rank saw of steps that were not taken.
+        Raises EncodingMismatchError, StalenessError, NothingToLearnError."""
+        timer = timer or PhaseTimer()
+        minibatches = self._minibatches(share)
+        samples = [sample for own in minibatches for sample in own.samples]
+        lag_sum, lag_max = token_lags(samples, version, self._options.max_staleness)
+        computed = sum(batch.num_tokens for own in minibatches for batch in own.batches)
+        own_counts = [count for own in minibatches for count in (own.tokens, len(own.samples))]
+        positions, lags, *counted = self._engine.all_reduce_sum([computed, lag_sum, *own_counts])
+        counts = [GlobalCounts(*pair) for pair in zip(counted[::2], counted[1::2], strict=True)]
+        trained = sum(count.tokens for count in counts)
+        if not trained:
+            raise NothingToLearnError(
+                "every completion was cut off at its length limit, and mask_truncated leaves those out"
+            )
+        timer.split("encode")
+        minibatches = self._with_other_policies(minibatches, timer)
+        attempted = tuple(i for i, count in enumerate(counts) if count.tokens)
+        results = {i: self.step(minibatches[i], counts[i]) for i in attempted}
+        timer.split("train")
+        taken = tuple(i for i in attempted if results[i].taken)
+        figures = {
+            "completions_trained": sum(counts[i].completions for i in taken),
+            "tokens_trained": sum(counts[i].tokens for i in taken),
+            "positions_computed": positions,
+            "micro_batches": sum(len(own.batches) for own in minibatches),
+            "staleness_mean": lags / trained,
+        }
+        shown = [results[i] for i in taken or attempted]
+        known = len(shown) if self._options.needs_policy_before else 1
+        seconds = dict(zip(timer.seconds, self._engine.all_reduce_max(list(timer.seconds.values())), strict=True))
+        return RankStats(
+            loss=float(np.mean([result.loss for result in shown])),
+            grad_norm=float(np.mean([result.grad_norm for result in shown])),
+            learning_rate=shown[-1].learning_rate,
+            staleness_max=int(self._engine.all_reduce_max([lag_max])[0]),
+            metrics={
+                **step_metrics(shown, [counts[i].tokens for i in taken or attempted], known),
+                **figures,
+                **(self._towers.take_metrics() if self._towers is not None else {}),
+            },
+            seconds={**seconds, "total": sum(seconds.values())},
+            attempted=attempted,
+            refused=tuple(
+                refused_step(i, result, counts[i].tokens, minibatches[i].prompts)
+                for i, result in results.items()
+                if not result.taken
+            ),
         )
-    watch.split("encode")
-    batches = _with_other_policies(engine, options, batches, watch)
-    seen = [[[refs[i] for i in members] for members in plan] for refs, plan in zip(owners, plans, strict=True)]
-    steps, refused = take_steps(engine, options, batches, counts, seen)
-    watch.split("train")
-    taken = [step for step in steps if step[0].taken]
-    results, shown = zip(*(taken or steps), strict=True)
-    seconds = dict(zip(watch.seconds, engine.all_reduce_max(list(watch.seconds.values())), strict=True))
-    return {
-        "loss": float(np.mean([r.loss for r in results])),
-        "grad_norm": float(np.mean([r.grad_norm for r in results])),
-        "learning_rate": results[-1].learning_rate,
-        "samples": int(sum(c.completions for _, c in taken)),
-        "tokens": int(sum(c.tokens for _, c in taken)),
-        "tokens_computed": int(reduced[0]),
-        "micro_batches": sum(map(len, batches)),
-        "staleness_mean": reduced[1] / trained,
-        "staleness_max": int(engine.all_reduce_max([lag_max])[0]),
-        "metrics": {
-            **step_metrics(results, [c.tokens for c in shown], len(results) if options.needs_policy_before else 1),
-            **(towers.take_metrics() if towers is not None else {}),
-        },
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "attempted": tuple(i for i, count in enumerate(counts) if count.tokens),
-        "refused": refused,
-    }
 
+    def score(
+        self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes], *, reference: bool = False
+    ) -> list[list[np.ndarray]]:
+        """Log-probabilities under the current weights, or under the reference's, of each completion's trainable tokens,
+        float32 `[T]`."""
+        rows: list[Row] = []
+        samples: list[list[Sample]] = []
+        for group, prompt in zip(groups, self._encode(groups, media), strict=True):
+            samples.append([to_sample(completion) for completion in group.completions])
+            rows += make_rows(prompt, samples[-1], self._adapter, self._options)
+        scored: dict[int, np.ndarray] = {}
+        for members in self.plan(rows):
+            batch = self._collate([rows[i] for i in members])
+            logprobs = self._engine.logprobs(batch, reference=reference)[batch.loss_mask]
+            own = [sample for i in members for sample in rows[i].samples]
+            parts = logprobs.split([int(s.trainable.sum()) for s in own])
+            scored |= {id(sample): part.numpy() for sample, part in zip(own, parts, strict=True)}
+        return [[scored[id(sample)] for sample in own] for own in samples]
 
-def take_steps(
-    engine: TrainEngine,
-    options: LearnerOptions,
-    batches: Sequence[Sequence[MultimodalBatch]],
-    counts: Sequence[GlobalCounts],
-    prompts: Sequence[Sequence[Sequence[PromptRef]]],
-) -> tuple[list[tuple[StepResult, GlobalCounts]], tuple[RefusedStep, ...]]:
-    """The optimizer steps of an update, but those with nothing to train; and which of them were not taken. A step
-    behind such a one is as good as ever: it is on prompts of its own, from unchanged weights. Collective."""
-    steps: list[tuple[StepResult, GlobalCounts]] = []
-    refused: list[RefusedStep] = []
-    for position, (micro, count) in enumerate(zip(batches, counts, strict=True)):
-        if count.tokens:
-            result = engine.train_step(micro, micro_loss(options, count))
-            steps.append((result, count))
-            if not result.taken:
-                refused.append(refused_step(position, result, count.tokens, prompts[position]))
-    return steps, tuple(refused)
+    def reference_kl(self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes]) -> list[list[float]]:
+        """The estimated KL to the reference of the policy that sampled each completion, summed over its trainable
+        tokens."""
+        estimate = KL_ESTIMATORS[self._options.kl_estimator]
+        result = []
+        for group, own in zip(groups, self.score(groups, media, reference=True), strict=True):
+            sampled = [to_sample(completion) for completion in group.completions]
+            behavior = [sample.logprobs[sample.trainable] for sample in sampled]
+            result.append([float(estimate(b, torch.from_numpy(r)).sum()) for b, r in zip(behavior, own, strict=True)])
+        return result
 
+    def rows(self, share: Share) -> list[list[Row]]:
+        """The rows of the scored completions of each group; each prompt is encoded once."""
+        found = []
+        prompts = self._encode(share.groups, share.media)
+        for group, advantages, prompt in zip(share.groups, share.advantages, prompts, strict=True):
+            if group.verdicts is None:
+                raise ValueError(f"group {group.prompt.ref} was not scored")
+            samples = [
+                to_sample(completion, float(advantage))
+                for completion, advantage, verdict in zip(group.completions, advantages, group.verdicts, strict=True)
+                if verdict.score is not None
+                and not (self._options.mask_truncated and completion.finish_reason == "length")
+            ]
+            samples = [sample for sample in samples if sample.trainable.any()]
+            found.append(make_rows(prompt, samples, self._adapter, self._options))
+            if len(found[-1]) > 1 and shares_prompts(self._adapter):
+                logger.warning(
+                    "group %s does not fit a micro-batch: its prompt is computed %d times; raise learner.micro_batch_*",
+                    *(group.prompt.ref, len(found[-1])),
+                )
+        return found
 
-def _with_other_policies(
-    engine: TrainEngine, options: LearnerOptions, batches: list[list[MultimodalBatch]], watch: Stopwatch
-) -> list[list[MultimodalBatch]]:
-    """The batches with log-probabilities under the reference and, behind the first step, under the policy before it,
-    as far as the objective asks for them."""
-    if options.beta > 0 and options.kl_in == "loss":
-        batches = [
-            [replace(b, reference_logprobs=engine.logprobs(b, reference=True)) for b in part] for part in batches
-        ]
-        watch.split("reference")
-    if options.needs_policy_before:  # in the first step that is the current one
-        later = [[replace(b, before_logprobs=engine.logprobs(b)) for b in part] for part in batches[1:]]
-        batches = [batches[0], *later]
-        watch.split("before")
-    return batches
+    def plan(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The indices of the rows of each micro-batch; every rank has as many micro-batches."""
+        limits, shared = self._options.micro_batch, shares_prompts(self._adapter)
+        sizes = np.array([size_of(row, self._adapter, self._options) for row in rows], np.int64)
+        sizes = sizes.reshape(-1, len(limits))
+        bins = fewest_bins(sizes, limits) if shared else pack_padded(sizes, limits)
+        most = int(self._engine.all_reduce_max([len(bins)])[0])
+        costs = row_costs(rows, self._adapter, self._engine.media_cost())
+        return balance(bins, sizes, limits, costs, most, additive=shared)
+
+    def step(self, minibatch: Minibatch, counts: GlobalCounts) -> StepResult:
+        """Take one optimizer step on prompts of its own; `counts` are those of all ranks. If the step is not taken, the
+        weights are unchanged, and the next step is as good as ever."""
+        return self._engine.train_step(minibatch.batches, micro_loss(self._options, counts))
+
+    def _minibatches(self, share: Share) -> list[Minibatch]:
+        """The micro-batches of each optimizer step."""
+        rows = self.rows(share)
+        steps = [0] * len(rows) if share.minibatches is None else share.minibatches
+        made = []
+        for step in range(self._options.optimizer_steps):
+            members = [i for i, own in enumerate(steps) if own == step]
+            own = [row for i in members for row in rows[i]]
+            refs = [share.groups[i].prompt.ref for i in members for _ in rows[i]]
+            plan = self.plan(own)
+            made.append(
+                Minibatch(
+                    batches=[self._collate([own[i] for i in chosen]) for chosen in plan],
+                    prompts=[[refs[i] for i in chosen] for chosen in plan],
+                    samples=[sample for row in own for sample in row.samples],
+                )
+            )
+        return made
+
+    def _with_other_policies(self, minibatches: Sequence[Minibatch], timer: PhaseTimer) -> list[Minibatch]:
+        """The minibatches with log-probabilities under the reference and, after the first step, under the policy before
+        it, if the objective asks for them."""
+        made, engine = list(minibatches), self._engine
+        if self._options.beta > 0 and self._options.kl_in == "loss":
+            made = [
+                own.changed(lambda b: replace(b, reference_logprobs=engine.logprobs(b, reference=True))) for own in made
+            ]
+            timer.split("reference")
+        if self._options.needs_policy_before:  # in the first step that is the current one
+            made[1:] = [own.changed(lambda b: replace(b, before_logprobs=engine.logprobs(b))) for own in made[1:]]
+            timer.split("before")
+        return made
+
+    def _encode(self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes]) -> list[EncodedPrompt]:
+        if self._towers is None:
+            return encode_prompts(self._adapter, groups, media)
+        return self._towers.encode(groups, media)
+
+    def _collate(self, rows: Sequence[Row]) -> MultimodalBatch:
+        return collate(rows, self._adapter, None if self._towers is None else self._towers.cached)
 
 
 def micro_loss(options: LearnerOptions, counts: GlobalCounts) -> MicroLoss:
-    """The policy update's loss of one micro-batch, as its part of a global batch of `counts`."""
+    """The loss of one micro-batch of a policy update, as its part of a global batch of `counts`."""
     objective = objective_of(options)
 
     def compute(batch: MultimodalBatch, logprobs: Tensor, entropy: Tensor) -> LossTerms:
@@ -198,145 +289,3 @@ def objective_of(options: LearnerOptions) -> Objective:
         kl=options.kl_estimator,
         entropy_bonus=options.entropy_bonus,
     )
-
-
-def build_rows(
-    adapter: MultimodalAdapter,
-    options: LearnerOptions,
-    groups: Sequence[RolloutGroup],
-    advantages: Sequence[Sequence[float]],
-    media: Mapping[str, bytes],
-    towers: ConstantTowers | None = None,
-) -> list[list[Row]]:
-    """Rows of the scored completions of each group; each prompt is encoded once. Collective if there are `towers`."""
-    rows = []
-    for group, own, prompt in zip(groups, advantages, _encode(adapter, groups, media, towers), strict=True):
-        if group.verdicts is None:
-            raise ValueError(f"group {group.prompt.ref} was not scored")
-        samples = [
-            to_sample(completion, float(advantage), float(verdict.score))
-            for completion, advantage, verdict in zip(group.completions, own, group.verdicts, strict=True)
-            if verdict.score is not None and not (options.mask_truncated and completion.finish_reason == "length")
-        ]
-        samples = [s for s in samples if s.trainable.any()]
-        rows.append(make_rows(prompt, samples, adapter, options))
-        _say_if_split(group, rows[-1], adapter)
-    return rows
-
-
-def _encode(
-    adapter: MultimodalAdapter,
-    groups: Sequence[RolloutGroup],
-    media: Mapping[str, bytes],
-    towers: ConstantTowers | None,
-) -> list[EncodedPrompt]:
-    return encode_prompts(adapter, groups, media) if towers is None else towers.encode(groups, media)
-
-
-def _collate(rows: Sequence[Row], adapter: MultimodalAdapter, towers: ConstantTowers | None) -> MultimodalBatch:
-    if towers is None:
-        return collate(rows, adapter)
-    return collate(rows, adapter, precomputed=towers.kinds, replayed=towers.replayed)
-
-
-def _say_if_split(group: RolloutGroup, rows: Sequence[Row], adapter: MultimodalAdapter) -> None:
-    if len(rows) > 1 and shares_prompts(adapter):
-        logger.warning(
-            "group %s does not fit a micro-batch: its prompt is computed %d times; raise learner.micro_batch_*",
-            *(group.prompt.ref, len(rows)),
-        )
-
-
-def plan_batches(
-    engine: TrainEngine, rows: Sequence[Row], adapter: MultimodalAdapter, options: LearnerOptions
-) -> list[list[int]]:
-    """Indices of the rows of each micro-batch, as many on every rank. Collective."""
-    limits, shared = options.micro_batch, shares_prompts(adapter)
-    sizes = np.array([size_of(row, adapter, options) for row in rows], np.int64).reshape(-1, len(limits))
-    bins = fewest_bins(sizes, limits) if shared else pack_padded(sizes, limits)
-    most = int(engine.all_reduce_max([len(bins)])[0])
-    return balance(bins, sizes, limits, row_costs(rows, adapter, engine.media_cost()), most, additive=shared)
-
-
-def check_staleness(samples: Sequence[Sample], version: int, max_staleness: int) -> tuple[int, int]:
-    """`(sum, maximum)` over trained tokens of how many versions they lag behind `version`. Raises StalenessError."""
-    lags = [version - s.policy_versions[s.trainable].numpy() for s in samples]
-    lag = np.concatenate(lags) if lags else np.zeros(0, np.int64)
-    if lag.size == 0:
-        return 0, 0
-    if lag.max() > max_staleness or lag.min() < 0:
-        raise StalenessError(
-            f"tokens sampled by versions {version - lag.max()} to {version - lag.min()} cannot train version {version} "
-            f"with max_staleness={max_staleness}"
-        )
-    return int(lag.sum()), int(lag.max())
-
-
-def score_groups(
-    engine: TrainEngine,
-    adapter: MultimodalAdapter,
-    options: LearnerOptions,
-    groups: Sequence[RolloutGroup],
-    media: Mapping[str, bytes],
-    *,
-    reference: bool = False,
-    towers: ConstantTowers | None = None,
-) -> list[list[np.ndarray]]:
-    """Log-probabilities under the current weights (or the reference's) of each completion's trainable tokens, float32
-    `[T]`; collective."""
-    rows: list[Row] = []
-    samples: list[list[Sample]] = []
-    for group, prompt in zip(groups, _encode(adapter, groups, media, towers), strict=True):
-        samples.append([to_sample(completion) for completion in group.completions])
-        rows += make_rows(prompt, samples[-1], adapter, options)
-    scored: dict[int, np.ndarray] = {}
-    for members in plan_batches(engine, rows, adapter, options):
-        batch = _collate([rows[i] for i in members], adapter, towers)
-        logprobs = engine.logprobs(batch, reference=reference)[batch.loss_mask]
-        own = [sample for i in members for sample in rows[i].samples]
-        parts = logprobs.split([int(s.trainable.sum()) for s in own])
-        scored |= {id(sample): part.numpy() for sample, part in zip(own, parts, strict=True)}
-    return [[scored[id(sample)] for sample in own] for own in samples]
-
-
-def reference_kl(
-    engine: TrainEngine,
-    adapter: MultimodalAdapter,
-    options: LearnerOptions,
-    groups: Sequence[RolloutGroup],
-    media: Mapping[str, bytes],
-    *,
-    towers: ConstantTowers | None = None,
-) -> list[list[float]]:
-    """Of each group and completion: the estimated KL of the policy that sampled it to the reference, summed over its
-    trainable tokens; collective."""
-    estimate = KL_ESTIMATORS[options.kl_estimator]
-    scored = score_groups(engine, adapter, options, groups, media, reference=True, towers=towers)
-    result = []
-    for group, own in zip(groups, scored, strict=True):
-        sampled = [to_sample(completion) for completion in group.completions]
-        behavior = [sample.logprobs[sample.trainable] for sample in sampled]
-        result.append([float(estimate(b, torch.from_numpy(r)).sum()) for b, r in zip(behavior, own, strict=True)])
-    return result
-
-
-def row_costs(rows: Sequence[Row], adapter: MultimodalAdapter, media_cost: float) -> list[float]:
-    """Time of each row; `media_cost` is the engine's."""
-    cost, places = group_cost(adapter, media_cost), list(adapter.placeholder_ids.values())
-    # Padded siblings have their images encoded once.
-    siblings = Counter({} if shares_prompts(adapter) else (id(row.prompt) for row in rows))
-    return [
-        cost(
-            len(row.prompt.input_ids),
-            [len(s) for s in row.samples],
-            np.isin(row.prompt.input_ids, places).sum() / max(1, siblings[id(row.prompt)]),
-        )
-        for row in rows
-    ]
-
-
-def group_cost(adapter: MultimodalAdapter, media_cost: float) -> GroupCost:
-    """A token attends to four times the model's width at the price of its linear layers: 6 H^2 + 9 H I multiplications
-    against 2 H per token attended to and layer would say five to seven, at equal rates; attention's is the lower."""
-    hidden = int(adapter.model_config.get_text_config().hidden_size)
-    return GroupCost(shares_prompts(adapter), 4 * hidden, media_cost)

@@ -1,6 +1,6 @@
-"""LearnerWorker: one rank of the learner as a Ray actor. Thin: it fetches what references name, and calls the update.
+"""LearnerWorker: one rank of the learner as a Ray actor. It fetches what references name, and calls the Updater.
 
-LearnerGroup ──▶ LearnerWorker.update(groups) ──▶ learner/update.py ──▶ TrainEngine
+LearnerGroup ──▶ LearnerWorker.update(groups) ──▶ Updater (learner/update.py) ──▶ TrainEngine
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +18,13 @@ import numpy as np
 import ray
 
 from learner.batching.packing import GroupCost
-from learner.types import LearnerOptions, WeightTransferOptions
+from learner.types import LearnerOptions, RankStats, WeightTransferOptions
 from rollout.types import RolloutGroup, StoredGroup
 from weight_sync.protocols import EngineHandle, TransferReport
 
 if TYPE_CHECKING:
     from learner.engines.protocol import TrainEngine
-    from learner.features.frozen_towers import ConstantTowers
-    from vlm.adapter import MultimodalAdapter
+    from learner.update import Updater
     from weight_sync.sender import WeightSender
 
 
@@ -37,7 +35,7 @@ class ScoredGroup:
     group: StoredGroup
     advantages: tuple[float, ...]
     minibatch: int = 0
-    """In which optimizer step of the update it is trained."""
+    """Which optimizer step of the update trains it."""
 
 
 class LearnerWorker:
@@ -53,16 +51,16 @@ class LearnerWorker:
         self.options, self.rank, self._transfer = options, rank, transfer
         self._store: Any = None
         self._engine: TrainEngine
-        self._adapter: MultimodalAdapter
-        self._towers: ConstantTowers | None
+        self._updater: Updater
         self._sender: WeightSender | None = None
 
     def __repr__(self) -> str:
-        """What the dashboard calls this actor, and what stands in front of what it prints."""
+        """The name of this actor in the dashboard, and before each line that it prints."""
         return f"learner-{self.rank}"
 
     def open_store(self) -> tuple[str, int]:
-        """Rank 0: where the ranks meet. The system chooses the port, so that no two runs can take the same."""
+        """Rank 0 opens the place where the ranks meet. The system chooses the port, so that no two runs can take the
+        same."""
         from learner.engines.process_group import open_store
 
         host = ray.util.get_node_ip_address()
@@ -70,15 +68,16 @@ class LearnerWorker:
         return host, port
 
     def setup(self, host: str, port: int) -> GroupCost:
-        """Join the process group, load adapter, model and optimizer. Returns what a group costs this model."""
+        """Join the process group; load adapter, model and optimizer. Returns what a group costs this model."""
         import torch
 
+        from learner.batching.costs import group_cost
         from learner.engines.deepspeed_engine import DeepSpeedEngine
         from learner.engines.process_group import join
         from learner.features.frozen_towers import make_towers
         from learner.features.store_actor import ObjectStore
         from learner.plan.memory import with_unit_bytes
-        from learner.update import group_cost
+        from learner.update import Updater
         from vlm.families.registry import load_adapter
 
         # DeepSpeed calls collectives under names that torch has since replaced, and every call would say so.
@@ -89,60 +88,42 @@ class LearnerWorker:
         join(options, self.rank, host, port, self._store)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(options.seed + self.rank)
-        self._adapter = load_adapter(
+        adapter = load_adapter(
             options.model,
             options.adapter,
             trust_remote_code=options.trust_remote_code,
             max_image_tokens=options.max_image_tokens,
         )
-        self.options = options = with_unit_bytes(options, self._adapter)
-        self._engine = DeepSpeedEngine(options, self._adapter)
-        self._towers = make_towers(
+        self.options = options = with_unit_bytes(options, adapter)
+        self._engine = DeepSpeedEngine(options, adapter)
+        towers = make_towers(
             self._engine,
-            self._adapter,
+            adapter,
             options,
             # Far less than anybody waits for this rank.
             lambda limit: ObjectStore(f"features-{host}:{port}", limit, min(60.0, options.timeout / 10)),
         )
-        return group_cost(self._adapter, self._engine.media_cost())
+        self._updater = Updater(self._engine, adapter, options, towers)
+        return group_cost(adapter, self._engine.media_cost())
 
-    def update(self, scored: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
-        """One optimizer step; the fields of UpdateStats that are known here, reduced over ranks."""
-        from learner.update import run_update
+    def update(self, scored: Sequence[ScoredGroup], version: int) -> RankStats:
+        """Train on this rank's share of the sealed batch."""
+        from learner.update import PhaseTimer, Share
 
-        start = time.perf_counter()
+        timer = PhaseTimer()
         groups, media = self._fetch([s.group.group for s in scored])
         verdicts = ray.get([s.group.verdicts for s in scored], timeout=self.options.timeout)
         groups = [replace(group, verdicts=own) for group, own in zip(groups, verdicts, strict=True)]
-        return run_update(
-            self._engine,
-            self._adapter,
-            self.options,
-            groups,
-            [s.advantages for s in scored],
-            media,
-            version,
-            fetch_seconds=time.perf_counter() - start,
-            minibatches=[s.minibatch for s in scored],
-            towers=self._towers,
-        )
+        timer.split("fetch")
+        share = Share(groups, [s.advantages for s in scored], media, [s.minibatch for s in scored])
+        return self._updater.update(share, version, timer)
 
     def reference_kl(self, refs: Sequence[ray.ObjectRef]) -> list[list[float]]:
-        """Estimated KL to the reference of each group's completions, summed over their tokens."""
-        from learner.update import reference_kl
-
-        groups, media = self._fetch(refs)
-        return reference_kl(self._engine, self._adapter, self.options, groups, media, towers=self._towers)
+        """Estimate the KL to the reference of each group's completions, summed over their tokens."""
+        return self._updater.reference_kl(*self._fetch(refs))
 
     def refresh_reference(self) -> None:
         self._engine.refresh_reference()
-
-    def score(self, refs: Sequence[ray.ObjectRef]) -> list[list[np.ndarray]]:
-        """Log-probabilities of each group's completions under the current weights."""
-        from learner.update import score_groups
-
-        groups, media = self._fetch(refs)
-        return score_groups(self._engine, self._adapter, self.options, groups, media, towers=self._towers)
 
     def save_checkpoint(self, directory: str) -> None:
         from learner.engines.checkpoint import save_checkpoint
@@ -180,7 +161,7 @@ class LearnerWorker:
         return self._sender.send()
 
     def _fetch(self, refs: Sequence[ray.ObjectRef]) -> tuple[list[RolloutGroup], dict[str, bytes]]:
-        """Groups, and the encoded bytes of their distinct media by digest."""
+        """Get the groups, and the encoded bytes of their distinct media by digest."""
         groups: list[RolloutGroup] = ray.get(list(refs), timeout=self.options.timeout)
         media = {m.digest: m.data for group in groups for m in group.prompt.media}
         stored = {digest: data for digest, data in media.items() if isinstance(data, ray.ObjectRef)}

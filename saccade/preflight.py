@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from learner.batching.samples import layout
-from learner.features.frozen_towers import once_per_run
+from learner.batching.rows import layout
+from learner.features.frozen_towers import describe_caching
 from rewards.registry import COMPARING, check_rewards
 from rollout.data.source import DataError
 from saccade import checkpoints
@@ -62,10 +62,10 @@ class References:
         return tuple(dict.fromkeys(kind for data in self.sets for kind in data.media_kinds(self.adapter)))
 
     @cached_property
-    def once(self) -> list[str]:
-        """The user is told these: what a run computes only once for each image, video or sound."""
+    def caching(self) -> list[str]:
+        """The user is told these: what is cached of frozen towers."""
         options = learner_options(self.config, planned_device(self.config), self.media_kinds)
-        return once_per_run(self.adapter, options)
+        return describe_caching(self.adapter, options)
 
 
 def resolve(config: RunConfig, *, resume: bool = False) -> Resolved:
@@ -113,7 +113,7 @@ def _lines(found: References) -> list[str]:
     for data in found.sets:
         lines.append(f"{data.key}: {len(data.source)} rows; {data.source.columns}")
         lines += blindness(data.key, data.source, found.adapter, found.config)
-    return lines + [f"learner: {line}" for line in found.once]
+    return lines + [f"learner: {line}" for line in found.caching]
 
 
 def idle_ranks(config: RunConfig) -> list[str]:
@@ -185,7 +185,7 @@ def _parts(found: References) -> list[str]:
 
 def _idle_knobs(found: References) -> list[str]:
     rows = sum(len(data.source) for data in found.sets if data.key == "data.train")
-    facts = Facts(rows, found.media_kinds, bool(found.once))
+    facts = Facts(rows, found.media_kinds, bool(found.caching))
     return data_idle_problems(found.config, facts)
 
 

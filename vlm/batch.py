@@ -11,19 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from vlm.encoding import FeatureRow
+from vlm.media.types import MediaKind
+
 GroupLengths = tuple[int, tuple[int, ...]]
 """Tokens of a group's prompt, and of each of the completions behind it."""
 
 _TOKEN_ALIGNED = (
-    "attention_mask",
-    "loss_mask",
-    "behavior_logprobs",
-    "advantages",
-    "rewards",
-    "before_logprobs",
-    "reference_logprobs",
-    "policy_versions",
+    *("attention_mask", "loss_mask", "behavior_logprobs", "advantages", "before_logprobs", "reference_logprobs"),
 )
+_MODEL_INPUTS = ("pixel_values", "cached_features", "cached_tower_outputs", "extra_model_kwargs")
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,25 @@ class MultimodalBatch:
     """float32 `[B, L]`: as sampled by the engine; 0 outside `loss_mask`."""
     advantages: Tensor | None = None
     """float32 `[B, L]`: 0 outside `loss_mask`."""
-    rewards: Tensor | None = None
-    """float32 `[B, L]`: score of the completion that the token belongs to; 0 outside `loss_mask`."""
     before_logprobs: Tensor | None = None
     """float32 `[B, L]`: under the learner's policy before the first of several steps; 0 outside `loss_mask`."""
     reference_logprobs: Tensor | None = None
     """float32 `[B, L]`: under the frozen reference policy; 0 outside `loss_mask`."""
-    policy_versions: Tensor | None = None
-    """int32 `[B, L]`: weights that sampled each token; -1 outside `loss_mask`."""
     pixel_values: Tensor | None = None
     """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`): each prompt's images once."""
     media_index: Mapping[str, Tensor] = field(default_factory=dict)
     """By kind, int64 `[N]`: which of the distinct items' features (one per item, or per tile) stands at the n-th place,
     in the order of the rows. A kind that is not here has one place for each, in their order."""
+    cached_features: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
+    """Features that take the place of pixels, by kind, one row per distinct item (or tile). A kind whose features are
+    cached is always here, with no rows if the batch has no item of it: its tower then runs on no rank."""
+    cached_tower_outputs: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
+    """Tower outputs that come with the pixels, by kind, one row per item: the projector alone runs. A batch without
+    an item of such a kind has the tower outputs of the dummy item that it will be given."""
     extra_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the model takes, by its own names: `image_grid_thw`, `image_sizes`, `pixel_attention_mask`;
-    `pixel_values_videos`, `video_grid_thw`; `input_features`, `feature_attention_mask`; token-aligned inputs `[B, L]`;
-    and, in place of pixels, features computed before: `mm_encoder_outputs`, by kind what `PolicyModule.media_features`
-    gave, or None where the batch has no item of a kind whose features are always computed before; or, beside pixels,
-    `tower_outputs`: by kind, item by item, what the tower gave to the projector and does not compute again."""
+    `pixel_values_videos`, `video_grid_thw`; `input_features`, `feature_attention_mask`; token-aligned inputs, `[B, L]`.
+    """
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -109,7 +106,8 @@ class MultimodalBatch:
         return kwargs
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MultimodalBatch:
-        """Move to `device`; `dtype` applies to the model's floating-point inputs (pixels), not to log-probabilities."""
+        """Move to `device`; `dtype` applies to the model's floating-point inputs (pixels, what is cached of media), not
+        to log-probabilities."""
 
         def move(value: Any, cast: bool) -> Any:
             if not isinstance(value, Tensor):
@@ -117,6 +115,5 @@ class MultimodalBatch:
             convert = dtype if cast and dtype is not None and value.is_floating_point() else None
             return value.to(device=device, dtype=convert, non_blocking=True)
 
-        model_inputs = ("pixel_values", "extra_model_kwargs")
-        values = {f.name: (getattr(self, f.name), f.name in model_inputs) for f in fields(self)}
+        values = {f.name: (getattr(self, f.name), f.name in _MODEL_INPUTS) for f in fields(self)}
         return replace(self, **{n: tree_map(partial(move, cast=cast), value) for n, (value, cast) in values.items()})

@@ -21,9 +21,9 @@ Counts = Mapping[MediaKind, int]
 
 
 FeatureRow = tuple[Tensor, ...]
-"""Features of an item, or of one of its tiles: what takes the places of its tokens, `[tokens, H]` (`[1, tokens, H]`
-where a family has all rows in one tensor), then what enters later layers, if the family has such. Or what the
-tower gives to a projector that is trained, of a whole item (`vlm.tower_end.TowerEnd`)."""
+"""The features of an item, or of one of its tiles: what takes the places of its tokens, `[tokens, H]` (`[1, tokens, H]`
+where a family has all rows in one tensor), then what enters later layers, if the family has such. Or the tower outputs
+of a whole item: what its tower gives to the projector (`vlm.tower_end.TowerEnd`)."""
 
 
 class AdapterError(UserError, ValueError):
@@ -54,9 +54,9 @@ class EncodedPrompt:
     """Media inputs by the model's own names (`pixel_values`, `image_grid_thw`, ...); empty without media. Token-aligned
     inputs are not here: `MultimodalAdapter.token_inputs` derives them from the padded ids."""
     counts: Counts = field(default_factory=dict)
-    features: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
-    """By kind of tower, of all its items in their order: in place of the inputs that they were computed from, or
-    beside them, if the projector is trained."""
+    cached: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
+    """What is cached of the prompt's media, by kind of tower, in the order of the items: features, which take the place
+    of the inputs that they were computed from, or tower outputs, which come with these inputs."""
 
 
 def kind_of(item: Decoded) -> MediaKind:

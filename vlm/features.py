@@ -47,9 +47,8 @@ class TowerFeatures:
         layers = getattr(self.model_config, "vision_feature_layer", ())
         return tuple(layers) if isinstance(layers, list | tuple) else (layers,)
 
-    def join_outputs(self, rows: Sequence[FeatureRow]) -> FeatureRow:
-        """What the tower gives to the projector (`TowerEnd.recording`) for several items together, from that for each
-        alone."""
+    def join_tower_outputs(self, rows: Sequence[FeatureRow]) -> FeatureRow:
+        """The tower outputs (`TowerEnd.collecting`) of several items together, from those of each alone."""
         return tuple(torch.cat(parts, self.tower_dimension) for parts in zip(*rows, strict=True))
 
     def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:

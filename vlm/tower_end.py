@@ -1,7 +1,7 @@
-"""Where a tower ends and the projector begins: what modules gave there is recorded, and given again in their place.
+"""Where a tower ends and its projector begins: the tower outputs are collected there, and can stand in for the tower.
 
-media ─▶ tower ─▶ recorded outputs ─▶ projector        once for each item
-         (skipped) replayed outputs ─▶ projector        in every pass
+media ─▶ tower ─▶ tower outputs ─▶ projector        `collecting`: when an item is not cached yet
+    (skipped) cached tower outputs ─▶ projector     `standing_in`: in every pass
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from vlm.encoding import FeatureRow
 class TowerEnd:
     """The modules that a tower consists of from some point on, all of them called once and in this order."""
 
-    recorded: tuple[nn.Module, ...]
-    """Those whose outputs the projector takes."""
+    sources: tuple[nn.Module, ...]
+    """The modules whose outputs the projector takes."""
     skipped: tuple[nn.Module, ...] = ()
-    """Those between them, called with one's output and giving the next one's input."""
+    """The modules between them, which take one's output and give the next one's input."""
     layers: tuple[int, ...] | None = None
-    """What is used of an output with hidden states of all layers: those of these, or the last hidden state if there are
-    none here. None: the output is one tensor."""
+    """The layers whose hidden states are used, where an output has those of all layers; empty: the last hidden state is
+    used. None: the output is one tensor."""
 
     def is_trained(self) -> bool:
-        return any(p.requires_grad for module in (*self.recorded, *self.skipped) for p in module.parameters())
+        return any(p.requires_grad for module in (*self.sources, *self.skipped) for p in module.parameters())
 
     @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
-        """A list that has, once the tower ran, what `replaying` takes."""
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """Give a list that is filled with the tower outputs when the tower runs."""
         outputs: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def collect(module: nn.Module, args: Any, output: Any) -> None:
             outputs.extend(tensor.detach() for tensor in self._used(output))
 
-        handles = [module.register_forward_hook(keep) for module in self.recorded]
+        handles = [module.register_forward_hook(collect) for module in self.sources]
         try:
             yield outputs
         finally:
@@ -49,15 +49,15 @@ class TowerEnd:
                 handle.remove()
 
     @contextmanager
-    def replaying(self, outputs: FeatureRow) -> Iterator[None]:
-        """The tower gives `outputs` in place of running. Every module is still called, without those inside it.
+    def standing_in(self, outputs: FeatureRow) -> Iterator[None]:
+        """Let the tower give `outputs` instead of running. Every module is still called, without those inside it.
 
         Raises RuntimeError, when they are called, if something before them is trained: it would get no gradient."""
         size = len(self.layers or (0,))
         with ExitStack() as stack:
             for module in self.skipped:
                 stack.enter_context(_replaced(module, lambda hidden: hidden))
-            for i, module in enumerate(self.recorded):
+            for i, module in enumerate(self.sources):
                 given = self._output(outputs[i * size : (i + 1) * size])
                 stack.enter_context(_replaced(module, partial(_given, given)))
             yield
@@ -70,7 +70,7 @@ class TowerEnd:
         return tuple(output.hidden_states[layer] for layer in self.layers)
 
     def _output(self, used: FeatureRow) -> Any:
-        """As the family's own code reads it: whoever asks for what was not recorded gets an error."""
+        """The output as the family's own code reads it: whoever asks for more than was collected gets an error."""
         if self.layers:
             states: Any = dict(zip(self.layers, used, strict=True))
             return BaseModelOutputWithPooling(hidden_states=states)

@@ -68,11 +68,11 @@ def _repeated(batch: MultimodalBatch, times: int) -> MultimodalBatch:
 
 def _features(policy: PolicyModule, batch: MultimodalBatch) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([row[0] for row in policy(batch, features_only=True)["image"]])
+        return torch.cat([row[0] for row in policy(batch, towers_only=True)["image"]])
 
 
 def _run(policy: PolicyModule, batch: MultimodalBatch, trained: bool) -> None:
-    forward: Callable[[], Any] = partial(policy, batch, features_only=True)
+    forward: Callable[[], Any] = partial(policy, batch, towers_only=True)
     if not trained:
         with torch.no_grad():
             forward()

@@ -18,6 +18,7 @@ from learner.algorithm.schedule import learning_rate
 from learner.engines.export import save_policy
 from learner.engines.optimizer import poisoned_unless_finite
 from learner.engines.protocol import MicroLoss, ReadTensor, StepResult, StepTotals
+from learner.model.cached import Cached
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
@@ -103,15 +104,12 @@ class BaseEngine(ABC):
             raise RuntimeError("no reference policy was loaded: beta is 0")
         return module(batch)[0].cpu()
 
-    def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
-        features: Mapping[MediaKind, Sequence[FeatureRow]] = self._module(self._place(batch), features_only=True)
+    def run_towers(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
+        features: Mapping[MediaKind, Sequence[FeatureRow]] = self._module(self._place(batch), towers_only=True)
         return {kind: [tuple(tensor.cpu() for tensor in row) for row in rows] for kind, rows in features.items()}
 
-    def constant_kinds(self) -> tuple[MediaKind, ...]:
-        return self.policy.constant_kinds()
-
-    def recorded_kinds(self) -> tuple[MediaKind, ...]:
-        return self.policy.recorded_kinds()
+    def cached(self) -> Mapping[MediaKind, Cached]:
+        return self.policy.cached
 
     def media_cost(self) -> float:
         return self.policy.media_cost

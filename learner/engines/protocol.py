@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.objective import MISMATCH, LossTerms, token_means
+from learner.model.cached import Cached
 from vlm.batch import MultimodalBatch
 from vlm.encoding import FeatureRow
 from vlm.media.types import MediaKind
@@ -59,20 +60,16 @@ class TrainEngine(Protocol):
 
         Raises RuntimeError if a reference is asked for that the options did not load."""
 
-    def media_features(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
-        """What the towers make of the batch's media, by kind and row by row, on the CPU; no language model runs. They
-        have a gradient if something trained is in them, which `constant_kinds` denies. Of `recorded_kinds`: what the
-        tower gives to the projector, in one row; the batch then has to be one item."""
+    def run_towers(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
+        """What will be cached of the batch's media, by kind and row by row, on the CPU; the language model does not
+        run. The tensors have a gradient if something in the tower is trained, which `cached` denies. A batch whose
+        tower outputs are wanted must hold exactly one item."""
 
-    def constant_kinds(self) -> tuple[MediaKind, ...]:
-        """Kinds of media that the run may hold and whose features no optimizer step changes."""
-
-    def recorded_kinds(self) -> tuple[MediaKind, ...]:
-        """Kinds of media that the run may hold and whose tower no optimizer step changes, but their projector."""
+    def cached(self) -> Mapping[MediaKind, Cached]:
+        """What is cached of the media that the run may hold, by kind of tower (`learner.model.cached`)."""
 
     def media_cost(self) -> float:
-        """What the towers take for a token of media, in tokens through the language model; those of `constant_kinds`
-        and `recorded_kinds` nothing."""
+        """What the towers take for a token of media, in tokens through the language model; cached ones take nothing."""
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches

@@ -1,9 +1,10 @@
-"""Towers that no step changes run ahead of the language model, once for each distinct item, on all ranks in step.
+"""Frozen towers run ahead of the language model, on all ranks in step, and only for items that are not cached.
 
-groups ─▶ items without cached features ─▶ tower batches, as many on every rank ─▶ FeatureCache ─▶ prompts that
-          carry features in place of pixels: no tower runs in any pass of the language model, the reference's included
+groups ─▶ items that are not cached ─▶ tower batches, as many on every rank ─▶ FeatureCache ─▶ prompts
 
-Where the projector is trained, prompts carry beside pixels what the tower gives to it, and in every pass it alone runs.
+`learner/model/cached.py` says what is cached of a tower. Cached features take the place of pixels in a prompt: no tower
+runs in any pass of the language model, the reference's included. Cached tower outputs come with the pixels, and in
+every pass the projector alone runs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from itertools import accumulate
 
 import torch
 
-from learner.batching.samples import check_expansion, encode_prompts
+from learner.batching.collate import CachedMedia
+from learner.batching.rows import check_expansion, encode_prompts
 from learner.engines.protocol import TrainEngine
 from learner.features.cache import BoundedLRU, FeatureCache, Features, Key, Store
+from learner.model.cached import what_is_cached
 from learner.types import DEFAULT_TOKENS, LearnerOptions
 from rollout.types import RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
@@ -30,11 +33,9 @@ from vlm.parts import THROUGH, tower_part
 from vlm.roles import part_of
 
 IN_STORE = 4
-"""Bytes in the store that ranks share, for one in their memory."""
-
-
+"""Bytes in the store that the ranks share, for each byte in a rank's memory."""
 PROMPTS_BYTES = 2**26
-"""Memory for prompts as they were encoded, without pixels: where all features are there, no image is even decoded."""
+"""Memory for encoded prompts without pixels: the images of a prompt whose features are all cached are not decoded."""
 
 
 def make_towers(
@@ -42,71 +43,78 @@ def make_towers(
     adapter: MultimodalAdapter,
     options: LearnerOptions,
     connect: Callable[[int], Store] | None = None,
-) -> ConstantTowers | None:
-    """None if nothing is to be cached: the cache is off, or no tower of the run's media is constant. `connect` gives
-    the store of so many bytes that the ranks share."""
+) -> FrozenTowers | None:
+    """Return None if nothing is to be cached: the cache is off, or the table has nothing for the run's media. `connect`
+    gives the store of so many bytes that the ranks share."""
     limit = round(options.feature_cache_gib * 2**30)
-    if not limit or not (engine.constant_kinds() or engine.recorded_kinds()):
+    if not limit or not engine.cached():
         return None
     store = connect(IN_STORE * limit * options.ranks) if connect is not None else None
-    return ConstantTowers(engine, adapter, options, FeatureCache(limit, store))
+    return FrozenTowers(engine, adapter, options, FeatureCache(limit, store))
 
 
-def once_per_run(adapter: MultimodalAdapter, options: LearnerOptions) -> list[str]:
-    """What a run computes once for each distinct item of media, for the user; nothing of towers that are trained."""
+def describe_caching(adapter: MultimodalAdapter, options: LearnerOptions) -> list[str]:
+    """What is cached of the run's media, one line for the user; nothing is said of towers that are trained."""
     lora = {part_of(role) for role in options.lora_targets}
     trained = lora if options.lora_rank else {*adapter.parts} - {*options.freeze}
-    held = f"as far as {options.feature_cache_gib:g} GiB a rank hold what it gives"
+    limit = f"(up to {options.feature_cache_gib:g} GiB per rank)"
     said: dict[str, list[MediaKind]] = {}
     for kind in options.media_kinds:
-        if kind in adapter.modalities and tower_part(kind) not in trained:
-            projected = "projector" in trained and kind in THROUGH["projector"]
-            if not options.feature_cache_gib:
-                what = "the frozen tower runs in every pass: feature_cache_gib is 0"
-            elif not projected:
-                what = f"features are computed once per run for each distinct item, {held}"
-            elif adapter.knows_tower_end():
-                what = f"the frozen tower runs once per run for each distinct item, {held}; its projector in every pass"
-            else:
-                family = type(adapter).__name__
-                what = f"the frozen tower runs in every pass: {family} does not say where its projector begins"
-            said.setdefault(what, []).append(kind)
-    return [f"{' and '.join(kinds)}: {what}" for what, kinds in said.items()]
+        if kind not in adapter.modalities or tower_part(kind) in trained:
+            continue
+        cached = what_is_cached(
+            tower_trained=False,
+            projector_trained="projector" in trained and kind in THROUGH["projector"],
+            knows_tower_end=adapter.knows_tower_end(),
+        )
+        if not options.feature_cache_gib:
+            text = "the frozen tower runs in every pass because feature_cache_gib is 0"
+        elif cached == "features":
+            text = f"features are computed once per run and cached {limit}"
+        elif cached == "tower outputs":
+            text = f"tower outputs are computed once per run and cached {limit}; the projector runs in every pass"
+        else:
+            family = type(adapter).__name__
+            text = f"the frozen tower runs in every pass because {family} does not say where its projector begins"
+        said.setdefault(text, []).append(kind)
+    return [f"{' and '.join(kinds)}: {text}" for text, kinds in said.items()]
 
 
-class ConstantTowers:
-    """One per rank, for a whole run. Holds features only of kinds whose towers are constant: what comes out of their
-    projector or, if that is trained, what goes into it."""
+class FrozenTowers:
+    """The frozen towers of one rank for a whole run, and what is cached of them."""
 
     def __init__(
         self, engine: TrainEngine, adapter: MultimodalAdapter, options: LearnerOptions, cache: FeatureCache
     ) -> None:
-        self._engine, self._adapter, self._cache = engine, adapter, cache
-        self._options = options
-        self.kinds: tuple[MediaKind, ...] = engine.constant_kinds()
-        """Of `MultimodalAdapter.towers`: all batches carry the features of these."""
-        self.replayed: dict[MediaKind, FeatureRow] = {}
-        """Kinds of which all batches carry what goes into the projector, and that of the dummy. Filled by the first
-        `encode`: every rank records each dummy once."""
-        self._recorded = engine.recorded_kinds()
-        cached = {*self.kinds, *self._recorded}
-        firsts = {m.inputs[0]: kind for kind, m in adapter.towers().items() if kind in cached}
+        self._engine, self._adapter, self._options, self._cache = engine, adapter, options, cache
+        self._kinds = engine.cached()
+        self._with_features = tuple(kind for kind, what in self._kinds.items() if what == "features")
+        self._with_outputs = tuple(kind for kind, what in self._kinds.items() if what == "tower outputs")
+        self._dummy_outputs: dict[MediaKind, FeatureRow] = {}
+        """The tower outputs of the dummy items. The first `encode` fills it on every rank."""
+        firsts = {m.inputs[0]: kind for kind, m in adapter.towers().items() if kind in self._kinds}
         self._tower_of = {k: firsts[m.inputs[0]] for k, m in adapter.modalities.items() if m.inputs[0] in firsts}
-        kept = {name for m in adapter.modalities.values() for name in m.positions}
-        self._replaced = {n for kind in self.kinds for n in adapter.modalities[kind].inputs} - kept
+        needed = {name for m in adapter.modalities.values() for name in m.positions}
+        self._replaced = {n for kind in self._with_features for n in adapter.modalities[kind].inputs} - needed
         self._dummies: dict[MediaKind, EncodedPrompt] = {}
         self._prompts: BoundedLRU[EncodedPrompt] = BoundedLRU(PROMPTS_BYTES)
 
+    @property
+    def cached(self) -> CachedMedia:
+        """What every batch has from the cache, for `collate`."""
+        return CachedMedia(self._with_features, self._dummy_outputs)
+
     def encode(self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes]) -> list[EncodedPrompt]:
-        """Each group's prompt, with features in place of what the constant towers take, or beside it what these give to
-        a projector that is trained. Collective: every rank calls it, with or without groups. `media`: encoded bytes by
-        digest.
+        """Encode each group's prompt, with cached features in place of pixels or cached tower outputs beside them.
+        Collective: every rank calls it, with or without groups. `media`: encoded bytes by digest.
 
         Raises EncodingMismatchError, as `encode_prompts` does."""
         wanted = {_key(m) for group in groups for m in group.prompt.media if m.kind in self._tower_of}
         found = self._cache.get(sorted(wanted))
         prompts = self._encode(groups, media, found)
-        missing: dict[MediaKind, dict[Key, EncodedPrompt | Media]] = {k: {} for k in (*self.kinds, *self._recorded)}
+        missing: dict[MediaKind, dict[Key, EncodedPrompt | Media]] = {
+            kind: {} for kind in (*self._with_features, *self._with_outputs)
+        }
         for group, prompt in zip(groups, prompts, strict=True):
             for item in group.prompt.media:
                 if item.kind in self._tower_of and _key(item) not in found:
@@ -116,7 +124,7 @@ class ConstantTowers:
                     else:
                         of_kind.setdefault(_key(item), item)
         self._compute({kind: self._alone(items, media) for kind, items in missing.items()}, found)
-        done = [self._carrying(p, group.prompt.media, found) for group, p in zip(groups, prompts, strict=True)]
+        done = [self._with_cached(p, group.prompt.media, found) for group, p in zip(groups, prompts, strict=True)]
         for group, prompt in zip(groups, done, strict=True):
             self._remember(group, prompt)
         return done
@@ -139,10 +147,10 @@ class ConstantTowers:
         return [made[i] for i in range(len(groups))]
 
     def _remember(self, group: RolloutGroup, prompt: EncodedPrompt) -> None:
-        """Keep a prompt that the processor need not see again."""
-        if all(self._tower_of.get(item.kind) in self.kinds for item in group.prompt.media):
+        """Store a prompt that the processor need not see again."""
+        if all(self._tower_of.get(item.kind) in self._with_features for item in group.prompt.media):
             size = sum(tensor.nbytes for tensor in (prompt.input_ids, *prompt.inputs.values()))
-            self._prompts.put(_prompt_key(group), replace(prompt, features={}), size)
+            self._prompts.put(_prompt_key(group), replace(prompt, cached={}), size)
 
     def _alone(
         self, items: Mapping[Key, EncodedPrompt | Media], media: Mapping[str, bytes]
@@ -155,11 +163,11 @@ class ConstantTowers:
         return {key: item if isinstance(item, EncodedPrompt) else apart[key] for key, item in items.items()}
 
     def _compute(self, missing: Mapping[MediaKind, Mapping[Key, EncodedPrompt]], found: dict[Key, Features]) -> None:
-        """Add the features of missing items to `found` and to the cache. Every rank runs the tower of a kind as often
-        as the rank with the most batches, on a dummy where it has no more: under ZeRO-3 they wait for each other."""
-        for kind in self._recorded:
-            if kind not in self.replayed:
-                self.replayed[kind] = self._run(kind, [self._dummy(kind)])[0]
+        """Compute what is missing, and add it to `found` and to the cache. Every rank runs the tower of a kind as often
+        as the rank with the most batches, on a dummy if it has no more: under ZeRO-3 the ranks wait for each other."""
+        for kind in self._with_outputs:
+            if kind not in self._dummy_outputs:
+                self._dummy_outputs[kind] = self._run(kind, [self._dummy(kind)])[0]
         batches = {kind: self._cut(kind, items) for kind, items in missing.items()}
         counts = self._engine.all_reduce_max([len(own) for own in batches.values()])
         for kind, count in zip(batches, counts, strict=True):
@@ -172,17 +180,17 @@ class ConstantTowers:
                 found |= self._cache.put({k: tuple(rows[i:j]) for k, (i, j) in zip(keys, spans, strict=True)})
 
     def _run(self, kind: MediaKind, prompts: Sequence[EncodedPrompt]) -> list[FeatureRow]:
-        rows = self._engine.media_features(self._tower_batch(kind, prompts))[kind]
-        _check_constant(rows, kind)
+        rows = self._engine.run_towers(self._tower_batch(kind, prompts))[kind]
+        _check_frozen(rows, kind)
         return rows
 
     def _rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
-        return 1 if kind in self._recorded else self._adapter.feature_rows(prompt, kind)
+        return 1 if kind in self._with_outputs else self._adapter.feature_rows(prompt, kind)
 
     def _cut(self, kind: MediaKind, items: Mapping[Key, EncodedPrompt]) -> list[list[Key]]:
-        """Keys of each tower batch: within the limit of patches, or as many as the tokens of a micro-batch bring. What
-        goes into a projector is recorded item by item: families differ in how it lies in a batch of several."""
-        if kind in self._recorded:
+        """The keys of each tower batch: within the limit of patches, or as many as the tokens of a micro-batch bring.
+        Tower outputs are computed item by item, because families differ in how those of several items lie together."""
+        if kind in self._with_outputs:
             return [[key] for key in items]
         sizes = {key: patches(self._adapter, prompt) for key, prompt in items.items()}
         tokens = self._options.tokens_limit or DEFAULT_TOKENS
@@ -199,10 +207,10 @@ class ConstantTowers:
 
     @cached_property
     def _per_token(self) -> dict[MediaKind, float]:
-        return {kind: patches_per_token(self._adapter, kind) for kind in self.kinds}
+        return {kind: patches_per_token(self._adapter, kind) for kind in self._with_features}
 
     def _tower_batch(self, kind: MediaKind, prompts: Sequence[EncodedPrompt]) -> MultimodalBatch:
-        """The inputs of one tower, behind two tokens that nobody reads."""
+        """A batch with the inputs of one tower, and two tokens that nobody reads."""
         names = self._adapter.modalities[kind].inputs
         inputs = self._adapter.join([replace(p, inputs={n: p.inputs[n] for n in names}) for p in prompts])
         ids = torch.full((1, 2), self._adapter.pad_token_id)
@@ -219,16 +227,19 @@ class ConstantTowers:
             self._dummies[kind] = self._adapter.dummy_prompt(kind)
         return self._dummies[kind]
 
-    def _carrying(self, prompt: EncodedPrompt, items: Sequence[Media], found: Mapping[Key, Features]) -> EncodedPrompt:
-        features: dict[MediaKind, Features] = {}
+    def _with_cached(
+        self, prompt: EncodedPrompt, items: Sequence[Media], found: Mapping[Key, Features]
+    ) -> EncodedPrompt:
+        """The prompt with what is cached of its items, and without the inputs that cached features replace."""
+        cached: dict[MediaKind, Features] = {}
         for item in items:
             if (kind := self._tower_of.get(item.kind)) is not None:
-                features[kind] = (*features.get(kind, ()), *found[_key(item)])
+                cached[kind] = (*cached.get(kind, ()), *found[_key(item)])
         inputs = {name: value for name, value in prompt.inputs.items() if name not in self._replaced}
-        return replace(prompt, inputs=inputs, features=features)
+        return replace(prompt, inputs=inputs, cached=cached)
 
     def take_metrics(self) -> dict[str, float]:
-        """Over all ranks and since the last call. Collective."""
+        """Counts over all ranks since the last call. Collective."""
         counts = self._cache.take_counts()
         mine = [counts.stored, counts.hits, counts.store_hits, self._cache.local_bytes]
         stored, hits, store_hits, held = self._engine.all_reduce_sum(mine)
@@ -241,7 +252,7 @@ class ConstantTowers:
 
 
 def _key(item: Media) -> tuple[str, str, tuple[int, ...]]:
-    """What the features of an item follow from: of a video also which of its frames are shown."""
+    """What the features of an item depend on: for a video also which of its frames are shown."""
     return item.kind, item.digest, item.frames
 
 
@@ -249,9 +260,9 @@ def _prompt_key(group: RolloutGroup) -> Key:
     return group.prompt.text, *map(_key, group.prompt.media)
 
 
-def _check_constant(rows: Sequence[FeatureRow], kind: MediaKind) -> None:
+def _check_frozen(rows: Sequence[FeatureRow], kind: MediaKind) -> None:
     if any(tensor.requires_grad for row in rows for tensor in row):
         raise RuntimeError(
-            f"the tower for {kind} counts as constant, but its features depend on a parameter that is trained: the "
-            "adapter's `roles` do not name it as part of the tower or of the projector"
+            f"the tower of kind {kind} counts as frozen, but its features depend on a parameter that is trained: the "
+            "adapter's `roles` do not name that parameter as part of the tower or of the projector"
         )

@@ -9,9 +9,8 @@ nobody calls an inner module past it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from learner.batching.layout import predicting_position
 from learner.model.attention import AttentionBackend, packed_kwargs
+from learner.model.cached import Cached, what_is_cached
 from learner.model.logprobs import LogprobHead
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -57,9 +57,10 @@ class PolicyModule(nn.Module):
         self.head = LogprobHead(head, banned=adapter.banned_token_ids, temperature=temperature, chunk_rows=chunk_rows)
         used = {adapter.modalities[kind].inputs[0] for kind in media_kinds if kind in adapter.modalities}
         self._dummies = {kind: _dummy(adapter, kind) for kind, m in adapter.towers().items() if m.inputs[0] in used}
-        # Kept here because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.
+        # Read now because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.
         self._dtype = head.weight.dtype
-        self._recorded = self.recorded_kinds()
+        self.cached: Mapping[MediaKind, Cached] = self._what_is_cached()
+        """What is cached of the media that the run may hold, by kind of tower."""
 
     @property
     def base(self) -> Any:
@@ -67,20 +68,17 @@ class PolicyModule(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
-        self, batch: MultimodalBatch, *, reference: bool = False, features_only: bool = False
+        self, batch: MultimodalBatch, *, reference: bool = False, towers_only: bool = False
     ) -> tuple[Tensor, Tensor] | dict[MediaKind, list[FeatureRow]]:
         """`(log-probabilities, entropies)`, float32 `[B, L]`, aligned with `batch.input_ids`; 0 outside `loss_mask`.
 
         `reference`: with the LoRA adapter switched off. The result always hangs on every parameter that the model
         uses, vision tower included, be there an image, a trained token, or not.
 
-        `features_only`: no language model; what the towers make of the batch's media, row by row. Of a kind in
-        `recorded_kinds` what they give to the projector, in one row: the batch then has to be one item."""
-        if features_only:
-            if recorded := [kind for kind in self._recorded if self._inputs_of(kind, batch)]:
-                return {kind: [self._tower_outputs(batch)] for kind in recorded}
-            features = self.media_features(batch)
-            return {kind: self.adapter.cut_features(of_kind) for kind, of_kind in features.items()}
+        `towers_only`: the language model does not run. The result is what will be cached of the batch's media, row by
+        row. A batch whose tower outputs are wanted must hold exactly one item."""
+        if towers_only:
+            return self._run_towers(batch)
         rows, length = batch.input_ids.shape
         inputs = self._with_all_media(batch)
         off = self.model.disable_adapter() if reference and hasattr(self.model, "disable_adapter") else nullcontext()
@@ -94,24 +92,33 @@ class PolicyModule(nn.Module):
         return zeros.index_put(place, logprobs), zeros.index_put(place, entropy)
 
     def media_features(self, batch: MultimodalBatch) -> dict[Any, Any]:
-        """Outputs of the towers by kind, for the batch's distinct media; those it carries already as they are.
+        """The features of the batch's distinct media by kind: cached ones, and those that are computed now.
 
-        Every tower that the batch has inputs for runs once, in the adapter's order; if the batch carries what one gives
-        to its projector, the projector alone."""
-        given = batch.model_kwargs()
-        carried, replayed = given.get("mm_encoder_outputs", {}), given.get("tower_outputs", {})
+        Every tower that the batch has inputs for runs once, in the adapter's order; where the batch has cached tower
+        outputs, only the projector runs."""
         backbone = self.base.base_model
-        features = {kind: of_kind for kind, of_kind in carried.items() if of_kind is not None}
+        features = {kind: self.adapter.join_features(rows) for kind, rows in batch.cached_features.items() if rows}
         for kind in self.adapter.towers():
             if own := self._inputs_of(kind, batch):
-                with self._replaying(replayed[kind]) if kind in replayed else nullcontext():
+                with self._standing_in(batch.cached_tower_outputs.get(kind)):
                     features[kind] = self.adapter.media_features(backbone, kind, own)
         return features
 
-    def _replaying(self, rows: Sequence[FeatureRow]) -> AbstractContextManager[None]:
+    def _standing_in(self, outputs: Sequence[FeatureRow] | None) -> AbstractContextManager[None]:
+        """Let cached tower outputs, if there are any, stand in for the tower."""
+        if outputs is None:
+            return nullcontext()
         end = self.adapter.tower_end(self.base.base_model)
         assert end is not None
-        return end.replaying(self.adapter.join_outputs(rows))
+        return end.standing_in(self.adapter.join_tower_outputs(outputs))
+
+    def _run_towers(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
+        """What will be cached of the batch's media."""
+        kinds = [kind for kind, what in self.cached.items() if what == "tower outputs"]
+        if wanted := [kind for kind in kinds if self._inputs_of(kind, batch)]:
+            return {kind: [self._tower_outputs(batch)] for kind in wanted}
+        features = self.media_features(batch)
+        return {kind: self.adapter.cut_features(of_kind) for kind, of_kind in features.items()}
 
     def _inputs_of(self, kind: MediaKind, batch: MultimodalBatch) -> dict[str, Any]:
         """What the tower of a kind takes; empty if the batch has none of that kind."""
@@ -122,55 +129,48 @@ class PolicyModule(nn.Module):
     def _tower_outputs(self, batch: MultimodalBatch) -> FeatureRow:
         end = self.adapter.tower_end(self.base.base_model)
         assert end is not None
-        with end.recording() as outputs:
+        with end.collecting() as outputs:
             self.media_features(batch)
         return tuple(outputs)
-
-    def constant_kinds(self) -> tuple[MediaKind, ...]:
-        """Kinds of media that the run may hold and whose features no optimizer step changes: neither their tower nor a
-        projector has a parameter that is trained."""
-        return tuple(kind for kind, projected in self._frozen_towers().items() if not projected)
-
-    def recorded_kinds(self) -> tuple[MediaKind, ...]:
-        """Kinds of media that the run may hold whose projector optimizer steps change, but not their tower, where the
-        adapter knows its end: what the one gives to the other can be recorded."""
-        kinds = tuple(kind for kind, projected in self._frozen_towers().items() if projected)
-        end = self.adapter.tower_end(self.base.base_model) if kinds else None
-        return () if end is None or end.is_trained() else kinds
 
     @cached_property
     def media_cost(self) -> float:
         """What the towers take for a token of media, in tokens through the language model, by the elements of their
-        linear layers; of the costliest kind that the run may hold. Towers that can be kept count nothing."""
+        linear layers; of the costliest kind that the run may hold. Towers that are cached count nothing."""
         passed: Counter[str] = Counter()
         for name, module in self.base.named_modules():
             if isinstance(module, nn.Linear) and module is not self.base.get_output_embeddings():
                 passed[part_of(self.adapter.role(f"{name}.weight"))] += module.in_features * module.out_features
-        kinds = set(self._dummies) - {*self.constant_kinds(), *self._recorded}
+        kinds = set(self._dummies) - set(self.cached)
         costs = [passed[tower_part(k)] * patches_per_token(self.adapter, k) / passed["language"] for k in kinds]
         return max(costs, default=0.0)
 
-    def _frozen_towers(self) -> dict[MediaKind, bool]:
-        """Kinds of media that the run may hold and whose tower has no parameter that is trained, and whether their
-        projector has one."""
-        roles: dict[str, bool] = {}
+    def _what_is_cached(self) -> dict[MediaKind, Cached]:
+        """What is cached of the kinds of media that the run may hold, by what is trained of the model."""
+        trained: dict[str, bool] = {}
         for name, parameter in self.base.named_parameters():
-            role = self.adapter.role(name)
-            roles[role] = roles.get(role, False) or parameter.requires_grad
-        projected = roles.get("projector", False)
-        # A tower that no parameter is said to belong to may hide among those of the language model.
-        frozen = [kind for kind in self._dummies if not roles.get(tower_part(kind), True)]
-        return {kind: projected and kind in THROUGH["projector"] for kind in frozen}
+            part = self.adapter.role(name)
+            trained[part] = trained.get(part, False) or parameter.requires_grad
+        end = self.adapter.tower_end(self.base.base_model) if self._dummies else None
+        found = {
+            kind: what_is_cached(
+                # A tower that no parameter is said to belong to may hide among those of the language model.
+                tower_trained=trained.get(tower_part(kind), True),
+                projector_trained=trained.get("projector", False) and kind in THROUGH["projector"],
+                knows_tower_end=end is not None and not end.is_trained(),
+            )
+            for kind in self._dummies
+        }
+        return {kind: what for kind, what in found.items() if what is not None}
 
     def _with_all_media(self, batch: MultimodalBatch) -> MultimodalBatch:
         """`batch` as it is, or with more rows, small prompts with media that it lacks and that nothing is trained on.
 
-        Under ZeRO-3 every rank must run the same towers in every pass, or the others wait for it for ever. Where the
-        batch carries features of a kind, or says that it would (None), no rank runs that tower."""
+        Under ZeRO-3 every rank must run the same towers in every pass, or the others wait for it for ever. No rank runs
+        the tower of a kind whose features are cached."""
         given = batch.model_kwargs()
-        carried = given.get("mm_encoder_outputs", {})
         for kind, (dummy, positions) in self._dummies.items():
-            if self.adapter.modalities[kind].inputs[0] not in given and kind not in carried:
+            if self.adapter.modalities[kind].inputs[0] not in given and kind not in batch.cached_features:
                 batch = _with_prompt(batch, dummy, positions, self.adapter).to(batch.input_ids.device, self._dtype)
         return batch
 
@@ -180,14 +180,11 @@ class PolicyModule(nn.Module):
         The towers always run first and apart: the order of modules must not differ between ranks either."""
         features = self.media_features(batch)
         for kind, index in batch.media_index.items():
-            features[kind] = copy(features[kind])
             self.adapter.repeat_features(features[kind], index)
-        consumed = {"mm_encoder_outputs", "tower_outputs"} | {
-            name for m in self.adapter.modalities.values() for name in (*m.inputs, *m.positions)
-        }
+        consumed = {name for m in self.adapter.modalities.values() for name in (*m.inputs, *m.positions)}
         kwargs = {name: value for name, value in batch.model_kwargs().items() if name not in consumed}
         if features:
-            kwargs["mm_encoder_outputs"] = features
+            kwargs["mm_encoder_outputs"] = features  # the name that transformers has for them
         if batch.groups is not None:
             kwargs |= packed_kwargs(batch.groups, batch.input_ids.device, self.attention)
         return kwargs
@@ -222,6 +219,8 @@ def _with_prompt(
         position_ids=None if batch.position_ids is None else extend(batch.position_ids, 0, positions),
         pixel_values=pixels,
         media_index=batch.media_index,
+        cached_features=batch.cached_features,
+        cached_tower_outputs=batch.cached_tower_outputs,
         extra_model_kwargs={**batch.extra_model_kwargs, **others, **adapter.token_inputs(input_ids)},
     )
 

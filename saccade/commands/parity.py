@@ -23,7 +23,7 @@ from torch import Tensor
 from learner.durable import strict_json
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
-from learner.update import score_groups
+from learner.update import Updater
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Completion, Prompt, RolloutGroup
@@ -180,7 +180,7 @@ def compare(
 
     def score(media: Sequence[Media]) -> np.ndarray:
         data = {own.digest: other.data for own, other in zip(prompt.media, media, strict=True)}
-        (values,) = score_groups(learner, family, options, [group], data)
+        (values,) = Updater(learner, family, options).score([group], data)
         return np.concatenate(values)
 
     theirs = np.concatenate([_logprobs(c) for c in group.completions])

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from learner.batching.packing import balance, fewest_bins, pack_padded, split_group
-from learner.batching.samples import shares_prompts
+from learner.batching.rows import shares_prompts
 from learner.durable import strict_json
 from learner.plan.flops import Flops, GroupShape, step_flops
 from learner.plan.memory import Load, MemoryPlan, plan_memory, with_unit_bytes

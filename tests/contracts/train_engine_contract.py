@@ -14,14 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from learner.algorithm.objective import LossTerms
-from learner.batching.samples import collate
+from learner.batching.collate import collate
 from learner.engines.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learner.engines.protocol import TrainEngine
 from learner.model.load import load_policy
 from learner.types import LearnerOptions, NotFiniteError, NothingToLearnError
-from learner.update import reference_kl, run_update, score_groups
 from rollout.types import Verdict
-from tests.helpers.learner_cases import Case, adapter_of, expected_update, mixed_case, options, rows_of
+from tests.helpers.learner_cases import Case, adapter_of, expected_update, mixed_case, options, rows_of, update, updater
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
 
@@ -60,8 +59,7 @@ class TrainEngineContract:
         return mixed_case(adapter)
 
     def update(self, engine: TrainEngine, chosen: LearnerOptions, case: Case) -> dict:
-        adapter = engine.adapter  # type: ignore[attr-defined]
-        return run_update(engine, adapter, chosen, case.groups, case.advantages, case.media, version=0)
+        return update(engine, chosen, case)
 
     @pytest.mark.parametrize("budget", [4096, 90], ids=["one micro-batch", "several"])
     @pytest.mark.parametrize("old_policy", ["behavior", "current"])
@@ -72,9 +70,9 @@ class TrainEngineContract:
         expected = expected_update(tiny_model, case, chosen)
         engine = make(chosen)
         stats = self.update(engine, chosen, case)
-        assert (stats["micro_batches"] > 1) == (budget == 90)
+        assert (stats["metrics"]["micro_batches"] > 1) == (budget == 90)
         assert stats["loss"] == pytest.approx(expected.loss, abs=1e-5)
-        assert stats["tokens"] == expected.tokens and stats["samples"] == 15
+        assert stats["metrics"]["tokens_trained"] == expected.tokens and stats["metrics"]["completions_trained"] == 15
         assert stats["metrics"]["kl"] == pytest.approx(0.0, abs=1e-9)
         assert_gradients_close(gradients_of(engine, chosen), expected.gradients)
         norm = torch.stack([g.norm() for g in expected.gradients.values()]).norm().item()
@@ -84,7 +82,7 @@ class TrainEngineContract:
         chosen = options(tiny_model, temperature=0.9, micro_batch_tokens=90)
         expected = expected_update(tiny_model, case, chosen).logprobs
         engine = make(chosen)
-        scored = score_groups(engine, engine.adapter, chosen, case.groups, case.media)  # type: ignore[attr-defined]
+        scored = updater(engine, chosen).score(case.groups, case.media)
         for ours, theirs in zip(scored, expected, strict=True):
             for values, exact in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(values, exact.numpy(), atol=3e-5)
@@ -132,7 +130,7 @@ class TrainEngineContract:
     def test_the_divergence_of_completions_is_that_of_their_tokens(self, make: Make, tiny_model: Path, case: Case):
         chosen = options(tiny_model, kl_estimator="k1", kl_in="reward", temperature=0.9)
         engine = make(chosen)
-        found = reference_kl(engine, engine.adapter, chosen, case.groups, case.media)  # type: ignore[attr-defined]
+        found = updater(engine, chosen).reference_kl(case.groups, case.media)
         exact = expected_update(tiny_model, case, chosen).logprobs
         for group, ours, references in zip(case.groups, found, exact, strict=True):
             for completion, value, reference in zip(group.completions, ours, references, strict=True):
@@ -143,16 +141,16 @@ class TrainEngineContract:
     def test_several_steps_are_taken_each_on_its_part(self, make: Make, tiny_model: Path, case: Case):
         chosen = options(tiny_model, optimizer_steps=2, learning_rate=1e-5, aggregation="sequence")
         engine = make(chosen)
-        adapter = engine.adapter  # type: ignore[attr-defined]
-        stats = run_update(
-            engine, adapter, chosen, case.groups, case.advantages, case.media, 0, minibatches=[0, 1, 1, 0]
-        )
-        assert engine.steps == 2 and stats["samples"] == 15
+        stats = update(engine, chosen, case, minibatches=[0, 1, 1, 0])
+        assert engine.steps == 2 and stats["metrics"]["completions_trained"] == 15
         assert stats["metrics"]["ratio_max"] != 1.0  # the second is against the policy before the first
         parts = [case.part([0, 3]), case.part([1, 2])]
         alone = make(replace(chosen, optimizer_steps=1))
         first = self.update(alone, replace(chosen, optimizer_steps=1), parts[0])
-        assert stats["tokens"] == first["tokens"] + expected_update(tiny_model, parts[1], chosen).tokens
+        assert (
+            stats["metrics"]["tokens_trained"]
+            == first["metrics"]["tokens_trained"] + expected_update(tiny_model, parts[1], chosen).tokens
+        )
         # On-policy, the ratio's gradient is that of log pi: the second step alone, from where the first ended.
         second = self.update(alone, replace(chosen, optimizer_steps=1, loss="reinforce"), parts[1])
         assert stats["grad_norm"] == pytest.approx((first["grad_norm"] + second["grad_norm"]) / 2, rel=0.05)
@@ -165,9 +163,7 @@ class TrainEngineContract:
             raise AssertionError("a pass that is not needed")
 
         engine.logprobs = not_needed
-        stats = run_update(
-            engine, engine.adapter, chosen, case.groups, case.advantages, case.media, 0, minibatches=[0, 1, 1, 0]
-        )
+        stats = update(engine, chosen, case, minibatches=[0, 1, 1, 0])
         alone = replace(chosen, optimizer_steps=1)
         first = self.update(make(alone), alone, case.part([0, 3]))
         # Behind a step the policy has moved: what is between it and the engines' says nothing of how they agree.
@@ -187,7 +183,7 @@ class TrainEngineContract:
         one, other = make(masked), make(plain)
         ours = self.update(one, masked, replace(case, groups=cut))
         theirs = self.update(other, plain, replace(case, groups=unscored))
-        assert ours["samples"] == 11 and ours["loss"] == pytest.approx(theirs["loss"])
+        assert ours["metrics"]["completions_trained"] == 11 and ours["loss"] == pytest.approx(theirs["loss"])
         assert_gradients_close(gradients_of(one, masked), gradients_of(other, plain))
         nothing = [
             replace(g, completions=tuple(replace(c, finish_reason="length") for c in g.completions)) for g in cut
@@ -350,15 +346,13 @@ class TrainEngineContract:
         chosen = options(tiny_model, optimizer_steps=2, micro_batch_tokens=90)
         engine, alone = make(chosen), make(chosen)
         spoiled = replace(case, advantages=[[np.inf] * 4, *case.advantages[1:]])
-        adapter, minibatches = engine.adapter, [0, 1, 1, 0]  # type: ignore[attr-defined]
-        stats = run_update(
-            engine, adapter, chosen, case.groups, spoiled.advantages, case.media, 0, minibatches=minibatches
-        )
-        part = case.part([1, 2])
-        expected = run_update(alone, adapter, chosen, part.groups, part.advantages, case.media, 0, minibatches=[1, 1])
+        stats = update(engine, chosen, spoiled, minibatches=[0, 1, 1, 0])
+        expected = update(alone, chosen, case.part([1, 2]), minibatches=[1, 1])
         assert engine.steps == alone.steps == 1
-        for name in ("loss", "grad_norm", "learning_rate", "samples", "tokens"):
+        for name in ("loss", "grad_norm", "learning_rate"):
             assert stats[name] == expected[name]
+        for name in ("completions_trained", "tokens_trained"):
+            assert stats["metrics"][name] == expected["metrics"][name]
         states = [dict(e.state_tensors()) for e in (engine, alone)]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
         (refused,) = stats["refused"]

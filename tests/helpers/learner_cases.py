@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.advantages import ADVANTAGES
-from learner.batching.samples import Row
+from learner.batching.rows import Row
+from learner.engines.protocol import TrainEngine
+from learner.features.frozen_towers import FrozenTowers
 from learner.types import LearnerOptions
-from learner.update import build_rows
+from learner.update import Share, Updater
 from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import MultimodalAdapter
 from vlm.families.registry import load_adapter
@@ -100,7 +102,7 @@ def _item(kind: str, seed: int, size: int) -> Media:
 
 @dataclass(frozen=True)
 class Case:
-    """A sealed batch, ready for `run_update`."""
+    """A sealed batch, ready for an update."""
 
     groups: list[RolloutGroup]
     advantages: list[list[float]]
@@ -108,6 +110,9 @@ class Case:
 
     def part(self, members: Sequence[int]) -> Case:
         return Case([self.groups[i] for i in members], [self.advantages[i] for i in members], self.media)
+
+    def share(self, minibatches: Sequence[int] | None = None) -> Share:
+        return Share(self.groups, self.advantages, self.media, minibatches)
 
 
 def mixed_case(adapter: MultimodalAdapter) -> Case:
@@ -132,8 +137,26 @@ def make_case(groups: list[RolloutGroup]) -> Case:
 
 def rows_of(adapter: MultimodalAdapter, chosen: LearnerOptions, case: Case) -> list[Row]:
     """Of all groups."""
-    parts = build_rows(adapter, chosen, case.groups, case.advantages, case.media)
-    return [row for part in parts for row in part]
+    nothing: Any = None  # no engine is needed
+    return [row for part in Updater(nothing, adapter, chosen).rows(case.share()) for row in part]
+
+
+def update(
+    engine: TrainEngine,
+    chosen: LearnerOptions,
+    case: Case,
+    *,
+    version: int = 0,
+    minibatches: Sequence[int] | None = None,
+    towers: FrozenTowers | None = None,
+) -> dict[str, Any]:
+    """One update by `engine`; the fields of its RankStats."""
+    stats = updater(engine, chosen, towers).update(case.share(minibatches), version)
+    return {f.name: getattr(stats, f.name) for f in fields(stats)}
+
+
+def updater(engine: TrainEngine, chosen: LearnerOptions, towers: FrozenTowers | None = None) -> Updater:
+    return Updater(engine, engine.adapter, chosen, towers)  # type: ignore[attr-defined]
 
 
 @dataclass

@@ -74,7 +74,7 @@ ORDERS = {
     "rollout": ("actor", "data", "engines", "types", "__init__"),
     "vlm": (
         *("tiny", "families", "publish", "media_cost", "adapter", "image_tokens", "features", "tower_end", "parts"),
-        *("encoding", "media", "roles", "ends", "control", "batch", "user_code", "import_path", "errors", "__init__"),
+        *("batch", "encoding", "media", "roles", "ends", "control", "user_code", "import_path", "errors", "__init__"),
     ),
 }
 SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "fleet", "observe")

@@ -86,8 +86,8 @@ class QwenVLAdapter(MultimodalAdapter):
         give."""
         visual = backbone.visual
         used = {len(visual.blocks) - 1, *getattr(visual, "deepstack_visual_indexes", ())}
-        recorded = tuple(block for i, block in enumerate(visual.blocks) if i in used)
-        return TowerEnd(recorded, tuple(block for i, block in enumerate(visual.blocks) if i not in used))
+        sources = tuple(block for i, block in enumerate(visual.blocks) if i in used)
+        return TowerEnd(sources, tuple(block for i, block in enumerate(visual.blocks) if i not in used))
 
     def positions_per_second(self) -> float:
         return float(getattr(self.model_config.vision_config, "tokens_per_second", 1.0))

@@ -13,7 +13,8 @@ from torch.nn.attention import flex_attention as torchs
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.batching.samples import Row, collate, encode_prompts, to_sample
+from learner.batching.collate import collate
+from learner.batching.rows import Row, encode_prompts, to_sample
 from learner.model import flex
 from learner.model.attention import GroupAttention
 from learner.model.flex import FLEX_BLOCK, MASK_CHUNK, flex_length

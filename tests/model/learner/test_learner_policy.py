@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.batching.samples import Row, collate, encode_prompts, make_rows, to_sample
+from learner.batching.collate import collate, collate_packed, collate_padded
+from learner.batching.costs import row_costs
+from learner.batching.rows import Row, encode_prompts, make_rows, to_sample
 from learner.model.load import load_policy
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
-from learner.update import row_costs
 from rollout.types import GroupSummary
 from tests.helpers.learner_cases import adapter_of, expected_update, make_group, mixed_case, options
 from vlm.adapter import MultimodalAdapter
@@ -56,7 +57,7 @@ def test_every_layout_gives_the_models_own_logprobs(
     room = LearnerOptions("", 1, micro_batch_tokens=80) if layout == "some in parts" else ROOM
     rows = all_rows(adapter, layout not in ("padded", "packed, not shared"), room)
     assert len(rows) == {"packed": 4, "under a mask": 4, "some in parts": 6}.get(layout, 16)
-    batch = collate(rows, adapter, packed=layout != "padded")
+    batch = (collate_padded if layout == "padded" else collate_packed)(rows, adapter)
     monkeypatch.setattr(policy, "attention", "mask" if layout == "under a mask" else "blocks")
     with torch.no_grad():
         logprobs, entropy = policy(batch)

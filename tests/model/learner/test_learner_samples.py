@@ -11,9 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.batching.samples import Row, collate, encode_prompts, make_rows, size_of, to_sample
+from learner.batching.collate import collate, collate_padded
+from learner.batching.rows import (
+    Row,
+    StalenessError,
+    encode_prompts,
+    make_rows,
+    size_of,
+    to_sample,
+    token_lags,
+)
 from learner.types import EncodingMismatchError, LearnerOptions
-from learner.update import StalenessError, check_staleness
 from rollout.types import Completion, Segment
 from tests.helpers.learner_cases import adapter_of, make_case, make_group, mixed_case, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
@@ -47,8 +55,6 @@ def test_a_batch_holds_exactly_the_sampled_tokens(adapter: MultimodalAdapter, ch
             batch.input_ids[batch.loss_mask].tolist(),
             batch.behavior_logprobs[batch.loss_mask].tolist(),  # type: ignore[index]
             batch.advantages[batch.loss_mask].tolist(),  # type: ignore[index]
-            batch.rewards[batch.loss_mask].tolist(),  # type: ignore[index]
-            batch.policy_versions[batch.loss_mask].tolist(),  # type: ignore[index]
             strict=True,
         )
     )
@@ -57,13 +63,12 @@ def test_a_batch_holds_exactly_the_sampled_tokens(adapter: MultimodalAdapter, ch
         assert group.verdicts is not None
         for completion, advantage, verdict in zip(group.completions, advantages, group.verdicts, strict=True):
             for segment in completion.segments if verdict.valid else ():
-                assert segment.logprobs is not None and verdict.score is not None
+                assert segment.logprobs is not None
                 for token, logprob in zip(segment.token_ids, segment.logprobs, strict=True):
-                    expected.append((int(token), float(logprob), float(np.float32(advantage)), verdict.score, 0))
+                    expected.append((int(token), float(logprob), float(np.float32(advantage))))
     assert found == sorted(expected)
     outside = ~batch.loss_mask
     assert batch.behavior_logprobs is not None and (batch.behavior_logprobs[outside] == 0).all()
-    assert batch.policy_versions is not None and (batch.policy_versions[outside] == -1).all()
 
 
 def test_siblings_share_one_prompt_and_one_image(adapter: MultimodalAdapter, chosen: LearnerOptions):
@@ -81,7 +86,7 @@ def test_rows_of_one_prompt_name_its_images_again(adapter: MultimodalAdapter):
         rows += make_rows(prompt, [to_sample(c) for c in group.completions[:2]], adapter, ROOM, shared=False)
     packed = collate(rows, adapter)
     assert packed.num_rows == 1 and packed.media_index["image"].tolist() == [0, 0, 1, 2, 1, 2]
-    batch = collate(rows, adapter, packed=False)
+    batch = collate_padded(rows, adapter)
     assert batch.groups is None and batch.num_rows == 6
     assert batch.media_index["image"].tolist() == [0, 0, 1, 2, 1, 2]
     assert batch.extra_model_kwargs["image_grid_thw"].shape == (3, 3)
@@ -152,12 +157,12 @@ def test_rows_hold_every_sample_once_within_the_limits(
 def test_staleness_is_counted_over_tokens_and_bounded(adapter: MultimodalAdapter):
     old, new = (to_sample(make_group(adapter, 0, version=v).completions[0]) for v in (4, 5))
     count = len(old)
-    assert check_staleness([old, new], version=6, max_staleness=2) == (2 * count + count, 2)
-    assert check_staleness([], version=6, max_staleness=0) == (0, 0)
+    assert token_lags([old, new], version=6, max_staleness=2) == (2 * count + count, 2)
+    assert token_lags([], version=6, max_staleness=0) == (0, 0)
     with pytest.raises(StalenessError, match=r"versions 4 to 5 cannot train version 6 with max_staleness=1"):
-        check_staleness([old, new], version=6, max_staleness=1)
+        token_lags([old, new], version=6, max_staleness=1)
     with pytest.raises(StalenessError, match="version 3"):
-        check_staleness([old], version=3, max_staleness=9)
+        token_lags([old], version=3, max_staleness=9)
 
 
 def test_the_batch_refuses_fields_of_another_shape(adapter: MultimodalAdapter, chosen: LearnerOptions):

@@ -17,7 +17,7 @@ from learner.engines.checkpoint import load_checkpoint, save_checkpoint
 from learner.engines.torch_engine import TorchEngine
 from learner.model.load import load_base, load_policy
 from learner.model.quantize import quantize_linear_layers
-from learner.update import run_update
+from tests.helpers import learner_cases
 from tests.helpers.learner_cases import adapter_of, mixed_case, options
 from tests.model.vlm.test_roles import FAMILIES, batch_of, model_of, options_of
 from weight_sync.source import PolicySource
@@ -29,9 +29,7 @@ QLORA: dict[str, Any] = {"lora_rank": 4, "quantize": "nf4", "lora_targets": ("la
 
 
 def update(engine: Any, members: range | list[int] = range(4)) -> dict[str, Any]:
-    adapter = engine.adapter
-    case = mixed_case(adapter).part(members)
-    return run_update(engine, adapter, engine.options, case.groups, case.advantages, case.media, version=0)
+    return learner_cases.update(engine, engine.options, mixed_case(engine.adapter).part(members))
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from learner.batching.samples import Row, collate, encode_prompts, to_sample
+from learner.batching.collate import collate
+from learner.batching.rows import Row, encode_prompts, to_sample
 from learner.model import windows
 from learner.model.load import load_policy
 from tests.helpers.learner_cases import ROUNDED, adapter_of, make_group, options

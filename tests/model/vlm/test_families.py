@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from learner.batching.samples import Row, Sample, collate, encode_prompts, shares_prompts, to_sample
+from learner.batching.collate import collate, collate_packed, collate_padded
+from learner.batching.rows import Row, Sample, encode_prompts, shares_prompts, to_sample
 from learner.model.load import load_policy
 from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_engine import engine_arguments
@@ -153,7 +154,7 @@ def test_a_cut_image_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)
-def test_features_computed_before_can_stand_in_for_pixels(family: str) -> None:
+def test_cached_features_can_take_the_place_of_pixels(family: str) -> None:
     adapter = adapter_of(family)
     kinds = tuple(adapter.modalities)
     chosen = options(model_of(family), freeze=("vision",), media_kinds=kinds)
@@ -167,7 +168,8 @@ def test_features_computed_before_can_stand_in_for_pixels(family: str) -> None:
     with torch.no_grad():
         features = policy.media_features(batch)
         others = {name: value for name, value in batch.extra_model_kwargs.items() if name not in consumed}
-        without = replace(batch, pixel_values=None, extra_model_kwargs={**others, "mm_encoder_outputs": features})
+        cached = {kind: tuple(adapter.cut_features(own)) for kind, own in features.items()}
+        without = replace(batch, pixel_values=None, cached_features=cached, extra_model_kwargs=others)
         expected, _ = policy(batch)
         logprobs, _ = policy(without.to("cpu"))
     assert features.keys() == adapter.towers().keys()
@@ -244,7 +246,7 @@ def test_rows_of_one_prompt_share_its_media_and_see_what_each_would_alone(family
     mixed = [own[i] for i in (9, 0, 3, 6, 1, 10, 7, 4, 2, 8, 5, 11)]
 
     def logprobs(rows: Sequence[Row], packed: bool = False) -> dict[int, torch.Tensor]:
-        batch = collate(rows, adapter, packed=packed)
+        batch = (collate_packed if packed else collate_padded)(rows, adapter)
         inside = [s for row in rows for s in row.samples]
         parts = policy(batch)[0][batch.loss_mask].split([len(s) for s in inside])
         return {id(s): part for s, part in zip(inside, parts, strict=True)}
@@ -277,7 +279,7 @@ def test_packed_groups_give_the_loss_and_gradients_of_padded_rows(family: str, d
     samples = [[several_turns(random, n) for n in (1, 3, 60, 9)] for _ in groups]
 
     def gradients(rows: list[Row], packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
-        batch = collate(rows, adapter, packed=packed).to("cpu", dtype)
+        batch = (collate_packed if packed else collate_padded)(rows, adapter).to("cpu", dtype)
         policy.zero_grad()
         logprobs, entropy = policy(batch)
         assert batch.advantages is not None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner.batching.samples import collate
+from learner.batching.collate import collate
 from learner.model.load import load_base, load_policy
 from tests.helpers.learner_cases import adapter_of, make_case, make_group, options, rows_of
 from vlm.encoding import AdapterError

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
-from learner.update import run_update
 from tests.contracts.train_engine_contract import assert_gradients_close, gradients_of
+from tests.helpers import learner_cases
 from tests.helpers.learner_cases import Case, Expected, adapter_of, expected_update, make_case, make_group, options
 from tests.helpers.ranks import run_ranks
 from vlm.adapter import MultimodalAdapter
@@ -43,7 +43,7 @@ def options_of(model: Path, **changes: Any) -> LearnerOptions:
 
 
 def update(engine: Any, chosen: LearnerOptions, case: Case) -> float:
-    return run_update(engine, engine.adapter, chosen, case.groups, case.advantages, case.media, version=0)["loss"]
+    return learner_cases.update(engine, chosen, case)["loss"]
 
 
 def two_ranks(rank: int, models: Path, out: Path) -> None:

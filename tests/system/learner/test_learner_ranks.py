@@ -16,9 +16,18 @@ from transformers import AutoModelForImageTextToText
 
 from learner.engines.checkpoint import load_checkpoint, save_checkpoint
 from learner.engines.torch_engine import TorchEngine
-from learner.update import reference_kl, run_update, score_groups
 from tests.contracts.train_engine_contract import assert_gradients_close, gradients_of
-from tests.helpers.learner_cases import Case, adapter_of, expected_update, make_case, make_group, mixed_case, options
+from tests.helpers.learner_cases import (
+    Case,
+    adapter_of,
+    expected_update,
+    make_case,
+    make_group,
+    mixed_case,
+    options,
+    update,
+    updater,
+)
 from tests.helpers.ranks import run_ranks
 from vlm.adapter import MultimodalAdapter
 
@@ -45,21 +54,15 @@ ELABORATE = {
 }
 
 
-def update(engine: Any, chosen: Any, case: Case, minibatches: Sequence[int] | None = None) -> dict[str, Any]:
-    return run_update(
-        engine, engine.adapter, chosen, case.groups, case.advantages, case.media, version=0, minibatches=minibatches
-    )
-
-
 def elaborate_updates(engine: Any, chosen: Any, members: Sequence[int]) -> list[dict[str, Any]]:
     """Two updates of two steps each on this rank's groups, the reference refreshed between them; then the KL of what
     was sampled to that reference."""
     case = mixed_case(engine.adapter).part(members)
     minibatches = [i % 2 for i in members]
-    first = update(engine, chosen, case, minibatches)
+    first = update(engine, chosen, case, minibatches=minibatches)
     engine.refresh_reference()
-    second = update(engine, chosen, case, minibatches)
-    divergence = reference_kl(engine, engine.adapter, chosen, case.groups, case.media)
+    second = update(engine, chosen, case, minibatches=minibatches)
+    divergence = updater(engine, chosen).reference_kl(case.groups, case.media)
     (total,) = engine.all_reduce_sum([sum(map(sum, divergence))])
     return [first, second, {"divergence": total}]
 
@@ -77,7 +80,7 @@ def two_ranks(rank: int, model: Path, out: Path) -> None:
         save_checkpoint(engine, out / f"checkpoint-{stage}")
         second = update(engine, chosen, case)
         engine.save_pretrained(out / f"model-{stage}")
-        scored = score_groups(engine, engine.adapter, chosen, case.groups, case.media)
+        scored = updater(engine, chosen).score(case.groups, case.media)
         chosen = options(model, ranks=2, zero_stage=stage, **ELABORATE)
         elaborate = elaborate_updates(DeepSpeedEngine(chosen, adapter_of(model)), chosen, TWO[rank])
         if rank == 0:
@@ -148,11 +151,12 @@ def stats_of(results: Path, name: str) -> Sequence[Any]:
 
 
 def assert_same_update(ours: Mapping[str, Any], one_rank: Mapping[str, Any]) -> None:
-    for name in ("loss", "grad_norm", "learning_rate", "tokens", "samples", "staleness_mean", "staleness_max"):
+    for name in ("loss", "grad_norm", "learning_rate", "staleness_max"):
         assert ours[name] == pytest.approx(one_rank[name], rel=2e-4, abs=1e-5), name
     assert set(ours["metrics"]) == set(one_rank["metrics"])
     for name, value in one_rank["metrics"].items():
-        assert ours["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        if name not in ("micro_batches", "positions_computed"):  # these depend on how groups are dealt out
+            assert ours["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +190,7 @@ def test_four_ranks_with_text_images_videos_and_nothing_are_as_one(
     engine = TorchEngine(chosen, adapter)
     expected = expected_update(tiny_model, case, chosen)
     first, second = stats_of(results, f"four-{recomputed}")
-    assert first["micro_batches"] > 1  # of which a rank without groups has none, and others fewer
+    assert first["metrics"]["micro_batches"] > 1  # of which a rank without groups has none, and others fewer
     assert_same_update(first, update(engine, chosen, case))
     assert_same_update(second, update(engine, chosen, case))
     assert_gradients_close(load_file(results / f"gradients-four-{recomputed}.safetensors"), expected.gradients)
@@ -228,7 +232,7 @@ def test_the_model_saved_by_two_ranks_is_the_policy(results: Path, tiny_model: P
     saved = options(results / f"model-{stage}")
     engine = TorchEngine(saved, adapter_of(tiny_model))
     case = mixed_case(adapter_of(tiny_model)).part(TWO[0])
-    again = score_groups(engine, engine.adapter, saved, case.groups, case.media)
+    again = updater(engine, saved).score(case.groups, case.media)
     for ours, theirs in zip(again, scores, strict=True):
         for values, expected in zip(ours, theirs, strict=True):
             assert values.tolist() == pytest.approx(expected, abs=3e-5)

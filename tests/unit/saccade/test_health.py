@@ -24,11 +24,12 @@ def refused(position: int = 0) -> RefusedStep:
 def update(
     *steps: RefusedStep, attempted: tuple[int, ...] = (0,), mismatch: float = 1e-6, staleness: int = 0
 ) -> UpdateStats:
-    counts = {"groups": 2, "groups_dropped": 0, "groups_flat": 0, "samples": 4, "tokens": 9, "tokens_computed": 20}
     return UpdateStats(
-        **{"version": 0, "loss": 0.1, "grad_norm": 1.0, "learning_rate": 1e-6, **counts},
-        micro_batches=1,
-        staleness_mean=0.0,
+        loss=0.1,
+        grad_norm=1.0,
+        learning_rate=1e-6,
+        groups_dropped=0,
+        groups_flat=0,
         staleness_max=staleness,
         metrics={"mismatch_mean": mismatch},
         attempted=attempted,

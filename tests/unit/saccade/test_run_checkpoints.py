@@ -326,6 +326,11 @@ def run_of(directory, summaries, stats):
     return run, said
 
 
+def update_stats(**changes: object) -> UpdateStats:
+    known = {"loss": 0.1, "grad_norm": 1.0, "learning_rate": 1e-6, "groups_dropped": 0, "groups_flat": 0}
+    return UpdateStats(**{**known, "staleness_max": 0, "seconds": {"total": 1.0}, **changes})  # type: ignore[arg-type]
+
+
 def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_step_ends_the_run(tmp_path):
     synced, recorded = [], []
     summaries = [
@@ -333,7 +338,7 @@ def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_ste
         for i, (valid, why) in enumerate([((True, True), ()), ((True, True), ()), ((True, False), ("timeout: 9 s",))])
     ]
     refused = RefusedStep(0, ("kl",), (), float("nan"), float("nan"), 0.0, (summaries[1].ref,))
-    stats = UpdateStats(0, 0.1, 1.0, 1e-6, 3, 1, 0, 2, 2, 9, 1, 0.0, 0, {}, {"total": 1.0}, (refused,))
+    stats = update_stats(groups_dropped=1, refused=(refused,))
     run, said = run_of(tmp_path, summaries, stats)
     run.log.step = recorded.append
     run.sync_weights = lambda: synced.append(run.version)
@@ -355,7 +360,7 @@ def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp
     summaries = [
         GroupSummary(PromptRef(f"d:{i}"), (1.0, 0.0), (True, True), {}, (1, 1), ("stop", "stop"), 2, 0) for i in (0, 1)
     ]
-    stats = UpdateStats(0, 0.1, 1.0, 1e-6, 2, 0, 0, 4, 4, 9, 1, 0.0, 0, {"mismatch_mean": 2.0}, {"total": 1.0})
+    stats = update_stats(metrics={"mismatch_mean": 2.0})
     run, said = run_of(tmp_path, summaries, stats)
     with pytest.raises(MismatchError, match=r"differ by 2 on average"):
         one_step(run, run.config)

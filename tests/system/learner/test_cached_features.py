@@ -1,4 +1,4 @@
-"""Towers that no step changes: run once for each distinct item, ahead of everything; what is trained stays the same."""
+"""Cached features of frozen towers on several ranks: updates are those of one rank whose towers run in every pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from learner.engines.torch_engine import TorchEngine
 from learner.features.frozen_towers import make_towers
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions
-from learner.update import score_groups
 from tests.contracts.train_engine_contract import assert_gradients_close
-from tests.helpers.learner_cases import adapter_of, mixed_case, options
+from tests.helpers.learner_cases import adapter_of, mixed_case, options, updater
 from tests.helpers.ranks import run_ranks
-from tests.model.learner.test_constant_towers import case_of, options_of, update, without
+from tests.model.learner.test_cached_features import case_of, options_of, update, without
 from tests.system.learner.test_learner_group import store
 from tests.unit.learner.test_features import MemoryStore
 from vlm.families.qwen_vl import QwenVLAdapter
@@ -47,7 +46,7 @@ def three_updates(engine: TrainEngine, chosen: LearnerOptions, members: Sequence
     for seed, own in ((0, members), (0, members), (40, turned)):
         case = case_of(adapter, seed).part(own)
         results.append(update(engine, chosen, case, towers))
-    scored = score_groups(engine, adapter, chosen, case.groups, case.media, towers=towers)
+    scored = updater(engine, chosen, towers).score(case.groups, case.media)
     (total,) = engine.all_reduce_sum([float(sum(x.sum() for group in scored for x in group))])
     return [*results, total]
 
@@ -94,8 +93,10 @@ def test_ranks_with_and_without_new_images_train_as_one_rank_does(results: Path,
     expected = three_updates(engine, chosen, range(4))
     ours = json.loads((results / "out" / f"{family}-{stage}.json").read_text())
     for mine, exact in zip(ours[:3], expected[:3], strict=True):
-        for name in ("loss", "grad_norm", "tokens", "samples"):
+        for name in ("loss", "grad_norm"):
             assert mine[name] == pytest.approx(exact[name], rel=2e-4, abs=1e-5), name
+        for name in ("tokens_trained", "completions_trained"):
+            assert mine["metrics"][name] == exact["metrics"][name]
     assert ours[3] == pytest.approx(expected[3], rel=1e-3)
     computed = [stats["metrics"]["features_computed"] for stats in expected[:3]]
     assert [stats["metrics"]["features_computed"] for stats in ours[:3]] == computed and computed[1] == 0 < computed[2]
@@ -105,7 +106,7 @@ def test_ranks_with_and_without_new_images_train_as_one_rank_does(results: Path,
 
 
 def test_ranks_find_in_the_object_store_what_others_computed(local_ray: ModuleType, tiny_model: Path) -> None:
-    """Groups are dealt to the ranks in another way to be scored than to be trained; memory holds one image."""
+    """Groups are dealt to the ranks in another way for the KL than to be trained; memory holds one image."""
     adapter = f"{FrozenQwenVL.__module__}:{FrozenQwenVL.__name__}"
     case = mixed_case(adapter_of(tiny_model))
     wide = {"old_policy": "behavior", "clip_eps_high": 100.0, "max_staleness": 1}
@@ -114,7 +115,9 @@ def test_ranks_find_in_the_object_store_what_others_computed(local_ray: ModuleTy
     group.start(timeout=300.0)
     try:
         refs, summaries = store(local_ray, case.groups)
-        group.score(refs)
+        generated = [stored.group for stored in refs]
+        dealt = zip(group.ranks, (generated[:2], generated[2:]), strict=True)
+        local_ray.get([rank.reference_kl.remote(own) for rank, own in dealt])
         stats = [group.update(refs, summaries, version) for version in (0, 1)]
     finally:
         group.shutdown()
@@ -123,5 +126,5 @@ def test_ranks_find_in_the_object_store_what_others_computed(local_ray: ModuleTy
     for ours, expected in zip(stats, exact, strict=True):
         assert ours.loss == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
         assert ours.grad_norm == pytest.approx(expected["grad_norm"], rel=1e-3)
-    assert [s.metrics["features_computed"] for s in stats] == [4, 0]  # by `score`
+    assert [s.metrics["features_computed"] for s in stats] == [4, 0]  # for the KL
     assert [s.metrics["features_reused"] for s in stats] == [4, 4]

@@ -1,4 +1,4 @@
-"""Towers that no step changes: run once for each distinct item, ahead of everything; what is trained stays the same."""
+"""Cached features of frozen towers: each runs once for each distinct item, and updates are those of towers that run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from torch import nn
 
-import learner.batching.samples
+import learner.batching.rows
 import learner.features.frozen_towers
 from learner.engines.checkpoint import load_checkpoint, save_checkpoint
 from learner.engines.torch_engine import TorchEngine
 from learner.features.cache import FeatureCache
-from learner.features.frozen_towers import ConstantTowers, make_towers
+from learner.features.frozen_towers import FrozenTowers, make_towers
 from learner.types import EncodingMismatchError, LearnerOptions
-from learner.update import reference_kl, run_update, score_groups
 from tests.contracts.train_engine_contract import assert_gradients_close, gradients_of
-from tests.helpers.learner_cases import ROUNDED, Case, adapter_of, exact_dtype, make_case, make_group, options
+from tests.helpers import learner_cases
+from tests.helpers.learner_cases import ROUNDED, Case, adapter_of, exact_dtype, make_case, make_group, options, updater
 from tests.unit.learner.test_features import MemoryStore
 from vlm.adapter import MultimodalAdapter
 from vlm.media.video_audio import decode
@@ -66,14 +66,12 @@ def options_of(model: Path, **changes: Any) -> LearnerOptions:
     return options(model, **{"media_kinds": tuple(adapter_of(model).modalities), **wide, **changes})
 
 
-def update(engine: Any, chosen: LearnerOptions, case: Case, towers: ConstantTowers | None) -> dict[str, Any]:
-    stats = run_update(
-        engine, engine.adapter, chosen, case.groups, case.advantages, case.media, version=0, towers=towers
-    )
+def update(engine: Any, chosen: LearnerOptions, case: Case, towers: FrozenTowers | None) -> dict[str, Any]:
+    stats = learner_cases.update(engine, chosen, case, towers=towers)
     return {name: value for name, value in stats.items() if name != "seconds"}
 
 
-def make(chosen: LearnerOptions, adapter: MultimodalAdapter, cached: bool = True) -> tuple[Any, ConstantTowers | None]:
+def make(chosen: LearnerOptions, adapter: MultimodalAdapter, cached: bool = True) -> tuple[Any, FrozenTowers | None]:
     engine = TorchEngine(chosen, adapter)
     return engine, make_towers(engine, adapter, chosen) if cached else None
 
@@ -101,25 +99,23 @@ def strip(stats: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_updates_scores_and_divergences_are_those_of_towers_that_run_in_every_pass(family: str) -> None:
     """And after the first update no tower ever runs, neither the policy's nor (at all) the reference's. In float64: see
-    `test_tower_end`."""
+    `test_cached_tower_outputs`."""
     adapter = without(adapter_of(model_of(family)))
     chosen = options_of(model_of(family), dtype=exact_dtype(model_of(family)))
     case = case_of(adapter)
     plain, _ = make(chosen, adapter, cached=False)
     engine, towers = make(chosen, adapter)
-    assert towers is not None and towers.kinds == tuple(adapter.towers())
+    assert towers is not None and towers.cached.features == tuple(adapter.towers())
     runs = count_runs(engine)
     first, expected = update(engine, chosen, case, towers), update(plain, chosen, case, None)
     assert first["metrics"]["features_computed"] == len(distinct_items(case)) and runs["policy"] > 0
     runs.clear()
     assert_same(strip(first), expected)
     assert_gradients_close(gradients_of(engine, chosen), gradients_of(plain, chosen))
-    given = engine, adapter, chosen, case.groups, case.media
-    unlike = plain, adapter, chosen, case.groups, case.media
-    for ours, exact in ((score_groups(*given, towers=towers), score_groups(*unlike)),):
-        flat, flat_exact = ([x for group in s for row in group for x in row.tolist()] for s in (ours, exact))
-        assert flat == pytest.approx(flat_exact, rel=ROUNDED)
-    for ours, exact in zip(reference_kl(*given, towers=towers), reference_kl(*unlike), strict=True):
+    given, both = (case.groups, case.media), (updater(engine, chosen, towers), updater(plain, chosen))
+    flat, flat_exact = ([x for group in u.score(*given) for row in group for x in row.tolist()] for u in both)
+    assert flat == pytest.approx(flat_exact, rel=ROUNDED)
+    for ours, exact in zip(*(u.reference_kl(*given) for u in both), strict=True):
         assert ours == pytest.approx(exact, rel=ROUNDED, abs=ROUNDED)
     second = update(engine, chosen, case, towers)
     assert_same(strip(second), update(plain, chosen, case, None))
@@ -144,12 +140,12 @@ def test_other_images_are_other_features(family: str) -> None:
     case = case_of(adapter)
     (engine, towers), (other, wrong) = make(chosen, adapter), make(chosen, adapter)
     assert towers is not None and wrong is not None
-    right = engine.media_features
+    right = engine.run_towers
 
     def mixed_up(batch: Any) -> Any:
         return {kind: [tuple(t.flip(-2) for t in row) for row in rows] for kind, rows in right(batch).items()}
 
-    other.media_features = mixed_up
+    other.run_towers = mixed_up
     first, second = update(engine, chosen, case, towers), update(other, chosen, case, wrong)
     assert abs(first["loss"] - second["loss"]) > 1e-4
 
@@ -160,14 +156,14 @@ def test_the_tower_runs_once_for_each_distinct_image_of_a_run() -> None:
     engine, towers = make(chosen, adapter)
     cases = [case_of(adapter), case_of(adapter, 40), case_of(adapter)]
     computed: list[int] = []
-    run = engine.media_features
+    run = engine.run_towers
 
     def counted(batch: Any) -> Any:
         features = run(batch)
         computed.append(sum(map(len, features.values())))
         return features
 
-    engine.media_features = counted
+    engine.run_towers = counted
     metrics = [update(engine, chosen, case, towers)["metrics"] for case in cases]
     assert sum(computed) == len(distinct_items(*cases)) == sum(m["features_computed"] for m in metrics)
     assert [m["features_computed"] for m in metrics] == [5, 5, 0]
@@ -177,7 +173,7 @@ def test_an_image_whose_features_are_there_is_not_even_decoded(monkeypatch: pyte
     adapter, chosen = without(adapter_of(model_of("qwen2_5_vl"))), options_of(model_of("qwen2_5_vl"))
     engine, towers = make(chosen, adapter)
     case, decoded = case_of(adapter), list[str]()
-    for module in (learner.batching.samples, learner.features.frozen_towers):
+    for module in (learner.batching.rows, learner.features.frozen_towers):
         monkeypatch.setattr(module, "decode", lambda item, data: decoded.append(item.digest) or decode(item, data))
     update(engine, chosen, case, towers)
     assert set(decoded) == distinct_items(case)
@@ -195,13 +191,13 @@ def test_tower_batches_are_limited(patches: int | None) -> None:
     chosen = options_of(model_of("qwen2_5_vl"), micro_batch_patches=patches)
     engine, towers = make(chosen, adapter)
     sizes: list[int] = []
-    run = engine.media_features
+    run = engine.run_towers
 
     def measured(batch: Any) -> Any:
         sizes.extend(len(batch.model_kwargs()[name]) for name in ("pixel_values",) if batch.pixel_values is not None)
         return run(batch)
 
-    engine.media_features = measured
+    engine.run_towers = measured
     update(engine, chosen, case_of(adapter), towers)
     assert (max(sizes) <= 100 and len(sizes) > 1) if patches else len(sizes) == 1
 
@@ -211,7 +207,7 @@ def test_what_has_left_memory_comes_back_or_is_computed_again(in_store: int, com
     adapter, chosen = without(adapter_of(model_of("qwen3_vl"))), options_of(model_of("qwen3_vl"))
     plain, _ = make(chosen, adapter, cached=False)
     engine, _ = make(chosen, adapter)
-    towers = ConstantTowers(engine, adapter, chosen, FeatureCache(0, MemoryStore(in_store)))
+    towers = FrozenTowers(engine, adapter, chosen, FeatureCache(0, MemoryStore(in_store)))
     case = case_of(adapter)
     for number in range(3):
         stats = update(engine, chosen, case, towers)
@@ -221,11 +217,11 @@ def test_what_has_left_memory_comes_back_or_is_computed_again(in_store: int, com
 
 
 @pytest.mark.parametrize("choice", [{"freeze": ("vision", "projector")}, {"lora_rank": 2}])
-def test_what_the_options_leave_untrained_is_constant(choice: dict[str, Any]) -> None:
+def test_features_of_what_the_options_leave_untrained_are_cached(choice: dict[str, Any]) -> None:
     adapter, chosen = adapter_of(model_of("llava_next")), options_of(model_of("llava_next"), **choice)
     plain, _ = make(chosen, adapter, cached=False)
     engine, towers = make(chosen, adapter)
-    assert towers is not None and towers.kinds == ("image",)
+    assert towers is not None and towers.cached.features == ("image",)
     for _ in range(2):
         stats = update(engine, chosen, case_of(adapter), towers)
         assert_same(strip(stats), update(plain, chosen, case_of(adapter), None))
@@ -247,7 +243,7 @@ def test_one_tower_may_be_trained_beside_another_that_is_not() -> None:
     chosen = options_of(model_of("qwen2_5_omni"))
     plain, _ = make(chosen, adapter, cached=False)
     engine, towers = make(chosen, adapter)
-    assert towers is not None and towers.kinds == ("image", "video")
+    assert towers is not None and towers.cached.features == ("image", "video")
     for _ in range(2):
         assert_same(
             strip(update(engine, chosen, case_of(adapter), towers)), update(plain, chosen, case_of(adapter), None)
@@ -255,11 +251,11 @@ def test_one_tower_may_be_trained_beside_another_that_is_not() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"freeze": ("vision", "projector")}], ids=["lora", "frozen"])
-def test_checkpointed_layers_leave_a_tower_constant(changes: dict[str, Any]) -> None:
+def test_checkpointed_layers_leave_a_tower_frozen(changes: dict[str, Any]) -> None:
     adapter = adapter_of(model_of("qwen2_5_vl"))
     chosen = options_of(model_of("qwen2_5_vl"), gradient_checkpointing=("language", "vision"), **changes)
     engine, towers = make(chosen, adapter)
-    assert towers is not None and towers.kinds == ("image", "video")
+    assert towers is not None and towers.cached.features == ("image", "video")
     plain, _ = make(chosen, adapter, cached=False)
     for _ in range(2):
         assert_same(
@@ -269,12 +265,10 @@ def test_checkpointed_layers_leave_a_tower_constant(changes: dict[str, Any]) -> 
 
 def test_a_tower_that_is_trained_against_what_the_roles_say_is_an_error() -> None:
     adapter = without(adapter_of(model_of("qwen2_5_vl")))
-    engine, _ = make(options_of(model_of("qwen2_5_vl")), adapter)
+    engine, towers = make(options_of(model_of("qwen2_5_vl")), adapter)
+    assert towers is not None
     engine.policy.base.model.visual.patch_embed.requires_grad_(True)
-    towers = ConstantTowers(engine, adapter, engine.options, FeatureCache(2**20))
-    towers.kinds = ("image",)
-    towers._tower_of = {"image": "image"}
-    with pytest.raises(RuntimeError, match="counts as constant, but its features depend on a parameter"):
+    with pytest.raises(RuntimeError, match="counts as frozen, but its features depend on a parameter"):
         towers.encode(case_of(adapter).groups, case_of(adapter).media)
 
 

@@ -1,5 +1,5 @@
-"""A frozen tower whose projector is trained: the tower runs once for each distinct item, and what it gave is replayed;
-losses, gradients and weights are those of a tower that runs in every pass."""
+"""Cached tower outputs, where the projector is trained: the tower runs once for each distinct item, and losses,
+gradients and weights are those of a tower that runs in every pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from learner.engines.torch_engine import TorchEngine
 from learner.features.cache import FeatureCache
-from learner.features.frozen_towers import ConstantTowers, make_towers, once_per_run
+from learner.features.frozen_towers import FrozenTowers, describe_caching, make_towers
 from learner.types import LearnerOptions
 from tests.contracts.train_engine_contract import gradients_of
 from tests.helpers.learner_cases import ROUNDED, Case, adapter_of, exact_dtype
-from tests.model.learner.test_constant_towers import (
+from tests.model.learner.test_cached_features import (
     assert_same,
     case_of,
     make,
@@ -55,7 +55,7 @@ def parameters(engine: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in engine.policy.model.named_parameters()}
 
 
-def assert_updates_are_the_same(chosen: LearnerOptions, case: Case, adapter: Any = None) -> tuple[Any, ConstantTowers]:
+def assert_updates_are_the_same(chosen: LearnerOptions, case: Case, adapter: Any = None) -> tuple[Any, FrozenTowers]:
     """Two updates on the same media, with and without a cache. Returns the engine with it, and its towers.
 
     In float64: families sum a batch's images in another order than each alone, and in float32 Adam makes a whole step
@@ -87,7 +87,8 @@ def test_two_updates_are_those_of_a_tower_that_runs_in_every_pass(family: str) -
     chosen = options_of(model_of(family), **VISION)
     engine, towers = assert_updates_are_the_same(chosen, case_of(adapter_of(model_of(family))))
     kinds = [kind for kind in engine.adapter.towers() if kind != "audio"]
-    assert towers.kinds == () and [*towers.replayed] == kinds == [*engine.recorded_kinds()]
+    assert towers.cached.features == () and [*towers.cached.dummy_outputs] == kinds
+    assert engine.cached() == dict.fromkeys(kinds, "tower outputs")
     projector = [name for name in parameters(engine) if engine.adapter.role(name) == "projector"]
     assert projector and all(gradients_of(engine, chosen)[name].abs().max() > 0 for name in projector)
 
@@ -102,7 +103,7 @@ def test_the_tower_runs_once_for_each_distinct_item_and_each_dummy(family: str) 
     first, second = (update(engine, chosen, case, towers)["metrics"] for _ in range(2))
     items = len({m.digest for g in case.groups for m in g.prompt.media if m.kind != "audio"})
     assert {whose.partition(":")[0]: n for whose, n in runs.items()} == {
-        "policy": items + len(engine.recorded_kinds()),
+        "policy": items + len(engine.cached()),
         "reference": 0,
     }
     assert len(set(runs.values())) == 2
@@ -115,7 +116,7 @@ def test_what_was_given_for_another_item_is_another_loss(family: str) -> None:
     """The comparisons above would see outputs that are another item's."""
     adapter, chosen = adapter_of(model_of(family)), options_of(model_of(family), **VISION)
     wrong = copy(adapter)
-    wrong.join_outputs = lambda rows: tuple(t.flip(0) for t in adapter.join_outputs(rows))  # type: ignore[method-assign]
+    wrong.join_tower_outputs = lambda rows: tuple(t.flip(0) for t in adapter.join_tower_outputs(rows))  # type: ignore[method-assign]
     losses = []
     for own in (adapter, wrong):
         engine, towers = make(chosen, own)
@@ -147,7 +148,7 @@ def test_what_has_left_the_cache_is_computed_again() -> None:
     adapter, chosen = adapter_of(model_of("internvl")), options_of(model_of("internvl"), **VISION)
     plain, _ = make(chosen, adapter, cached=False)
     engine, _ = make(chosen, adapter)
-    towers = ConstantTowers(engine, adapter, chosen, FeatureCache(0))
+    towers = FrozenTowers(engine, adapter, chosen, FeatureCache(0))
     for _ in range(2):
         stats = update(engine, chosen, case_of(adapter), towers)
         assert_same(strip(stats), update(plain, chosen, case_of(adapter), None))
@@ -157,26 +158,25 @@ def test_what_has_left_the_cache_is_computed_again() -> None:
 def test_a_trained_projector_of_images_leaves_sounds_alone() -> None:
     chosen = options_of(model_of("qwen2_5_omni"), freeze=("vision", "audio"))
     _, towers = assert_updates_are_the_same(chosen, case_of(adapter_of(model_of("qwen2_5_omni"))))
-    assert towers.kinds == ("audio",) and [*towers.replayed] == ["image", "video"]
+    assert towers.cached.features == ("audio",) and [*towers.cached.dummy_outputs] == ["image", "video"]
     engine, _ = make(replace(chosen, freeze=("audio",)), adapter_of(model_of("qwen2_5_omni")))
-    assert engine.constant_kinds() == ("audio",) and engine.recorded_kinds() == ()
+    assert engine.cached() == {"audio": "features"}
 
 
-def test_lora_on_the_projector_replays_and_on_the_tower_does_not() -> None:
+def test_lora_on_the_projector_leaves_tower_outputs_cached_and_on_the_tower_nothing() -> None:
     model = model_of("llava_next")
     chosen = options_of(model, lora_rank=2, lora_targets=("language.attention", "projector"))
     engine, towers = assert_updates_are_the_same(chosen, case_of(adapter_of(model)))
-    assert [*towers.replayed] == ["image"]
+    assert [*towers.cached.dummy_outputs] == ["image"]
     assert make(replace(chosen, lora_targets=("vision", "projector")), engine.adapter)[1] is None
 
 
 # --- what the run says ------------------------------------------------------------------------------------------------
 
 
-def engine_cached(chosen: LearnerOptions, adapter: Any) -> tuple[set[str], set[str]]:
+def engine_cached(chosen: LearnerOptions, adapter: Any) -> dict[str, str]:
     engine = TorchEngine(chosen, adapter)
-    towers = make_towers(engine, adapter, chosen)
-    return (set(engine.constant_kinds()), set(engine.recorded_kinds())) if towers is not None else (set(), set())
+    return dict(engine.cached()) if make_towers(engine, adapter, chosen) is not None else {}
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_5_omni"])
@@ -195,12 +195,13 @@ def engine_cached(chosen: LearnerOptions, adapter: Any) -> tuple[set[str], set[s
 def test_a_run_says_what_it_does(family: str, changes: dict[str, Any]) -> None:
     model = model_of(family)
     adapter, chosen = adapter_of(model), options_of(model, beta=0.0, **changes)
-    constant, recorded = engine_cached(chosen, adapter)
-    said = once_per_run(adapter, chosen)
-    for kinds, words in ((constant, "features are computed once"), (recorded, "the frozen tower runs once per run")):
-        named = {kind for line in said if words in line for kind in line.partition(":")[0].split(" and ")}
-        assert named == kinds
-    in_every_pass = [line for line in said if "runs in every pass: feature_cache_gib is 0" in line]
+    cached = engine_cached(chosen, adapter)
+    said = describe_caching(adapter, chosen)
+    for what in ("features", "tower outputs"):
+        lines = [line.partition(": ") for line in said if f": {what} are computed once per run and cached" in line]
+        named = {kind for kinds, _, _ in lines for kind in kinds.split(" and ")}
+        assert named == {kind for kind, own in cached.items() if own == what}
+    in_every_pass = [line for line in said if "runs in every pass because feature_cache_gib is 0" in line]
     assert bool(in_every_pass) == (changes.get("feature_cache_gib") == 0.0)
 
 
@@ -227,8 +228,9 @@ def test_a_family_may_not_say_where_its_tower_ends() -> None:
     adapter.tower = None  # type: ignore[misc]
     chosen = options_of(model_of("internvl"), **VISION)
     assert make(chosen, adapter)[1] is None
-    assert once_per_run(adapter, chosen) == [
-        "image and video: the frozen tower runs in every pass: InternVLAdapter does not say where its projector begins"
+    assert describe_caching(adapter, chosen) == [
+        "image and video: the frozen tower runs in every pass because InternVLAdapter does not say where its projector "
+        "begins"
     ]
 
 
