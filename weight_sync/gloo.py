@@ -1,8 +1,8 @@
 """Broadcast of weights over gloo, for CPUs: the group, the bucket plan, and the learner's side.
 
-The engine's side is weight_sync/vllm_worker.py; both are registered there with vLLM's factories under "gloo". Nothing
-here imports vLLM, so that a learner process starts fast: `GlooTrainer` has the interface of vLLM's
-`TrainerWeightTransferEngine` without its base class.
+The engine's side is weight_sync/vllm_worker.py, which registers both with vLLM's factories as "gloo". Nothing here
+imports vLLM, so that a learner process starts fast: `GlooTrainer` has the interface of vLLM's
+`TrainerWeightTransferEngine`, but not its base class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weight_sync.protocols import ParamMeta, WeightSource
 from weight_sync.verify import WeightSyncError
 
 ALIGNMENT = 16
-"""Bytes to which every tensor inside a bucket is aligned, so that it can be viewed in its dtype."""
+"""Every tensor inside a bucket starts at a multiple of this many bytes, so that it can be viewed in its dtype."""
 IN_FLIGHT = 2
 """Buckets being sent while the next is gathered."""
 
@@ -41,9 +41,9 @@ class Bucket:
 
 
 def plan_buckets(metadata: Sequence[ParamMeta], bucket_bytes: int) -> list[Bucket]:
-    """Cut the metadata into buckets of at most `bucket_bytes`; a tensor larger than that has one of its own.
+    """Cut the metadata into buckets of at most `bucket_bytes`. A larger tensor gets a bucket of its own.
 
-    Both sides compute it from the same metadata, so that only buffers travel."""
+    Both sides compute the buckets from the same metadata, so that only buffers travel."""
     buckets: list[Bucket] = []
     offsets: list[int] = []
     start, size = 0, 0
@@ -60,7 +60,7 @@ def plan_buckets(metadata: Sequence[ParamMeta], bucket_bytes: int) -> list[Bucke
 
 
 def view_in(buffer: Tensor, offset: int, meta: ParamMeta) -> Tensor:
-    """The tensor described by `meta` at byte `offset` of a uint8 `buffer`, without a copy."""
+    """View the tensor described by `meta` at byte `offset` of a uint8 `buffer`, without a copy."""
     return buffer[offset : offset + meta.nbytes].view(meta.dtype).view(meta.shape)
 
 
@@ -69,7 +69,7 @@ def view_in(buffer: Tensor, offset: int, meta: ParamMeta) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GlooInitInfo:
-    """What a worker needs to join: where the store is, and its rank's offset."""
+    """A worker needs this to join: where the store is, and the first rank of its engine."""
 
     host: str
     port: int
@@ -81,18 +81,18 @@ class GlooInitInfo:
 
 
 def open_store(host: str, timeout: float) -> dist.TCPStore:
-    """A key-value store of rank 0 on a port the system chooses (`store.port`)."""
+    """Open rank 0's key-value store on a port that the system chooses (`store.port`)."""
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
 
 
 def join_group(info: GlooInitInfo, rank: int, store: dist.TCPStore | None = None) -> dist.ProcessGroupGloo:
-    """Join as `rank`, outside torch's default group; blocks until all have joined or `info.timeout` is over."""
+    """Join as `rank`, outside torch's default group. Blocks until all have joined or `info.timeout` is over."""
     limit = timedelta(seconds=info.timeout)
     if store is None:
         store = dist.TCPStore(info.host, info.port, is_master=False, wait_for_workers=False, timeout=limit)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = limit
-    # Gloo's default is the interface of the host's name, often a loopback alias: take the one that reaches rank 0.
+    # Gloo's default is the interface of the host's name, often a loopback alias: choose the one that reaches rank 0.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_address(info.host))]
     return dist.ProcessGroupGloo(dist.PrefixStore(info.prefix, store), rank, info.world_size, options)
 
@@ -101,18 +101,20 @@ def local_address(peer: str) -> str:
     """This machine's address on the route to `peer`; connecting a UDP socket sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def broadcast(group: dist.ProcessGroupGloo, buffer: Tensor) -> dist.Work:
-    """Start a broadcast from rank 0; `finish` it."""
+    """Start a broadcast from rank 0. The caller must `finish` it."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
-    return group.broadcast([buffer], options)  # type: ignore[attr-defined]
+    work: dist.Work = group.broadcast([buffer], options)  # type: ignore[attr-defined]
+    return work
 
 
 class BroadcastError(RuntimeError):
-    """A peer is gone, or the group's timeout is over."""
+    """A peer is gone, or the group's timeout has passed."""
 
 
 def finish(work: dist.Work) -> None:
@@ -131,11 +133,11 @@ class GlooTrainerInitInfo:
     backend: ClassVar[str] = "gloo"
 
     host: str
-    """Address of rank 0 as the engines reach it."""
+    """The address under which the engines reach rank 0."""
     world_size: int
     bucket_bytes: int
     timeout: float
-    """Seconds: of joining, and of every broadcast."""
+    """The limit of joining and of every broadcast, in seconds."""
     rank: int
 
     @property
@@ -144,7 +146,7 @@ class GlooTrainerInitInfo:
 
 
 class GlooTrainer:
-    """Rank 0 broadcasts bucket by bucket; other learner ranks only take part in the source's gathers."""
+    """Rank 0 broadcasts bucket by bucket. Other learner ranks only take part in the source's gathers."""
 
     def __init__(self, info: GlooTrainerInitInfo, client: WeightSyncClient, source: WeightSource) -> None:
         self.info, self.client, self.source = info, client, source
@@ -155,7 +157,7 @@ class GlooTrainer:
     def trainer_init(
         cls, init_info: GlooTrainerInitInfo, *, client: WeightSyncClient, source: WeightSource
     ) -> GlooTrainer:
-        """Form the group. A store and a prefix of its own every time: keys of a failed forming are never met again."""
+        """Form the group, each time with a new store and prefix, so that keys of a failed attempt are never seen."""
         trainer = cls(init_info, client, source)
         if not init_info.is_sender:
             return trainer
@@ -221,7 +223,7 @@ class GlooTrainer:
                     raise ValueError(f"the weight source declared {meta} but yielded {name} {tensor.shape}")
                 view_in(buffer, offset, meta).copy_(tensor)
             if receiving.done():
-                receiving.result()  # an engine gave up: its own error says more than the broadcast's
+                receiving.result()  # an engine gave up, and its own error says more than the broadcast's
             if len(in_flight) == IN_FLIGHT:
                 finish(in_flight.popleft()[0])
             in_flight.append((broadcast(self.group, buffer), buffer))
@@ -237,7 +239,7 @@ class GlooTrainer:
 
 
 def _cause(call: Future[None], phase: str, error: RuntimeError) -> WeightSyncError:
-    """The engines' own error if they have one: gloo only says that a connection closed or timed out."""
+    """Return the engines' own error if there is one: gloo only says that a connection closed or timed out."""
     try:
         call.result(timeout=5.0)
     except WeightSyncError as from_engines:

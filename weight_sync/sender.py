@@ -185,7 +185,8 @@ def free_port() -> int:
     """A TCP port that is free now. vLLM's NCCL rendezvous takes a port number, not a bound socket."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 TRANSPORTS: dict[str, Callable[[WeightSender, WeightSyncClient], Transport]] = {"gloo": _gloo, "nccl": _nccl}

@@ -1,10 +1,10 @@
-"""PolicySource: the learner's weights as the engines want them, gathered bucket by bucket.
+"""PolicySource: the learner's weights in the form that the engines load, gathered bucket by bucket.
 
     parameters ──(peft prefixes stripped, tied head left out)──▶ entries ──buckets──▶ gather ─▶ (engine name, tensor)
 
-LoRA is merged on the way, and 4-bit weights are written out: the engine gets the names and shapes of the base model.
+LoRA is merged on the way, and 4-bit weights are dequantized: the engine gets the names and shapes of the base model.
 
-Never the whole model on one rank: what is gathered at a time is one bucket (or the largest single tensor).
+The whole model is never on one rank: one bucket (or the largest single tensor) is gathered at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of the wire: a parameter, or a base weight with the LoRA layer that changes it."""
+    """One tensor to be sent: a parameter, or a base weight with the LoRA layer that changes it."""
 
     name: str
     weight: nn.Parameter
@@ -41,17 +41,17 @@ class _Entry:
     def meta(self) -> ParamMeta:
         if (quantized := _quantized(self.weight)) is not None:
             return ParamMeta(self.name, quantized.dtype, tuple(quantized.shape))
-        # Under ZeRO-3 a parameter outside its gather is an empty tensor; DeepSpeed keeps the full shape beside it.
+        # Under ZeRO-3 a parameter is empty outside its gather, and DeepSpeed keeps the full shape beside it.
         shape = getattr(self.weight, "ds_shape", self.weight.shape)
         return ParamMeta(self.name, self.weight.dtype, tuple(shape))
 
     def tensor(self) -> Tensor:
-        """The full tensor; call while `parameters` are gathered. The merge is out of place: the base never changes."""
+        """The full tensor. Call this while `parameters` are gathered. The base weight is never changed by the merge."""
         base = dequantized(self.weight)
         if self.lora is None:
             return base
         a, b = (self.lora.lora_A[ADAPTER].weight.detach(), self.lora.lora_B[ADAPTER].weight.detach())
-        delta = self.lora.scaling[ADAPTER] * (b.float() @ a.float())
+        delta: Tensor = self.lora.scaling[ADAPTER] * (b.float() @ a.float())
         return (base.float() + (delta.T if self.lora.fan_in_fan_out else delta)).to(base.dtype)
 
 
@@ -100,33 +100,35 @@ class PolicySource:
 
 
 def dequantized(weight: nn.Parameter) -> Tensor:
-    """`weight` itself, or what a layer of 4-bit weights computes with: `[out, in]` in the precision it computes in."""
+    """`weight` itself, or for 4-bit weights the matrix `[out, in]` that the layer computes with, in its precision."""
     quantized = _quantized(weight)
     if quantized is None:
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, quantized)
+    whole: Tensor = dequantize_4bit(weight.data, quantized)
+    return whole
 
 
 def _quantized(weight: nn.Parameter) -> Any:
-    """What bitsandbytes keeps beside the packed 4-bit values (shape, dtype, scales); None for a plain weight."""
+    """The state (shape, dtype, scales) that bitsandbytes keeps beside packed 4-bit values; None for a plain weight."""
     return getattr(weight, "quant_state", None)
 
 
 def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    """Full values of ZeRO-3 parameters inside the context (collective); nothing to do for any others."""
+    """A context in which ZeRO-3 parameters have their full values (collective). Others always have them."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+    return context
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
-    """`(base name, parameter, LoRA layer or None)` for each parameter of the base model. `named_parameters` gives a
-    tied weight once, under its first name, which is what the engine loads."""
+    """Yield `(base name, parameter, LoRA layer or None)` for each parameter of the base model. `named_parameters` gives
+    a tied weight once, under its first name, which is the one that the engine loads."""
     adapted: dict[str, Any] = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     for name, module in adapted.items():
         _check_mergeable(name, module)
@@ -139,7 +141,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]
         yield base, parameter, lora
     if adapted:
         raise ValueError(
-            f"{next(iter(adapted))}: its weight is that of another layer too, which the adapter does not change, so it "
+            f"{next(iter(adapted))}: another layer shares its weight and is not changed by the adapter, so the adapter "
             "cannot be merged"
         )
 

@@ -71,7 +71,7 @@ def hash_words(tensor: Tensor) -> Tensor:
     full = words.numel() // CHUNK_WORDS * CHUNK_WORDS
     rows = words[:full].view(-1, CHUNK_WORDS)
     step = 1 if data.device.type == "cpu" else ROWS_PER_STEP
-    sums = [(block * multipliers).sum(1) for block in rows.split(step)]
+    sums = [(block * multipliers).sum(1) for block in torch.split(rows, step)]
     rest = torch.cat([words[full:], tail.view(torch.int32)]) if full < words.numel() else tail.view(torch.int32)
     sums.append((rest * multipliers[: rest.numel()]).sum().view(1) + data.numel())
     chain = torch.full_like(torch.cat(sums), CHAIN)

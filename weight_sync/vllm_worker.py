@@ -7,7 +7,7 @@ reports what arrived and whether it reached every layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ from weight_sync.verify import digest_text, hash_words
 
 
 @dataclass
-class GlooWorkerInitInfo(WeightTransferInitInfo):
+class GlooWorkerInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """The fields of `gloo.GlooInitInfo`, as the type that vLLM parses."""
 
     host: str
@@ -46,8 +46,8 @@ class GlooWorkerInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """What the next transfer consists of, in order; same fields as vLLM's NCCL backend."""
+class GlooUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """Describes the tensors of the next transfer, in order. The fields are those of vLLM's NCCL backend."""
 
     names: list[str]
     dtype_names: list[str]
@@ -58,7 +58,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
         return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooWorkerInitInfo, GlooUpdateInfo]):
+class GlooWeightTransferEngine(WeightTransferEngine[GlooWorkerInitInfo, GlooUpdateInfo]):  # type: ignore[misc]
     """Receives what `gloo.GlooTrainer` broadcasts, into host memory."""
 
     init_info_cls = GlooWorkerInitInfo
@@ -129,8 +129,8 @@ class PolicyWorker:
     def receive_policy(self, update_info: dict[str, Any]) -> dict[str, Any]:
         """Receive one full set of weights and load it. Returns the fields of a `verify.WeightReport`.
 
-        After an error the model's structure is whole again, its values are not: nothing may be generated before a
-        later call succeeds."""
+        After an error the model's structure is whole again, but its values are not: nothing may be generated before
+        a later call succeeds."""
         worker: Any = self
         transfer = worker.weight_transfer_engine
         model = transfer.model
@@ -140,8 +140,8 @@ class PolicyWorker:
             try:
                 worker.update_weights(update_info)
             except BaseException:
-                # Layers keep what they were given so far: without this a second attempt would count it twice, and
-                # take a layer for complete that mixes both.
+                # Layers keep what they were given so far. Without this a second attempt would count it twice, and take
+                # a layer that mixes both for complete.
                 transfer.finish_weight_update()
                 raise
             uncovered = uncovered_modules(model)
@@ -160,11 +160,11 @@ class LoadRecord:
 
 @contextmanager
 def recorded_loads(model: nn.Module, one_by_one: bool) -> Iterator[LoadRecord]:
-    """Hash everything handed to `model.load_weights`. With `one_by_one`, each tensor is loaded in a call of its own,
-    which tells the names that no parameter took; whether a name is taken does not depend on the values, so the first
-    transfer of a list of names does this for all."""
+    """Hash everything that `model.load_weights` gets. With `one_by_one`, each tensor is loaded in a call of its own,
+    which shows the names that no parameter took. Whether a name is taken does not depend on the values, so the first
+    transfer of a list of names does this for all later ones."""
     record = LoadRecord()
-    load: Any = model.load_weights
+    load: Callable[[Iterable[tuple[str, Tensor]]], set[str] | None] = model.load_weights  # type: ignore[assignment]
 
     def load_weights(weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
         batch = list(weights)
@@ -189,9 +189,10 @@ def recorded_loads(model: nn.Module, one_by_one: bool) -> Iterator[LoadRecord]:
 
 
 def uncovered_modules(model: nn.Module) -> list[str]:
-    """Modules of which some weight elements were not written, while a layerwise reload is open.
+    """Find modules of which some weight elements were not written, while a layerwise reload is open.
 
-    Attention modules have no weights of a checkpoint; a tied output head is covered by what it shares storage with."""
+    Attention modules have no weights in a checkpoint; a tied output head is covered by the module whose storage it
+    shares."""
     missing: dict[str, tuple[list[int], str]] = {}
     covered: set[int] = set()
     for name, module in model.named_modules():
@@ -207,19 +208,19 @@ def uncovered_modules(model: nn.Module) -> list[str]:
 
 
 def _checkpoint_elements(module: nn.Module, key: str) -> int:
-    """Elements of a parameter that a checkpoint fills: all, but for the padding rows of vocabulary embeddings."""
+    """Count the elements of a parameter that a checkpoint fills: all, except for padding rows of vocabularies."""
     parameter = module._parameters[key]
     if parameter is None:
         return 0
     if isinstance(module, VocabParallelEmbedding) and parameter.ndim:
         rows = module.shard_indices.num_org_elements + module.shard_indices.num_added_elements
-        return rows * (parameter.numel() // parameter.shape[0])
-    return getattr(parameter, "weight_loader_numel", parameter.numel())
+        return int(rows) * (parameter.numel() // parameter.shape[0])
+    return int(getattr(parameter, "weight_loader_numel", parameter.numel()))
 
 
 def refresh_output_heads(model: nn.Module) -> None:
-    """On CPU an output head works on a repacked copy of its weight. A tied head is not reloaded itself, so its copy
-    would stay that of the former weights."""
+    """On CPU an output head computes with a repacked copy of its weight. A tied head is not reloaded itself, so without
+    this its copy would still hold the former weights."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and module.weight.device.type == "cpu":
             module.quant_method.process_weights_after_loading(module)

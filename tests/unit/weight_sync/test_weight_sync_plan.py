@@ -203,7 +203,7 @@ def test_lora_is_merged_out_of_place(dtype: torch.dtype) -> None:
         ({"target_modules": ["body"], "use_dora": True}, "not DoraLinearVariant"),
         ({"target_modules": ["body"], "alora_invocation_tokens": [1]}, "not ALoraLinearVariant"),
         ({"target_modules": ["body"], "lora_bias": True}, "without biases of its own"),
-        ({"target_modules": ["head"]}, "base_model.model.head: its weight is that of another layer too"),
+        ({"target_modules": ["head"]}, "base_model.model.head: another layer shares its weight"),
     ],
 )
 def test_adapters_that_cannot_be_merged_are_refused(settings: dict[str, Any], expected: str) -> None:
