@@ -27,8 +27,8 @@ from rich.table import Table
 from bench.common import report
 from bench.memory_process import Case, learner_options, make_batches
 from learner.engines.process_group import open_store
-from learner.plan.memory import Load, MemoryPlan, plan_memory
-from learner.plan.model_shape import describe
+from learner.plan.memory import Load, MemoryPlan
+from learner.plan.predict import predict
 from vlm.families.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny
 
@@ -80,14 +80,14 @@ def build_models(folder: Path, vocabulary: int) -> tuple[Path, Path]:
     return big, small
 
 
-def predict(case: Case, model: Path) -> MemoryPlan:
+def predicted(case: Case, model: Path) -> MemoryPlan:
     """What `saccade plan` would say of the case's own micro-batches."""
     adapter = load_adapter(str(model))
     options = learner_options(case.options, str(model))
     batch = make_batches(replace(case, micro_batches=1), adapter)[0]
     patches = 0 if batch.pixel_values is None else len(batch.pixel_values)
     load = Load(batch.num_tokens, int(batch.loss_mask.sum()), patches, case.micro_batches)
-    return plan_memory(describe(options, adapter), options, load)
+    return predict(options, adapter).memory(load)
 
 
 def measure(case: Case, models: tuple[Path, Path], timeout: float = 900.0) -> list[dict[str, float]]:
@@ -123,7 +123,7 @@ def measure(case: Case, models: tuple[Path, Path], timeout: float = 900.0) -> li
 def compare(case: Case, folder: Path) -> dict[str, Any]:
     """Predicted and measured bytes of the rank that took most."""
     models = build_models(folder, case.vocabulary)
-    plan, ranks = predict(case, models[0]), measure(case, models)
+    plan, ranks = predicted(case, models[0]), measure(case, models)
     measured = max(value for peaks in ranks for name, value in peaks.items() if name.startswith("step"))
     return {
         "case": asdict(case),

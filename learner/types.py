@@ -158,10 +158,10 @@ class LearnerOptions:
     micro_batch_logits: int | None = None
     """Its positions with a loss; None: as many as come with the tokens."""
     micro_batch_bytes: int | None = None
-    """Memory that it may take beside the states of the model, as learner/plan/memory.py predicts; None: no limit."""
+    """Memory that it may take beside the states of the model, as learner/plan predicts; None: no limit."""
     unit_bytes: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Bytes of a language position, of a vision patch, of a position with a loss, and of any micro-batch: filled in by
-    `learner.plan.memory.with_unit_bytes` where there is a limit in bytes."""
+    """Bytes of a language position, of a vision patch, of a position with a loss, and of any micro-batch.
+    `learner.plan.predict` fills them in where there is a limit in bytes."""
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed rows attend (learner/model/attention.py)."""
     feature_cache_gib: float = 1.0

@@ -76,7 +76,6 @@ class LearnerWorker:
         from learner.engines.process_group import join
         from learner.features.frozen_towers import make_towers
         from learner.features.store_actor import ObjectStore
-        from learner.plan.memory import with_unit_bytes
         from learner.update import Updater
         from vlm.families.registry import load_adapter
 
@@ -94,7 +93,6 @@ class LearnerWorker:
             trust_remote_code=options.trust_remote_code,
             max_image_tokens=options.max_image_tokens,
         )
-        self.options = options = with_unit_bytes(options, adapter)
         self._engine = DeepSpeedEngine(options, adapter)
         towers = make_towers(
             self._engine,

@@ -23,8 +23,8 @@ from bench.learner_work import Shape, batches_of, make_groups, model_flops, plai
 from bench.trl_step import LEARNING_RATE, BareStep
 from learner.algorithm.objective import GlobalCounts
 from learner.engines.deepspeed_engine import DeepSpeedEngine
-from learner.plan.memory import Load, plan_memory
-from learner.plan.model_shape import describe
+from learner.plan.memory import Load
+from learner.plan.predict import predict
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.batch import MultimodalBatch
@@ -88,7 +88,7 @@ def _shape(setting: Setting, name: str, shape: RealShape, path: Path, *, first: 
     ours = _measure(setting, partial(_train, engine, shared, loss))
     del engine
     _forget(setting)
-    plan = plan_memory(describe(options, adapter), options, _load_of(shared))
+    plan = predict(options, adapter).memory(_load_of(shared))
     rate = setting.matmul_flops()
     tokens = completions * work.new
     for system, flops in ((ours, needed), (theirs, of_bare)):

@@ -1,7 +1,7 @@
-"""What one layer keeps for its backward pass, per token: the arithmetic that `learner/plan/memory.py` multiplies out.
+"""The bytes that one layer keeps per token for its backward pass, which `learner/plan/memory.py` multiplies out.
 
 For a layer of width H with queries Q, keys and values KV wide, an MLP of width I, and D bytes an element, by what
-autograd saves (every tensor once, however many operations save it):
+autograd saves (every tensor once, even if several operations save it):
 
     norm, `rms`     its input in float32 (4 H), 1/rms, and, if its weight is trained, the normalised input (D H)
     norm, `gemma`   the same, the normalised input in float32 (4 H)
@@ -14,7 +14,7 @@ autograd saves (every tensor once, however many operations save it):
     MLP, gated      what gate and up read (D H), the gate before and after its activation, up, and their product (4 D I)
     MLP, plain      what it reads (D H), and the hidden layer before and after its activation (2 D I)
     layer scale     what it multiplies (D H each)
-    LoRA            as much of what a layer reads, and r numbers between A and B; the frozen weight needs nothing
+    LoRA            what the layer reads, as above, and r numbers between A and B; the frozen weight needs nothing
 
 `tests/model/learner/test_memory.py` counts the same with `torch.autograd.graph.saved_tensors_hooks` on several
 families.
@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from learner.plan.model_shape import ATTENTION, LayerShape, ModelShape, Tower
+from learner.plan.layer_shape import ATTENTION, LayerShape
+from learner.plan.model_shape import ModelShape, Tower
 
 F32 = 4
 
@@ -46,7 +47,7 @@ class TowerBytes:
 
 
 def layer_bytes(layer: LayerShape, size: int) -> float:
-    """Bytes per token that the backward of one layer needs; `size`: bytes of an element."""
+    """Bytes per token that the backward pass of one layer needs. `size`: bytes of an element."""
     norms = sum(_norm_bytes(norm.kind, norm.width, norm.trained, size) for norm in layer.norms)
     attention = size * (2 * layer.query + 2 * layer.key_value) + F32 * layer.heads
     if layer.fused_qkv:
@@ -64,17 +65,17 @@ def _norm_bytes(kind: str, width: int, trained: bool, size: int) -> float:
 
 
 def _read(layer: LayerShape) -> int:
-    """Elements of the distinct inputs that trained weights, or adapters, of a layer read, but attention's output, which
-    attention keeps, and r elements for each adapter."""
+    """Count the elements of the distinct inputs that trained weights or adapters of a layer read, and r elements for
+    each adapter. Attention's output is left out: attention keeps it."""
     inputs = {m.reads: m.inputs for m in layer.linears if (m.trained or m.lora_rank) and m.reads != ATTENTION}
     return sum(inputs.values()) + sum(m.lora_rank for m in layer.linears)
 
 
 def tower_bytes(tower: Tower, size: int, checkpointed: bool) -> TowerBytes:
-    """Bytes per position. Checkpointed, a layer keeps its input alone (D H), and one at a time is recomputed.
+    """Bytes per position. A checkpointed layer keeps only its input (D H), and one layer at a time is recomputed.
 
-    Passing backward through a gated MLP, the gradients of its product, its gate and its up (3 D I) exist beside those
-    of the residual stream and of what the MLP reads (2 D H), while only the product has been freed (D I)."""
+    In the backward pass through a gated MLP, the gradients of its product, its gate and its up (3 D I) exist beside
+    those of the residual stream and of what the MLP reads (2 D H), while only the product has been freed (D I)."""
     layer = tower.layer
     if not tower.differentiable:
         return TowerBytes(0.0, 0.0, 0.0)
@@ -86,12 +87,12 @@ def tower_bytes(tower: Tower, size: int, checkpointed: bool) -> TowerBytes:
 
 
 def projector_bytes(shape: ModelShape, size: int) -> float:
-    """Per image token: what each trained layer between tower and language model reads, and the same again for the
-    activation or norm in front of it."""
+    """Bytes per image token: the input of each trained layer between tower and language model, and as much again for
+    the activation or norm before it."""
     return sum(2 * size * linear.inputs for linear in shape.projector if linear.trained or linear.lora_rank)
 
 
 def final_norm_bytes(shape: ModelShape, size: int) -> float:
-    """Per language token, behind the last layer: a norm of the make of the layers' own, and its output."""
+    """Bytes per language token behind the last layer: a norm of the same kind as the layers' own, and its output."""
     norm = shape.language.layer.norms[0]
     return _norm_bytes(norm.kind, shape.hidden, norm.trained, size) + size * shape.hidden

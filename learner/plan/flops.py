@@ -7,8 +7,8 @@ Linear layers: 2 per weight and token. Attention: 4 per pair that sees each othe
 L P + L^2 / 2, so a prompt is counted once for its group. In the vision tower an image's patches all see each other,
 or those of their window.
 
-A pass forward counts 1, its backward 2 where weights are trained (gradients of inputs and of weights), else 1;
-recomputation under checkpointing 1 more. A frozen tower whose outputs are kept counts once: all items are new to it.
+A forward pass counts 1, its backward pass 2 where weights are trained (gradients of inputs and of weights), else 1;
+recomputation under checkpointing counts 1 more. A frozen tower whose outputs are cached counts once: all items are new.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from learner.plan.model_shape import LayerShape, ModelShape, Tower
+from learner.plan.layer_shape import LayerShape
+from learner.plan.model_shape import ModelShape, Tower
 from learner.types import LearnerOptions
 
 
@@ -38,7 +39,7 @@ class GroupShape:
 
     @property
     def pairs(self) -> float:
-        """Of tokens that see each other, causally."""
+        """Pairs of tokens that see each other, causally."""
         own = sum(n * self.prompt + n * n / 2 for n in self.completions)
         return self.prompt**2 / 2 + own
 
@@ -46,14 +47,14 @@ class GroupShape:
 @dataclass(frozen=True)
 class Flops:
     language: float = 0.0
-    """Linear layers."""
+    """The language model's linear layers."""
     attention: float = 0.0
-    """Of the language model."""
+    """The language model's attention."""
     vision: float = 0.0
-    """The tower, its attention included."""
+    """The vision tower, with its attention."""
     projector: float = 0.0
     head: float = 0.0
-    """Rows of the vocabulary projection."""
+    """The vocabulary projection."""
 
     @property
     def total(self) -> float:
@@ -73,7 +74,7 @@ class Flops:
 
 
 def forward_flops(shape: ModelShape, groups: Iterable[GroupShape]) -> Flops:
-    """One pass forward over groups."""
+    """Count one forward pass over groups."""
     total = Flops()
     linear, text = shape.language.layers * _weights(shape.language.layer), shape.language
     for group in groups:
@@ -93,8 +94,8 @@ def forward_flops(shape: ModelShape, groups: Iterable[GroupShape]) -> Flops:
 
 
 def step_flops(shape: ModelShape, options: LearnerOptions, groups: Iterable[GroupShape]) -> Flops:
-    """A whole step over `groups`: forward, backward, what checkpointing and the chunks of logits compute again, and the
-    passes of the reference and of the policy before the second optimizer step, as the options ask for them."""
+    """Count a whole step over `groups`: forward, backward, what checkpointing and the chunks of logits recompute, and
+    the passes of the reference and of the policy before the second optimizer step, if the options need them."""
     once = forward_flops(shape, groups)
     language, vision = (part in options.gradient_checkpointing for part in ("language", "vision"))
     # Attention has no weights of its own: its backward computes five products where its forward has two; counted as 2.
@@ -114,12 +115,12 @@ def step_flops(shape: ModelShape, options: LearnerOptions, groups: Iterable[Grou
 
 
 def _back(trained: bool, options: LearnerOptions) -> int:
-    """Of a part that a gradient passes through."""
+    """Count the backward passes of a part that a gradient passes through."""
     return 2 if trained and not options.lora_rank else 1
 
 
 def _weights(layer: LayerShape) -> int:
-    """Elements of a layer's matrices, adapters included."""
+    """Count the elements of a layer's matrices, adapters included."""
     return sum(m.inputs * m.outputs + m.lora_rank * (m.inputs + m.outputs) for m in layer.linears)
 
 

@@ -1,11 +1,12 @@
-"""The memory of a learner rank, predicted: what is held all the time, and what each phase of a step needs beside it.
+"""The predicted memory of a learner rank: what is held all the time, and what each phase of a step needs beside it.
 
     ModelShape, LearnerOptions, Load (a micro-batch) ──▶ plan_memory ──▶ MemoryPlan: bytes by kind, and the peak
 
-The peak is not the sum of everything, for not everything exists at once: gradients of the layers appear as activations
-go, and the optimizer's temporaries come when both are over. So each phase is added up by itself and the largest counts.
+The peak is not the sum of everything, because not everything exists at once: gradients of the layers appear as
+activations go, and the optimizer's temporaries come when both are gone. Each phase is added up by itself, and the
+largest counts.
 
-States are `learner/plan/zero_states.py`, what layers keep `learner/plan/activations.py`, the chunk of logits is here.
+`learner/plan/zero_states.py` has the states, `learner/plan/activations.py` what layers keep; the logits are here.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from dataclasses import dataclass, replace
 
 from learner.model.logprobs import rows_per_chunk
 from learner.plan.activations import F32, TowerBytes, final_norm_bytes, projector_bytes, tower_bytes
-from learner.plan.model_shape import ModelShape, describe
+from learner.plan.model_shape import ModelShape
 from learner.plan.zero_states import States, element_bytes, zero_states
 from learner.types import LearnerOptions
-from vlm.adapter import MultimodalAdapter
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "logits chunk", "vision", "inputs", "workspace")
 
@@ -38,7 +38,7 @@ class Load:
 
 @dataclass(frozen=True)
 class UnitBytes:
-    """What one more unit of a micro-batch adds to the peak, in bytes: divides a budget in bytes into budgets of units.
+    """Bytes that one more unit of a micro-batch adds to the peak. They turn a budget in bytes into budgets of units.
 
     A micro-batch takes `token * tokens + patch * patches + row * rows + fixed`."""
 
@@ -49,7 +49,7 @@ class UnitBytes:
     row: float
     """A trained token: its hidden state in the head, and the gradient of that. Logits are chunked, so not in it."""
     fixed: float
-    """The chunk of logits and the head's gradient, which no budget of a micro-batch lowers once a chunk is full."""
+    """The chunk of logits and the head's gradient. Once a chunk is full, a smaller micro-batch does not lower this."""
 
     def of(self, load: Load) -> float:
         return self.token * load.tokens + self.patch * load.patches + self.row * load.rows + self.fixed
@@ -60,16 +60,16 @@ class MemoryPlan:
     """Bytes of one rank."""
 
     device: Mapping[str, float]
-    """By kind (of KINDS), each as large as it gets."""
+    """By kind (one of KINDS), each at its largest."""
     host: Mapping[str, float]
-    """What offload keeps in CPU memory instead, by kind."""
+    """Bytes that offload keeps in CPU memory instead, by kind."""
     phases: Mapping[str, float]
     """Bytes on the device at the highest point of each phase of a step."""
     units: UnitBytes
 
     @property
     def phase(self) -> str:
-        """Where the peak is."""
+        """The phase that has the peak."""
         return max(self.phases, key=lambda name: self.phases[name])
 
     @property
@@ -82,7 +82,7 @@ class MemoryPlan:
 
 
 def plan_memory(shape: ModelShape, options: LearnerOptions, load: Load) -> MemoryPlan:
-    """The memory of a rank in its second step and later, when the optimizer has its moments."""
+    """Predict the memory of a rank in its second step and later, when the optimizer has its moments."""
     size = element_bytes(options)
     states = zero_states(shape, options)
     text = tower_bytes(shape.language, size, "language" in options.gradient_checkpointing)
@@ -119,8 +119,8 @@ def _phases(
 ) -> dict[str, float]:
     """Bytes on the device at the highest point of each phase.
 
-    With one micro-batch a step, gradients do not exist yet where activations are largest (but ZeRO-3's buffer does).
-    A matrix that is embedding and head gets its gradient from both ends: the head's waits for the embedding's."""
+    With one micro-batch a step, gradients do not exist yet when activations are largest (but ZeRO-3's buffer does).
+    A matrix that is both embedding and head gets two gradients: that of the head waits for that of the embedding."""
     held = states.parameters + states.optimizer + device["inputs"]
     passing = held + states.gathered + (states.gradients if load.micro_batches > 1 else states.standing) + states.bucket
     vision = image.saved * load.patches
@@ -138,12 +138,12 @@ def _phases(
 
 
 def logits_bytes(shape: ModelShape, options: LearnerOptions, rows: int) -> float:
-    """At the highest point of `learner.model.logprobs`, which computes `[c, V]` logits for c rows at a time.
+    """Bytes at the highest point of `learner.model.logprobs`, which computes `[c, V]` logits for c rows at a time.
 
     Forward: the scaled logits and their exponential, float32: 8 c V. Backward: log-probabilities that are turned into
     the logits' gradient in place, 4 c V, or 8 if entropy has a gradient; in bfloat16 2 more, for the product before and
-    the gradient behind. If the head is trained, its gradient is summed in float32 (4 V H), in bfloat16 with that of
-    one chunk beside it (2 V H). And the gradient of the hidden rows beside the rows themselves."""
+    the gradient behind it. If the head is trained, its gradient is summed in float32 (4 V H), in bfloat16 with that of
+    one chunk beside it (2 V H). The gradient of the hidden rows exists beside the rows themselves."""
     size, V = element_bytes(options), shape.vocabulary
     c = min(rows, rows_per_chunk(options.logprob_chunk_rows, V, options.device))
     cast = 0 if options.dtype == "float32" else 2
@@ -154,7 +154,7 @@ def logits_bytes(shape: ModelShape, options: LearnerOptions, rows: int) -> float
 
 
 def _vision(shape: ModelShape, options: LearnerOptions, checkpointed: bool) -> TowerBytes:
-    """Per patch: layers, the patch itself if what reads it is trained, and the projector's share.
+    """Bytes per patch: the layers, the patch itself if the layer that reads it is trained, and the projector's share.
 
     A tower without a gradient keeps nothing, but its layers' widest tensors exist while it runs forward."""
     size = element_bytes(options)
@@ -172,33 +172,32 @@ def _vision(shape: ModelShape, options: LearnerOptions, checkpointed: bool) -> T
 
 
 def _shares_inputs(options: LearnerOptions) -> bool:
-    """Whether a batch is trained on where it lies: on a CPU in float32 it is neither moved nor cast."""
+    """Whether training uses the batch's own tensors: on a CPU in float32 they are neither moved nor cast."""
     return options.device == "cpu" and options.dtype == "float32"
 
 
 def input_bytes(shape: ModelShape, options: LearnerOptions, load: Load) -> float:
-    """Pixels, float32, of all micro-batches of a step, which wait in host memory; on a CPU that is the device's own.
-    On a GPU, of the one that is there."""
+    """Bytes of pixels on the device. The pixels of all micro-batches of a step wait in host memory as float32, which on
+    a CPU is the device's own memory. On a GPU only those of the current micro-batch are there."""
     waiting = F32 * shape.patch * load.patches * load.micro_batches
     return float(waiting) if options.device == "cpu" else float(element_bytes(options) * shape.patch * load.patches)
 
 
 def behind_bytes(shape: ModelShape, size: int) -> float:
-    """Per language token, beside the layers: the last norm and its output, rotary cosines and sines, the token's id."""
+    """Bytes per language token beside the layers: last norm, its output, rotary cosines and sines, the token's id."""
     layer = shape.language.layer
     return final_norm_bytes(shape, size) + 2 * size * layer.query / max(layer.heads, 1) + 8
 
 
-def with_unit_bytes(options: LearnerOptions, adapter: MultimodalAdapter) -> LearnerOptions:
-    """`options` that can tell what groups take, if they limit micro-batches in bytes. The same on every rank.
+def with_unit_bytes(shape: ModelShape, options: LearnerOptions) -> LearnerOptions:
+    """Fill in what a token, a patch and a row take, if `options` limit micro-batches in bytes.
 
-    Raises ValueError for a model that cannot be described (see `describe`), or a limit below what any micro-batch
-    takes."""
+    Raises ValueError for a limit below what any micro-batch takes."""
     if options.micro_batch_bytes is None:
         return options
     # A chunk of logits, and the head's gradient, are part of every micro-batch.
     full = Load(tokens=0, rows=2**20)
-    units = plan_memory(describe(options, adapter), options, full).units
+    units = plan_memory(shape, options, full).units
     if units.fixed >= options.micro_batch_bytes:
         raise ValueError(
             f"any micro-batch takes {units.fixed / 2**30:.2f} GiB, for a chunk of logits and the gradient of the head; "

@@ -1,15 +1,15 @@
-"""What a model is made of, for memory.py and flops.py: counts and widths, read off the model.
+"""The shape of a model, for memory.py and flops.py: counts and widths, read off its modules.
 
     LearnerOptions, adapter ──▶ the model on the meta device, LoRA and freezing applied ──▶ ModelShape (plain numbers)
 
-No weight is loaded: on the meta device a parameter is a shape. That every width comes from the modules themselves, and
-none from a configuration, is what makes the same arithmetic hold for language and vision layers of all families.
+No weight is loaded: on the meta device a parameter is only a shape. Every width comes from the modules themselves, none
+from a configuration, so that the same arithmetic holds for language and vision layers of all families.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,63 +18,13 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.model.load import select_trained
+from learner.plan.layer_shape import LayerShape, Linear, describe_layer, describe_linear
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
+from vlm.media_cost import patches_per_token
 
 Part = Literal["language", "vision"]
 PARTS: tuple[Part, ...] = ("language", "vision")
-QKV = ("q_proj", "k_proj", "v_proj", "q", "k", "v", "qkv")
-"""Linear layers that read one tensor, the normed hidden states; `qkv` makes all three at once."""
-GATE = ("gate_proj", "up_proj")
-"""Those of a gated MLP that read one tensor."""
-ATTENTION = "attention"
-"""What the projection behind attention reads: attention's output."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation inside a layer."""
-
-    width: int
-    """Elements normalised per token, over all heads."""
-    kind: Literal["native", "rms", "gemma"]
-    """`native`: torch's LayerNorm, one kernel. `rms`: written out in float32, the weight applied in the model's
-    precision. `gemma`: written out, the weight applied in float32 too."""
-    trained: bool
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer inside a layer."""
-
-    inputs: int
-    outputs: int
-    reads: str
-    """Layers with the same value read the same tensor."""
-    trained: bool
-    """Its weight, not an adapter's."""
-    lora_rank: int = 0
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """One transformer layer: attention over `heads` and an MLP, each behind a norm."""
-
-    hidden: int
-    query: int
-    """Width of all query heads together; of all key heads: `key_value`."""
-    key_value: int
-    heads: int
-    intermediate: int
-    gated: bool
-    activation_tensors: int
-    """`[T, intermediate]` tensors that the activation function keeps: its input, and what it computes on the way."""
-    fused_qkv: bool
-    """Whether one matrix makes q, k and v, so that v is a view of the whole product."""
-    norms: tuple[Norm, ...]
-    linears: tuple[Linear, ...]
-    scales: int
-    """Vectors of the layer's own that what it adds to the residual stream is multiplied with (layer scale), trained."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +36,9 @@ class Tower:
     differentiable: bool
     """Whether a gradient passes through, so that its activations are kept."""
     once: bool = False
-    """Whether it runs once per run for each distinct item, and what it gives is kept."""
+    """Whether it runs once per run for each distinct item, and its outputs are cached."""
     window: int | None = None
-    """Positions that a layer attends over, but for `full_layers` of them; None: all layers see all of an image."""
+    """Positions that a layer attends over, except in `full_layers` layers; None: all layers see all of an image."""
     full_layers: int = 0
 
 
@@ -97,21 +47,19 @@ class ModelShape:
     """Counts of elements, not bytes."""
 
     parameters: Mapping[str, int]
-    """All parameters by role, adapters of LoRA included."""
+    """All parameters by part of the model, LoRA adapters included."""
     trained: Mapping[str, int]
-    """Those with a gradient, by role."""
+    """Parameters with a gradient, by part of the model."""
     hidden: int
     vocabulary: int
     tied: bool
     """Whether embedding and head are one matrix."""
     head_trained: bool
     embedding_trained: bool
-    largest_trained: int
-    """Elements of the largest trained parameter."""
     language: Tower
     vision: Tower | None = None
     patch: int = 0
-    """Numbers that one patch of an image enters the vision tower with."""
+    """Numbers in one patch of an image, as it enters the vision tower."""
     patches_per_token: float = 1.0
     """Positions of the vision tower per image token of the language model."""
     quantized: int = 0
@@ -129,7 +77,7 @@ class ModelShape:
 
 
 def meta_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> nn.Module:
-    """The model as it would be trained, without storage: LoRA and freezing applied, nothing loaded.
+    """Build the model as it would be trained, without storage: LoRA and freezing applied, nothing loaded.
 
     Raises ValueError for LoRA targets or frozen parts that the model does not have."""
     kind = adapter.model_class()
@@ -141,7 +89,7 @@ def meta_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> nn.Modul
 
 
 def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
-    """Raises ValueError for a model whose layers are of another make than attention and a linear MLP."""
+    """Raises ValueError for a model whose layers are not attention and a linear MLP."""
     model: Any = meta_policy(options, adapter)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     named = [(adapter.role(_plain(name)), p) for name, p in model.named_parameters()]
@@ -170,11 +118,10 @@ def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
         tied=head is embedding,
         head_trained=head.requires_grad,
         embedding_trained=embedding.requires_grad,
-        largest_trained=max((p.numel() for _, p in named if p.requires_grad), default=0),
         language=towers["language"],
         vision=towers.get("vision"),
         patch=_patch_elements(base, adapter) if "vision" in towers else 0,
-        patches_per_token=_patches_per_token(adapter.model_config) if "vision" in towers else 1.0,
+        patches_per_token=patches_per_token(adapter, "image") if "vision" in towers else 1.0,
         quantized=sum(
             m.weight.numel()
             for name, m in model.named_modules()
@@ -182,18 +129,18 @@ def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
         )
         if options.quantize == "nf4"
         else 0,
-        projector=tuple(_linear(name, module) for name, module in projector),
+        projector=tuple(describe_linear(name, module) for name, module in projector),
     )
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what peft wraps around it."""
+    """A parameter's name without peft's additions."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def _towers(model: nn.Module, adapter: MultimodalAdapter, trained: Mapping[str, int]) -> dict[Part, Tower]:
-    """Stacks of layers that transformers can checkpoint, by part of the model; the deepest of each part. `trained`:
-    trained parameters by role."""
+    """Find the deepest stack of layers that transformers can checkpoint in each part of the model. `trained`: trained
+    parameters by part."""
     found: dict[Part, Tower] = {}
     for name, stack in model.named_modules():
         layers = list(stack) if isinstance(stack, nn.ModuleList) else []
@@ -202,88 +149,15 @@ def _towers(model: nn.Module, adapter: MultimodalAdapter, trained: Mapping[str, 
             continue
         part: Part = "language" if role == "language" else "vision"
         if part not in found or found[part].layers < len(layers):
-            # A gradient passes through the language model if anything is trained, since all else stands before it or in
-            # it; through the tower only if something of its own is.
+            # A gradient passes through the language model if anything is trained, since everything stands before it or
+            # in it; through the tower only if something of its own is trained.
             whose = [role for role in trained if part == "language" or role == part]
-            found[part] = Tower(len(layers), _layer(layers[0]), any(trained[role] for role in whose))
+            found[part] = Tower(len(layers), describe_layer(layers[0]), any(trained[role] for role in whose))
     return found
 
 
-def _layer(layer: nn.Module) -> LayerShape:
-    linears = dict(_own_linears(layer))
-    leaf = {name.rpartition(".")[2]: module for name, module in linears.items()}
-    first = next((leaf[name] for name in ("qkv", "q_proj", "q") if name in leaf), None)
-    if first is None:
-        raise ValueError(f"{type(layer).__name__}: no projections q, k and v, but {', '.join(leaf)}")
-    fused, hidden = "qkv" in leaf, int(first.in_features)
-    query = hidden if fused else int(first.out_features)
-    key_value = hidden if fused else int(leaf["k_proj" if "k_proj" in leaf else "k"].out_features)
-    gated = all(name in leaf for name in GATE)
-    attention = next(m for m in layer.modules() if any(c is first for c in m.children()))
-    inside = {id(m) for m in attention.modules()}
-    mlp = [m for m in linears.values() if id(m) not in inside]
-    widths = [leaf["gate_proj"].out_features] if gated else [m.out_features for m in mlp]
-    others = [p for m in layer.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)]
-    if not widths or any(p.ndim > 1 for p in others):
-        raise ValueError(f"{type(layer).__name__}: its MLP is not of linear layers alone (experts?): not planned for")
-    return LayerShape(
-        hidden=hidden,
-        query=query,
-        key_value=key_value,
-        heads=_heads(attention, query),
-        intermediate=max(widths),
-        gated=gated,
-        activation_tensors=_activation_tensors(layer),
-        fused_qkv=fused,
-        norms=tuple(_norms(layer, query, key_value)),
-        linears=tuple(_linear(name, module, id(module) in inside) for name, module in linears.items()),
-        scales=sum(p.requires_grad for p in layer.parameters(recurse=False)),
-    )
-
-
-def _own_linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Linear layers by name; one with a LoRA adapter as the peft layer around it."""
-    for name, inner in module.named_modules():
-        plain = isinstance(inner, nn.Linear) and "lora_" not in name and not name.endswith("base_layer")
-        if plain or hasattr(inner, "lora_A"):
-            yield name, inner
-
-
-def _linear(name: str, module: Any, in_attention: bool = False) -> Linear:
-    leaf = name.rpartition(".")[2]
-    reads = "qkv" if leaf in QKV else "gate" if leaf in GATE else ATTENTION if in_attention else name
-    weight = module.get_base_layer().weight if hasattr(module, "lora_A") else module.weight
-    rank = next(iter(module.lora_A.values())).weight.shape[0] if hasattr(module, "lora_A") else 0
-    return Linear(weight.shape[1], weight.shape[0], reads, weight.requires_grad, rank)
-
-
-def _norms(layer: nn.Module, query: int, key_value: int) -> Iterator[Norm]:
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            kind: Literal["native", "rms", "gemma"] = "native"
-        elif "RMSNorm" in type(module).__name__:
-            kind = "gemma" if type(module).__name__.startswith("Gemma") else "rms"
-        else:
-            continue
-        weight = module.weight
-        leaf = name.rpartition(".")[2]
-        width = query if leaf == "q_norm" else key_value if leaf == "k_norm" else int(weight.numel())
-        yield Norm(width, kind, bool(weight.requires_grad))
-
-
-def _heads(attention: Any, query: int) -> int:
-    size = getattr(attention, "head_dim", None)
-    return query // int(size) if size else int(getattr(attention, "num_heads", 1))
-
-
-def _activation_tensors(layer: nn.Module) -> int:
-    """SiLU, GELU and the like are one kernel that keeps its input; x * sigmoid(1.702 x) written out keeps the sigmoid
-    too."""
-    return 2 if any("QuickGELU" in type(m).__name__ for m in layer.modules()) else 1
-
-
 def _patch_elements(model: nn.Module, adapter: MultimodalAdapter) -> int:
-    """Of the convolution (or linear layer) that makes patches into hidden states: the elements it reads for one."""
+    """Count the elements that the convolution (or linear layer) in front of the tower reads for one patch."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and adapter.role(name) == "vision":
             return module.in_channels * math.prod(module.kernel_size)
@@ -294,21 +168,6 @@ def _patch_elements(model: nn.Module, adapter: MultimodalAdapter) -> int:
 
 
 def _windows(config: Any) -> dict[str, Any]:
-    """Of a vision tower's configuration, in Qwen2.5-VL's names: the side of a window in pixels, the layers without."""
+    """Read windowed attention off a vision tower's configuration, in Qwen2.5-VL's names. No module shows it."""
     full = getattr(config, "fullatt_block_indexes", None)
     return {} if full is None else {"window": (config.window_size // config.patch_size) ** 2, "full_layers": len(full)}
-
-
-def _patches_per_token(config: Any) -> float:
-    """How many patches become one image token: by the names that families' configurations have for it."""
-    for own in (getattr(config, "vision_config", config), config):
-        if hasattr(own, "spatial_merge_size"):
-            return float(own.spatial_merge_size) ** 2
-    if hasattr(config, "downsample_ratio"):
-        return float(config.downsample_ratio) ** -2
-    if hasattr(config, "scale_factor"):
-        return float(config.scale_factor) ** 2
-    if getattr(config, "mm_tokens_per_image", None):
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        return side**2 / float(config.mm_tokens_per_image)
-    return 1.0

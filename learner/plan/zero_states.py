@@ -1,7 +1,8 @@
-"""Parameters, gradients and optimizer of one rank, in bytes, as DeepSpeed's ZeRO stages hold them.
+"""Parameters, gradients and optimizer state of one rank, in bytes, as DeepSpeed's ZeRO stages hold them.
 
-From its code (version in pyproject.toml), as deepspeed_engine.py configures it: gradients accumulate in float32,
-whatever the model's precision. Bytes per trained element and rank, for R ranks and D bytes an element of the model:
+The figures follow DeepSpeed's code (version in pyproject.toml) as deepspeed_engine.py configures it: gradients
+accumulate in float32 whatever the model's precision. Bytes per trained element and rank, for R ranks and D bytes an
+element of the model:
 
     stage  gradients        master  moments  reduction of gradients                      step
     0      4                -       8 (*)    a flat copy 4                               -
@@ -13,8 +14,8 @@ whatever the model's precision. Bytes per trained element and rank, for R ranks 
 (*) not divided. (§) in bfloat16 stage 1 is another optimizer, which keeps the model's own gradients beside the float32
 ones, and both whole until the step is over. (+) between several ranks. (#) stage 2 makes the partition anew for each
 micro-batch in float32, and adds into a standing one in bfloat16; stage 3 casts what is not float32. The float32 master
-exists beside float32 weights too. A bucket holds at most 5e8 elements: on a GPU it is allocated whole, on a CPU what
-was never written takes nothing. The fused AdamW of torch makes no temporaries.
+exists beside float32 weights too. A bucket holds at most 5e8 elements: on a GPU it is allocated whole, on a CPU memory
+that was never written takes nothing. Torch's fused AdamW makes no temporaries.
 """
 
 from __future__ import annotations
@@ -33,33 +34,33 @@ PREFETCH = 50_000_000
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's `sub_group_size`: elements of a partition that ZeRO-3 takes a step with at once."""
 LIVE = 1_000_000_000
-"""DeepSpeed's `stage3_max_live_parameters`, in elements: under ZeRO-3 so much stays gathered, through forward and
-backward, as it will be used again within `stage3_max_reuse_distance`, which is as large."""
+"""DeepSpeed's `stage3_max_live_parameters`: under ZeRO-3 this many elements stay gathered through forward and backward,
+because they are used again within `stage3_max_reuse_distance`, which is as large."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """Bytes on the device, but `host`."""
+    """Bytes on the device, except `host`."""
 
     parameters: float
-    """A rank's part of policy and reference."""
+    """This rank's part of policy and reference."""
     gathered: float = 0.0
-    """Whole parameters of ZeRO-3, in forward and backward."""
+    """Parameters that ZeRO-3 has gathered in forward and backward."""
     gathering: float = 0.0
-    """The buffer that they are gathered into and copied from: it stays until the last of them was used."""
+    """The buffer that they are gathered into and copied from. It stays until the last of them was used."""
     gradients: float
     """Held from one micro-batch to the next."""
     standing: float = 0.0
-    """Of these, what exists before the first gradient does."""
+    """The part of them that exists before the first gradient."""
     bucket: float = 0.0
-    """What is allocated beside them as soon as a gradient arrives."""
+    """Allocated beside them as soon as a gradient arrives."""
     optimizer: float
     reduction: float
     """While gradients are reduced over ranks, gradients included."""
     step: float
     """In the optimizer's step, gradients included."""
     host: Mapping[str, float] = field(default_factory=dict)
-    """What offload keeps in CPU memory instead, by kind."""
+    """Bytes that offload keeps in CPU memory instead, by kind."""
 
 
 def element_bytes(options: LearnerOptions) -> int:
@@ -67,10 +68,10 @@ def element_bytes(options: LearnerOptions) -> int:
 
 
 def zero_states(shape: ModelShape, options: LearnerOptions) -> States:
-    """Of the policy (adapters of LoRA included, in the model's precision), and of a reference if one is held."""
+    """States of the policy (LoRA adapters included, in the model's precision), and of a reference if there is one."""
     states = _without_offload(shape, options)
     if options.device == "cpu":
-        return states  # there is but one memory
+        return states  # there is only one memory
     return _offloaded(states, shape, options)
 
 
@@ -110,7 +111,7 @@ def _without_offload(shape: ModelShape, options: LearnerOptions) -> States:
 
 
 def _two_stages(states: States, n: int, options: LearnerOptions) -> States:
-    """Stage 1 in float32, and stage 2: the same code of DeepSpeed, which differs in what a bucket holds and when."""
+    """Stage 1 in float32, and stage 2. They are the same code in DeepSpeed, with other contents of a bucket."""
     size, gpu, part = element_bytes(options), options.device == "cuda", n / options.ranks
     bucket = size * (BUCKET if gpu else min(n, BUCKET))
     copy = size * min(n, BUCKET) if options.ranks > 1 else 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from learner.plan.memory import with_unit_bytes
+from learner.plan.predict import predict
 from saccade.config.demands import Device
 from saccade.config.options import learner_options
 from saccade.config.run_config import RunConfig
@@ -30,7 +30,7 @@ def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequen
     if config.learner.micro_batch_bytes is None:
         return []
     try:
-        options = with_unit_bytes(learner_options(config, planned_device(config), kinds), adapter)
+        options = predict(learner_options(config, planned_device(config), kinds), adapter).options
     except ValueError as error:
         return [f"learner.micro_batch: {error}"]
     tokens, longest = config.data.max_prompt_length, config.rollout.max_completion_length

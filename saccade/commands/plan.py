@@ -19,9 +19,10 @@ from rich.table import Table
 from learner.batching.packing import balance, fewest_bins, pack_padded, split_group
 from learner.batching.rows import shares_prompts
 from learner.durable import strict_json
-from learner.plan.flops import Flops, GroupShape, step_flops
-from learner.plan.memory import Load, MemoryPlan, plan_memory, with_unit_bytes
-from learner.plan.model_shape import ModelShape, describe
+from learner.plan.flops import Flops, GroupShape
+from learner.plan.memory import Load, MemoryPlan
+from learner.plan.model_shape import ModelShape
+from learner.plan.predict import predict
 from learner.types import LearnerOptions
 from rollout.data.source import DataError
 from saccade.checks.memory import GIB, planned_device
@@ -72,10 +73,10 @@ def make_plan(config: RunConfig) -> Plan:
     adapter = load_model(config)
     group, kinds, assumed = _typical_group(config, adapter)
     try:
-        options = with_unit_bytes(learner_options(config, device, kinds), adapter)
-        shape = describe(options, adapter)
+        predicted = predict(learner_options(config, device, kinds), adapter)
     except ValueError as error:
         raise ConfigError([f"model: {error}"], WHERE) from error
+    options, shape = predicted.options, predicted.shape
     if shape.vision is not None:
         group = GroupShape(group.prompt, group.completions, [round(n * shape.patches_per_token) for n in group.images])
     shared = shares_prompts(adapter)
@@ -92,8 +93,8 @@ def make_plan(config: RunConfig) -> Plan:
         shape,
         group,
         load,
-        plan_memory(shape, options, load),
-        step_flops(shape, options, rows * config.learner.prompts_per_step),
+        predicted.memory(load),
+        predicted.flops(rows * config.learner.prompts_per_step),
         assumed,
     )
 

@@ -13,6 +13,8 @@ import ray
 
 from learner.deaths import how_it_died
 from learner.group import LearnerGroup
+from learner.plan.predict import predict
+from learner.types import LearnerOptions
 from rewards.actor import RewardActor
 from rollout.actor import RayEngineHandle, RolloutActor
 from rollout.data.actor import DataActor, DataActorReport
@@ -165,8 +167,19 @@ def _create(
         learner = config.learner
         environment = {"env_vars": learner_environment(config, placement.device)}
         places = [{**placement.options("learner", r), "runtime_env": environment} for r in range(learner.ranks)]
-        options_ = learner_options(config, placement.device, media_kinds)
+        options_ = _learner_options(config, placement, media_kinds)
         actors._learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
+
+
+def _learner_options(config: RunConfig, placement: Placement, media_kinds: Sequence[MediaKind]) -> LearnerOptions:
+    """The learner's options. Micro-batches that are limited in bytes need to know what tokens and patches take."""
+    options = learner_options(config, placement.device, media_kinds)
+    if options.micro_batch_bytes is None:
+        return options
+    try:
+        return predict(options, config_adapter(config)).options
+    except ValueError as error:
+        raise RunError(f"learner.micro_batch_gib: {error}") from error
 
 
 def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Callable[[], None]) -> None:

@@ -64,7 +64,7 @@ ORDERS = {
         *("checkpoints", "pipeline", "fleet", "observe", "config", "errors"),
     ),
     "learner": (
-        *("group", "worker", "update", "refusal", "features", "plan", "engines", "model", "batching", "algorithm"),
+        *("plan", "group", "worker", "update", "refusal", "features", "engines", "model", "batching", "algorithm"),
         *("deaths", "durable", "types", "__init__"),
     ),
     "rewards": (

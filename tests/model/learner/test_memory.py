@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from learner.model.load import load_policy
 from learner.plan.activations import projector_bytes, tower_bytes
-from learner.plan.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory, with_unit_bytes
+from learner.plan.memory import KINDS, Load, behind_bytes, logits_bytes, plan_memory
 from learner.plan.model_shape import ModelShape, describe
+from learner.plan.predict import predict
 from learner.plan.zero_states import element_bytes, zero_states
 from learner.types import LearnerOptions
 from saccade.cli import app
@@ -124,7 +125,7 @@ def test_counts_of_a_tiny_llama_by_hand(models: Callable[[str], Path]) -> None:
     layer = 2 * H * H + 2 * H * (H // 2) + 3 * H * wide + 2 * H  # q, o; k, v of 2 heads of 4; the MLP; norms
     shape = describe(options_of(path), adapter)
     assert shape.total == shape.total_trained == layers * layer + 2 * V * H + H
-    assert (shape.hidden, shape.vocabulary, shape.tied, shape.largest_trained) == (H, V, False, H * wide)
+    assert (shape.hidden, shape.vocabulary, shape.tied) == (H, V, False)
     layer_shape = shape.language.layer
     assert (layer_shape.query, layer_shape.key_value, layer_shape.heads, layer_shape.intermediate) == (
         H,
@@ -186,7 +187,6 @@ def _shape(**changes: Any) -> ModelShape:
         "tied": False,
         "head_trained": True,
         "embedding_trained": True,
-        "largest_trained": 5,
         "language": None,
         **changes,
     }
@@ -220,17 +220,18 @@ def test_a_limit_in_bytes_is_one_of_tokens_patches_and_rows(models: Callable[[st
     """Micro-batches that fill it are planned to take as much, whatever they are made of."""
     path = models("qwen2_5_vl")
     adapter, limit = adapter_of(path), 64 * 2**20
-    options = with_unit_bytes(options_of(path, micro_batch_bytes=limit, logprob_chunk_rows=128), adapter)
+    predicted = predict(options_of(path, micro_batch_bytes=limit, logprob_chunk_rows=128), adapter)
+    options = predicted.options
     room = options.micro_batch
     for tokens, patches, rows in ((700, 0, 350), (500, 800, 100), (100, 2000, 4)):
         size = options.size(tokens, patches, rows)
         share = room.bytes / size.bytes
         load = Load(int(share * tokens), int(share * rows), int(share * patches), micro_batches=1)
-        units = plan_memory(describe(options, adapter), options, load).units
+        units = predicted.memory(load).units
         assert replace(units, fixed=options.unit_bytes[3]).of(load) == pytest.approx(limit, rel=0.02)
-    assert with_unit_bytes(options_of(path), adapter) == options_of(path)
+    assert predict(options_of(path), adapter).options == options_of(path)
     with pytest.raises(ValueError, match="leave nothing for tokens"):
-        with_unit_bytes(options_of(path, micro_batch_bytes=2**20), adapter)
+        predict(options_of(path, micro_batch_bytes=2**20), adapter)
 
 
 CONFIG = """
