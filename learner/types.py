@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from rollout.types import PromptRef
 from vlm.errors import UserError
 from vlm.media.types import MediaKind
-from vlm.roles import DEFAULT_LORA_TARGETS, role_problems
+from vlm.parameter_names import DEFAULT_LORA_TARGETS, role_problems
 
 DEFAULT_TOKENS = 8192
 """Of a micro-batch, if no limit is given."""
@@ -96,11 +96,11 @@ class LearnerOptions:
     """0 trains the full weights."""
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = DEFAULT_LORA_TARGETS
-    """Whose linear layers get adapters: `vlm.roles.LoraRole`."""
+    """Whose linear layers get adapters: `vlm.parameter_names.LoraRole`."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the linear layers that LoRA can be put on hold their weights in 4 bits (QLoRA)."""
     freeze: tuple[str, ...] = ()
-    """Parts of the model (`vlm.roles.Part`) that stay as they are."""
+    """Parts of the model (`vlm.parameter_names.Part`) that stay as they are."""
     media_kinds: tuple[MediaKind, ...] = ("image",)
     """Kinds of media that the run's data may hold, if the model takes them: every rank runs their towers in every
     pass."""

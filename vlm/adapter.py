@@ -1,9 +1,9 @@
-"""MultimodalAdapter: everything that differs between model families, behind one class.
+"""MultimodalAdapter: all differences between model families, behind one class.
 
     messages ──render──▶ text ──tokenize──▶ ids ──▶ engine (expands placeholders itself)
                                              └─encode(+ media)──▶ EncodedPrompt ──join──▶ a batch's media inputs
                                                                         ◀──split──
-The engine and the learner must see the same expanded ids and the same pixels; an adapter is where that is arranged.
+The engine and the learner must see the same expanded ids and the same pixels. The adapter makes sure of that.
 """
 
 from __future__ import annotations
@@ -18,54 +18,50 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from vlm.control import control_tokens
+from vlm.control_tokens import control_tokens
 from vlm.encoding import (
-    AdapterError,
     Counts,
     EncodedPrompt,
     Modality,
-    blank,
     concatenate_padded,
     counts_of,
     dummy_messages,
     for_engine,
     smallest,
 )
-from vlm.ends import end_tokens
-from vlm.features import TowerFeatures
-from vlm.image_tokens import ImageTokens
+from vlm.end_tokens import end_tokens
+from vlm.errors import AdapterError
 from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import Decoded, Video, decode
-from vlm.parts import ModelParts
-
-__all__ = ["AdapterError", "EncodedPrompt", "Messages", "Modality", "MultimodalAdapter"]
+from vlm.media_tokens import MediaTokens
+from vlm.parameter_names import ParameterNames
+from vlm.tower_outputs import TowerOutputs
 
 Messages = Sequence[Mapping[str, Any]]
 _TOKEN_ALIGNED = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
-    """Base of all families; the defaults fit models whose processor follows the common Hugging Face interface. What
-    goes by names of parameters (parts, LoRA, the engine's names) is in `vlm/parts.py`, what towers give in
-    `vlm/features.py`, how large images may be in `vlm/image_tokens.py`."""
+class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
+    """The base of all families. The defaults fit models whose processor follows the common Hugging Face interface.
+
+    Its other parts: `vlm/parameter_names.py` (parts of the model, LoRA, the engine's names), `vlm/tower_outputs.py`,
+    and `vlm/media_tokens.py` (how many tokens media take)."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
-    """What the family takes besides text; empty for a text model."""
+    """The kinds of media that the family takes besides text; empty for a text model."""
     placeholder_tokens: ClassVar[tuple[str, ...]] = ()
     """Tokens that stand for media, or open and close it. Never sampled, never truncated, never trained on."""
     nested_images: ClassVar[bool] = False
     """Whether the processor takes images as one list per prompt, instead of one list."""
-    stacks_videos: ClassVar[bool] = False
-    """Whether the processor takes several videos in one call only if they have equally many frames."""
     shares_prompts: ClassVar[bool] = False
-    """Whether every layer of the language model is plainly causal, and hands its keyword arguments on to its attention:
-    completions can then be laid behind one copy of their prompt. Not so with sliding windows, or with image tokens that
-    see each other."""
+    """Whether every layer of the language model is plainly causal, and passes its keyword arguments on to its
+    attention. Completions can then share one copy of their prompt. That is not possible with sliding windows, or with
+    image tokens that see each other."""
     more_ends: tuple[int, ...] = ()
-    """Ids at which the model's files say that a completion ends, besides the tokenizer's end of sequence."""
+    """Ids that end a completion according to the model's files, besides the tokenizer's end of sequence."""
     untrainable_on: ClassVar[Mapping[str, str]] = {}
-    """Device -> why a model of the family is not trained there: the engine would sample from something else than the
-    learner computes, or nobody has seen that it does not."""
+    """Device -> why the family is not trained there: the engine is known to sample from another distribution than the
+    learner computes, or nobody has checked that it does not."""
 
     def __init__(self, processor: Any, model_config: Any) -> None:
         self.processor = processor
@@ -79,7 +75,7 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         self.placeholder_ids: dict[MediaKind, int] = {k: vocabulary[m.placeholder] for k, m in self.modalities.items()}
         template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
         self.control_tokens: Mapping[int, str] = control_tokens(self.tokenizer, template, named)
-        """Tokens by id that only the chat template may put into a prompt."""
+        """Tokens, by id, that only the chat template may put into a prompt."""
         self._unread = {*self.control_tokens, self.tokenizer.unk_token_id}
         self._lengths: dict[tuple[Any, ...], int] = {}
 
@@ -107,7 +103,7 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
 
     @property
     def pad_token_id(self) -> int:
-        """What fills rows up; it is masked wherever it stands, so any id will do where a tokenizer has none."""
+        """The id that fills rows up. It is masked everywhere, so any id will do if the tokenizer has none."""
         return self.tokenizer.pad_token_id or 0
 
     @property
@@ -115,7 +111,7 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return "image" in self.modalities
 
     def towers(self) -> dict[MediaKind, Modality]:
-        """Modalities by kind, of those that share their inputs only the first: what is computed apart."""
+        """Modalities by kind, one for each tower: of those that share their inputs only the first."""
         first: dict[str, MediaKind] = {}
         for kind, modality in self.modalities.items():
             first.setdefault(modality.inputs[0], kind)
@@ -130,8 +126,8 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def completion_text(self, token_ids: Iterable[int]) -> str:
-        """A completion as rewards read it: control tokens are left out, its end among them, and tags stay, be they
-        special tokens or not."""
+        """A completion as rewards read it: without control tokens (such as its end), but with tags, whether or not they
+        are special tokens."""
         said = [token for token in map(int, token_ids) if token not in self._unread]
         return self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -139,34 +135,6 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         """The kinds of the media whose placeholders are in unexpanded ids, in order."""
         kinds = {token: kind for kind, token in self.placeholder_ids.items()}
         return [kinds[t] for t in map(int, token_ids) if t in kinds]
-
-    def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
-        """Prompt length in tokens as engine and learner count it, from unexpanded ids and the shapes of the media.
-        Raises ValueError for shapes that the processor refuses."""
-        return len(token_ids) - len(media) + sum(self.media_lengths(media))
-
-    def media_lengths(self, media: Sequence[Media]) -> list[int]:
-        """Tokens that each item expands to, from its shape alone. Raises ValueError for what the processor refuses."""
-        if self.stacks_videos and len({len(m.frames) for m in media if m.kind == "video"}) > 1:
-            raise AdapterError(
-                f"{type(self).__name__} takes several videos in one prompt only with equally many frames"
-            )
-        images = [m for m in media if m.kind == "image"]
-        counted: dict[int, int] = {}
-        if images and hasattr(self.processor, "_get_num_multimodal_tokens"):
-            sizes = [[m.height, m.width] for m in images]
-            tokens = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
-            counted = {id(m): n for m, n in zip(images, tokens, strict=True)}
-        return [counted[id(m)] if id(m) in counted else self.length_by_trial(m) for m in media]
-
-    def length_by_trial(self, media: Media) -> int:
-        """Run the processor over a blank item of that shape, once per shape."""
-        shape = (media.kind, media.width, media.height, media.frames, media.total_frames, media.fps, media.samples)
-        if shape not in self._lengths:
-            text = self.modalities[media.kind].placeholder
-            expanded = self.encode(text, [blank(media)]).input_ids
-            self._lengths[shape] = len(expanded) - len(self.tokenize(text)) + 1
-        return self._lengths[shape]
 
     # ------------------------------------------------------------------ engine side
 
@@ -201,7 +169,7 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return learner, engine
 
     def published_config(self, model: Any) -> Any | None:
-        """The configuration of published checkpoints where it is not that of the model which is trained."""
+        """The configuration of published checkpoints, if it differs from that of the model that is trained."""
         return None
 
     # ------------------------------------------------------------------ learner side: inputs
@@ -211,7 +179,7 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return self.encode_batch([text], [media])[0]
 
     def encode_batch(self, texts: Sequence[str], media: Sequence[Sequence[Decoded]]) -> list[EncodedPrompt]:
-        """Encode many prompts, in one call of the processor (three times as fast as one each) that is cut apart."""
+        """Encode many prompts in one call of the processor, which is three times as fast as one call each."""
         if self.stacks_videos and len(texts) > 1 and any(isinstance(item, Video) for own in media for item in own):
             return [self.encode(text, own) for text, own in zip(texts, media, strict=True)]
         where = [i for i, own in enumerate(media) if own]
@@ -250,8 +218,8 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return given
 
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Those of the processor's outputs that describe media, as the model takes them; token-aligned ones are
-        derived from the padded ids later (`token_inputs`)."""
+        """The processor's outputs that describe media, as the model takes them. Token-aligned ones are derived from the
+        padded ids later (`token_inputs`)."""
         return {k: torch.as_tensor(v) for k, v in outputs.items() if k not in (*_TOKEN_ALIGNED, "video_metadata")}
 
     def join(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
@@ -262,8 +230,8 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
     def split(
         self, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
     ) -> list[EncodedPrompt]:
-        """The inverse of `join`: `inputs` of several prompts, of expanded `input_ids` int64 `[T]` and `counts`.
-        Raises AdapterError for an input that is not cut into as many entries as it has."""
+        """The inverse of `join`: cut the `inputs` of several prompts, with expanded `input_ids` int64 `[T]` and
+        `counts`, into those of each. Raises AdapterError for an input with another number of entries than expected."""
         parts: list[dict[str, Tensor]] = [{} for _ in input_ids]
         for name, tensor in inputs.items():
             entries = self.entries(name, inputs, input_ids, counts)
@@ -280,7 +248,7 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
     def entries(
         self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
     ) -> list[int]:
-        """How many entries of input `name`, along dimension 0, belong to each prompt: one per item."""
+        """The number of entries of input `name`, along dimension 0, that belong to each prompt: one per item."""
         kinds = [k for k, m in self.modalities.items() if name in (*m.inputs, *m.positions)]
         if not kinds:
             raise AdapterError(
@@ -290,11 +258,11 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return [sum(count.get(kind, 0) for kind in kinds) for count in counts]
 
     def without_padding(self, inputs: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
-        """The inputs of one prompt without what others of its batch made longer."""
+        """The inputs of one prompt without the padding that longer prompts of its batch caused."""
         return inputs
 
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Token-aligned model inputs that follow from the padded ids `[B, L]` alone (type ids, say)."""
+        """Token-aligned model inputs, such as type ids, that follow from the padded ids `[B, L]` alone."""
         return {}
 
     def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -304,7 +272,7 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     def dummy_prompt(self, kind: MediaKind) -> EncodedPrompt:
-        """A smallest prompt with one item, for ranks whose micro-batch has none: under ZeRO-3 every rank must run the
+        """The smallest prompt with one item, for ranks whose micro-batch has none: under ZeRO-3 every rank must run the
         same towers."""
         return self.encode(self.render(dummy_messages(kind)), [smallest(kind)])
 
@@ -315,8 +283,8 @@ class MultimodalAdapter(ModelParts, TowerFeatures, ImageTokens, ABC):
         return AutoModelForImageTextToText if self.has_vision else AutoModelForCausalLM
 
     def prepare_model(self, model: Any) -> None:
-        """Change the freshly loaded Hugging Face model where it computes something else than the engine does."""
+        """Change the newly loaded Hugging Face model where it computes something else than the engine does."""
 
     def hidden_states(self, model: Any, **inputs: Any) -> Tensor:
-        """`[B, L, H]` that the head projects; `inputs` has features as `mm_encoder_outputs`, by kind."""
+        """The states `[B, L, H]` that the head projects. `inputs` has features by kind as `mm_encoder_outputs`."""
         return model.base_model(**inputs, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""What adapters are described with, and what they make: modalities, encoded prompts, joined tensors."""
+"""The vocabulary of adapters: modalities, encoded prompts, and small helpers to make them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.errors import UserError
 from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import SOUND_RATE, Decoded, Video
 
@@ -24,10 +23,6 @@ FeatureRow = tuple[Tensor, ...]
 """The features of an item, or of one of its tiles: what takes the places of its tokens, `[tokens, H]` (`[1, tokens, H]`
 where a family has all rows in one tensor), then what enters later layers, if the family has such. Or the tower outputs
 of a whole item: what its tower gives to the projector (`vlm.tower_end.TowerEnd`)."""
-
-
-class AdapterError(UserError, ValueError):
-    """The model's files and the adapter do not fit, or a prompt cannot be encoded; says which and why."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Modality:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the Hugging Face model takes it."""
+    """A prompt in the form that the Hugging Face model takes."""
 
     input_ids: Tensor
     """int64 `[T]`, placeholders expanded."""
@@ -70,7 +65,7 @@ def counts_of(items: Sequence[Decoded]) -> Counts:
 
 
 def blank(media: Media) -> Decoded:
-    """An item of the same shape without content."""
+    """Make an item of the same shape without content."""
     if media.kind == "image":
         return Image.new("RGB", (media.width, media.height))
     if media.kind == "audio":
@@ -80,7 +75,7 @@ def blank(media: Media) -> Decoded:
 
 
 def smallest(kind: MediaKind) -> Decoded:
-    """An item that every family takes, as small as that allows."""
+    """Make the smallest item that every family takes."""
     if kind == "image":
         return Image.new("RGB", (56, 56))
     if kind == "audio":
@@ -89,20 +84,20 @@ def smallest(kind: MediaKind) -> Decoded:
 
 
 def dummy_messages(kind: MediaKind) -> list[dict[str, Any]]:
-    """A conversation about one item."""
+    """Make a conversation about one item."""
     return [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "."}]}]
 
 
 def for_engine(item: Decoded) -> Any:
-    """An item as vLLM's data parser takes it."""
+    """Convert an item to what vLLM's data parser takes."""
     if isinstance(item, Video):
         return item.frames, {**item.metadata(), "do_sample_frames": False}
     return (item, SOUND_RATE) if isinstance(item, np.ndarray) else item
 
 
 def concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Along dimension 0; every other dimension is padded with zeros at its end to the largest: tiles and sides of
-    images of different sizes."""
+    """Concatenate along dimension 0. Every other dimension (tiles, sides of images) is padded with zeros at its end to
+    the largest."""
     sizes = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].ndim)]
     padded = []
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""The base of all errors that are for the user."""
+"""The base of all errors that are for the user, and the error of adapters."""
 
 from __future__ import annotations
 
@@ -6,3 +6,7 @@ from __future__ import annotations
 class UserError(Exception):
     """Says what is wrong, where, and what to do. The command line shows its text alone; anything else that is raised is
     a defect of this project, and is shown with its traceback."""
+
+
+class AdapterError(UserError, ValueError):
+    """The model's files and the adapter do not fit, or a prompt cannot be encoded. Says which, and why."""

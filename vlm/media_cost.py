@@ -1,4 +1,4 @@
-"""What media cost the towers, in patches (and in frames of sound)."""
+"""The cost of media for the towers, in patches (and in frames of sound)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlm.media.types import MediaKind
 
 
 def patches(adapter: MultimodalAdapter, prompt: EncodedPrompt) -> int:
-    """Patches of all media of a prompt."""
+    """Count the patches of all media of a prompt."""
     size = getattr(getattr(adapter.model_config, "vision_config", None), "patch_size", 1)
     height, width = (size, size) if isinstance(size, int) else size
     firsts = [modality.inputs[0] for modality in adapter.towers().values()]
@@ -20,15 +20,16 @@ def patches(adapter: MultimodalAdapter, prompt: EncodedPrompt) -> int:
 
 
 def _count(inputs: Tensor, pixels: int) -> int:
-    """Of a tower's first input: rows of patches `[P, D]`, frames of sound `[N, M, S]`, or images `[..., 3, H, W]`."""
+    """Count in a tower's first input: rows of patches `[P, D]`, frames of sound `[N, M, S]`, images `[..., 3, H,
+    W]`."""
     if inputs.ndim == 2:
         return len(inputs)
     return inputs.numel() // (inputs.shape[-2] if inputs.ndim == 3 else 3 * pixels)
 
 
 def patches_per_token(adapter: MultimodalAdapter, kind: MediaKind) -> float:
-    """Patches that one of an item's tokens stands for, as the smallest item shows: of the tokens that it expands to,
-    those of the most frequent kind stand for patches, others announce them."""
+    """Patches for each token of an item, measured on the smallest item. The most frequent of the tokens that it expands
+    to stands for patches; others announce them."""
     prompt = adapter.dummy_prompt(kind)
     expanded = Counter(prompt.input_ids.tolist())
     expanded.subtract(adapter.tokenize(adapter.render(dummy_messages(kind))))

@@ -1,4 +1,4 @@
-"""Saved models: what is written must load wherever published checkpoints of the family load."""
+"""Saved models must load wherever published checkpoints of the family load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlm.adapter import MultimodalAdapter
 
 
 def publish_saved_model(directory: Path, adapter: MultimodalAdapter, model: Any) -> None:
-    """Give what `model.save_pretrained(directory)` wrote the weight names and the configuration of published models."""
+    """Rename what `model.save_pretrained(directory)` wrote: the weight names and configuration of published models."""
     rename_saved_weights(directory, adapter.published_weight_name)
     config = adapter.published_config(model)
     if config is not None:
@@ -22,7 +22,7 @@ def publish_saved_model(directory: Path, adapter: MultimodalAdapter, model: Any)
 
 
 def rename_saved_weights(directory: Path, rename: Callable[[str], str]) -> None:
-    """Rename tensors in the safetensors files of `directory` and in their index; files without a new name stay."""
+    """Rename tensors in the safetensors files of `directory`, which nobody else reads yet, and in their index."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())

@@ -20,7 +20,7 @@ from vlm.encoding import FeatureRow
 
 @dataclass(frozen=True)
 class TowerEnd:
-    """The modules that a tower consists of from some point on, all of them called once and in this order."""
+    """The modules at the end of a tower, all called once and in this order."""
 
     sources: tuple[nn.Module, ...]
     """The modules whose outputs the projector takes."""
@@ -52,7 +52,7 @@ class TowerEnd:
     def standing_in(self, outputs: FeatureRow) -> Iterator[None]:
         """Let the tower give `outputs` instead of running. Every module is still called, without those inside it.
 
-        Raises RuntimeError, when they are called, if something before them is trained: it would get no gradient."""
+        When they are called, RuntimeError is raised if something before them is trained: it would get no gradient."""
         size = len(self.layers or (0,))
         with ExitStack() as stack:
             for module in self.skipped:
@@ -84,13 +84,13 @@ def _given(output: Any, hidden: Any) -> Any:
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable[[Any], Any]) -> Iterator[None]:
-    """`forward`: of the first positional argument, if there is one."""
+    """`forward` takes the first positional argument, if there is one."""
     own = module.__dict__.get("forward")
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
             raise RuntimeError(
-                f"what {type(module).__name__} takes depends on a parameter that is trained, but its tower counts as "
+                f"the input of {type(module).__name__} depends on a parameter that is trained, but its tower counts as "
                 "frozen: the adapter's `roles` do not name that parameter as part of the tower"
             )
         return forward(args[0] if args else None)

@@ -29,8 +29,7 @@ from vlm.encoding import FeatureRow
 from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import decode
 from vlm.media_cost import patches, patches_per_token
-from vlm.parts import THROUGH, tower_part
-from vlm.roles import part_of
+from vlm.parameter_names import THROUGH, part_of, tower_part
 
 IN_STORE = 4
 """Bytes in the store that the ranks share, for each byte in a rank's memory."""

@@ -14,7 +14,7 @@ from learner.model.quantize import quantize_linear_layers
 from learner.model.windows import attend_windows_at_once
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
-from vlm.roles import part_of
+from vlm.parameter_names import part_of
 
 
 def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyModule:

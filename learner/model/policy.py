@@ -27,8 +27,7 @@ from vlm.batch import MultimodalBatch
 from vlm.encoding import FeatureRow
 from vlm.media.types import MediaKind
 from vlm.media_cost import patches_per_token
-from vlm.parts import THROUGH, tower_part
-from vlm.roles import part_of
+from vlm.parameter_names import THROUGH, part_of, tower_part
 
 
 class PolicyModule(nn.Module):

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from rewards.base import ScoringRequest, Service
 from rewards.functions.user import RewardSetupError
 from rollout.types import Verdict
-from vlm.control import control_tokens, without
+from vlm.control_tokens import control_tokens, without
 
 
 @dataclass(frozen=True, slots=True)

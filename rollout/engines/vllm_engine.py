@@ -28,8 +28,9 @@ from rollout.engines.protocol import (
 from rollout.engines.vllm_outputs import all_or_none, completion_of
 from rollout.engines.vllm_process import check_device, set_environment
 from rollout.types import Prompt
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
 from vlm.encoding import concatenate_padded
+from vlm.errors import AdapterError
 from vlm.media.images import MediaError
 from vlm.media.types import Media
 from weight_sync.verify import WeightReport, merge_worker_reports

@@ -8,7 +8,8 @@ from typing import Literal
 from rollout.data.source import DataError, PromptSource, open_data
 from saccade.config.options import config_adapter, data_options, model_problem
 from saccade.config.run_config import ConfigError, RunConfig
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
+from vlm.errors import AdapterError
 from vlm.media.types import MediaKind
 
 WHERE = "what the configuration refers to"

@@ -32,7 +32,8 @@ from saccade.config.demands import Device
 from saccade.config.run_config import ConfigError
 from saccade.errors import RunError
 from saccade.observe.screen import say, show
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
+from vlm.errors import AdapterError
 from vlm.families.registry import load_adapter
 from vlm.media.types import Media
 from vlm.media.video_audio import decode

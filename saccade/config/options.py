@@ -13,7 +13,8 @@ from saccade.config.demands import Device
 from saccade.config.run_config import RunConfig
 from saccade.config.sections import URLS, ActorRole
 from saccade.errors import RunError
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
+from vlm.errors import AdapterError
 from vlm.families.registry import load_adapter
 from vlm.media.types import MediaKind
 from vlm.user_code import short

@@ -37,7 +37,7 @@ from saccade.config.sections import (
     Section,
 )
 from saccade.config.yaml_files import read_yaml
-from vlm.roles import role_problems
+from vlm.parameter_names import role_problems
 
 _KNOB = re.compile(r"(data|model)(\.\w+)+=")
 """How arguments begin that are knobs of data or model, among files."""

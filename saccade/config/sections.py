@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from learner.types import DEFAULT_TOKENS, Offload
 from rollout.data.columns import Role
 from saccade.config.section import ListOfOne, MicroBatch, Section
-from vlm.roles import DEFAULT_LORA_TARGETS, LoraRole, Part
+from vlm.parameter_names import DEFAULT_LORA_TARGETS, LoraRole, Part
 
 ActorRole = Literal["rollout", "learner", "reward"]
 URLS = "urls"

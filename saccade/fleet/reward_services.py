@@ -24,7 +24,7 @@ from saccade.config.run_config import RunConfig
 from saccade.fleet.placement import Placement
 from saccade.fleet.protocols import Engine
 from vlm.adapter import MultimodalAdapter
-from vlm.control import without
+from vlm.control_tokens import without
 
 
 @dataclass

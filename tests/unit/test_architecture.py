@@ -26,7 +26,9 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 MAY_IMPORT = {
     "rollout": ("rollout.types", "rewards.answers.golds", "vlm", "weight_sync"),
     "learner": ("rollout.types", "vlm", "weight_sync"),
-    "rewards": ("rollout.types", "vlm.user_code", "vlm.import_path", "vlm.control", "vlm.errors", "vlm.media.types"),
+    "rewards": (
+        *("rollout.types", "vlm.user_code", "vlm.import_path", "vlm.control_tokens", "vlm.errors", "vlm.media.types"),
+    ),
     "vlm": (),
     "weight_sync": ("rollout.types", "vlm.errors"),
     "saccade": ("rollout", "learner", "rewards", "weight_sync", "vlm"),
@@ -73,8 +75,9 @@ ORDERS = {
     ),
     "rollout": ("actor", "data", "engines", "types", "__init__"),
     "vlm": (
-        *("tiny", "families", "publish", "media_cost", "adapter", "image_tokens", "features", "tower_end", "parts"),
-        *("batch", "encoding", "media", "roles", "ends", "control", "user_code", "import_path", "errors", "__init__"),
+        *("tiny", "families", "publish", "media_cost", "adapter", "media_tokens", "tower_outputs", "tower_end"),
+        *("parameter_names", "batch", "encoding", "media", "end_tokens", "control_tokens", "user_code", "import_path"),
+        *("errors", "__init__"),
     ),
 }
 SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "fleet", "observe")

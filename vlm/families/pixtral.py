@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlm.adapter import MultimodalAdapter
-from vlm.encoding import AdapterError, Modality
+from vlm.encoding import Modality
+from vlm.errors import AdapterError
 from vlm.media.types import Media, MediaKind
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from vlm.encoding import AdapterError, Modality
+from vlm.encoding import Modality
+from vlm.errors import AdapterError
 from vlm.families.qwen_vl import QwenVLAdapter
 from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import SOUND_RATE

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from vlm.adapter import MultimodalAdapter
-from vlm.encoding import AdapterError
+from vlm.errors import AdapterError
 from vlm.families.aria import AriaAdapter
 from vlm.families.gemma3 import Gemma3Adapter
 from vlm.families.idefics3 import Idefics3Adapter

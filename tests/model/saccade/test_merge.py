@@ -26,7 +26,7 @@ from saccade.config.options import learner_options
 from saccade.config.run_config import ConfigError, config_tree, parse_config
 from tests.helpers.learner_cases import adapter_of, options
 from tests.model.learner.test_quantize import QLORA
-from vlm.adapter import AdapterError
+from vlm.errors import AdapterError
 from vlm.families.qwen_vl import QwenVLAdapter
 from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny

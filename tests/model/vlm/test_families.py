@@ -27,7 +27,8 @@ from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_engine import engine_arguments
 from tests.helpers.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
-from vlm.encoding import AdapterError, counts_of
+from vlm.encoding import counts_of
+from vlm.errors import AdapterError
 from vlm.families.idefics3 import patch_places
 from vlm.families.mrope import mrope_positions
 from vlm.families.registry import load_adapter

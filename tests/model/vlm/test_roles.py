@@ -15,8 +15,8 @@ from torch import nn
 from learner.batching.collate import collate
 from learner.model.load import load_base, load_policy
 from tests.helpers.learner_cases import adapter_of, make_case, make_group, options, rows_of
-from vlm.encoding import AdapterError
-from vlm.parts import ModelParts
+from vlm.errors import AdapterError
+from vlm.parameter_names import ParameterNames
 from vlm.tiny import TINY, build_tiny
 
 FAMILIES = sorted(TINY)
@@ -195,11 +195,11 @@ def test_a_layer_of_an_unknown_kind_is_not_passed_over() -> None:
         def get_output_embeddings(self) -> None: ...
 
     with pytest.raises(AdapterError, match=r"model\.mixer of the language model's attention or of its mlp\?"):
-        ModelParts().linear_layers(Model())
+        ParameterNames().linear_layers(Model())
 
 
 def test_a_family_can_call_its_layers_otherwise() -> None:
-    class Mixing(ModelParts):
+    class Mixing(ParameterNames):
         language_layers = {"language.attention": ".mixer.", "language.mlp": ".ffn."}  # noqa: RUF012
 
     assert Mixing().lora_role("model.layers.0.mixer.q") == "language.attention"

@@ -11,7 +11,7 @@ from rollout.data.rows import open_files
 from saccade.config.run_config import ConfigError, parse_config
 from saccade.run import open_run
 from tests.unit.saccade.test_config import MINIMAL
-from vlm.adapter import AdapterError
+from vlm.errors import AdapterError
 from vlm.families.registry import load_adapter
 
 FETCH = "download it with `hf download BytedTsinghua-SIA/DAPO-Math-17k --repo-type dataset --local-dir DAPO-Math-17k`"

@@ -27,7 +27,8 @@ from saccade.errors import RunError
 from saccade.preflight import idle_ranks, resolve
 from saccade.run import Run
 from tests.helpers.data_helpers import png, write_rows
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
+from vlm.errors import AdapterError
 from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
 from vlm.encoding import concatenate_padded
+from vlm.errors import AdapterError
 from vlm.families.registry import ADAPTERS, load_adapter
 from vlm.media.types import Media
 from vlm.tiny import build_tiny

@@ -15,7 +15,7 @@ from rewards.functions.judge import Question
 from saccade.fleet.reward_services import _prompt
 from tests.helpers.data_helpers import FakeAdapter, source, write_rows
 from vlm.adapter import MultimodalAdapter
-from vlm.control import control_tokens
+from vlm.control_tokens import control_tokens
 from vlm.families.text import TextAdapter
 from vlm.tiny.base import ANSWER_TAGS, PAD, chat_template, make_tokenizer
 

@@ -14,7 +14,8 @@ from rollout.engines.vllm_engine import engine_arguments
 from saccade.config.options import config_adapter, data_options, engine_options, learner_options
 from saccade.config.run_config import parse_config
 from tests.helpers.data_helpers import png, write_rows
-from vlm.adapter import AdapterError, MultimodalAdapter
+from vlm.adapter import MultimodalAdapter
+from vlm.errors import AdapterError
 from vlm.families.registry import load_adapter
 from vlm.media.video_audio import decode
 from vlm.tiny import build_tiny

@@ -1,4 +1,4 @@
-"""What a tower makes of media, as the language model takes it: computed, repeated, cut into rows and joined again."""
+"""The outputs of towers, as the language model takes them: computed, repeated, cut into rows and joined again."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from vlm.media.types import MediaKind
 from vlm.tower_end import TowerEnd
 
 
-class TowerFeatures:
-    """The part of `MultimodalAdapter` that is about outputs of towers. `pooler_output` has one entry per row; a row is
-    an item, or one of its tiles."""
+class TowerOutputs:
+    """The part of `MultimodalAdapter` that is about outputs of towers. Their `pooler_output` has one entry per row; a
+    row is an item, or one of its tiles."""
 
     model_config: Any
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {}
     tower: ClassVar[str | None] = None
-    """The module of the backbone that images and videos go through before the projector; of what it gives only the last
-    hidden state is used, or those of `vision_feature_layer`. None: not known, and the tower runs in every pass unless
-    its projector is frozen too."""
+    """The module of the backbone that images and videos go through before the projector. Only its last hidden state is
+    used, or those of `vision_feature_layer`. None: not known; the tower then runs in every pass unless its projector is
+    frozen too."""
     tower_dimension: ClassVar[int] = 0
-    """Of what the tower gives: the dimension along which items (or their tiles, or patches) lie one after another."""
+    """The dimension of the tower's output along which items (or their tiles, or patches) follow one another."""
 
     def media_features(self, backbone: Any, kind: MediaKind, inputs: Mapping[str, Tensor]) -> Any:
-        """Run a tower: an output whose `pooler_output` has one entry per `feature_rows`."""
+        """Run a tower. The `pooler_output` of the result has one entry per row (`feature_rows`)."""
         return getattr(backbone, self.modalities[kind].features)(**inputs, return_dict=True)
 
     def tower_end(self, backbone: Any) -> TowerEnd | None:
-        """Where the tower of images and videos gives over to the projector; None: not known (`tower`)."""
+        """The point at which the tower of images and videos hands over to the projector; None: not known (`tower`)."""
         if self.tower is None:
             return None
         return TowerEnd((getattr(backbone, self.tower),), layers=self.tower_layers())
 
     def knows_tower_end(self) -> bool:
-        """Whether `tower_end` will tell, without a model to ask."""
-        return self.tower is not None or type(self).tower_end is not TowerFeatures.tower_end
+        """Whether `tower_end` is known for the family, without a model to ask."""
+        return self.tower is not None or type(self).tower_end is not TowerOutputs.tower_end
 
     def tower_layers(self) -> tuple[int, ...]:
-        """Layers of the tower whose hidden states go to the projector; none: its last hidden state does, which may have
-        been normalised once more."""
+        """Layers of the tower whose hidden states go to the projector. Empty: its last hidden state goes there, which
+        may have been normalised once more."""
         layers = getattr(self.model_config, "vision_feature_layer", ())
         return tuple(layers) if isinstance(layers, list | tuple) else (layers,)
 
@@ -52,7 +52,7 @@ class TowerFeatures:
         return tuple(torch.cat(parts, self.tower_dimension) for parts in zip(*rows, strict=True))
 
     def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:
-        """How many entries of the features belong to a prompt: one per item, or per tile."""
+        """The number of rows of features that belong to a prompt: one per item, or per tile."""
         return prompt.counts.get(kind, 0)
 
     def repeat_features(self, features: Any, index: Tensor) -> None:
@@ -61,7 +61,7 @@ class TowerFeatures:
         features.pooler_output = values[index] if isinstance(values, Tensor) else [values[i] for i in index]
 
     def cut_features(self, features: Any) -> list[FeatureRow]:
-        """Features (of `media_features`) row by row, without whatever else the output holds."""
+        """Cut features (of `media_features`) into rows, without anything else that the output holds."""
         values = features.pooler_output
         return [(row,) for row in (values.split(1) if isinstance(values, Tensor) else values)]
 

@@ -1,19 +1,43 @@
-"""What the names of a model's parameters say: which part they belong to, and what the engine calls them."""
+"""What the names of a model's parameters say: which part they belong to, and what the engine calls them.
+
+The configuration reads the names of the parts here, so this module loads without torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-
-from vlm.encoding import AdapterError
+from vlm.errors import AdapterError
 from vlm.media.types import MediaKind
-from vlm.roles import part_of
 
+Part = Literal["vision", "projector", "audio", "language"]
+LoraRole = Literal["language.attention", "language.mlp", "projector", "vision", "audio"]
+DEFAULT_LORA_TARGETS: tuple[LoraRole, ...] = ("language.attention", "language.mlp")
 THROUGH = {"vision": {"image", "video"}, "projector": {"image", "video"}, "audio": {"audio"}}
-"""Kinds of media that a part is for."""
+"""The kinds of media that each part is for."""
+
+
+def part_of(role: str) -> str:
+    """`language.mlp` belongs to the part `language`; the other roles are whole parts."""
+    return role.partition(".")[0]
+
+
+def role_problems(freeze: Sequence[str], lora_rank: int, lora_targets: Sequence[str]) -> list[str]:
+    """Contradictions that do not depend on the family of the model; `MultimodalAdapter.part_problems` has the
+    others."""
+    found = []
+    if set(freeze) == set(get_args(Part)):
+        found.append("freeze names every part of a model: nothing would be trained")
+    if lora_rank and not lora_targets:
+        found.append(f"lora_targets is empty with lora_rank={lora_rank}: nothing would be trained")
+    both = [role for role in lora_targets if part_of(role) in freeze]
+    if lora_rank and both:
+        found.append(
+            f"lora_targets names {', '.join(both)}, which freeze={', '.join(freeze)} rules out; take one of them away "
+            "(with LoRA everything that is no target stays as it is)"
+        )
+    return found
 
 
 def tower_part(kind: MediaKind) -> str:
@@ -21,12 +45,12 @@ def tower_part(kind: MediaKind) -> str:
     return "audio" if kind in THROUGH["audio"] else "vision"
 
 
-class ModelParts:
-    """The half of `MultimodalAdapter` that goes by names of parameters and modules."""
+class ParameterNames:
+    """The part of `MultimodalAdapter` that goes by names of parameters and modules."""
 
     modalities: ClassVar[Mapping[MediaKind, Any]] = {}
     engine_name_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Parts of parameter names that the engine spells differently: (trainer's, engine's)."""
+    """Parts of parameter names that the engine spells differently, as (trainer's, engine's)."""
     roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("model.vision_tower.", "model.vision_model.", "model.visual."),
         "projector": (
@@ -37,21 +61,21 @@ class ModelParts:
             "model.visual.deepstack_merger_list.",
         ),
     }
-    """Part of the model -> beginnings of the names of its parameters; whatever has none of them is `language`."""
+    """Part of the model -> beginnings of the names of its parameters. All other parameters are `language`."""
     language_layers: ClassVar[Mapping[str, str]] = {"language.attention": ".self_attn.", "language.mlp": ".mlp."}
-    """LoRA role -> what the names of its linear layers in the language model contain."""
+    """LoRA role -> a text that the names of its linear layers in the language model contain."""
     not_adapted: ClassVar[Mapping[str, str]] = {}
-    """LoRA role -> why there are no adapters for it in this family."""
+    """LoRA role -> why this family has no adapters for it."""
 
     # ------------------------------------------------------------------ the engine's names
 
     def engine_weight_name(self, name: str) -> str | None:
-        """The engine's name of the trainer's parameter `name`; None for one that nothing the model computes depends on
-        and that the engine therefore does not have."""
+        """The engine's name of the trainer's parameter `name`. None for a parameter that affects nothing the model
+        computes, which the engine therefore does not have."""
         return self.published_weight_name(name)
 
     def is_used(self, name: str) -> bool:
-        """Whether anything the model computes depends on the parameter `name`."""
+        """Whether the parameter `name` affects anything that the model computes."""
         return self.engine_weight_name(name) is not None
 
     def published_weight_name(self, name: str) -> str:
@@ -65,7 +89,7 @@ class ModelParts:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Parts that the family has: `language`, and those of `roles` that its media run through."""
+        """The parts that the family has: `language`, and those of `roles` that its media run through."""
         return self.reached(self.modalities)
 
     def reached(self, kinds: Collection[str]) -> tuple[str, ...]:
@@ -74,12 +98,12 @@ class ModelParts:
         return ("language", *(part for part in self.roles if part not in THROUGH or THROUGH[part] & there))
 
     def role(self, name: str) -> str:
-        """Which part of the model a parameter or module belongs to, by the longest beginning of its name in `roles`."""
+        """The part of the model that a parameter or module belongs to, by the longest matching beginning in `roles`."""
         fitting = [(len(p), role) for role, prefixes in self.roles.items() for p in prefixes if name.startswith(p)]
         return max(fitting, default=(0, "language"))[1]
 
     def lora_role(self, name: str) -> str:
-        """The LoRA role (`vlm.roles.LoraRole`) of the linear layer called `name`.
+        """The LoRA role (`LoraRole`) of the linear layer called `name`.
 
         Raises AdapterError for a layer of the language model that is neither attention nor mlp by its name."""
         part = self.role(f"{name}.weight")
@@ -94,13 +118,16 @@ class ModelParts:
         )
 
     def linear_layers(self, model: Any) -> dict[str, tuple[str, ...]]:
-        """LoRA role -> names of its linear layers in `model`, a Hugging Face model as loaded: all that anything
-        computed depends on, but the output head."""
+        """LoRA role -> names of its linear layers in `model`, a Hugging Face model as loaded: all that affect anything
+        computed, except the output head."""
+        from torch import nn
+        from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
         found: dict[str, tuple[str, ...]] = {}
         head = model.get_output_embeddings()
         for name, module in model.named_modules():
-            # torch's own MultiheadAttention reads the weight of its output layer past the layer, so that an adapter in
-            # the layer's place would change what is merged and not what is computed. It marks the layer by this class.
+            # torch's MultiheadAttention uses the weight of its output layer without calling the layer. An adapter there
+            # would change what is merged, but not what is computed. torch marks the layer by this class.
             bypassed = isinstance(module, NonDynamicallyQuantizableLinear)
             if isinstance(module, nn.Linear) and not bypassed and module is not head and self.is_used(f"{name}.weight"):
                 role = self.lora_role(name)
@@ -108,8 +135,8 @@ class ModelParts:
         return found
 
     def part_problems(self, freeze: Sequence[str], lora_targets: Sequence[str], kinds: Collection[str]) -> list[str]:
-        """Why this family cannot be trained with parts frozen and LoRA on `lora_targets` (empty: the full weights) by
-        data with media of `kinds`; one text each."""
+        """Reasons why this family cannot be trained with `freeze` and with LoRA on `lora_targets` (empty: full weights)
+        on data with media of `kinds`."""
         family, parts, found = type(self).__name__, self.parts, []
         if absent := [part for part in freeze if part not in parts]:
             found.append(f"freeze: {family} has no {' and no '.join(absent)}; it has {', '.join(parts)}")

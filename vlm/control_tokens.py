@@ -1,4 +1,4 @@
-"""Which tokens steer a model, and which only say something.
+"""Which tokens steer a model, and which are only text.
 
 special tokens ─┬─ tags: `<think>`, `<tool_call>`, `<|box_start|>`, ...      text that rows may hold and rewards see
 of a tokenizer  └─ control: turns, ends, padding, places of media, ...       the chat template's alone
@@ -11,16 +11,16 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 NAMED = ("bos", "eos", "pad", "cls", "sep", "mask")
-"""Roles of tokens that are control tokens whatever they look like."""
+"""Tokens with these roles are control tokens, whatever they look like."""
 _XML = re.compile(r"<(/?)([A-Za-z][\w.-]*)>")
 _TAGS = re.compile(r"\[/?THINK\]|<\|(?:box|object_ref|quad)_(?:start|end)\|>")
-"""What models write in other notations."""
+"""Tags in other notations."""
 _MARK = re.compile(r"[<\[◁｜]\S+[>\]▷｜]")
-"""How tokens look that templates write around turns, other than words."""
+"""The form of tokens, other than words, that templates write around turns."""
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """All tokens that the tokenizer holds for special, by id."""
+    """All tokens that the tokenizer treats as special, by id."""
     found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     try:
         added = tokenizer.added_tokens_decoder
@@ -31,8 +31,8 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 def control_tokens(tokenizer: Any, template: Any, placeholders: Collection[str]) -> dict[int, str]:
     """Tokens that text of a data row must not become, by id: the special ones, `placeholders`, and marks that the chat
-    template (its source, or several by name) writes, such as `<start_of_turn>`, where a tokenizer holds them for
-    ordinary. Not among them: tags, the token for what is unknown, and white space, which some hold for special."""
+    template (its source, or several by name) writes, such as `<start_of_turn>`, if a tokenizer treats them as ordinary.
+    Tags, the unknown token, and white space, which some tokenizers treat as special, are not among them."""
     special, added = special_tokens(tokenizer), _added_tokens(tokenizer)
     named = {getattr(tokenizer, f"{role}_token", None) for role in NAMED}
     reserved = {token for token in (*named, *placeholders) if token}
@@ -45,7 +45,7 @@ def control_tokens(tokenizer: Any, template: Any, placeholders: Collection[str])
 
 
 def without(text: str, tokens: Iterable[str]) -> str:
-    """`text` with a blank for each of `tokens` that is spelled out: nothing would let the rest grow together to one."""
+    """Replace each of `tokens` that `text` spells out by a blank. Without it, the rest could join to form one."""
     return re.sub("|".join(map(re.escape, tokens)) or r"(?!)", " ", text)
 
 

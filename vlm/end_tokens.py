@@ -8,8 +8,8 @@ from transformers import GenerationConfig
 
 
 def end_tokens(path: str, model_config: Any) -> tuple[int, ...]:
-    """`eos_token_id` of the model's generation_config.json, or of its config.json where there is none: vLLM stops at
-    these in any case, and takes nothing else from there (`rollout.engines.vllm_engine.engine_arguments`)."""
+    """The `eos_token_id` of the model's generation_config.json, or of its config.json if that is missing. vLLM stops at
+    these in any case, and takes nothing else from these files (`rollout.engines.vllm_engine.engine_arguments`)."""
     try:
         generation = GenerationConfig.from_pretrained(path)
     except OSError:
