@@ -44,8 +44,7 @@ T = TypeVar("T")
 WORKER_EXTENSION = "weight_sync.vllm_worker.PolicyWorker"
 """Imported in every worker process of vLLM: registers our transports and receives weights."""
 CPU_BATCH_TOKENS = 16384  # of one forward pass: a whole batch of short prompts at once
-HEALTH_TIMEOUT = 30.0
-"""Seconds in which a living engine answers a question between two of its steps."""
+HEALTH_TIMEOUT = 30.0  # seconds in which a living engine answers a question between two of its steps
 LAST_WORDS_SECONDS = 0.5
 """How long a dead engine's output is waited for, which arrives through a pipe; it ends as soon as its processes do."""
 SHUTDOWN_SECONDS = 2.0
