@@ -4,8 +4,8 @@
         Prediction.memory(micro-batch) ──▶ MemoryPlan        Prediction.flops(groups) ──▶ Flops
         Prediction.options: the same options, which also know what micro-batches take if these are limited in bytes
 
-`saccade plan`, preflight and the start of a run with learner.micro_batch_gib use it. The learner itself does not: what
-its micro-batches take is in the options that it is given.
+`saccade plan`, preflight, and the start of a run that limits micro-batches in bytes use it. The learner itself does
+not: its options say what its micro-batches take.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _learner_options(config: RunConfig, placement: Placement, media_kinds: Seque
     try:
         return predict(options, config_adapter(config)).options
     except ValueError as error:
-        raise RunError(f"learner.micro_batch_gib: {error}") from error
+        raise RunError(f"learner.micro_batch: {error}") from error
 
 
 def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Callable[[], None]) -> None:
