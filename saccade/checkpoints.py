@@ -83,7 +83,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """The run state of a checkpoint, after all of its files have been checked. Raises DamagedError, or RunError for a
     checkpoint of another version of saccade."""
     try:
-        state = json.loads((path / "run.json").read_text())
+        state: dict[str, Any] = json.loads((path / "run.json").read_text())
     except (OSError, ValueError) as error:
         raise DamagedError(f"checkpoint {path} is damaged: run.json cannot be read ({error})") from error
     other = state.get("format") if isinstance(state, dict) else None

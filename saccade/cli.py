@@ -16,8 +16,8 @@ from saccade.commands.help import QUIET, App, ConfigFile, Overrides, knob_text
 from saccade.commands.merge_source import check_source
 from saccade.commands.rewards import app as rewards
 from saccade.config.demands import asked_for
+from saccade.config.messages import ConfigError
 from saccade.config.run_config import (
-    ConfigError,
     RunConfig,
     dump_config,
     iter_knobs,

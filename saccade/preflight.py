@@ -26,8 +26,9 @@ from saccade.checks.media_use import blindness, overlooked_media
 from saccade.checks.memory import memory_problems, planned_device
 from saccade.checks.references import WHERE, DataSet, file_problems, load_model, open_set, set_files
 from saccade.config.idle_knobs import Facts, data_idle_problems
+from saccade.config.messages import ConfigError
 from saccade.config.options import learner_options, reward_specs
-from saccade.config.run_config import ConfigError, RunConfig
+from saccade.config.run_config import RunConfig
 from saccade.observe.metrics import read_metrics
 from vlm.adapter import MultimodalAdapter
 from vlm.media.types import MediaKind

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rollout.data.source import DataError, PromptSource, open_data
+from saccade.config.messages import ConfigError
 from saccade.config.options import config_adapter, data_options, model_problem
-from saccade.config.run_config import ConfigError, RunConfig
+from saccade.config.run_config import RunConfig
 from vlm.adapter import MultimodalAdapter
 from vlm.errors import AdapterError
 from vlm.media.types import MediaKind

@@ -8,7 +8,8 @@ from rollout.data.source import DataError
 from saccade.checks.gold_check import gold_problems
 from saccade.checks.media_use import blindness, overlooked_media
 from saccade.checks.references import WHERE, DataSet, file_problems, load_model, open_set, set_files
-from saccade.config.run_config import ConfigError, RunConfig
+from saccade.config.messages import ConfigError
+from saccade.config.run_config import RunConfig
 from saccade.observe.screen import say
 from vlm.adapter import MultimodalAdapter
 

@@ -19,8 +19,9 @@ from learner.types import LearnerOptions
 from saccade.checkpoints import DamagedError, read_state
 from saccade.commands.merge_source import MergeError, adapter_in, check_source, is_checkpoint
 from saccade.commands.peft_fields import field_problems
+from saccade.config.messages import ConfigError
 from saccade.config.options import config_adapter, learner_options
-from saccade.config.run_config import ConfigError, parse_config
+from saccade.config.run_config import parse_config
 from vlm.adapter import MultimodalAdapter
 from vlm.families.registry import load_adapter
 

@@ -29,7 +29,7 @@ from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Completion, Prompt, RolloutGroup
 from saccade.commands.parity_cases import case_prompt, cases, shape
 from saccade.config.demands import Device
-from saccade.config.run_config import ConfigError
+from saccade.config.messages import ConfigError
 from saccade.errors import RunError
 from saccade.observe.screen import say, show
 from vlm.adapter import MultimodalAdapter

@@ -28,8 +28,9 @@ from rollout.data.source import DataError
 from saccade.checks.memory import GIB, planned_device
 from saccade.checks.references import WHERE, load_model, open_set
 from saccade.config.demands import Device
+from saccade.config.messages import ConfigError
 from saccade.config.options import learner_options
-from saccade.config.run_config import ConfigError, RunConfig
+from saccade.config.run_config import RunConfig
 from saccade.observe.screen import say, show
 from vlm.adapter import MultimodalAdapter
 from vlm.media.types import MediaKind

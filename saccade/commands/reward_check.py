@@ -24,8 +24,9 @@ from rollout.engines.protocol import DEFAULT_MAX_SEQS
 from rollout.types import Verdict
 from saccade.checks.gold_check import with_completions, wrapper
 from saccade.checks.references import WHERE, load_model, open_set
+from saccade.config.messages import ConfigError
 from saccade.config.options import reward_specs, trace_shown
-from saccade.config.run_config import ConfigError, RunConfig
+from saccade.config.run_config import RunConfig
 from saccade.observe.screen import say, show
 
 JUNK = "lorem ipsum 7 or 8, who knows; (A) (B) red blue"
@@ -174,7 +175,7 @@ def generation_seconds(config: RunConfig, token_ms: float) -> float:
     rollout = config.rollout
     places = rollout.engine_options.get("max_num_seqs", DEFAULT_MAX_SEQS)
     share = rollout.num_generations / max(places, rollout.num_generations)
-    return rollout.max_completion_length * token_ms / 1000 * share / rollout.engines
+    return float(rollout.max_completion_length * token_ms / 1000 * share / rollout.engines)
 
 
 def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Console) -> bool:

@@ -24,7 +24,8 @@ from rollout.data.conversation import Conversation
 from rollout.data.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict
 from saccade.commands.help import App, ConfigFile, Overrides
-from saccade.config.run_config import ConfigError, apply_overrides, load_config
+from saccade.config.messages import ConfigError
+from saccade.config.run_config import apply_overrides, load_config
 from saccade.observe.screen import say
 from vlm.user_code import short
 

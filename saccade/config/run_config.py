@@ -24,6 +24,7 @@ from saccade.config.algorithm import AlgorithmConfig, algorithm_problems
 from saccade.config.engine_fields import engine_option_problems
 from saccade.config.idle_knobs import idle, idle_problems
 from saccade.config.messages import ConfigError, location, problems_of
+from saccade.config.section import Section
 from saccade.config.sections import (
     URLS,
     CheckpointConfig,
@@ -34,7 +35,6 @@ from saccade.config.sections import (
     ModelConfig,
     RewardConfig,
     RolloutConfig,
-    Section,
 )
 from saccade.config.yaml_files import read_yaml
 from vlm.parameter_names import role_problems

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from learner.durable import atomic_file, strict_json
-from saccade.config.run_config import ConfigError, RunConfig
+from saccade.config.messages import ConfigError
+from saccade.config.run_config import RunConfig
 from saccade.demo.curves import accuracy_table, plot, speed_table, summarise
 from saccade.demo.shapes import ShapesFiles, make_shapes, vocabulary
 from saccade.demo.warm_start import warm_start

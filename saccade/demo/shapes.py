@@ -16,12 +16,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from learner.durable import atomic_file
+
+Row = dict[str, Any]
 
 COLORS = {
     "red": (220, 30, 30),
@@ -161,13 +164,13 @@ def make_shapes(directory: str | Path, seed: int = 0, *, train_rounds: int = 16,
     return files
 
 
-def blank_rows(rows: Iterable[dict]) -> Iterator[dict]:
+def blank_rows(rows: Iterable[Row]) -> Iterator[Row]:
     """The same questions and answers over an empty canvas, grey as the backgrounds are on average."""
     canvas = {"bytes": _png(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (228, 228, 228))), "path": "blank.png"}
     return ({**row, "image": canvas} for row in rows)
 
 
-def _rows(name: str, shown: Sequence[Combination], rounds: int, seed: int, drawn: set[bytes]) -> Iterator[dict]:
+def _rows(name: str, shown: Sequence[Combination], rounds: int, seed: int, drawn: set[bytes]) -> Iterator[Row]:
     """Rows of one file; `drawn` keeps any image from occurring twice, in this file or another."""
     rng = random.Random(f"{name}/{seed}")
     for index in range(rounds):
@@ -192,7 +195,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, rows: Iterable[dict]) -> None:
+def _write(path: Path, rows: Iterable[Row]) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), buffer)
     atomic_file(path, buffer.getvalue())

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from rewards.functions.accuracy import matches
 from rewards.functions.format import answer_text, format_problem
-from saccade.demo.shapes import ANSWERS, completion
+from saccade.demo.shapes import ANSWERS, Row, completion
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.families.registry import load_adapter
@@ -88,7 +88,7 @@ def warm_start(
         endings = [completion(rng.choice(ANSWERS[rows[i]["kind"]])) for i in drawn]
         loss = _loss(policy, format_batch(adapter, [prompts[i] for i in drawn], endings))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -128,7 +128,7 @@ def _loss(policy: PreTrainedModel, batch: MultimodalBatch) -> Tensor:
 
 
 def _measure(
-    policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequence[dict]
+    policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequence[Row]
 ) -> tuple[float, dict[str, float]]:
     """Format rate and accuracy per kind of greedy completions."""
     right: dict[str, list[bool]] = {}
@@ -139,9 +139,9 @@ def _measure(
     return sum(formatted) / len(formatted), {kind: sum(r) / len(r) for kind, r in sorted(right.items())}
 
 
-def _complete(policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequence[dict]) -> Iterator[tuple[dict, str]]:
+def _complete(policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
     """Greedy completions; rows of one question are generated together, as their prompts are equally long."""
-    by_question: dict[str, list[dict]] = {}
+    by_question: dict[str, list[Row]] = {}
     for row in rows:
         by_question.setdefault(row["prompt"], []).append(row)
     for same in by_question.values():
@@ -155,12 +155,13 @@ def _complete(policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequenc
             yield row, adapter.completion_text(ids.tolist())
 
 
-def encode_row(adapter: MultimodalAdapter, row: dict) -> EncodedPrompt:
+def encode_row(adapter: MultimodalAdapter, row: Row) -> EncodedPrompt:
     """The prompt of a shapes row as a run would render it."""
     content = [{"type": "image"}, {"type": "text", "text": row["prompt"]}]
     return adapter.encode(adapter.render([{"role": "user", "content": content}]), [open_image(row["image"]["bytes"])])
 
 
-def read_rows(path: str | Path) -> list[dict]:
+def read_rows(path: str | Path) -> list[Row]:
     """All rows of a shapes file."""
-    return pq.read_table(path).to_pylist()
+    rows: list[Row] = pq.read_table(path).to_pylist()
+    return rows

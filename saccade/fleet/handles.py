@@ -30,19 +30,25 @@ class RayData:
     actor: Any
 
     def take(self, n: int) -> Future[list[StoredPrompt]]:
-        return self.actor.take.remote(n).future()
+        call: Future[list[StoredPrompt]] = self.actor.take.remote(n).future()
+        return call
 
     def read(self, refs: Sequence[PromptRef]) -> Future[list[StoredPrompt]]:
-        return self.actor.read.remote(list(refs)).future()
+        call: Future[list[StoredPrompt]] = self.actor.read.remote(list(refs)).future()
+        return call
 
     def held_out(self, limit: int | None, group_by: str | None) -> Future[list[tuple[StoredPrompt, str]]]:
-        return self.actor.held_out.remote(limit, group_by).future()
+        call: Future[list[tuple[StoredPrompt, str]]] = self.actor.held_out.remote(limit, group_by).future()
+        return call
 
     def state(self) -> Future[dict[str, Any]]:
-        return self.actor.state.remote().future()
+        call: Future[dict[str, Any]] = self.actor.state.remote().future()
+        return call
 
     def load_state(self, state: Mapping[str, Any]) -> Future[None]:
-        return self.actor.load_state.remote(state).future()
+        call: Future[None] = self.actor.load_state.remote(state).future()
+        return call
 
     def report(self) -> Future[DataActorReport]:
-        return self.actor.report.remote().future()
+        call: Future[DataActorReport] = self.actor.report.remote().future()
+        return call

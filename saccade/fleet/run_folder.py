@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from learner.durable import clear_leftovers, make_folder, storage_errors
-from saccade.config.run_config import ConfigError
+from saccade.config.messages import ConfigError
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
