@@ -1,11 +1,11 @@
-"""A learner checkpoint: one directory that appears whole or not at all, and knows nothing of the number of ranks.
+"""A learner checkpoint: one directory that appears whole or not at all, for any number of ranks.
 
     learner/  tensors-00000.safetensors ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME: whole tensors, float32
-              rng.safetensors                 one generator state per rank that wrote it
+              rng.safetensors                 one generator state for each rank that wrote it
               state.json                      format, steps, and which file holds which tensor
               digests.json                    size and SHA-256 of every file (learner/durable.py)
 
-Frozen parameters are not in it: they are those of the model the run started from. Nothing is pickled.
+It leaves out frozen parameters, which are those of the model that the run started from. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from vlm.errors import UserError
 
 FORMAT = 2
 FILE_BYTES = 2 * 2**30
-"""Tensors are held until a file of about this size is full: it bounds what writing takes in memory."""
+"""Tensors are held until a file of about this size is full, which limits the memory that writing takes."""
 
 
 class CheckpointError(UserError, ValueError):
-    """A directory that is no checkpoint of this learner, or does not fit its model."""
+    """A directory is not a checkpoint of this learner, or does not fit its model."""
 
 
 def save_checkpoint(engine: TrainEngine, directory: Path) -> None:
     """Write `engine`'s state into `directory`, replacing what was there. Collective; rank 0 writes.
 
-    Raises StorageError, before anything is written where its size is seen not to fit, and NotFiniteError naming the
-    first tensor that is not finite; what was there stands. All ranks go through the whole collective then too, so that
-    the engine stays usable."""
+    Raises StorageError, before anything is written if there is too little room, and NotFiniteError, which names the
+    first tensor that is not finite. What was there then stays. All ranks complete the collective even then, so that the
+    engine stays usable."""
     generators = gather_generators(engine)
     if engine.rank != 0:
         for _ in engine.state_tensors():
@@ -53,7 +53,7 @@ def save_checkpoint(engine: TrainEngine, directory: Path) -> None:
             state = {"format": FORMAT, "steps": engine.steps, "ranks": engine.world_size, "tensors": where}
             (partial / "state.json").write_text(json.dumps(state, indent=1))
     except (StorageError, NotFiniteError):
-        for _ in tensors:  # the other ranks are on their way through it
+        for _ in tensors:  # the other ranks are still iterating
             pass
         raise
 
@@ -61,8 +61,8 @@ def save_checkpoint(engine: TrainEngine, directory: Path) -> None:
 def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
     """Continue from `directory`, written by any number of ranks. Collective; every rank reads.
 
-    A rank that did not exist when it was written keeps the generator it started with.
-    Raises CheckpointError naming the first parameter that is missing or has another shape."""
+    A rank that did not exist when it was written keeps its initial generator state.
+    Raises CheckpointError, which names the first parameter that is missing or has another shape."""
     state = _read_state(directory)
     where: dict[str, str] = state["tensors"]
 
@@ -89,10 +89,10 @@ def load_checkpoint(engine: TrainEngine, directory: Path) -> None:
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """`(name, float32 tensor)` of every parameter that was trained. Raises CheckpointError for what is none, or is not
-    as it was written."""
+    """Yield `(name, float32 tensor)` of every parameter that was trained. Raises CheckpointError for a directory that
+    is not a checkpoint, or is damaged."""
     if text := damage(directory):
-        raise CheckpointError(f"{directory} is damaged: {text}; take the checkpoint before it")
+        raise CheckpointError(f"{directory} is damaged: {text}; use the checkpoint before it")
     for name, file_name in _read_state(directory)["tensors"].items():
         if name.startswith("param/"):
             yield name.removeprefix("param/"), _read_tensor(directory / file_name, name)
@@ -111,14 +111,14 @@ def _read_state(directory: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} is no learner checkpoint: {error}") from error
+        raise CheckpointError(f"{directory} is not a learner checkpoint: {error}") from error
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
     return state
 
 
 def _write_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> dict[str, str]:
-    """Write tensors as they come into files of about FILE_BYTES. Returns tensor name -> file name."""
+    """Write tensors, as they come, into files of about FILE_BYTES. Returns tensor name -> file name."""
     where: dict[str, str] = {}
     held: dict[str, Tensor] = {}
     size = 0
@@ -142,16 +142,17 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> di
 
 
 def check_finite(name: str, tensor: Tensor, directory: Path) -> None:
-    """Raises NotFiniteError: what is not finite is written nowhere, least of all over what is."""
+    """Raises NotFiniteError: numbers that are not finite are never written, least of all over good ones."""
     if bad := tensor.numel() - int(tensor.isfinite().sum()):
         raise NotFiniteError(
-            f"{directory} is not written, and what was there stands: {bad} of {tensor.numel()} numbers of {name} are "
-            "not finite; go on from an earlier checkpoint, with a smaller learner.learning_rate if the last steps grew"
+            f"{directory} was not written, and its former content stays: {bad} of {tensor.numel()} numbers of {name} "
+            "are not finite; continue from an earlier checkpoint, with a smaller learner.learning_rate if the last "
+            "steps grew"
         )
 
 
 def gather_generators(engine: TrainEngine) -> list[Tensor]:
-    """Every rank's state of torch's CPU generator, uint8, on every rank."""
+    """Give every rank the states of all ranks' CPU generators of torch, uint8."""
     mine = torch.get_rng_state()
     table = torch.zeros(engine.world_size, len(mine), dtype=torch.float64)
     table[engine.rank] = mine.to(torch.float64)

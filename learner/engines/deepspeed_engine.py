@@ -1,8 +1,8 @@
 """DeepSpeedEngine: ZeRO stages 0 to 3, on GPUs with NCCL and on CPUs with gloo.
 
-How gradients come out as plain sums: DeepSpeed averages over ranks and would divide by its count of micro-batches.
-The loss carries the number of ranks as a factor against the former, `scale_wrt_gas=False` switches the latter off, and
-with `managed_gradient_accumulation: false` each `step()` ends the accumulation, whatever the number of micro-batches.
+Gradients must come out as plain sums, but DeepSpeed averages over ranks and divides by its count of micro-batches.
+Multiplying the loss by the number of ranks undoes the former, `scale_wrt_gas=False` switches off the latter, and with
+`managed_gradient_accumulation: false` each `step()` ends the accumulation, whatever the number of micro-batches.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DeepSpeedEngine(BaseEngine):
     """Implements TrainEngine. The default process group must exist (`learner.engines.process_group.join`)."""
 
     def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
-        # DeepSpeed would compile a shared-memory collective, for minutes, that only its inference uses.
+        # DeepSpeed would spend minutes compiling a shared-memory collective that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # adopts the existing process group
         super().__init__(options, adapter, deepspeed.get_accelerator().current_device_name())
@@ -64,7 +64,7 @@ class DeepSpeedEngine(BaseEngine):
 
     def _step(self) -> tuple[bool, float]:
         self._module.step()
-        taken = self._module.was_step_applied()  # no stage takes one whose gradient norm is not finite
+        taken = self._module.was_step_applied()  # no stage takes a step whose gradient norm is not finite
         if taken and self.steps == 0:
             link_moments(self._module.optimizer)
         if not taken:
@@ -89,7 +89,7 @@ class DeepSpeedEngine(BaseEngine):
 
 
 def engine_config(options: LearnerOptions) -> dict[str, Any]:
-    """DeepSpeed's configuration. Batch sizes are formal: micro-batches are ours."""
+    """DeepSpeed's configuration. Its batch sizes have no effect: we make the micro-batches."""
     stage = options.zero_stage
     zero: dict[str, Any] = {"stage": stage}
     if options.offload != "none":
@@ -102,7 +102,7 @@ def engine_config(options: LearnerOptions) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0 if stage == 0 else options.max_grad_norm,
         "bf16": {"enabled": options.dtype == "bfloat16"},
-        # In bfloat16 the sum over micro-batches would lose what the later ones add.
+        # In bfloat16 the sum over micro-batches would lose the contribution of later ones.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -116,10 +116,10 @@ def _load_partitioned(
     adapter: MultimodalAdapter,
     config: dict[str, Any],
 ) -> PolicyModule:
-    """Load with `load`; under ZeRO-3 each parameter is partitioned as it is read, so that no rank holds the model."""
+    """Load with `load`. Under ZeRO-3 each parameter is partitioned as it is read, so that no rank holds the model."""
     if options.zero_stage != 3:
         return load(options, adapter)
-    keep = HfDeepSpeedConfig(config)  # in force, by a weak reference, as long as this object lives
+    keep = HfDeepSpeedConfig(config)  # is in force while this object lives (transformers has a weak reference)
     try:
         with _tensors_keep_their_dtype():
             return load(options, adapter)
@@ -130,8 +130,8 @@ def _load_partitioned(
 
 @contextmanager
 def _tensors_keep_their_dtype() -> Iterator[None]:
-    """`deepspeed.zero.Init`, which transformers calls, leaves the dtype of new tensors alone. In bfloat16 it would
-    round what a constructor computes, such as the frequencies of rotary embeddings."""
+    """Make `deepspeed.zero.Init`, which transformers calls, keep the dtype of new tensors. In bfloat16 it would round
+    what a constructor computes, such as the frequencies of rotary embeddings."""
     original = deepspeed.zero.Init
     deepspeed.zero.Init = partial(original, tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device])
     try:
@@ -143,7 +143,7 @@ def _tensors_keep_their_dtype() -> Iterator[None]:
 def _make_reference(
     options: LearnerOptions, adapter: MultimodalAdapter, config: dict[str, Any], device: str
 ) -> nn.Module:
-    """The frozen initial policy: partitioned under ZeRO-3, else whole on every rank."""
+    """Make the frozen initial policy: partitioned under ZeRO-3, else whole on every rank."""
     module = _load_partitioned(load_reference, options, adapter, config)
     if options.zero_stage != 3:
         return module.to(device)
@@ -152,8 +152,8 @@ def _make_reference(
 
 
 def _make_optimizer(parameters: list[nn.Parameter], options: LearnerOptions) -> torch.optim.Optimizer:
-    """AdamW of torch; for states offloaded from a GPU DeepSpeed's, which is several times as fast on a CPU (and
-    compiles itself at first use). Stage 0 has no ZeRO optimizer around it that would clip and look at the norm."""
+    """Make torch's AdamW, or for states offloaded from a GPU DeepSpeed's, which is several times as fast on a CPU (and
+    is compiled at first use). Stage 0 has no ZeRO optimizer around it that clips and checks the norm."""
     if options.zero_stage == 0:
         return ClippingAdamW(parameters, options, fused=True)
     groups = parameter_groups(parameters, options.weight_decay)

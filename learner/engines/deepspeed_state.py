@@ -1,8 +1,7 @@
 """Whole parameters and optimizer moments in and out of DeepSpeed's flat partitions, one parameter at a time.
 
-Every function is collective. What DeepSpeed offers for it (`safe_get_full_*`, `safe_set_*`) is used; the flat
-partitions themselves are touched in `set_step_count` alone.
-"""
+Every function is collective. They use DeepSpeed's own functions (`safe_get_full_*`, `safe_set_*`); only
+`set_step_count` touches the flat partitions themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 
 def read_full(parameter: nn.Parameter, moment: str | None, optimizer: torch.optim.Optimizer) -> Tensor:
-    """The float32 master weight (`moment` None), or a moment by AdamW's name of it."""
+    """The float32 master weight (`moment` None), or a moment by AdamW's name for it."""
     if moment is None:
         master = safe_get_full_fp32_param(parameter)
         return parameter.detach() if master is None else master
@@ -33,7 +32,7 @@ def read_full(parameter: nn.Parameter, moment: str | None, optimizer: torch.opti
 
 @torch.no_grad()
 def write_full(parameter: nn.Parameter, moment: str | None, value: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Set what `read_full` reads. With the master weight the weight that computes is set too."""
+    """Set what `read_full` reads. The weight that computes is set together with the master weight."""
     value = value.float()
     partitioned = hasattr(parameter, "ds_id")
     if moment is not None:
@@ -65,16 +64,16 @@ def write_weight(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _own_partition(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's part under ZeRO-3, the last one padded. `safe_set_full_*` fail where the ranks do not divide the
-    number of elements."""
+    """This rank's part under ZeRO-3, the last one padded. `safe_set_full_*` fail if the number of elements is not
+    divisible by the number of ranks."""
     size = parameter.ds_tensor.numel()
     whole = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
     return whole.narrow(0, size * dist.get_rank(), size)
 
 
 def set_step_count(zero: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Give the optimizer zero moments and `steps` steps taken, as if it had made them: AdamW itself creates moments
-    only in its first step, and `safe_set_full_optimizer_state` needs them to be there."""
+    """Give the optimizer moments of zero and a count of `steps`. AdamW itself creates moments only in its first step,
+    and `safe_set_full_optimizer_state` needs them to exist."""
     partitions = flat_partitions(zero, optimizer)
     optimizer.state.clear()
     if not steps:
@@ -90,8 +89,8 @@ def set_step_count(zero: Any, optimizer: torch.optim.Optimizer, steps: int) -> N
 
 
 def link_moments(zero: Any) -> None:
-    """Let every parameter find its moments. ZeRO-1 and -2 do so by themselves once the first group of parameters has
-    taken its first step, when those of the other groups do not exist yet."""
+    """Let every parameter find its moments. ZeRO-1 and ZeRO-2 do this themselves after the first group of parameters
+    has taken its first step, when the moments of the other groups do not exist yet."""
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -105,7 +104,8 @@ def forget_gradients(zero: Any) -> None:
 
 
 def flat_partitions(zero: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """This rank's float32 tensors that the optimizer steps on: ZeRO-3, ZeRO-1 and -2, ZeRO-1 in bfloat16, none."""
+    """This rank's float32 tensors that the optimizer steps on, for ZeRO-3, ZeRO-1 and 2, ZeRO-1 in bfloat16, and
+    stage 0."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(zero, name):
             return list(getattr(zero, name))

@@ -1,4 +1,4 @@
-"""The trained policy in Hugging Face format: what `transformers` and `vllm` load."""
+"""The trained policy in Hugging Face format, which `transformers` and `vllm` load."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from vlm.user_code import name_of
 from weight_sync.source import PolicySource, gathered
 
 ADAPTER_ORIGIN = "saccade.json"
-"""Beside a saved adapter: what of its base peft's own configuration does not say."""
+"""The file beside a saved adapter that describes its base beyond peft's own configuration."""
 
 
 def save_policy(
     policy: PolicyModule, adapter: MultimodalAdapter, directory: Path, *, rank: int, with_adapter: bool = True
 ) -> None:
-    """Write model (LoRA merged), configuration, tokenizer, processor and chat template into `directory`, replacing
-    what was there; with LoRA the peft adapter into `directory/adapter`, unless `with_adapter` is False. Collective:
-    under ZeRO-3 every rank takes part in gathering, parameter by parameter; rank 0 holds the whole model in CPU memory
-    and writes. Raises NotFiniteError on rank 0, and what was there stands, where a weight is not finite."""
+    """Write model (LoRA merged), configuration, tokenizer, processor and chat template into `directory`, replacing what
+    was there. With LoRA the peft adapter goes into `directory/adapter`, unless `with_adapter` is False.
+
+    Collective: under ZeRO-3 every rank takes part in gathering, parameter by parameter. Rank 0 holds the whole model in
+    CPU memory and writes. If a weight is not finite, rank 0 raises NotFiniteError, and what was there stays."""
     with torch.no_grad():
         weights = {
             name: tensor.cpu().clone() if rank == 0 else torch.empty(0) for name, tensor in PolicySource(policy.model)
@@ -49,7 +50,7 @@ def save_policy(
         adapter.processor.save_pretrained(partial)
         if lora:
             for config in policy.model.peft_config.values():
-                if Path(config.base_model_name_or_path or "").is_dir():  # found from any folder
+                if Path(config.base_model_name_or_path or "").is_dir():  # so that it is found from any folder
                     config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
             policy.model.save_pretrained(partial / "adapter", state_dict=lora)
             family = type(adapter)

@@ -1,4 +1,4 @@
-"""AdamW as every engine makes it: which parameters decay, and no step on gradients that are not finite."""
+"""The AdamW of all engines: which parameters decay, and no step on gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from learner.types import LearnerOptions
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for AdamW: matrices decay; biases, norms and other vectors do not (as in transformers' Trainer)."""
+    """Make groups for AdamW: matrices decay; biases, norms and other vectors do not (as in transformers' Trainer)."""
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in parameters:
@@ -25,10 +25,10 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 
 class ClippingAdamW(torch.optim.AdamW):
-    """AdamW that clips the norm of all gradients first, and takes no step where that norm is not finite.
+    """AdamW that first clips the norm of all gradients, and takes no step if that norm is not finite.
 
-    Each step sets `grad_norm`, before clipping, and `overflow`, whether the step was refused: what the optimizers of
-    DeepSpeed's ZeRO stages 1 to 3 do too."""
+    Each step sets `grad_norm`, before clipping, and `overflow`, whether the step was refused. The optimizers of
+    DeepSpeed's ZeRO stages 1 to 3 do the same."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], options: LearnerOptions, *, fused: bool = False) -> None:
         groups = parameter_groups(parameters, options.weight_decay)
@@ -48,6 +48,6 @@ class ClippingAdamW(torch.optim.AdamW):
 
 
 def poisoned_unless_finite(loss: Tensor) -> Tensor:
-    """The loss; one that is not finite gets gradients that are not finite either, so that the norm of the gradients
+    """Return the loss. If it is not finite, its gradients will not be finite either, so that the norm of the gradients
     alone decides, over all micro-batches and ranks, whether a step is taken."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

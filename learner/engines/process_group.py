@@ -1,4 +1,4 @@
-"""Joining the ranks of a learner in torch's default process group, with a limit on every wait."""
+"""Joins the ranks of a learner in torch's default process group, with a limit on every wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from learner.types import LearnerOptions
 
 
 def open_store(host: str, timeout: float) -> tuple[dist.TCPStore, int]:
-    """Rank 0: the store where ranks meet, and its port, chosen by the system, so that no two learners can collide."""
+    """Open rank 0's store, where the ranks meet. The system chooses its port, so that no two learners can collide."""
     store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     return store, store.port
 
@@ -21,7 +21,7 @@ def open_store(host: str, timeout: float) -> tuple[dist.TCPStore, int]:
 def join(options: LearnerOptions, rank: int, host: str, port: int, store: Any = None) -> None:
     """Form the default group: NCCL between GPUs, gloo between CPUs. `store`: rank 0's own.
 
-    Raises torch's DistStoreError or DistNetworkError when the others do not come within `options.timeout` seconds."""
+    Raises torch's DistStoreError or DistNetworkError if the others do not join within `options.timeout` seconds."""
     limit = timedelta(seconds=options.timeout)
     if store is None:
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -34,7 +34,7 @@ def join(options: LearnerOptions, rank: int, host: str, port: int, store: Any = 
 
 
 def all_reduce(values: Sequence[float], op: Any, device: str) -> list[float]:
-    """Element by element over the default group, in float64."""
+    """Reduce element by element over the default group, in float64."""
     if not values:
         return []
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""TorchEngine: one process, plain PyTorch, float32 or float64. The reference that DeepSpeedEngine is tested against."""
+"""TorchEngine: one process, plain PyTorch, float32 or float64. DeepSpeedEngine is tested against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlm.batch import MultimodalBatch
 
 
 class TorchEngine(BaseEngine):
-    """Implements TrainEngine. ZeRO and offload options have no meaning here and are ignored."""
+    """Implements TrainEngine. It ignores ZeRO and offload options."""
 
     def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
         if options.ranks != 1:

@@ -120,7 +120,7 @@ def test_a_new_directory_replaces_the_former_whole(tmp_path: Path):
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
     engine = HeldState({"param/x": torch.empty(1)})
-    with pytest.raises(CheckpointError, match="is no learner checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a learner checkpoint"):
         load_checkpoint(engine, tmp_path / "nothing")  # type: ignore[arg-type]
     save_checkpoint(HeldState({"param/y": torch.ones(1)}), tmp_path / "c")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="has no param/x"):
@@ -132,7 +132,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         load_checkpoint(engine, tmp_path / "c")  # type: ignore[arg-type]
     path.write_text("{ half a file")
-    with pytest.raises(CheckpointError, match="is no learner checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a learner checkpoint"):
         load_checkpoint(engine, tmp_path / "c")  # type: ignore[arg-type]
 
 
