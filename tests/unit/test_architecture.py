@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -301,6 +302,18 @@ def test_files_and_functions_stay_readable() -> None:
             f"{path}: {name}() has {n} lines, the limit is {MAX_FUNCTION_LINES}" for name, n in long_functions(source)
         ]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_the_path_of_one_prompt_names_at_most_30_files_and_all_are_there() -> None:
+    section = (ROOT / "docs/architecture.md").read_text().split("### File by file")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:5] for line in section.splitlines() if re.match(r"\| \d", line)]
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1)) and 20 <= len(rows) <= 30
+    sources = [str(path) for path, _ in source_files()]
+    for _, file, _, beside in rows:
+        (path,) = re.findall(r"`(.+?)`", file)
+        assert (ROOT / path).is_file(), path
+        for name in re.findall(r"`(.+?)`", beside):
+            assert any(f"/{name}" in f"/{source}" for source in sources), name
 
 
 def test_what_crosses_processes_needs_only_numpy() -> None:
