@@ -48,7 +48,7 @@ class LearnerGroup:
     """All ranks of the learner, in one process group.
 
     An error in any rank raises LearnerError at once, without waiting for the others, and leaves the group unusable:
-    the ranks may wait for each other in a collective. `shutdown` it and start another from a checkpoint."""
+    the ranks may wait for each other in a collective. Call `shutdown` and start another group from a checkpoint."""
 
     def __init__(
         self,
@@ -56,8 +56,9 @@ class LearnerGroup:
         actor_options: Sequence[Mapping[str, Any]],
         transfer: WeightTransferOptions | None = None,
     ) -> None:
-        """`actor_options`: Ray options of each rank's actor (num_cpus, num_gpus=1, resources, scheduling_strategy);
-        their number must be `options.ranks`. `transfer`: needed to send weights. Nothing starts before `start`."""
+        """`actor_options` are the Ray options of each rank's actor (num_cpus, num_gpus=1, resources,
+        scheduling_strategy), as many as `options.ranks`. Sending weights needs `transfer`. Nothing starts before
+        `start`."""
         if len(actor_options) != options.ranks:
             raise ValueError(f"{options.ranks} ranks, but actor options for {len(actor_options)}")
         self.options = options
@@ -84,9 +85,9 @@ class LearnerGroup:
             raise
 
     def update(self, groups: Sequence[StoredGroup], summaries: Sequence[GroupSummary], version: int) -> UpdateStats:
-        """One update on a sealed batch: `groups[i]` says where the group of `summaries[i]` and its verdicts are.
+        """Run one update on a sealed batch. `groups[i]` says where the group of `summaries[i]` and its verdicts are.
 
-        `version`: the policy version of the weights before the step. The order of the groups does not matter: they
+        `version` is the policy version of the weights before the update. The order of the groups does not matter: they
         are sorted by uid and epoch, so that a rerun computes the same batches.
         Raises NothingToLearnError and RewardError (before anything is trained), LearnerError, LearnerTimeoutError."""
         if len(groups) != len(summaries):
@@ -117,7 +118,7 @@ class LearnerGroup:
             for rank in range(self.options.ranks)
         ]
         calls = [w.update.remote(mine, version) for w, mine in zip(self._workers, shards, strict=True)]
-        ranks: list[RankStats] = self._wait(f"the update at version {version}", calls)
+        ranks: list[RankStats] = self._wait(f"running the update at version {version}", calls)
         refused = joined([rank.refused for rank in ranks], [[summaries[i].ref for i in part] for part in parts])
         if self.options.reference_every and (version + 1) % self.options.reference_every == 0:
             self._wait("refreshing the reference", [w.refresh_reference.remote() for w in self._workers])
@@ -144,14 +145,14 @@ class LearnerGroup:
             w.reference_kl.remote([group_refs[i] for i in own]) for w, own in zip(self._workers, mine, strict=True)
         ]
         result = np.zeros(shape)
-        for own, values in zip(mine, self._wait("the reference's log-probabilities", calls), strict=True):
+        for own, values in zip(mine, self._wait("computing the reference's log-probabilities", calls), strict=True):
             for i, kl in zip(own, values, strict=True):
                 result[i, : len(kl)] = kl
         return result
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write everything that `load_checkpoint` needs into `directory`, which must not exist yet and appears whole
-        or not at all. Rank 0 writes: with several nodes the path must be on a shared file system."""
+        or not at all. Rank 0 writes, so with several nodes the path must be on a shared file system."""
         self._wait("saving a checkpoint", [w.save_checkpoint.remote(str(directory)) for w in self._workers])
 
     def load_checkpoint(self, directory: str | Path) -> None:
@@ -159,8 +160,8 @@ class LearnerGroup:
         self._wait("loading a checkpoint", [w.load_checkpoint.remote(str(directory)) for w in self._workers])
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the policy in Hugging Face format, with tokenizer, processor and chat template. With LoRA the merged
-        model, and the peft adapter in `directory/adapter`."""
+        """Write the policy in Hugging Face format, with tokenizer, processor and chat template. With LoRA this is the
+        merged model, and the peft adapter is written to `directory/adapter`."""
         self._wait("saving the model", [w.save_pretrained.remote(str(directory)) for w in self._workers])
 
     def form_weight_group(self, engines: Sequence[EngineHandle]) -> None:
@@ -193,7 +194,8 @@ class LearnerGroup:
         self._workers = []
 
     def _wait(self, what: str, calls: list[ray.ObjectRef], timeout: float | None = None) -> list[Any]:
-        """Results of one call per rank, in order. The first failure raises; so does the deadline."""
+        """Return the results of one call per rank, in order. Raises at the first failure, and at the deadline. `what`
+        completes "a rank failed while"."""
         limit = self.options.timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         rank_of = {call: rank for rank, call in enumerate(calls)}
@@ -211,20 +213,20 @@ class LearnerGroup:
                     if isinstance(error.cause, WeightSyncError | NothingToLearnError | NotFiniteError | StorageError):
                         raise error.cause from None  # an engine's failure or the data's, not the learner's
                     self._raise_death(what, {c: rank_of[c] for c in (*ready, *pending) if c is not call})
-                    raise LearnerError(f"learner rank {rank_of[call]} failed in {what}: {error}") from error
+                    raise LearnerError(f"learner rank {rank_of[call]} failed while {what}: {error}") from error
                 except ray.exceptions.RayError as error:
                     how = how_it_died(str(error))
-                    raise LearnerError(f"learner rank {rank_of[call]} died in {what}{how}") from error
+                    raise LearnerError(f"learner rank {rank_of[call]} died while {what}{how}") from error
         return results
 
     def _raise_death(self, what: str, others: Mapping[ray.ObjectRef, int]) -> None:
-        """Raises LearnerError if one of `others` died: then what another rank says is only that a connection closed."""
+        """Raise LearnerError if one of `others` died: all that another rank can say is that a connection closed."""
         ready, _ = ray.wait(list(others), num_returns=len(others), timeout=DEATH_SECONDS) if others else ([], [])
         for call in ready:
             try:
                 ray.get(call)
             except ray.exceptions.RayActorError as error:
-                raise LearnerError(f"learner rank {others[call]} died in {what}{how_it_died(str(error))}") from error
+                raise LearnerError(f"learner rank {others[call]} died while {what}{how_it_died(str(error))}") from error
             except ray.exceptions.RayError:
                 continue
 

@@ -1,1 +1,1 @@
-"""Completions to rows, rows to micro-batches."""
+"""Completions become rows, and rows become micro-batches."""

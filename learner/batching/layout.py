@@ -1,4 +1,4 @@
-"""Where the tokens of groups lie in a packed row: each prompt, then its completions one behind the other."""
+"""The order of tokens in a packed row: each prompt, then its completions one behind the other."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def labels(groups: Sequence[GroupLengths]) -> tuple[Tensor, Tensor]:
 
 
 def predicting_position(groups: Sequence[GroupLengths]) -> Tensor:
-    """int64 `[T]`: the place whose hidden state predicts the token at t: the one before it, but the prompt's last for
-    the first of each completion. That of a prompt's first token, which nothing predicts, means nothing."""
+    """int64 `[T]`: the place whose hidden state predicts the token at t: the place before t, but the prompt's last
+    for the first token of each completion. For a prompt's first token, which nothing predicts, it means nothing."""
     before = np.arange(-1, sum(p + sum(c) for p, c in groups) - 1)
     for prompt, completions in spans(groups):
         for span in filter(len, completions):
@@ -31,14 +31,14 @@ def predicting_position(groups: Sequence[GroupLengths]) -> Tensor:
 
 
 def position_shift(groups: Sequence[GroupLengths]) -> Tensor:
-    """int64 `[T]`: what to subtract from a token's distance from the start of its group, so that every completion
-    follows the prompt directly: the lengths of the completions before its own."""
+    """int64 `[T]`: the lengths of the completions before a token's own. Subtracted from its distance from the start of
+    the group, they let every completion follow the prompt directly."""
     shifts = [np.repeat([0, *accumulate((0, *own))][: len(own) + 1], [p, *own]) for p, own in groups]
     return torch.from_numpy(np.concatenate(shifts))
 
 
 def spans(groups: Sequence[GroupLengths]) -> list[tuple[range, list[range]]]:
-    """Where each group's prompt and completions lie in the row."""
+    """The places of each group's prompt and completions in the row."""
     found, at = [], 0
     for prompt, completions in groups:
         ends = list(accumulate((at + prompt, *completions)))

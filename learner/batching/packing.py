@@ -1,10 +1,10 @@
-"""Which group goes where: groups to ranks, a rank's groups to micro-batches, completions of a large group to parts.
+"""Decide which group goes where: groups to ranks, a rank's groups to micro-batches, a large group into parts.
 
     groups ─ shard ─▶ ranks ─ fewest_bins ─▶ micro-batches ─ balance ─▶ as many on every rank, of like cost
 
-Pure functions of sizes. Sizes are rows of an int array `[n, 4]`: language tokens, vision patches, logits rows (tokens
-with a loss), and the bytes that these take. A micro-batch is a list of indices whose sizes sum up to at most the
-limits, in each of the four.
+These are pure functions of sizes. Sizes are rows of an int array `[n, 4]`: language tokens, vision patches, logits rows
+(tokens with a loss), and the bytes that these take. A micro-batch is a list of indices whose sizes sum up to at most
+the limits, in each of the four.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import numpy as np
 from learner.types import Size
 
 EXACT_UP_TO = 10
-"""As many groups are packed by trying all ways."""
+"""Up to this many groups are packed by trying all ways."""
 LOOKED_AT = 1000
-"""As many groups are looked at to fill a micro-batch. No more than that are packed in two ways, and dealt out to
-micro-batches of like cost; the sums of more even out by themselves."""
+"""This many groups are looked at to fill a micro-batch. Up to this many are packed in two ways, and dealt out to
+micro-batches of like cost; the sums of more groups even out by themselves."""
 MICRO_BATCH_OVERHEAD = 256
-"""What a micro-batch costs beyond its tokens, in tokens: its operators are launched, and its gradients added, once."""
+"""The cost of a micro-batch beyond its tokens, in tokens: launching its operators and adding its gradients."""
 _DIMENSIONS = ("tokens", "patches", "logits rows", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class GroupCost:
-    """Time of a group, in tokens through the linear layers."""
+    """The time that a group takes, in tokens through the linear layers."""
 
     shares_prompts: bool
     break_even: int
-    """Tokens attended to that cost a token as much as its linear layers."""
+    """A token that attends to this many tokens pays as much for attention as for its linear layers."""
     media: float = 0.0
-    """What the towers take for a token of an image, a video or a sound; 0 where they run ahead of all this."""
+    """The cost of the towers per token of an image, a video or a sound; 0 where they are cached."""
 
     def __call__(self, prompt: int, lengths: Sequence[int], media: float = 0.0) -> float:
-        """Of a prompt with completions of `lengths`; `media` of its tokens are media's, which are encoded once. A token
-        attends to half of its own sequence on average."""
+        """The cost of a prompt with completions of `lengths`. `media` tokens of the prompt stand for media, which are
+        encoded once. On average a token attends to half of its own sequence."""
         copies = 1 if self.shares_prompts else len(lengths)
         tokens = copies * prompt + sum(lengths)
         pairs = copies * prompt**2 / 2 + sum(n * prompt + n * n / 2 for n in lengths)
@@ -46,10 +46,10 @@ class GroupCost:
 
 
 def shard(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Deal groups out to ranks: indices of each rank's groups, ascending.
+    """Deal groups out to ranks. Returns the indices of each rank's groups, ascending.
 
-    Largest first, each to the rank with the least so far (ties to the lowest), which leaves no rank with more than
-    4/3 of the best possible maximum (Graham, 1969)."""
+    The largest goes first, each to the rank with the least so far (ties to the lowest), which leaves no rank with more
+    than 4/3 of the best possible maximum (Graham, 1969)."""
     if ranks < 1:
         raise ValueError(f"cannot deal groups out to {ranks} ranks")
     load = [0.0] * ranks
@@ -62,7 +62,7 @@ def shard(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def split_group(prompt: Size, completions: Sequence[Size], limits: Size) -> list[list[int]]:
-    """Completions of a group as parts of which each fits a micro-batch together with the prompt: one part if possible.
+    """Split the completions of a group into parts that fit a micro-batch together with the prompt: one if possible.
 
     Raises ValueError where the prompt with a single completion does not fit."""
     if not completions:
@@ -76,8 +76,8 @@ def split_group(prompt: Size, completions: Sequence[Size], limits: Size) -> list
 
 
 def fewest_bins(sizes: np.ndarray, limits: Size) -> list[list[int]]:
-    """As few micro-batches as possible: exactly for up to 10 groups; for more, the better of two heuristics, or for
-    thousands the faster. Raises ValueError for a size over the limits."""
+    """Pack groups into as few micro-batches as possible. The number is exact for up to 10 groups; for more, the better
+    of two heuristics decides, and for thousands the faster one. Raises ValueError for a size over the limits."""
     if not len(sizes):
         return []
     for size in sizes[(sizes > limits).any(1)][:1]:
@@ -99,11 +99,12 @@ def balance(
     *,
     additive: bool = True,
 ) -> list[list[int]]:
-    """The groups of `bins` in `count` (at least as many) micro-batches of like cost, the costliest first: ranks that
-    each have `count` of them then finish theirs at about the same time. Empty ones only where there are fewer groups.
+    """Deal the groups of `bins` out to `count` micro-batches of like cost, the costliest first; `count` is no less than
+    the number of bins. Ranks that each have `count` micro-batches then finish at about the same time. A micro-batch is
+    empty only if there are fewer groups.
 
-    `additive`: any groups whose sizes sum up to no more than the limits may be together. False (padding): only groups
-    that are together in `bins`."""
+    If `additive`, any groups whose sizes sum up to no more than the limits may be together; if not (padding), only
+    groups that are together in `bins`."""
     dealt = _deal(sizes, limits, costs, count) if additive and len(sizes) <= LOOKED_AT else None
     dealt = dealt or [list(members) for members in bins]
     while len(dealt) < count:
@@ -115,7 +116,7 @@ def balance(
 
 
 def pack_padded(sizes: np.ndarray, limits: Size) -> list[list[int]]:
-    """Micro-batches for rows that are padded to the longest among them: rows x longest within the limit of tokens.
+    """Pack rows that are padded to the longest among them: rows x longest stays within the limit of tokens.
 
     Rows are taken by descending length, so that neighbours need little padding, and cut where padding costs more than
     another micro-batch; rows of equal length keep their order, so that siblings stay together and share their images.
@@ -137,8 +138,8 @@ def pack_padded(sizes: np.ndarray, limits: Size) -> list[list[int]]:
 
 
 def cheapest_runs(count: int, cost: Callable[[int], np.ndarray]) -> list[range]:
-    """0..count-1 cut into consecutive runs of the least total cost. `cost(end)`: of start..end-1 for the last so many
-    starts before `end`, which are all that there need be."""
+    """Cut 0..count-1 into consecutive runs of the least total cost. `cost(end)` gives the costs of start..end-1 for the
+    last starts before `end`, as many as are worth trying."""
     best, cut = np.zeros(count + 1), np.zeros(count + 1, np.int64)
     for end in range(1, count + 1):
         costs = cost(end)
@@ -163,7 +164,7 @@ def _check_fits(size: Sequence[int], limits: Size) -> None:
 
 
 def _all_ways(share: np.ndarray) -> list[list[int]]:
-    """The fewest bins of capacity 1 for shares `[n, d]`, by dynamic programming over all sets of groups."""
+    """Find the fewest bins of capacity 1 for shares `[n, d]`, by dynamic programming over all sets of groups."""
     everything = (1 << len(share)) - 1
     load = np.zeros((everything + 1, share.shape[1]))
     for i in range(len(share)):
@@ -188,7 +189,7 @@ def _all_ways(share: np.ndarray) -> list[list[int]]:
 
 
 def _best_fit(share: np.ndarray) -> list[list[int]]:
-    """Every group, by descending size, into the bin that it fills most, all dimensions summed up."""
+    """Put every group, by descending size, into the bin that it fills most, all dimensions summed up."""
     room = np.ones((len(share), share.shape[1]))
     bins: list[list[int]] = []
     for index in np.argsort(-share.max(1), kind="stable"):
@@ -203,9 +204,9 @@ def _best_fit(share: np.ndarray) -> list[list[int]]:
 
 
 def _fill_one_by_one(share: np.ndarray) -> list[list[int]]:
-    """One bin after the other, each filled with the group whose size points most where there is room: the largest dot
-    product, dimensions weighed by what all groups take of them (Panigrahy et al., 2011, "Heuristics for vector bin
-    packing"). Only so many groups are looked at, drawn at random."""
+    """Fill one bin after the other, each with the group whose size points most where there is room: the largest dot
+    product, with dimensions weighted by how much all groups take of them (Panigrahy et al., 2011, "Heuristics for
+    vector bin packing"). Only LOOKED_AT groups are looked at, drawn at random."""
     queue = np.random.default_rng(0).permutation(len(share))
     seen, queue = queue[:LOOKED_AT], queue[LOOKED_AT:]
     weight = share.mean(0)
@@ -225,7 +226,8 @@ def _fill_one_by_one(share: np.ndarray) -> list[list[int]]:
 
 
 def _deal(sizes: np.ndarray, limits: Size, costs: Sequence[float], count: int) -> list[list[int]] | None:
-    """Costliest group first, each to the cheapest of `count` bins with room for it; None where one finds no room."""
+    """Deal the costliest group first, each to the cheapest of `count` bins with room for it. Returns None if a group
+    finds no room."""
     if len(sizes) < count:
         return None
     room, load = np.tile(np.array(limits), (count, 1)), np.zeros(count)

@@ -1,1 +1,1 @@
-"""What frozen towers make of media, computed once and kept."""
+"""The cache of frozen towers: features, or tower outputs."""

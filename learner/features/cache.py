@@ -1,7 +1,7 @@
-"""FeatureCache: what towers made of media before, by content; the least recently used leaves first. No Ray here.
+"""FeatureCache: cached features or cached tower outputs, found by the content of the media. No Ray here.
 
-put ─▶ memory of the rank, within `limit` ─▶ and the Store that all ranks share, within its own
-get ─▶ memory of the rank ─▶ Store ─▶ None: whoever asked computes it again
+put ─▶ memory of the rank, within `limit` ─▶ and the Store that all ranks share, within a limit of its own
+get ─▶ memory of the rank ─▶ Store ─▶ nothing: the caller computes it again
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from vlm.encoding import FeatureRow
 
 Key = Hashable
 Features = tuple[FeatureRow, ...]
-"""All rows of one item, on the CPU."""
+"""All rows of one item, on the CPU: its features, or its tower outputs."""
 V = TypeVar("V")
 
 
 class BoundedLRU(Generic[V]):
-    """A dictionary of at most `limit` bytes, which drops what was used least recently."""
+    """A dictionary of at most `limit` bytes, which drops the least recently used entries."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
@@ -37,7 +37,7 @@ class BoundedLRU(Generic[V]):
         return self._entries[key][0]
 
     def put(self, key: Key, value: V, size: int) -> None:
-        """What is larger than the limit is not kept."""
+        """Store a value, unless it is larger than the limit."""
         self.held -= self._entries.pop(key, (None, 0))[1]
         if size > self.limit:
             return
@@ -50,7 +50,7 @@ class BoundedLRU(Generic[V]):
         return len(self._entries)
 
     def keys(self) -> Iterator[Key]:
-        """Least recently used first."""
+        """All keys, the least recently used first."""
         return iter(self._entries)
 
 
@@ -61,7 +61,7 @@ class Packed:
     data: np.ndarray
     """uint8 `[n]`: all tensors end to end."""
     layout: tuple[tuple[tuple[torch.dtype, tuple[int, ...]], ...], ...]
-    """Of each row and tensor: its type and shape."""
+    """The type and shape of each tensor of each row."""
 
     @classmethod
     def of(cls, features: Features) -> Packed:
@@ -75,7 +75,7 @@ class Packed:
             tensors = []
             for dtype, shape in row:
                 end = at + torch.Size(shape).numel() * dtype.itemsize
-                # Copied: an object store's arrays are read-only, and one tensor must not keep the others.
+                # Copied: an object store's arrays are read-only, and one tensor must not hold the others in memory.
                 tensors.append(torch.from_numpy(self.data[at:end].copy()).view(dtype).view(shape))
                 at = end
             rows.append(tuple(tensors))
@@ -83,29 +83,29 @@ class Packed:
 
 
 class Store(Protocol):
-    """Where all ranks leave features for each other, bounded as it sees fit."""
+    """A place where all ranks leave features for each other. It bounds its own size."""
 
     def put(self, items: Mapping[Key, Packed]) -> None: ...
 
     def get(self, keys: Sequence[Key]) -> Mapping[Key, Packed]:
-        """Of `keys` those that are there (still)."""
+        """Return those of `keys` that are (still) there."""
 
 
 @dataclass
 class CacheCounts:
-    """What a cache did since they were last taken, in items."""
+    """Counts of items since the counts were last taken."""
 
     hits: int = 0
-    """Found, in the store or in memory."""
+    """Items that were found, in memory or in the store."""
     store_hits: int = 0
     stored: int = 0
 
 
 class FeatureCache:
-    """The features of items by key, for one rank. Not thread-safe."""
+    """What is cached of items, by key, for one rank. Not thread-safe."""
 
     def __init__(self, limit: int, store: Store | None = None) -> None:
-        """`limit`: bytes in the rank's memory."""
+        """`limit` is in bytes of the rank's memory."""
         self._local: BoundedLRU[Features] = BoundedLRU(limit)
         self._store = store
         self._counts = CacheCounts()
@@ -115,7 +115,7 @@ class FeatureCache:
         return self._local.held
 
     def get(self, keys: Sequence[Key]) -> dict[Key, Features]:
-        """Of distinct `keys` the features of those that are there; they now are the most recently used."""
+        """Return what is cached of distinct `keys`. These become the most recently used."""
         looked_up = {key: self._local.get(key) for key in keys}
         found = {key: features for key, features in looked_up.items() if features is not None}
         absent = [key for key in keys if key not in found]
@@ -128,7 +128,7 @@ class FeatureCache:
         return found
 
     def put(self, items: Mapping[Key, Features]) -> dict[Key, Features]:
-        """Keep the features of items; returns them, in memory of their own."""
+        """Store the features of items. Returns them, in memory of their own."""
         own = {key: tuple(tuple(map(_of_its_own, row)) for row in features) for key, features in items.items()}
         for key, features in own.items():
             self._local.put(key, features, size_of(features))
@@ -138,7 +138,7 @@ class FeatureCache:
         return own
 
     def take_counts(self) -> CacheCounts:
-        """Counts since the last call."""
+        """Return the counts since the last call."""
         counts, self._counts = self._counts, CacheCounts()
         return counts
 
@@ -148,6 +148,6 @@ def size_of(features: Features) -> int:
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:
-    """A row that shares memory with others of its batch would keep all of them."""
+    """Copy a tensor that shares memory with others of its batch: it would hold all of them in memory."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Features of media in Ray's object store, where all ranks find them; a small actor knows their references.
+"""What is cached of media, in Ray's object store, where all ranks find it; a small actor knows the references.
 
 rank ── ray.put(features) ──▶ object store ◀── ray.get ── another rank, or the same one later
    └── put(key, reference, size) ──▶ FeatureDirectory ◀── find(keys) ──┘
@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureDirectory:
-    """References by key. An object lives as long as its reference is here (or in use), within `limit` bytes of all."""
+    """References by key. An object lives as long as its reference is here, or in use; all of them take at most `limit`
+    bytes."""
 
     def __init__(self, limit: int) -> None:
         self._known: BoundedLRU[ray.ObjectRef] = BoundedLRU(limit)
 
     def put(self, entries: Sequence[tuple[Key, list[ray.ObjectRef], int]]) -> None:
-        # In lists: Ray would hand over the object itself for a bare reference.
+        # References come in lists, because Ray would hand over the object itself for a bare reference.
         for key, (reference,), size in entries:
             self._known.put(key, reference, size)
 
@@ -38,11 +39,11 @@ class FeatureDirectory:
 
 
 class ObjectStore:
-    """A `learner.features.cache.Store`."""
+    """Implements `learner.features.cache.Store`."""
 
     def __init__(self, name: str, limit: int, timeout: float) -> None:
-        """Connect to the directory called `name`, or start it: it lives as long as the process that did. `timeout`:
-        seconds for each of its answers."""
+        """Connect to the directory called `name`, or start it: it lives as long as the process that started it.
+        `timeout` is the limit, in seconds, for each of its answers."""
         actor = ray.remote(FeatureDirectory).options(name=name, get_if_exists=True, num_cpus=0)
         self._directory, self._timeout = actor.remote(limit), timeout
         self._lost = False
@@ -68,7 +69,7 @@ class ObjectStore:
         return dict(zip(found, values, strict=True))
 
     def _leave(self, error: RayError) -> None:
-        """What is in the store can be computed again: without it the run goes on, and waits for it only once."""
+        """Go on without the store: what was in it can be computed again, and the run waits for it only once."""
         self._lost = True
         logger.warning(
             "the features that learner ranks share in Ray's object store are lost (%s: %s); from now on this rank "

@@ -156,7 +156,9 @@ def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, l
     assert (tmp_path / "model" / "model.safetensors").is_file()
     broken = replace(case.groups[1], prompt_token_ids=case.groups[1].prompt_token_ids[:-1])
     refs, summaries = store(local_ray, [case.groups[0], broken])
-    with pytest.raises(LearnerError, match=r"rank \d failed in the update at version 1(.|\n)*EncodingMismatchError"):
+    with pytest.raises(
+        LearnerError, match=r"rank \d failed while running the update at version 1(.|\n)*EncodingMismatchError"
+    ):
         learner.update(refs, summaries, 1)
     learner.shutdown()
 
@@ -189,7 +191,7 @@ def test_a_start_that_takes_too_long_or_cannot_be(local_ray: ModuleType, tiny_mo
     with pytest.raises(LearnerTimeoutError, match=r"choosing an address did not finish within 0.01 s.*rank 0"):
         late.start(timeout=0.01)
     absent = LearnerGroup(options(tmp_path / "nothing-here"), PLACES[:1])
-    with pytest.raises(LearnerError, match=r"rank 0 failed in loading the model(.|\n)*nothing-here"):
+    with pytest.raises(LearnerError, match=r"rank 0 failed while loading the model(.|\n)*nothing-here"):
         absent.start(timeout=120.0)
 
 

@@ -116,8 +116,8 @@ def test_a_rank_that_died_is_named_not_the_one_that_gloo_told_of_it(processes, t
     group = LearnerGroup(options(tmp_path, ranks=2), [{}, {}])
     calls = [processes["a"].fail.remote(), processes["b"].die.remote()]
     with pytest.raises(
-        LearnerError, match=rf"^learner rank {rank} died in saving a checkpoint \(process \d+ at .*killed"
+        LearnerError, match=rf"^learner rank {rank} died while saving a checkpoint \(process \d+ at .*killed"
     ):
         group._wait("saving a checkpoint", calls if rank == 1 else calls[::-1])
-    with pytest.raises(LearnerError, match=r"learner rank 1 failed in loading(.|\n)*gloo"):
+    with pytest.raises(LearnerError, match=r"learner rank 1 failed while loading(.|\n)*gloo"):
         group._wait("loading", [processes["a"].pid.remote(), processes["a"].fail.remote()])
