@@ -69,12 +69,12 @@ def test_it_says_what_of_the_media_is_computed_once(settings: dict, tmp_path: Pa
         return [line for line in resolve(config).lines if line.startswith("learner: image")]
 
     assert said() == said(freeze=["projector"]) == []
-    held = "as far as 1 GiB a rank hold what it gives"
+    limit = "(up to 1 GiB per rank)"
     (features,) = said(freeze=["vision", "projector"])
-    assert features == f"learner: image: features are computed once per run for each distinct item, {held}"
+    assert features == f"learner: image: features are computed once per run and cached {limit}"
     (tower,) = said(freeze=["vision"])
-    runs = f"the frozen tower runs once per run for each distinct item, {held}; its projector in every pass"
-    assert tower == f"learner: image: {runs}"
+    outputs = f"tower outputs are computed once per run and cached {limit}; the projector runs in every pass"
+    assert tower == f"learner: image: {outputs}"
     assert said(lora_rank=2) == [features]
 
 
