@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saccade.errors import RunError
     from saccade.finished import RunResult
     from saccade.loop import evaluate, train
+    from saccade.trainer.trainer import Trainer
     from vlm.adapter import MultimodalAdapter
     from vlm.errors import UserError
 
@@ -30,6 +31,7 @@ __all__ = [
     "RunError",
     "RunResult",
     "ScoringRequest",
+    "Trainer",
     "TransientError",
     "UserError",
     "Verdict",
@@ -47,6 +49,7 @@ _MODULES = {
     "saccade.errors": "RunError",
     "saccade.loop": "evaluate train",
     "saccade.finished": "RunResult",
+    "saccade.trainer.trainer": "Trainer",
     "vlm.adapter": "MultimodalAdapter",
     "vlm.errors": "UserError",
 }

@@ -72,7 +72,7 @@ class References:
 def resolve(config: RunConfig, *, resume: bool = False) -> Resolved:
     """Follow the references of `config`. Raises ConfigError listing all that would stop the run."""
     alone = [problem for check in CONFIG_CHECKS for problem in check(config)]
-    alone += [] if resume else _earlier_run(config)
+    alone += [] if resume else earlier_run(config)
     try:
         adapter = load_model(config)
     except ConfigError as error:
@@ -201,7 +201,7 @@ def _rewards(config: RunConfig) -> list[str]:
     return [f"reward.functions: {problem}" for problem in check_rewards(reward_specs(config))]
 
 
-def _earlier_run(config: RunConfig) -> list[str]:
+def earlier_run(config: RunConfig) -> list[str]:
     """A new run in this folder would overwrite these."""
     directory = Path(config.output_dir)
     if checkpoints.found(directory / "checkpoints"):

@@ -82,7 +82,7 @@ class ColumnReward(_UserReward):
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         count = len(request.completions)
-        rows = {**request.columns, "prompts": request.prompt, "answer": request.answer}
+        rows = {"prompts": request.prompt, "answer": request.answer, **request.columns}
         arguments = {name: [value] * count for name, value in rows.items()}
         arguments["completions"] = list(request.completions)
         if self.needs_media:

@@ -58,6 +58,7 @@ ORDERS = {
             "cli",
             "commands",
             "demo",
+            "trainer",
             "loop",
             "run",
             "finished",

@@ -27,6 +27,9 @@ SIGNATURES = {
     "'Mapping[str, Any]' = <factory>, media: 'tuple[Media, ...]' = (), raw: 'tuple[Completion, ...]'"
     " = (), lengths: 'tuple[int, ...]' = (), user_text: 'str' = '', *, numeric_answer: 'bool' = "
     "False) -> None",
+    "Trainer": "(model: 'str | Path | None' = None, reward_funcs: 'Any' = None, args: 'Any' = None, "
+    "train_dataset: 'Any' = None, eval_dataset: 'Any' = None, *, adapter: 'str | "
+    "type[MultimodalAdapter] | None' = None, peft_config: 'Any' = None) -> 'None'",
     "Verdict": "(status: 'VerdictStatus', score: 'float | None' = None, reason: 'str' = '', parts: "
     "'Mapping[str, float]' = <factory>, note: 'str' = '') -> None",
 }

@@ -1,0 +1,1 @@
+"""Runs from Python objects: `saccade.Trainer`, for who brings what TRL's GRPOTrainer takes."""

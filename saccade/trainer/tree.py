@@ -1,0 +1,42 @@
+"""Knobs by dotted name and sections, put together in one tree, as a configuration file has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from saccade.config.run_config import iter_knobs
+
+Tree = dict[str, Any]
+SECTIONS = frozenset(name.partition(".")[0] for name, _ in iter_knobs() if "." in name)
+
+
+def put(tree: Tree, dotted: str, value: Any) -> None:
+    """Set a knob. A value where a section should be stays, for the configuration to refuse."""
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for parent in parents:
+        if isinstance(node.get(parent), str):
+            node[parent] = {"name": node[parent]}  # the short form of an algorithm
+        inner = node.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            return
+        node = inner
+    node[leaf] = value
+
+
+def put_all(tree: Tree, settings: Mapping[str, Any]) -> None:
+    """Set the knobs of `settings`: dotted names and sections, side by side."""
+    for name, value in settings.items():
+        if name in SECTIONS and isinstance(value, Mapping):
+            for knob, inner in value.items():
+                put(tree, f"{name}.{knob}", inner)
+        else:
+            put(tree, str(name), value)
+
+
+def columns(tree: Tree) -> Mapping[str, Any]:
+    """What is said of data.columns so far."""
+    section = tree.get("data")
+    named = section.get("columns") if isinstance(section, dict) else None
+    return named if isinstance(named, Mapping) else {}
