@@ -165,8 +165,8 @@ class LearnerOptions:
     attention: Literal["auto", "blocks", "flex", "mask"] = "auto"
     """How packed rows attend (learner/model/attention.py)."""
     feature_cache_gib: float = 1.0
-    """Memory of a rank for what towers that no step changes make of media; for each rank four times as much in the
-    object store, where all find it. 0: those towers run in every pass."""
+    """Memory of a rank in which features (or tower outputs) of frozen towers are cached; each rank may use four times
+    as much in the object store, where all find it. 0: the towers run in every pass."""
     logprob_chunk_rows: int | None = None
     """Rows of the vocabulary projection computed at once; None: see `learner.model.logprobs.rows_per_chunk`."""
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -110,8 +110,8 @@ def step_flops(shape: ModelShape, options: LearnerOptions, groups: Iterable[Grou
     )
     behind_first = 1 - 1 / options.optimizer_steps
     scored = options.needs_reference + (behind_first if options.needs_policy_before else 0)
-    kept = shape.vision is not None and shape.vision.once
-    return train + once.times(scored, 0 if kept else scored, 0 if kept and not projector else scored, scored)
+    cached = shape.vision is not None and shape.vision.cached
+    return train + once.times(scored, 0 if cached else scored, 0 if cached and not projector else scored, scored)
 
 
 def _back(trained: bool, options: LearnerOptions) -> int:

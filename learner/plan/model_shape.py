@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.model.cached import what_is_cached
 from learner.model.load import select_trained
 from learner.plan.layer_shape import LayerShape, Linear, describe_layer, describe_linear
 from learner.types import LearnerOptions
@@ -35,8 +36,8 @@ class Tower:
     layer: LayerShape
     differentiable: bool
     """Whether a gradient passes through, so that its activations are kept."""
-    once: bool = False
-    """Whether it runs once per run for each distinct item, and its outputs are cached."""
+    cached: bool = False
+    """Whether its features or tower outputs are cached, so that it runs once per run for each distinct item."""
     window: int | None = None
     """Positions that a layer attends over, except in `full_layers` layers; None: all layers see all of an image."""
     full_layers: int = 0
@@ -100,10 +101,15 @@ def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
     if "language" not in towers:
         raise ValueError(f"{type(base).__name__}: found no layers of a language model")
     if "vision" in towers:
-        kept = not towers["vision"].differentiable and options.feature_cache_gib > 0
-        once = kept and (not trained.get("projector") or adapter.knows_tower_end())
+        cached = what_is_cached(
+            tower_trained=towers["vision"].differentiable,
+            projector_trained=bool(trained.get("projector")),
+            knows_tower_end=adapter.knows_tower_end(),
+        )
         towers["vision"] = replace(
-            towers["vision"], once=once, **_windows(getattr(adapter.model_config, "vision_config", None))
+            towers["vision"],
+            cached=cached is not None and options.feature_cache_gib > 0,
+            **_windows(getattr(adapter.model_config, "vision_config", None)),
         )
     projector = [
         (name, module)

@@ -31,8 +31,8 @@ class Facts:
     """Of data.train."""
     kinds: tuple[str, ...]
     """Media that the prompts may hold."""
-    once: bool
-    """Whether a tower runs once per item, so that there is something to cache."""
+    cached: bool
+    """Whether something is cached of frozen towers."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,7 @@ IDLE = (
     Idle(
         ("learner.feature_cache_gib",),
         _no_frozen_tower,
-        "every tower is trained, so nothing that it makes can be kept; model.freeze or model.lora_rank leave one as "
-        "it is",
+        "every tower is trained, so nothing of it can be cached; model.freeze or model.lora_rank leave one as it is",
     ),
     Idle(
         ("learner.offload",),
@@ -138,7 +137,7 @@ IDLE_FOR_DATA = (
     IdleForData("data.max_video_frames", lambda c, f: "video" not in f.kinds, "the data hold no videos"),
     IdleForData(
         "learner.feature_cache_gib",
-        lambda c, f: not f.once,
+        lambda c, f: not f.cached,
         "no frozen tower runs for the media of these data",
     ),
     IdleForData(

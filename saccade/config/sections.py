@@ -159,8 +159,8 @@ class LearnerConfig(Section):
     """What one micro-batch may hold: language positions (8192), or memory beside the model's states, as `saccade plan`
     predicts it (12 GiB)."""
     feature_cache_gib: float = Field(1.0, ge=0)
-    """Memory of a rank for what frozen towers make of media, so that they run once for each item; 4 times that in the
-    object store; 0: no cache, and they run in every pass."""
+    """Memory of a rank in which features (or tower outputs) of frozen towers are cached, so that they run once for each
+    item; 4 times that in the object store; 0: no cache, and they run in every pass."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     offload: Offload = "none"

@@ -117,7 +117,7 @@ def test_what_is_saved_leaves_out_knobs_that_do_nothing_and_reads_back_equal(tmp
 def test_a_saved_configuration_asks_for_nothing_that_nobody_gave(tmp_path: Path) -> None:
     """It holds every default, and what a preset sets: of data without videos as well, and after a change to it."""
     (tmp_path / "saved.yaml").write_text(dump_config(parse_config({**MINIMAL, "algorithm": "dapo"})))
-    nothing = Facts(rows=10**9, kinds=(), once=False)
+    nothing = Facts(rows=10**9, kinds=(), cached=False)
     assert data_idle_problems(load_config(tmp_path / "saved.yaml"), nothing) == []
     changed = load_config(tmp_path / "saved.yaml", ["algorithm.loss=sapo", "algorithm.overlong=keep"])
     assert changed.algorithm.loss == "sapo"
@@ -158,9 +158,9 @@ def test_a_knob_at_its_default_is_never_idle(name: str) -> None:
 def test_knobs_that_the_data_make_idle(knob: str, value: Any, facts: dict[str, Any]):
     section, name = knob.split(".")
     config = parse_config({**MINIMAL, section: {**MINIMAL.get(section, {}), name: value}})
-    busy = Facts(rows=10, kinds=("image", "video"), once=True)
+    busy = Facts(rows=10, kinds=("image", "video"), cached=True)
     assert data_idle_problems(config, busy) == []
-    given = {"rows": 10, "kinds": ("image",), "once": True, **facts}
+    given = {"rows": 10, "kinds": ("image",), "cached": True, **facts}
     (problem,) = data_idle_problems(config, Facts(**given))
     assert problem.startswith(f"{knob}=")
 
