@@ -59,7 +59,7 @@ class RewardActor:
         return self._name
 
     def start(self) -> None:
-        """Returns when the rewards are loaded and warm.
+        """Return when the rewards are loaded and warm.
 
         Raises:
             RewardSetupError: they cannot be loaded; says why.
@@ -68,7 +68,7 @@ class RewardActor:
 
     @ray.method(num_returns=2)
     def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], GroupSummary]:
-        """The K verdicts of a group, and its summary. A failure has no verdicts."""
+        """Return the K verdicts of a group, and its summary. A failure has no verdicts."""
         if isinstance(group, RolloutFailure):
             return (), GroupSummary.of_failure(group)
         start = time.perf_counter()

@@ -66,7 +66,7 @@ class RolloutActor:
         self._pending: set[asyncio.Task[EngineOutput]] = set()
 
     def __repr__(self) -> str:
-        """What the dashboard calls this actor, and what stands in front of what it prints."""
+        """The dashboard shows this name, and Ray prints it in front of this actor's output."""
         return self._name
 
     # ------------------------------------------------------------------ life
@@ -218,7 +218,7 @@ class JointStart:
     A batch that starts whole is scheduled alike in every rerun, so that its log-probabilities have the same bits."""
 
     def __init__(self, engine: RolloutEngine, size: int, n: int, limit: float) -> None:
-        """For `size` groups of `n` completions; the engine resumes after `limit` seconds in any case."""
+        """Wait for `size` groups of `n` completions; the engine resumes after `limit` seconds in any case."""
         self._engine, self._size, self._n, self._limit = engine, size, n, limit
         self.arrived = 0
         self._ended = 0
@@ -226,8 +226,8 @@ class JointStart:
         self._resumed = asyncio.ensure_future(self._resume_when_all_wait())
 
     async def run(self, generate: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
-        """What `generate` returns, called while the engine is paused. Raises what went wrong with the start itself too:
-        without it the group would wait in a paused engine."""
+        """Call `generate` while the engine is paused, and return its output. It raises what went wrong with the start
+        itself too, since the group would wait in a paused engine."""
         output, _ = await asyncio.gather(self._one(generate), asyncio.shield(self._resumed))
         return output
 

@@ -1,4 +1,4 @@
-"""What crosses processes: named, frozen, and understood without Ray, torch or an engine.
+"""The types that cross processes: named, frozen, and understood without Ray, torch or an engine.
 
     Prompt ──▶ RolloutGroup ──▶ Verdicts, GroupSummary ──▶ RolloutGroup with its verdicts
     (DataActor)  (RolloutActor)   (RewardActor)              (joined in the LearnerWorker)
@@ -218,7 +218,7 @@ class RolloutFailure:
 
 @dataclass(frozen=True, slots=True)
 class GroupSummary:
-    """What the driver needs of a scored group: a few numbers, no tokens."""
+    """A scored group as the driver needs it: a few numbers, no tokens."""
 
     ref: PromptRef
     rewards: tuple[float, ...]

@@ -30,7 +30,7 @@ def train(
     """Train by `config`; returns where the model is and what was measured.
 
     `resume` continues from the newest checkpoint in `config.output_dir`; `address` joins a running Ray cluster. Raises
-    ConfigError before anything starts, RunError when the run cannot go on (its state is saved as a checkpoint first).
+    ConfigError before anything starts, and RunError when the run cannot go on; it saves a checkpoint before that.
     """
     if resume and (done := finished(config)):
         display = display or SilentDisplay()
@@ -61,8 +61,8 @@ def train(
 
 
 def step(run: Run, config: RunConfig) -> None:
-    """One update: from prompts admitted to weights the engines sample with. Where its optimizer step was not taken, the
-    weights are the same under the next version, and its prompts are in the ledger with the reason."""
+    """Do one update, from prompts admitted to weights that the engines sample with. Where its optimizer step was not
+    taken, the next version has the same weights, and the ledger has its prompts with the reason."""
     watch = Stopwatch()
     run.rollouts.admit(run.version)
 

@@ -21,7 +21,7 @@ from saccade import checkpoints
 from saccade.config.options import evaluation_sampling, require_trainable, sampling_params
 from saccade.config.run_config import RunConfig, config_tree, dump_config, require_evaluation
 from saccade.config.saved_paths import absolute
-from saccade.errors import MismatchError, RunError
+from saccade.errors import MismatchError
 from saccade.finished import RunResult
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain, first_lines
@@ -78,7 +78,7 @@ class Run:
         sync_weights(self.learner, self.actors.pool.members, self.version, timeout=self.config.cluster.sync_timeout)
 
     def judge(self, update: UpdateStats) -> None:
-        """Before an update is booked: raises MismatchError where engine and learner do not compute the same."""
+        """Raise MismatchError where engine and learner do not compute the same; called before an update is booked."""
         for line in self.health.judge(update):
             self.display.phase(f"step {self.version + 1}: {line}")
 
@@ -102,7 +102,7 @@ class Run:
         self.display.step(record, self.config.steps)
 
     def evaluate_if_due(self) -> None:
-        """At the start, at the end, and every `evaluation.every` steps."""
+        """Evaluate at the start, at the end, and every `evaluation.every` steps."""
         every = self.config.evaluation.every
         due = self.version in (0, self.config.steps) or (every and self.version % every == 0)
         if self.evaluator is None or not due or self.version in self.evaluations:
@@ -122,8 +122,8 @@ class Run:
             except StorageError as error:
                 if due or not self._overdue:
                     self.display.phase(
-                        f"no checkpoint of step {self.version}: {error}; the newest stays {self._newest()}; "
-                        "the run goes on and tries again after each step"
+                        f"no checkpoint of step {self.version}: {error}; the newest is still {self._newest()}; "
+                        "the run continues and tries again after each step"
                     )
                 self._overdue = True
 
@@ -131,7 +131,7 @@ class Run:
         return f"that of step {self._saved}" if self._saved >= 0 else "none"
 
     def checkpoint(self) -> None:
-        """Save weights, optimizer, cursor and ledger as of now; nothing if that was done already."""
+        """Save weights, optimizer, cursor and ledger as of now, unless that was done already."""
         if self._saved == self.version:
             return
         self.log.flush()
@@ -150,17 +150,17 @@ class Run:
         self._saved, self._overdue = self.version, False
 
     def checkpoint_after(self, error: Exception) -> Exception:
-        """Save the state before `error` ends the run, unless the learner itself failed, or a transfer for which several
-        ranks gather: they may be waiting for each other, and the former checkpoint is what there is. It is too where
-        the learner trained on what it disagrees about with the engines.
+        """Save the state before `error` ends the run. Returns the error to show: who died, if that is its cause.
 
-        Returns the error to show: who died, if that is what it comes from."""
+        Nothing is saved where the learner itself failed, or trained on what it disagrees about with the engines; nor
+        after a failed transfer for which several ranks gather, since they may be waiting for each other. The former
+        checkpoint stays in these cases."""
         config = self.config.learner
         reason = explain(error, self.actors.questions(), self.head)
         dead = isinstance(reason, DeathError) and any(who.startswith("learner") for who in reason.dead)
         cut_off = isinstance(error, WeightSyncError) and config.ranks > 1 and config.zero_stage == 3
         if isinstance(error, LearnerError | MismatchError) or cut_off or dead:
-            what = "nothing of the last update is kept" if isinstance(error, MismatchError) else "the learner failed"
+            what = "the last update is not kept" if isinstance(error, MismatchError) else "the learner failed"
             self.display.phase(f"{what}; the newest checkpoint: {self._newest()}")
             return reason
         if self.version == 0 and self._saved < 0:
@@ -187,7 +187,7 @@ def open_run(config: RunConfig, *, resume: bool, address: str | None, display: D
     """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
     directory, display = Path(config.output_dir), display or SilentDisplay()
     with ExitStack() as stack:
-        # A folder that cannot be one is said by resolve, together with all else that is wrong.
+        # `resolve` reports a folder that cannot be made, together with all else that is wrong.
         files = [path for path in (directory, *directory.parents) if os.path.exists(path) and not os.path.isdir(path)]
         blocked = files or address_problem(config.output_dir)
         if not blocked and (remark := stack.enter_context(held(directory))):
@@ -211,14 +211,14 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
         run = _assemble(config, resolved, started, display)
         with closing(run.log):
             if saved is not None:
-                _restore(run, *saved)
+                restore(run, *saved)
             elif config.model.quantize != "none":
                 run.sync_weights()  # the engines have loaded the weights that the learner has rounded
             yield run
 
 
 def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Run:
-    """Wire actors, ledger, pipeline and logs together, and form the weight-transfer group."""
+    """Put actors, pipeline and logs together, and form the weight-transfer group."""
     actors = started.actors
     directory = Path(config.output_dir)
     log = MetricsLog(directory, config.cluster.metrics_port, display.phase, config.steps)
@@ -237,7 +237,7 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
     return Run(config, actors, rollouts, evaluator, log, display, started.head)
 
 
-def _dispatcher(config: RunConfig, started: Started, sampling: SamplingParams) -> Dispatcher:
+def _dispatcher(config: RunConfig, started: Started, sampling: SamplingParams, *, keep: bool = True) -> Dispatcher:
     return Dispatcher(
         pool=started.actors.pool,
         rewards=started.actors.rewards,
@@ -246,6 +246,7 @@ def _dispatcher(config: RunConfig, started: Started, sampling: SamplingParams) -
         group_timeout=config.cluster.group_timeout,
         reward_timeout=config.reward.timeout,
         check_stop=started.check,
+        keep=keep,
     )
 
 
@@ -256,7 +257,7 @@ def open_evaluator(config: RunConfig, resolved: Resolved, started: Started, disp
     held_out = actors.data_report().evaluation
     if held_out is not None and held_out.remark:
         display.phase(f"data.eval: {held_out.remark}")
-    dispatcher = _dispatcher(config, started, evaluation_sampling(config, resolved.adapter))
+    dispatcher = _dispatcher(config, started, evaluation_sampling(config, resolved.adapter), keep=False)
     return Evaluator(prompts, dispatcher, display.phase)
 
 
@@ -274,7 +275,7 @@ def open_engines(config: RunConfig, *, address: str | None, display: Display | N
         yield open_evaluator(config, resolved, started, display)
 
 
-def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
+def restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
     """Continue from a checkpoint: weights to learner and engines, the data cursor, and all that was in flight."""
     run.display.phase(f"resuming from {path}")
     run.version = run._saved = state["version"]
@@ -289,4 +290,4 @@ def _restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
         run.display.phase("changed since the checkpoint: " + "; ".join(changed))
 
 
-__all__ = ["Run", "RunError", "RunResult", "open_run"]
+__all__ = ["Run", "RunResult", "open_run"]

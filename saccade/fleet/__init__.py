@@ -1,1 +1,1 @@
-"""Who serves and where: Ray, placement, actors, and what becomes of them."""
+"""The fleet: Ray, placement, actors, who serves, and what becomes of them."""

@@ -44,7 +44,7 @@ CONCURRENT_GROUPS = 10_000
 
 @dataclass
 class Actors:
-    """Handles of everything that runs; their only owner."""
+    """The only owner of the handles of everything that runs."""
 
     pool: EnginePool[RayEngineHandle] = field(default_factory=EnginePool)
     rewards: list[RayRewards] = field(default_factory=list)

@@ -1,10 +1,10 @@
-"""Who died: of several errors that one death brings about, the one to show.
+"""Finds who died, and so which of the errors that one death brings about to show.
 
     error ends the run ─▶ explain: does Ray's head answer? which actors are dead, which engines?
                               └▶ DeathError("learner rank 1 died (process 4711 at 10.0.0.7, ...)"), or the error itself
 
 A killed process shows first wherever somebody waited for it: as a closed connection of gloo or NCCL in another actor,
-as a lost object, as a missed deadline. So every actor is asked, and who does not live is named.
+as a lost object, as a missed deadline. So every actor is asked, and the error names those that are dead.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from saccade.errors import RunError, RunStopped
 from saccade.fleet.head import HeadLostError, HeadWatch
 
 ASKING_SECONDS = 5.0
-"""In which an actor that is dead is known to be; one that computes does not answer, and is not dead."""
+"""Seconds within which Ray knows that an actor is dead. One that computes does not answer, and is not dead."""
 HIDDEN_SECONDS = 1.0
-"""For which the others are waited for, once one was found dead: a node takes all its actors with it."""
+"""Seconds to wait for the other answers once one was found dead: a node takes all its actors with it."""
 
 Questions = Mapping[str, Callable[[], ray.ObjectRef]]
-"""What lives in the run, by its name for the user, and a call that it answers while it lives."""
+"""By the name of a process for the user: a call that it answers while it lives."""
 
 
 class DeathError(RunError):
@@ -34,7 +34,8 @@ class DeathError(RunError):
     def __init__(self, dead: Mapping[str, str], noticed: str) -> None:
         deaths = "; ".join(f"{who} died{how}" for who, how in dead.items())
         super().__init__(
-            f"{deaths}\nIt was noticed as: {noticed}\n--resume goes on from the newest checkpoint, if there is one."
+            f"{deaths}\nIt was noticed as: {noticed}\n"
+            "Use --resume to continue from the newest checkpoint, if there is one."
         )
         self.dead = tuple(dead)
 
@@ -50,7 +51,7 @@ def explain(error: Exception, questions: Questions, head: HeadWatch) -> Exceptio
 
 
 def find_dead(questions: Questions, limit: float = ASKING_SECONDS) -> dict[str, str]:
-    """Who is dead, and how it died, in words. What has no answer within `limit` seconds is taken to be at work."""
+    """Return who is dead, and how it died, in words. Who does not answer within `limit` seconds counts as at work."""
     asked: dict[ray.ObjectRef, str] = {ask(): who for who, ask in questions.items()}
     dead: dict[str, str] = {}
     deadline = time.monotonic() + limit

@@ -35,7 +35,7 @@ class HeadLostError(RunError):
 
 
 OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
-"""Why this process cannot ask; it says nothing of the head."""
+"""Errors for which this process cannot ask; they say nothing about the head."""
 
 
 class HeadWatch:
@@ -51,8 +51,8 @@ class HeadWatch:
         self._patience = patience or (LOCAL_PATIENCE if local else JOINED_PATIENCE)
         again = "start the same command" if local else "start Ray anew (ray start --head), and then the same command"
         self.text = (
-            f"Ray's head service (gcs_server at {address}) died or cannot be reached, and with it the run's processes "
-            f"on Ray are lost; {again} with --resume: it goes on from the newest checkpoint"
+            f"Ray's head service (gcs_server at {address}) died or cannot be reached, so the run's processes on Ray "
+            f"are lost; {again} with --resume to continue from the newest checkpoint"
         )
         self.lost = False
         self._stop = threading.Event()
@@ -75,7 +75,7 @@ class HeadWatch:
             raise HeadLostError(self.text)
 
     def gone(self) -> bool:
-        """Whether the head is lost, as far as it takes to know: asked when something else has failed."""
+        """Find out whether the head is lost; asked when something else has failed."""
         end = time.monotonic() + self._patience
         while not self.lost and not self.answers():
             if time.monotonic() >= end:
@@ -103,7 +103,7 @@ class HeadWatch:
             silent = time.monotonic() - silent_since
             if not self.lost and silent >= self._patience:
                 self.lost = True
-                self._display.phase(f"Ray's head service at {self._address} is gone: the state is saved, if it can be")
+                self._display.phase(f"Ray's head service at {self._address} is gone; the run saves its state if it can")
             if silent >= self._limit:
                 end_process(self.text)
 

@@ -1,4 +1,4 @@
-"""Where everything runs: one placement group per rollout actor, one for the learner, one for the rewards.
+"""Placement of all actors: one placement group per rollout actor, one for the learner, one for the rewards.
 
 Rollout, learner and reward resources come from the configuration independently of each other. A placement that cannot
 be met within a third of `cluster.timeout` fails, saying what is missing.
@@ -20,7 +20,7 @@ from saccade.config.run_config import RunConfig
 from vlm.errors import UserError
 
 SAY_SECONDS = 5.0
-"""Between two lines on what is awaited."""
+"""Seconds between two lines that say what the run waits for."""
 LOOK_SECONDS = 1.0
 """Longest wait for one demand before the others are looked at."""
 
@@ -104,7 +104,7 @@ def place(
 
 
 def _resources() -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """What the cluster has in all, and what is free."""
+    """Return what the cluster has in total, and what is free."""
     return ray.cluster_resources(), ray.available_resources()
 
 
@@ -144,7 +144,7 @@ def held_by_others(
     total: Mapping[str, float],
     free: Mapping[str, float],
 ) -> float:
-    """What of a resource is neither free nor held by this run's own demands that were met."""
+    """Return how much of a resource is neither free nor held by this run's own demands that were met."""
     own = totals([demand for demand in wanted if demand not in unmet]).get(name, 0.0)
     others = total.get(name, 0.0) - free.get(name, 0.0) - own
     return others if others > 1e-3 else 0.0  # bundles of nothing hold a thousandth of a CPU each
@@ -157,7 +157,7 @@ def remedies(
     free: Mapping[str, float],
     device: Device,
 ) -> list[str]:
-    """What to do: wait for others, ask for less, add nodes."""
+    """Say what to do: wait for others, ask for less, add nodes."""
     needed, lines = totals(wanted), []
     names = list(totals(unmet))
     missing = [name for name in names if needed[name] > total.get(name, 0.0)]
@@ -175,5 +175,7 @@ def remedies(
             "cluster.timeout), or stop one (ray job list)"
         )
     else:
-        lines.append("the cluster has enough in all, but not in one node as each of those wants it: add larger nodes")
+        lines.append(
+            "the cluster has enough in total, but no single node has what one of those asks for: add larger nodes"
+        )
     return lines

@@ -1,4 +1,4 @@
-"""What the driver needs of the actors of a run. `handles.py` implements it over Ray; tests do without.
+"""Protocols: what the driver needs of the actors of a run. `handles.py` implements them over Ray; tests do without.
 
 A call returns at once: a `Future` where the driver reads the answer, a `Reference` where the answer goes on to another
 actor and the driver never sees it. The learner's calls block, with a limit.

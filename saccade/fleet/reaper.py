@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 LOOK_SECONDS = 1.0
 END_SECONDS = 10.0
-"""In which everything has ended that can be ended."""
+"""Seconds in which everything ends that can be ended."""
 
 
 class Process(NamedTuple):
@@ -63,7 +63,7 @@ def finish(reaper: subprocess.Popen[bytes]) -> None:
 
 
 def processes() -> dict[int, Process]:
-    """All that live, zombies left out."""
+    """Return all processes that live, zombies left out."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -77,7 +77,7 @@ def processes() -> dict[int, Process]:
 
 
 def with_descendants(roots: Mapping[int, Process], alive: Mapping[int, Process]) -> dict[int, Process]:
-    """Those of `roots` that are still alive, and everything that descends from them."""
+    """Return those of `roots` that are still alive, and everything that descends from them."""
     found = {pid: alive[pid] for pid, known in roots.items() if pid in alive and alive[pid].started == known.started}
     size = -1
     while size != len(found):

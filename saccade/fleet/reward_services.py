@@ -1,4 +1,4 @@
-"""What rewards may call upon during a run: a reward model in an actor of its own, and the engines as a judge.
+"""The services that rewards may call during a run: a reward model in an actor of its own, and the engines as a judge.
 
 child of a RewardActor ── asks ──▶ RewardActor ── service ──▶ RewardModelActor | RolloutActor
 """

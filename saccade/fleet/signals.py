@@ -24,10 +24,10 @@ def stop_on_signals(display: Display) -> Iterator[Callable[[], None]]:
     def request(number: int, frame: Any) -> None:
         nonlocal requested
         if requested:
-            said.put("stopping at once: only what is saved already remains")
+            said.put("stopping at once: only what was saved before remains")
             raise KeyboardInterrupt
         requested = True
-        said.put("stopping: the state is saved first; once more to stop at once")
+        said.put("stopping: the state is saved first; a second Ctrl-C or SIGTERM stops at once")
 
     def announce() -> None:
         # In a thread of its own: a handler runs in the middle of whatever the main thread does. In the middle of the

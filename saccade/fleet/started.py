@@ -1,4 +1,4 @@
-"""What runs on Ray for a run or an evaluation: brought up, and ended whatever happens.
+"""Brings up what runs on Ray for a run or an evaluation, and ends it whatever happens.
 
 on_ray: connect (Ray, its head watched) ─▶ place ─▶ start_actors ─▶ ... ─▶ why did it end? ─▶ actors, places, Ray end
 """
@@ -22,7 +22,7 @@ from vlm.media.types import MediaKind
 
 @dataclass
 class Started:
-    """What runs on Ray for a run, as far as it has been started."""
+    """Everything that runs on Ray for a run, as far as it has been started."""
 
     head: HeadWatch
     placement: Placement

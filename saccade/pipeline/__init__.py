@@ -1,1 +1,1 @@
-"""Which group is generated, scored and trained, and when."""
+"""The pipeline decides which group is generated, scored and trained, and when."""

@@ -32,7 +32,7 @@ class Strict:
 
     max_staleness: int
     batches: int
-    """Of the whole run: one for each step."""
+    """Number of batches in the run, one for each step."""
 
     @property
     def together(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which prompts are worth a step: those that are neither always nor never answered well.
+"""Difficulty chooses prompts that are worth a step: those that are neither always nor never answered well.
 
 Difficulty       before: passes over prompts whose mean reward so far is out of range, from their second epoch on
 without_signal   after: groups whose scores are all equal, which dynamic sampling replaces (DAPO, arXiv:2503.14476)
@@ -46,7 +46,7 @@ class Difficulty:
 
 
 def without_signal(summaries: Sequence[GroupSummary]) -> list[bool]:
-    """Of each group, whether it gives no policy gradient."""
+    """Say of each group whether it gives no policy gradient."""
     if not summaries:
         return []
     rewards, valid = (np.array([getattr(s, name) for s in summaries]) for name in ("rewards", "valid"))

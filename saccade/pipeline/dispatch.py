@@ -1,4 +1,4 @@
-"""Dispatcher: from a prompt that was issued to a group that is scored or given up. Training and evaluation use it.
+"""Dispatcher: takes an issued prompt to a group that is scored or given up. Training and evaluation both use it.
 
 start   EnginePool.generate ─▶ Rewards.score ─▶ (verdicts, GroupSummary)     chained by reference
 finish  waits for the summaries; what failed and may succeed is attempted again, by another engine if there is one
@@ -31,12 +31,14 @@ class Dispatcher:
     """Seconds that an engine may take for a group."""
     reward_timeout: float
     """Seconds that the rewards may take for a group."""
+    keep: bool = True
+    """Whether groups stay in the object store for an update, or leave it when they are scored."""
     max_attempts: int = 3
     """Attempts at one group before it is given up and entered in the ledger with its reason."""
     check_stop: Callable[[], None] = lambda: None
     """Raises RunStopped when the user asked to stop; called while waiting."""
     groups: GroupBuffer = field(default_factory=GroupBuffer)
-    """Where each group stands."""
+    """The ledger that each transition is entered into."""
 
     @property
     def patience(self) -> float:
@@ -53,7 +55,7 @@ class Dispatcher:
         generated = self.pool.generate(requests, self.sampling, together=together)
         for group, reference in zip(groups, generated, strict=True):
             verdicts, group.pending = self.rewards[group.slot % len(self.rewards)].score(reference)
-            group.stored = StoredGroup(reference, verdicts)
+            group.stored = StoredGroup(reference, verdicts) if self.keep else None
 
     def finish(self, groups: Sequence[Group], what: str) -> None:
         """Wait until each of `groups` is scored or dropped. `what` they are, for the user.

@@ -43,11 +43,11 @@ class Group:
     """Its place in the batch."""
     state: State = State.ISSUED
     stored: StoredGroup | None = None
-    """Where it is, or will be."""
+    """The place where the group is, or will be, in the object store; None where it is not kept."""
     pending: Future[GroupSummary] | None = None
     """Completed when the attempt has ended, scored or failed."""
     summary: GroupSummary | None = None
-    """Of the attempt that has ended."""
+    """Summary of the attempt that has ended."""
 
     @property
     def ref(self) -> PromptRef:
@@ -67,7 +67,7 @@ class GroupBuffer:
         """The first batch that was not admitted yet."""
 
     def issue(self, batch: int, prompts: Sequence[StoredPrompt], slots: Sequence[int] | None = None) -> list[Group]:
-        """These prompts were handed out for `batch`, at the places `slots` of it (0, 1, ...)."""
+        """Enter prompts that were handed out for `batch`, at the places `slots` of it (by default 0, 1, ...)."""
         slots = range(len(prompts)) if slots is None else slots
         groups = [Group(prompt, batch, slot) for prompt, slot in zip(prompts, slots, strict=True)]
         for group in groups:
@@ -78,28 +78,28 @@ class GroupBuffer:
         return groups
 
     def retry(self, group: Group) -> None:
-        """`group` is attempted once more."""
+        """Enter that `group` is attempted once more."""
         self._expect(group.ref, State.ISSUED)
         group.prompt = replace(group.prompt, ref=group.ref.retry())
 
     def score(self, group: Group) -> None:
-        """`group` was generated and scored."""
+        """Enter that `group` was generated and scored."""
         self._expect(group.ref, State.ISSUED).state = State.SCORED
 
     def seal(self, batch: int) -> list[Group]:
-        """What is left of `batch`, all of it scored, goes into an update; in the order of its places."""
+        """Seal `batch`: what is left of it, all scored, goes into an update. Returns it in the order of its places."""
         groups = self.of(batch)
         for group in groups:
             self._expect(group.ref, State.SCORED).state = State.SEALED
         return groups
 
     def train(self, ref: PromptRef) -> None:
-        """This group went into an optimizer step that was taken."""
+        """Enter that this group went into an optimizer step that was taken."""
         self._end(self._expect(ref, State.SEALED), State.TRAINED)
         self.trained += 1
 
     def drop(self, ref: PromptRef, reason: str) -> None:
-        """This group was given up and will not be trained in this epoch."""
+        """Give this group up: it will not be trained in this epoch."""
         self._end(self._expect(ref, State.ISSUED, State.SCORED, State.SEALED), State.DROPPED)
         self.dropped[reason] += 1
 
@@ -112,7 +112,7 @@ class GroupBuffer:
         return [(group.batch, group.ref) for group in self._groups.values()]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-compatible. A resume issues `outstanding` again."""
+        """Return what a checkpoint keeps, JSON-compatible. A resume starts `outstanding` again."""
         return {
             "outstanding": [{"batch": batch, **asdict(ref)} for batch, ref in self.outstanding()],
             "trained": self.trained,

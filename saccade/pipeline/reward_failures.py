@@ -9,12 +9,12 @@ from rollout.types import GroupSummary
 from saccade.errors import RunError
 
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+(?:\.[0-9]+)?")
-"""What differs between failures of one kind: quoted values and numbers."""
+"""Matches what differs between failures of one kind: quoted values and numbers."""
 MOST_KINDS = 5
 
 
 def unscored(summary: GroupSummary) -> str | None:
-    """Why a group without a baseline, hence without a part in any step, has none; None where it has one."""
+    """Return why a group has no baseline, hence no part in any step; None where it has one."""
     if sum(summary.valid) >= 2:
         return None
     return f"fewer than two scores: {next(iter(summary.invalid_reasons), 'no reason was given')[:200]}"

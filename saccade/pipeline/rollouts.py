@@ -98,7 +98,7 @@ class RolloutPipeline:
                 self.groups.train(summary.ref)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of data and groups."""
+        """Return what a checkpoint keeps of data and groups."""
         return {
             "ledger": self.groups.state(),
             "cursor": wait_for(self.data.state(), CALL_TIMEOUT, "the data cursor"),
@@ -106,7 +106,7 @@ class RolloutPipeline:
         }
 
     def load_state(self, state: Mapping[str, Any], version: int, timeout: float) -> None:
-        """Go on where `state` was taken, at `version`: what was outstanding is started again when its batch is due."""
+        """Continue from `state` at `version`: groups that were outstanding start again when their batch is due."""
         wait_for(self.data.load_state(state["cursor"]), CALL_TIMEOUT, "the data cursor to be set")
 
         def read(refs: Sequence[PromptRef]) -> list[StoredPrompt]:
@@ -166,5 +166,5 @@ class RolloutPipeline:
 
 
 def _summaries(groups: Sequence[Group]) -> list[GroupSummary]:
-    """Of groups that are scored."""
+    """Return the summaries of groups that are scored."""
     return [group.summary for group in groups if group.summary is not None]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from learner.durable import seal
+from learner.types import LearnerError, UpdateStats
 from rollout.engines.protocol import SamplingParams
 from rollout.types import (
     Completion,
@@ -18,6 +21,7 @@ from rollout.types import (
     RolloutFailure,
     RolloutGroup,
     Segment,
+    StoredGroup,
     StoredPrompt,
     Together,
     Verdict,
@@ -26,6 +30,8 @@ from saccade.fleet.pool import EnginePool
 from saccade.pipeline.admission import Strict
 from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.rollouts import RolloutPipeline
+from weight_sync.protocols import TransferReport
+from weight_sync.verify import WeightReport
 
 T = TypeVar("T")
 
@@ -70,7 +76,7 @@ class FakeData:
 
 @dataclass
 class FakeEngine:
-    """Fails as its script says; its groups are of `version`."""
+    """Fails as its script says; its groups are of the version that was committed last."""
 
     script: Script = field(default_factory=dict)
     name: str = "rollout-0"
@@ -94,6 +100,16 @@ class FakeEngine:
         segment = Segment(np.zeros(1, np.int32), np.zeros(1, np.float32), np.full(1, self.version, np.int32))
         completions = tuple(Completion((segment,), "x", "stop", seed=k) for k in range(sampling.n))
         return RolloutGroup(prompt, prompt.token_ids, completions, engine=self.name)
+
+    def pause(self) -> Future[None]:
+        return done(None)
+
+    def commit(self, version: int) -> Future[None]:
+        self.version = version
+        return done(None)
+
+    def resume(self) -> Future[None]:
+        return done(None)
 
     def seeds(self, row: int) -> list[int | None]:
         return [seed for asked, _, seed, _ in self.asked if asked == row]
@@ -120,6 +136,36 @@ class FakeRewards:
         if row in self.slow:
             verdicts = (Verdict("timeout", reason="no score in 60 s"),) * count
         return verdicts, done(GroupSummary.of(replace(group, verdicts=verdicts)))
+
+
+@dataclass
+class FakeLearner:
+    """Keeps the groups of each update; fails in the updates that a test names."""
+
+    engines: Sequence[FakeEngine]
+    fails: Collection[int] = ()
+    trained: list[RolloutGroup] = field(default_factory=list)
+
+    def update(self, groups: Sequence[StoredGroup], summaries: Sequence[GroupSummary], version: int) -> UpdateStats:
+        assert [s.ref for s in summaries] == [g.group.prompt.ref for g in groups]
+        if version in self.fails:
+            raise LearnerError("rank 0 failed")
+        self.trained += [replace(g.group, verdicts=g.verdicts) for g in groups]
+        return UpdateStats(
+            loss=0.1, grad_norm=1.0, learning_rate=1e-6, groups_dropped=0, groups_flat=0, staleness_max=0
+        )
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        path = Path(directory)
+        path.mkdir()
+        (path / "weights").write_text("w")
+        seal(path)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        assert (Path(directory) / "weights").exists()
+
+    def send_weights(self) -> TransferReport:
+        return TransferReport({}, {engine.name: WeightReport({}) for engine in self.engines})
 
 
 def make_dispatcher(engines: Sequence[Any], rewards: Sequence[Any], **changes: Any) -> Dispatcher:

@@ -80,7 +80,7 @@ def test_a_shortage_is_told_by_who_holds_what_is_lacking():
     assert remedies(wanted, wanted, {"CPU": 1.0}, {"CPU": 1.0}, "cpu") == [
         "lower the CPUs in cluster.resources, or add nodes"
     ]
-    assert "not in one node" in remedies(wanted, wanted, {"CPU": 9.0}, {"CPU": 9.0}, "cpu")[0]
+    assert "no single node" in remedies(wanted, wanted, {"CPU": 9.0}, {"CPU": 9.0}, "cpu")[0]
 
 
 def test_config_sums_up_what_is_asked_of_ray():

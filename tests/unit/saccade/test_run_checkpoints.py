@@ -368,7 +368,7 @@ def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp
     error = MismatchError("they differ")
     run.actors.questions, run.head = dict, SimpleNamespace(gone=lambda: False)
     assert run.checkpoint_after(error) is error and checkpoints.found(tmp_path / "checkpoints") == []
-    assert said == ["nothing of the last update is kept; the newest checkpoint: none"]
+    assert said == ["the last update is not kept; the newest checkpoint: none"]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run_and_is_never_half_there(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_ctrl_c_while_a_line_is_printed_prints_that_line_once():
             check()
     assert terminal.getvalue().splitlines() == [
         "step 2",
-        "stopping: the state is saved first; once more to stop at once",
+        "stopping: the state is saved first; a second Ctrl-C or SIGTERM stops at once",
     ]
 
 
@@ -50,7 +50,7 @@ def test_the_second_signal_interrupts_and_the_former_handlers_come_back(number):
             check()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert terminal.getvalue().splitlines()[-1] == "stopping at once: only what is saved already remains"
+    assert terminal.getvalue().splitlines()[-1] == "stopping at once: only what was saved before remains"
     assert signal.getsignal(number) is former
     assert not [t for t in threading.enumerate() if t.name == "announces a stop"]
 

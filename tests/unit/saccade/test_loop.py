@@ -1,0 +1,86 @@
+"""The loop of `saccade/loop.py` over a fleet without Ray: what is trained, when, how often, and after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from learner.types import LearnerError
+from rollout.data.actor import DataActorReport
+from rollout.data.source import DataReport
+from saccade import checkpoints
+from saccade.config.run_config import parse_config
+from saccade.loop import step
+from saccade.observe.display import SilentDisplay
+from saccade.run import Run, restore
+from tests.helpers.fake_fleet import FakeLearner, make_pipeline
+
+SLOW = {"reason": "no answer in time", "retryable": True}
+SCRIPT = {1: [SLOW], 4: [{"reason": "too long"}], 7: [SLOW, SLOW]}
+"""Row 1 is generated at its second attempt, rows 4 and 7 never."""
+STEPS = 4
+
+
+def make_run(directory: Path, staleness: int, **learner: Any) -> Run:
+    """Three groups a step, a checkpoint after each."""
+    config = parse_config(
+        {
+            "output_dir": str(directory),
+            "steps": STEPS,
+            "model": {"path": "m"},
+            "data": {"train": ["a.json"]},
+            "rollout": {"max_staleness": staleness},
+            "learner": {"prompts_per_step": 3},
+            "checkpoint": {"every": 1},
+        }
+    )
+    rollouts = make_pipeline(SCRIPT, staleness=staleness, batches=STEPS)
+    pool = rollouts.dispatcher.pool
+    actors = SimpleNamespace(
+        pool=pool,
+        learner=FakeLearner(pool.members, **learner),
+        data_report=lambda: DataActorReport(DataReport(99, 1), None, 0, 0),
+    )
+    log = SimpleNamespace(step=lambda record: None, flush=lambda: None, truncate_after=lambda step: 0)
+    return Run(config, actors, rollouts, None, log, SilentDisplay(), None)  # type: ignore[arg-type]
+
+
+def trained(run: Run) -> list[tuple[int, int]]:
+    """Row, and the version that sampled it."""
+    learner: Any = run.learner
+    return [(group.prompt.ref.row, group.completions[0].oldest_version) for group in learner.trained]
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 9])
+def test_every_prompt_is_trained_once_or_dropped_and_no_token_is_too_old(tmp_path, staleness):
+    run = make_run(tmp_path, staleness)
+    while run.version < STEPS:
+        step(run, run.config)
+    rows = [0, 1, 2, 3, 5, 6, 8, 9, 10, 11]
+    batches = [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+    versions = [max(0, batch - staleness) for batch in batches]
+    versions[1] = 0  # tried again while batch 0 was awaited
+    assert trained(run) == list(zip(rows, versions, strict=True))
+    assert run.rollouts.groups.outstanding() == [] and run.rollouts.groups.trained == 10
+    assert run.rollouts.groups.dropped == {"too long": 1, "no answer in time": 1}
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_resume_trains_what_was_issued_and_not_trained_and_nothing_twice(tmp_path, staleness):
+    run = make_run(tmp_path, staleness, fails={2})
+    for _ in range(2):
+        step(run, run.config)
+    with pytest.raises(LearnerError):
+        step(run, run.config)
+    assert run.version == 2
+    again = make_run(tmp_path, staleness)
+    restore(again, *checkpoints.newest(tmp_path / "checkpoints", print))
+    assert again.version == 2 and again.rollouts.groups.trained == 5
+    while again.version < STEPS:
+        step(again, again.config)
+    assert [row for row, _ in trained(run) + trained(again)] == [0, 1, 2, 3, 5, 6, 8, 9, 10, 11]
+    assert again.rollouts.groups.trained == 10 and again.rollouts.groups.outstanding() == []
+    assert sum(again.rollouts.groups.dropped.values()) == 2
