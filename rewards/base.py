@@ -1,4 +1,4 @@
-"""A reward is a function of a whole group: K completions in, K verdicts out.
+"""A reward scores a whole group: K completions in, K verdicts out.
 
 RolloutGroup ──▶ ScoringRequest ──▶ RewardFunction ──▶ Verdicts      (rewards/actor.py adds limits and isolation)
 
@@ -26,40 +26,41 @@ from rollout.types import Completion, FinishReason, Prompt, RolloutGroup, Segmen
 from vlm.media.types import Media
 
 Service = Callable[..., Any]
-"""Something that runs elsewhere on behalf of a reward. What the driver offers takes `timeout` (seconds) besides its
-arguments; a reward calls it without, since its own time limit applies."""
+"""A function that runs elsewhere on behalf of a reward. The driver's services also take `timeout` (seconds); a reward
+calls them without it, since the reward's own time limit applies."""
 
 
 class TransientError(Exception):
-    """Raised by a reward for what may go well at the next attempt (a server that is busy): the call is repeated, a few
-    times and within its time limit. Every other exception is final."""
+    """A reward raises this for a failure that may pass, such as a busy server. The call is repeated a few times within
+    its time limit. Every other exception is final."""
 
 
 class ServiceError(RuntimeError):
-    """A service could not do what a reward asked of it; says why."""
+    """A service could not do what a reward asked for; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoringRequest:
-    """What a reward may look at: one prompt and its K completions."""
+    """The input of a reward: one prompt and its K completions."""
 
     prompt: str
-    """As the model is given it: rendered by its chat template, with that template's own tokens."""
+    """The prompt as the model gets it: rendered by its chat template, with that template's own tokens."""
     completions: tuple[str, ...]
-    """Decoded text of each completion. Control tokens are left out; tags stay, be they special tokens or not."""
+    """Decoded text of each completion. Control tokens are removed; tags stay, whether or not they are special
+    tokens."""
     answer: str | None = None
     numeric_answer: bool = field(default=False, kw_only=True)
-    """The row's answer is a number, and no text that says one."""
+    """Whether the row's answer has the type number (and is not a text that states one)."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the data row."""
     media: tuple[Media, ...] = ()
-    """With kind and size; with its bytes only for rewards with `needs_media`."""
+    """The prompt's media with kind and size. The bytes are there only for rewards with `needs_media`."""
     raw: tuple[Completion, ...] = ()
-    """Token ids, finish reasons and the like, for rewards with `needs_media`."""
+    """Token ids, finish reasons and so on, for rewards with `needs_media`."""
     lengths: tuple[int, ...] = ()
-    """Tokens of each completion; empty where nobody counted them (completions from a file)."""
+    """Number of tokens of each completion; empty for completions from a file."""
     user_text: str = ""
-    """The user's words as the data row has them, of which choices and the like are read."""
+    """The user's words as the data row has them. Choices, for example, are read from them."""
 
     @classmethod
     def of(cls, group: RolloutGroup) -> ScoringRequest:
@@ -70,7 +71,7 @@ class ScoringRequest:
 
     @classmethod
     def of_row(cls, prompt: Prompt) -> ScoringRequest:
-        """What a reward may look at before there are completions."""
+        """Make a request from a data row, before there are completions."""
         return cls(
             prompt.text,
             (),
@@ -82,30 +83,30 @@ class ScoringRequest:
         )
 
     def alone(self, k: int) -> ScoringRequest:
-        """The request for completion `k` without its siblings."""
+        """Return the request for completion `k` without its siblings."""
         one = slice(k, k + 1)
         return replace(self, completions=self.completions[one], raw=self.raw[one], lengths=self.lengths[one])
 
 
 def as_completion(text: str, finish_reason: FinishReason = "stop") -> Completion:
-    """A text that no engine sampled as a completion, for rewards that look at `raw`: its tokens are the bytes of its
-    UTF-8 form, since there is no tokenizer to ask."""
+    """Make a completion from a text that no engine sampled, for rewards that read `raw`. Without a tokenizer, its
+    tokens are the bytes of its UTF-8 form."""
     ids = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
     return Completion((Segment(ids, None, np.zeros(len(ids), np.int32), trainable=False),), text, finish_reason, seed=0)
 
 
 class RewardFunction(Protocol):
-    """Returns exactly one verdict per completion, in order. It may raise: that becomes K `error` verdicts."""
+    """Return exactly one verdict per completion, in order. If it raises, all K verdicts become `error`."""
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]: ...
 
 
 def unscorable(request: ScoringRequest, reason: str) -> list[Verdict]:
-    """K verdicts of a row that cannot be judged, whatever the completions say."""
+    """Return K verdicts for a row that cannot be judged, whatever the completions say."""
     return [Verdict("unscorable", reason=reason)] * len(request.completions)
 
 
 def gold_of(request: ScoringRequest, column: str | None) -> Any:
-    """What the row says is right: its answer, or another column of it. None where there is nothing."""
+    """Return the gold of a row: its answer, or another column. None if there is none."""
     gold = request.answer if column is None else request.columns.get(column)
     return None if isinstance(gold, str) and not gold.strip() else gold

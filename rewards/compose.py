@@ -1,4 +1,4 @@
-"""Several rewards as one, in which a failure stays a failure.
+"""Combine several rewards into one. A failure stays a failure.
 
     score = min( (sum of weight * score) * (product of the gates), the caps )
 
@@ -25,25 +25,25 @@ T = TypeVar("T")
 Combine = Literal["sum", "product", "minimum"]
 
 MAX_REASON = 500
-"""Characters of a reason that are kept."""
+"""The most characters of a reason that are kept."""
 PAUSES = (0.5, 2.0)
-"""Seconds before the second and the third attempt at a call that raised TransientError."""
+"""Seconds to wait before the second and the third attempt, after TransientError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One reward and its part in the whole."""
+    """One reward and how it is combined with the others."""
 
     name: str
     weight: float
-    """Its factor in the sum. 0: it is only recorded, however it is combined."""
+    """Its factor in the sum. 0: the reward is only recorded, however it is combined."""
     function: RewardFunction
     combine: Combine = "sum"
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a composite says about a group."""
+    """The verdicts of a composite on a group, with the time of each reward."""
 
     verdicts: tuple[Verdict, ...]
     seconds: Mapping[str, float]
@@ -52,25 +52,25 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Composite:
-    """All `terms` in one. It never raises: what a term does wrong becomes `error` verdicts."""
+    """Combines all `terms` into one reward. It never raises: errors of a term become `error` verdicts."""
 
     terms: tuple[Term, ...]
 
     @property
     def needs_media(self) -> bool:
-        """Whether a term looks at the bytes of images or at raw completions; else shipping them would be a waste."""
+        """Return whether any term reads the bytes of images or raw completions. If not, they are not sent."""
         return any(getattr(term.function, "needs_media", False) for term in self.terms)
 
     @property
     def separable(self) -> bool:
-        """Whether every term judges a completion without regard to its siblings."""
+        """Return whether every term judges a completion independently of its siblings."""
         return all(getattr(term.function, "separable", False) for term in self.terms)
 
     def __call__(self, request: ScoringRequest) -> list[Verdict]:
         return list(self.score(request).verdicts)
 
     def score(self, request: ScoringRequest) -> Scores:
-        """K verdicts, and how long each term took for them."""
+        """Return K verdicts, and how long each term took."""
         columns, seconds = [], {}
         for term in self.terms:
             begin = time.perf_counter()
@@ -79,32 +79,32 @@ class Composite:
         return Scores(tuple(_combine(self.terms, verdicts) for verdicts in zip(*columns, strict=True)), seconds)
 
     def warm_up(self) -> None:
-        """Lets every term load what it needs before the first group arrives."""
+        """Let every term load what it needs before the first group arrives."""
         for term in self.terms:
             if warm_up := getattr(term.function, "warm_up", None):
                 warm_up()
 
     def connect(self, services: Mapping[str, Service]) -> None:
-        """Hands the driver's services to the terms that want them."""
+        """Pass the driver's services to the terms that want them."""
         for term in self.terms:
             if connect := getattr(term.function, "connect", None):
                 connect(services)
 
 
 def compose(terms: Sequence[Term]) -> Composite:
-    """All `terms` in one; their names, which label the parts, must differ."""
+    """Combine all `terms` into one reward. Their names label the parts and must differ."""
     names = [term.name for term in terms]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"rewards are combined from at least one, under different names; got {names}")
+        raise ValueError(f"expected at least one reward, with different names; got {names}")
     return Composite(tuple(terms))
 
 
 def _run(term: Term, request: ScoringRequest) -> list[Verdict]:
-    """K verdicts of one term, whatever it does."""
+    """Return K verdicts of one term, whatever it does."""
     count = len(request.completions)
     try:
         verdicts = list(patiently(lambda: term.function(request)))
-    except (Exception, SystemExit) as error:  # a reward is foreign code; sys.exit() in it must not end the worker
+    except (Exception, SystemExit) as error:  # a reward is the user's code; sys.exit() in it must not end the worker
         return [Verdict("error", reason=describe(error))] * count
     if len(verdicts) != count:
         return [Verdict("error", reason=f"returned {len(verdicts)} values for {count} completions")] * count
@@ -115,7 +115,7 @@ def _run(term: Term, request: ScoringRequest) -> list[Verdict]:
 
 
 def patiently(attempt: Callable[[], T]) -> T:
-    """What `attempt` returns; repeated after a TransientError, the last of which is raised."""
+    """Call `attempt` and return its result. Repeat it after TransientError, and raise the last one."""
     for pause in PAUSES:
         try:
             return attempt()
@@ -125,7 +125,7 @@ def patiently(attempt: Callable[[], T]) -> T:
 
 
 def _combine(terms: Sequence[Term], verdicts: Sequence[Verdict]) -> Verdict:
-    """One completion's verdicts as one. A term of weight 0 is recorded where it is scored and decides nothing."""
+    """Combine the verdicts of one completion. The score of a term of weight 0 is recorded and decides nothing."""
     total, gate, caps = 0.0, 1.0, []
     parts: dict[str, float] = {}
     for term, verdict in zip(terms, verdicts, strict=True):
@@ -146,19 +146,19 @@ def _combine(terms: Sequence[Term], verdicts: Sequence[Verdict]) -> Verdict:
     total = 1.0 if active and "sum" not in active else total
     score = min(caps) if active == {"minimum"} else min([total * gate, *caps])
     if not is_finite(score):
-        reason = f"{parts} combined are {score}, which is no finite number in float32"
+        reason = f"{parts} combine to {score}, which is not a finite float32 number"
         return Verdict("error", reason=reason[:MAX_REASON])
     return Verdict.scored(score, parts, _joined(terms, verdicts, "reason"), _joined(terms, verdicts, "note"))
 
 
 def _joined(terms: Sequence[Term], verdicts: Sequence[Verdict], what: Literal["reason", "note"]) -> str:
-    """Reasons or notes of the scored parts, each under its reward's name."""
+    """Join the reasons or notes of the scored parts, each with its reward's name."""
     pairs = ((term.name, getattr(v, what)) for term, v in zip(terms, verdicts, strict=True) if v.valid)
     return "; ".join(f"{name}: {text}" for name, text in pairs if text)[:MAX_REASON]
 
 
 def describe(error: BaseException) -> str:
-    """`ValueError: text (file.py:12 in function)`: what went wrong and where, on one line."""
+    """Describe an error and its place on one line: `ValueError: text (file.py:12 in function)`."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     return f"{type(error).__name__}: {error}"[:MAX_REASON] + where

@@ -26,7 +26,7 @@ class RewardModelActor:
         return "reward-model"
 
     def start(self) -> None:
-        """Returns when the model is loaded. Raises RewardSetupError."""
+        """Return when the model is loaded. Raises RewardSetupError."""
         self._model = RewardModel(self._options)
 
     def score(self, prompt: str, completions: Sequence[str]) -> list[float | None]:
@@ -42,7 +42,7 @@ class RewardModelService:
     """Ray's handle of a RewardModelActor."""
 
     def __call__(self, prompt: str, completions: Sequence[str], timeout: float) -> list[float | None]:
-        """Raises TransientError when the actor is not there for a moment."""
+        """Score completions. Raises TransientError if the actor is unavailable for a moment."""
         try:
             return list(ray.get(self.actor.score.remote(prompt, tuple(completions)), timeout=timeout))
         except ray.exceptions.ActorUnavailableError as error:

@@ -1,4 +1,4 @@
-"""Names of rewards, and the one place where configured rewards become a function.
+"""The names of the rewards, and the only place where configured rewards become a function.
 
 problems = check_rewards(config.reward.functions)      in the driver, before anything starts
 score = build_rewards(config.reward.functions)         in the worker: ScoringRequest -> K Verdicts
@@ -51,13 +51,13 @@ REWARDS: dict[str, Callable[..., RewardFunction]] = {
     "judge": JudgeReward,
     "reward_model": RewardModelReward,
 }
-"""Shipped rewards: name -> factory, which takes the options as keyword arguments."""
+"""Name -> factory of a shipped reward. The factory takes the options as keyword arguments."""
 COMPARING = frozenset({"accuracy", "multiple_choice", "exact_match", "contains", "edit_distance", "counting"})
-"""Those that can score nothing without the row's answer."""
+"""Rewards that need the row's answer."""
 COLUMN_OPTIONS = ("column", "choices", "question")
 """Options of shipped rewards that name a data column."""
 UNBOUNDED = frozenset({"reward_model"})
-"""Those whose best score is not 1.0."""
+"""Rewards whose best score is not 1.0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ class RewardSpec:
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
-    """A shipped reward by its name, or a user's by `package.module:function` or `path/file.py:function`.
+    """Load a shipped reward by its name, or a user's by `package.module:function` or `path/file.py:function`.
 
-    Raises RewardSetupError, saying what is wrong with it and what to do."""
+    Raises RewardSetupError, which says what is wrong and what to do."""
     options = options or {}
     if ":" in name:
         return load_user_reward(name, options)
@@ -90,11 +90,11 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFu
         return factory(**options)
     except (TypeError, ValueError) as error:
         known = ", ".join(inspect.signature(factory).parameters) or "none"
-        raise RewardSetupError(f"options of reward {name!r}: {error}; it has: {known}") from error
+        raise RewardSetupError(f"options of reward {name!r}: {error}; its options: {known}") from error
 
 
 def check_rewards(specs: Sequence[RewardSpec]) -> list[str]:
-    """All that is wrong with the configured rewards, one line each; imports users' modules."""
+    """Return all problems of the configured rewards, one line each. This imports users' modules."""
     problems = []
     names = [short(spec.name) for spec in specs]
     problems += [f"reward {n!r} is listed {names.count(n)} times" for n in dict.fromkeys(names) if names.count(n) > 1]
@@ -103,22 +103,22 @@ def check_rewards(specs: Sequence[RewardSpec]) -> list[str]:
             problems.append(f"weight of reward {spec.name!r} is {spec.weight}; it must be a finite number")
         elif spec.combine != "sum" and spec.weight not in (0, 1):
             problems.append(
-                f"weight of reward {spec.name!r} is {spec.weight}, but only sums have weights; with "
-                f"combine: {spec.combine} leave it at 1 (or 0, to record it only)"
+                f"weight of reward {spec.name!r} is {spec.weight}, but only rewards with combine: sum have "
+                f"weights; with combine: {spec.combine} use 1 (or 0, to record it only)"
             )
         try:
             load_reward(spec.name, spec.options)
         except RewardSetupError as error:
             problems.append(str(error))
     if not any(spec.weight for spec in specs):
-        problems.append("no reward has a weight other than 0: nothing would be learned")
+        problems.append("every reward has weight 0, so nothing would be learned; give one a weight")
     return problems
 
 
 def columns_read(specs: Sequence[RewardSpec]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Data columns that the rewards must be given, beside the answer, and those that they take where there are any.
+    """Return the data columns that the rewards need besides the answer, and those that they take if there are any.
 
-    What cannot be loaded reads nothing here; `check_rewards` tells why."""
+    A reward that cannot be loaded reads nothing here; `check_rewards` says why."""
     needed: list[str] = []
     optional: list[str] = []
     for spec in specs:
@@ -131,16 +131,16 @@ def columns_read(specs: Sequence[RewardSpec]) -> tuple[tuple[str, ...], tuple[st
 
 
 def answers_are_programs(specs: Sequence[RewardSpec]) -> bool:
-    """Whether a reward reads the row's answer as tests of programs, in which nothing marks an answer. Rewards of text
-    answers beside it read what is marked by themselves (`gold_forms`)."""
+    """Return whether a reward reads the row's answer as tests of programs, in which nothing marks an answer. Other
+    rewards then find the marked answer themselves (`gold_forms`)."""
     return any(spec.name == "code_tests" and spec.options.get("column", "tests") is None for spec in specs)
 
 
 def build_rewards(specs: Sequence[RewardSpec]) -> Composite:
-    """The configured rewards as one.
+    """Combine the configured rewards into one.
 
     Raises:
-        RewardSetupError: with all problems.
+        RewardSetupError: lists all problems.
     """
     if problems := check_rewards(specs):
         raise RewardSetupError("; ".join(problems))

@@ -1,1 +1,1 @@
-"""What an answer says: a grammar, read once for every reward that compares."""
+"""Read answers by one grammar, which all rewards that compare share."""

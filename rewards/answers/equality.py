@@ -26,13 +26,13 @@ _UNKNOWN = re.compile(r"[A-Za-z](?:_[A-Za-z0-9])?(?:\([a-z]\))?|\\(?:theta|alpha
 _SUM_OF_NAMES = re.compile(
     r"[A-Za-z](?:_[A-Za-z0-9])?(?:\s*[+-]\s*[A-Za-z](?:_[A-Za-z0-9])?)+|\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?![a-z])[^=<>]+"
 )
-"""What an answer may say that it has worked out: `m + n = 204`, `\\sin 60° = ..`."""
+"""Matches the left side of a worked-out result: `m + n = 204`, `\\sin 60° = ..`."""
 MAX_ITEMS = 32
-"""Longest list whose order does not count: every pair of items may have to be compared."""
+"""Longest list whose order does not count, since every pair of items may have to be compared."""
 
 
 def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
-    """Whether `answer` is the gold answer. `tolerance` is for what is one number and nothing else."""
+    """Return whether `answer` equals the gold answer. `tolerance` applies to single numbers only."""
     if isinstance(answer, Named) and not isinstance(gold, Named | Relation):
         answer = answer.values[0] if len(answer.values) == 1 else Several(answer.values)
     match gold, answer:
@@ -74,7 +74,7 @@ def same(gold: Kind, answer: Kind, tolerance: float = 0.0) -> bool:
 
 
 def _times(gold: Time, answer: Time) -> bool:
-    """The same by the clock that both are read from: 8:15 pm is 20:15 and 8:15, and not 8:15 am."""
+    """Return whether two times are equal on the clock that both use: 8:15 pm is 20:15 and 8:15, but not 8:15 am."""
     if gold.seconds != answer.seconds or (gold.half and answer.half and gold.half != answer.half):
         return False
     return gold.minutes == answer.minutes or _of_the_day(gold) == _of_the_day(answer)
@@ -116,7 +116,7 @@ def _written(side: Number | Expression) -> str:
     if not side.decimal:
         return f"{value.numerator}" if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
     exact = f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
-    return f"{exact} + 0.0"  # the point says that it stands for more digits
+    return f"{exact} + 0.0"  # with a point, it may stand for a value with more digits
 
 
 def _ratios(gold: Ratio, answer: Kind) -> bool:
@@ -162,7 +162,7 @@ def _written_side(value: Kind) -> str | None:
 
 
 def _relation_to_named(gold: Relation, answer: Named) -> bool:
-    """A relation, and `y = 2x + 1` or `x \\in [0, 1)`."""
+    """Compare a relation with named values such as `y = 2x + 1` or `x \\in [0, 1)`."""
     if isinstance(answer.values[0], Several):
         return same(gold, answer.values[0])
     value = _written_side(answer.values[0])
@@ -182,7 +182,8 @@ def _lists(gold: Several, answer: Several) -> bool:
 
 
 def _same_items(gold: tuple[Kind, ...], answer: tuple[Kind, ...]) -> bool:
-    """Whether every item has a partner on the other side. What is equal is so for all, so that greed finds them."""
+    """Return whether every item has a partner on the other side. Equality is transitive, so a greedy search finds the
+    partners."""
     if len(gold) != len(answer) or len(gold) > MAX_ITEMS:
         return False
     rest = list(answer)
@@ -210,7 +211,7 @@ def _relations(gold: Relation, answer: Relation) -> bool:
 
 
 def interval_of(relation: Relation) -> Several | None:
-    """The interval in which the one unknown of an inequality lies: `0 \\le x < 1` is `[0, 1)`."""
+    """Return the interval of the single unknown of an inequality: `0 \\le x < 1` is `[0, 1)`."""
     sides, operators = relation.sides, relation.operators
     places = [i for i, side in enumerate(sides) if _UNKNOWN.fullmatch(side)]
     if len(places) != 1 or not set(operators) <= {"<", "\\le"} or len(sides) > 3:

@@ -1,10 +1,10 @@
-"""Hedging: whether what surrounds an answer takes it back, or leaves it open. Pure functions on a few words of prose.
+"""Hedging: whether the words around an answer deny it or leave it open. Pure functions on a few words of prose.
 
     denied     I don't think the answer is 3; it is wrong to say that the answer is 3; the answer is 3 is wrong; 3? No
     hedged     it is not 3; I doubt that it is 3; more than 3; at least 3; 3 or more
 
-Failure modes: these are words, not understanding: `it is not hard to see that` before an answer is no denial, because
-more than three words stand between, and a denial in another sentence is not seen.
+Failure modes: the rules match words and do not understand them. `it is not hard to see that` before an answer is not a
+denial, because more than three words are between them. A denial in another sentence is not seen.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _HEDGED_BEHIND = re.compile(r"(?i)(?:or|and) (?:more|less|fewer|greater|higher|l
 
 
 def is_denied(before: str, sentence: str) -> bool:
-    """Whether `the answer is` is denied: by its own clause, which ends `before`, or by the sentence that follows."""
+    """Return whether `the answer is` is denied by its own clause, which ends `before`, or by the sentence that
+    follows."""
     return bool(_DENIED_BEFORE.search(_CLAUSE.split(before)[-1]) or _DENIED_BEHIND.match(sentence))
 
 
 def is_hedged(before: str, behind: str) -> bool:
-    """Whether an expression is denied, or only a bound, by the words `before` and `behind` it."""
+    """Return whether the words `before` and `behind` an expression deny it, or make it only a bound."""
     return bool(_HEDGED_BEFORE.search(before) or _HEDGED_BEHIND.match(behind))

@@ -1,4 +1,4 @@
-"""Kinds: what an answer can be. Each text is one of these (rewards/answers/reading.py tells which).
+"""Kinds: the types of answers. Each text is one of them (rewards/answers/reading.py decides which).
 
 Number      3, 1/2, 1,000, 6.63 \\times 10^{-34}, 50%, 145°, $5        (rewards/answers/numbers.py)
 Expression  \\sqrt{2}, x^2+1, \\begin{pmatrix}..\\end{pmatrix}           (rewards/answers/mathematics.py)
@@ -33,7 +33,8 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Several:
-    """Values in a row. `brackets` are those around it, `u` stands for a union; without any, the order is free."""
+    """Several values. `brackets` are the brackets around them, and `u` stands for a union. Without brackets, the order
+    does not count."""
 
     items: tuple[Kind, ...]
     brackets: str = ""
@@ -47,7 +48,7 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """`sides[0] operators[0] sides[1] ...`; what is greater stands on the right."""
+    """The relation `sides[0] operators[0] sides[1] ...`. The greater side is on the right."""
 
     sides: tuple[str, ...]
     operators: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Marks: how completions and gold texts say which part of them is the answer. Plain searches, in linear time.
+"""Marks: find the part of a completion or gold text that is marked as the answer. Plain searches, in linear time.
 
 \\boxed{3}                boxes side by side are one list: `\\boxed{1}, \\boxed{2}`
 <answer>3</answer>
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_BOXES = 32
-"""Boxes side by side that make one list."""
+"""The most boxes side by side that make one list."""
 LINE = 400
-"""Longest text that is read behind a mark without an end."""
+"""The most characters that are read after a mark without an end."""
 
 _BRACES = re.compile(r"\\{1,2}(?:boxed|fbox) ?\{|\\.|[{}]", re.DOTALL)
 _BETWEEN = re.compile(
@@ -28,9 +28,9 @@ class Found:
     text: str
     rule: Literal["box", "answer", "phrase", "hash"]
     parts: tuple[str, ...] = ()
-    """Of boxes side by side: what stands in each."""
+    """The contents of each box, if several are side by side."""
     sign: str = ""
-    """A percent or degree sign that stands behind the box: `\\boxed{28}\\%`. It may be part of the answer."""
+    """A percent or degree sign after the box, as in `\\boxed{28}\\%`. It may be part of the answer."""
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -38,7 +38,8 @@ class Found:
 
 
 def boxed(text: str) -> Found | None:
-    """What stands in the last box whose braces are balanced, or in the boxes at its side, with commas between."""
+    """Return the content of the last box with balanced braces; that of several boxes side by side is joined by
+    commas."""
     found = boxes(text)
     if not found:
         return None
@@ -56,7 +57,7 @@ def boxed(text: str) -> Found | None:
 
 
 def boxes(text: str) -> list[tuple[int, int, int]]:
-    """(start, start of the content, end of it) of the boxes that are in no other box, in order."""
+    """Yield (start, start of the content, end of the content) of the outermost boxes, in order."""
     if "\\boxed" not in text and "\\fbox" not in text:
         return []
     opened: list[tuple[int, int] | None] = []
@@ -77,14 +78,14 @@ def boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def tagged(text: str) -> Found | None:
-    """What stands in the last `<answer>..</answer>`."""
+    """Return the content of the last `<answer>..</answer>`."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     return Found(text[start + len("<answer>") : end].strip(), "answer") if 0 <= start < end else None
 
 
 def hashed(text: str) -> Found | None:
-    """What follows the last `####`."""
+    """Return the text after the last `####`."""
     start = text.rfind("####")
     line = text[start + 4 : start + 4 + LINE].strip().partition("\n")[0].strip() if start >= 0 else ""
     return Found(line, "hash") if line else None

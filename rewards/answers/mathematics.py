@@ -1,12 +1,12 @@
-"""Whether two expressions are equal: read by math-verify's parser, compared by their values, at a bounded cost.
+"""Compare two expressions: math-verify's parser reads them, and their values are compared at a bounded cost.
 
 Only text that is one expression from end to end is parsed: no prose, date, time or unit. The parser takes exponential
-time on small input (forty brackets), and sympy on some (`9^{9^{9^9}}`); its own time limit is a signal handler that C
-code ignores. What is clearly expensive is refused here, the rest is up to a worker that can be killed
+time on small inputs (forty brackets), and so does sympy on some (`9^{9^{9^9}}`); its own time limit is a signal
+handler, which C code ignores. Clearly expensive input is refused here. The rest runs in a worker that can be killed
 (rewards/process/worker.py).
 
-Numbers are evaluated to 30 digits. Expressions with symbols are evaluated at fixed points on both sides of 0 and are
-equal where both have values and these agree: what differs at all differs at almost every point.
+Numbers are evaluated to 30 digits. Expressions with symbols are evaluated at fixed points on both sides of 0. They are
+equal if they agree at all points where both have values, since two different expressions differ at almost every point.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 from rewards.answers.numbers import values_equal
 
 MAX_CHARACTERS = 256
-"""Longest text that is read as one expression."""
+"""The most characters of one expression."""
 MAX_NESTING = 8
-"""Deepest brackets that are read."""
+"""The deepest nesting of brackets that is read."""
 MAX_NODES = 100
-"""Largest expression tree that is compared."""
+"""The largest expression tree that is compared."""
 MAX_DIGITS = 5000
-"""Longest integer that evaluating an expression may produce, about."""
+"""The approximate limit of the digits of an integer that an expression may produce."""
 DIGITS = 30
 """Decimal digits to which expressions are evaluated."""
 
@@ -34,7 +34,7 @@ _COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}(?:\{[lcr|]+\})?|\\(?:mathbb|opera
 _NAME = re.compile(r"\\(?:\\|([a-zA-Z]+))")
 _PROSE = re.compile(r"[^\W\d_]{3}|(?<![^\W\d_])(?:or|and|to|is|of|in|at)(?![^\W\d_])")
 _CODE = re.compile(r"[A-DF-Za-df-z][0-9]")
-"""A letter with a digit behind it, other than in 1e5: H2O, A1, MP3. A product has its number in front."""
+"""Matches a letter followed by a digit (H2O, A1, MP3), but not 1e5. In a product, the number comes first."""
 _KNOWN = set(
     re.findall(
         r"\w+",
@@ -48,9 +48,9 @@ _KNOWN = set(
     """,
     )
 )
-"""Commands that mean something to the parser. What it does not know it passes over: `\\phantom{3}` would be 3."""
+"""Commands that the parser knows. It skips all others, so that `\\phantom{3}` would be 3."""
 _UNREADABLE = re.compile(r"[:;?@#\"'!]{2}|[:;?@#\"'&~]|\.\.|[0-9)]_|(?<![_^0-9.])[0-9.]+\s+\.?[0-9]|%\s*[^\s*/+)}-]")
-"""Primes and number bases, which the parser drops; two numbers side by side, which it adds."""
+"""Matches primes and number bases, which the parser drops, and two adjacent numbers, which it adds."""
 _MATHEMATICAL = re.compile(r"[0-9+*/^=<>\\|-]")
 _TABLE = re.compile(r"\\begin\{")
 _SCIENTIFIC = re.compile(r"(?<=[0-9])[eE]([+-]?[0-9]{1,3})(?![0-9a-zA-Z])")
@@ -58,7 +58,7 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])")
 
 
 def is_expression(text: str) -> bool:
-    """Whether plain `text` may be read as one expression: nothing but mathematics in it, and of a bearable size."""
+    """Return whether plain `text` can be read as one expression: it is pure mathematics of a limited size."""
     if not text or len(text) > MAX_CHARACTERS or not balanced(text):
         return False
     if _UNREADABLE.search(text.replace("&", ",") if _TABLE.search(text) else text):
@@ -70,7 +70,7 @@ def is_expression(text: str) -> bool:
 
 
 def balanced(text: str) -> bool:
-    """Whether the brackets of `text` are at most MAX_NESTING deep and none is closed that was not opened."""
+    """Return whether the brackets of `text` are balanced and at most MAX_NESTING deep."""
     depth = deepest = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")
@@ -82,12 +82,13 @@ def balanced(text: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_mathematics(text: str) -> bool:
-    """Whether plain `text` is an expression rather than a word or a letter ("red", "B"), and can be compared."""
+    """Return whether plain `text` is an expression that can be compared, rather than a word or a letter ("red",
+    "B")."""
     return bool(_MATHEMATICAL.search(text)) and parsed(text) is not None
 
 
 def expressions_equal(gold: str, answer: str) -> bool:
-    """Whether two expressions in plain notation are equal. Unreadable: False."""
+    """Return whether two expressions in plain notation are equal. False if one is unreadable."""
     left, right = parsed(gold), parsed(answer)
     if left is None or right is None:
         return False
@@ -96,8 +97,8 @@ def expressions_equal(gold: str, answer: str) -> bool:
 
 
 def proportional(gold: tuple[str, str], answer: tuple[str, str]) -> float | None:
-    """The factor c for which (left - right) of `gold` is c times that of `answer`; None where there is no such number.
-    Two equations are the same if there is one, two inequalities if it is positive."""
+    """Return the factor c for which (left - right) of `gold` is c times that of `answer`, or None. Two equations are
+    the same if c exists, and two inequalities if it is positive."""
     sides = [parsed(text) for text in (*gold, *answer)]
     if any(side is None or _is_table(side) for side in sides):
         return None
@@ -111,7 +112,7 @@ def proportional(gold: tuple[str, str], answer: tuple[str, str]) -> float | None
 
 
 def value_of(text: str) -> Fraction | None:
-    """The real number that an expression without symbols stands for."""
+    """Return the real value of an expression without symbols."""
     expression = parsed(text)
     if expression is None or _is_table(expression) or expression.free_symbols:
         return None
@@ -151,7 +152,7 @@ def _close(a: Any, b: Any, decimal: bool) -> bool:
 
 
 def _samples(left: Any, right: Any) -> list[tuple[Any, Any]]:
-    """Values of both expressions at the same points: those at which both have one."""
+    """Return the values of both expressions at the points where both have one."""
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     found = []
     for k in range(8 if symbols else 1):
@@ -165,7 +166,7 @@ def _samples(left: Any, right: Any) -> list[tuple[Any, Any]]:
 
 
 def _coordinate(k: int, i: int) -> Any:
-    """Coordinate i of point k: up to 40, negative in every other point, and no value of anything known."""
+    """Return coordinate i of point k. It is at most 40, negative in every other point, and not a well-known value."""
     from sympy import Float
 
     share = math.modf((k + 1) * 0.618033988749895 + (i + 1) * 0.7548776662466927)[0]
@@ -174,7 +175,7 @@ def _coordinate(k: int, i: int) -> Any:
 
 
 def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
-    """The value as a complex mpmath number; None where there is none."""
+    """Return the value as a complex mpmath number; None if there is none."""
     from mpmath import isfinite, mpmathify, workdps
 
     try:
@@ -188,7 +189,8 @@ def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
 
 @lru_cache(maxsize=4096)
 def parsed(text: str) -> Any:
-    """The sympy object of one expression in plain notation; None where it is none, or too expensive to compare."""
+    """Return the sympy object of one expression in plain notation; None if it is not an expression, or too expensive to
+    compare."""
     if not is_expression(text):
         return None
     written = _SCIENTIFIC.sub(r" \\times 10^{\1}", _THOUSANDS.sub(lambda m: m[1].replace(",", ""), text))
@@ -199,13 +201,13 @@ def parsed(text: str) -> Any:
         if not _affordable(expression):
             return None
         return _with_real_symbols(expression.doit())
-    except Exception:  # the parser has many kinds of exception for what is no expression
+    except Exception:  # the parser raises many kinds of exception for text that is not an expression
         return None
 
 
 @cache
 def _parser() -> Any:
-    """math-verify's parser, imported when first needed: it brings sympy and ANTLR along (1 s)."""
+    """Return math-verify's parser. It is imported when first needed, since it also imports sympy and ANTLR (1 s)."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
@@ -219,7 +221,7 @@ def _parser() -> Any:
 
 
 def _with_real_symbols(expression: Any) -> Any:
-    """`i` as the imaginary unit, `f(2)` and the like as symbols, so that expressions with them have values too."""
+    """Replace `i` by the imaginary unit, and `f(2)` and the like by symbols, so that such expressions have values."""
     from sympy import I, Symbol
     from sympy.core.function import AppliedUndef
 
@@ -229,7 +231,8 @@ def _with_real_symbols(expression: Any) -> Any:
 
 
 def _affordable(expression: Any) -> bool:
-    """Whether evaluating is cheap. One completion that is not would take its siblings along into the time limit."""
+    """Return whether evaluating is cheap. One expensive completion would let its siblings run into the time limit
+    too."""
     from sympy import Basic, Expr, Limit, MatrixBase, nan, preorder_traversal, zoo
     from sympy.concrete.expr_with_limits import ExprWithLimits
 
@@ -245,7 +248,7 @@ def _affordable(expression: Any) -> bool:
 
 
 def _digits(expression: Any) -> float:
-    """Upper bound, roughly, of the decimal digits that evaluating `expression` handles; symbols count nothing."""
+    """Return a rough upper bound of the decimal digits in the evaluation of `expression`. Symbols do not count."""
     from sympy import Pow, binomial, exp, factorial
 
     if getattr(expression, "is_Number", False):

@@ -1,4 +1,4 @@
-"""Notation: one way of writing for what data sets and models write in many.
+"""Notation: rewrite the many notations of data sets and models into one.
 
     √2, \\sqrt2, sqrt(2)              \\sqrt{2}          x², x^{2}, x**2         x^2
     ½, \\dfrac12, \\tfrac{1}{2}        \\frac{1}{2}       −1, –1                 -1
@@ -6,8 +6,8 @@
     1\\,500, 7{,}000, 7,\\!000         1500, 7000        \\left( x \\right)       ( x )
     \\text{Paris}, **Paris**, $Paris$  Paris             ≤, \\leqslant, <=       \\le
 
-Nothing here reads meaning: `plain` gives text that a human would read the same way. All patterns run on text of at most
-`MAX_CHARACTERS`; longer text is no answer in mathematics, and `squeezed` is all that it is compared by.
+Nothing here interprets meaning: `plain` returns text that a human would read the same way. All patterns run on text of
+at most `MAX_CHARACTERS`. Longer text is not a mathematical answer and is compared by `squeezed` only.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import unicodedata
 from functools import lru_cache
 
 MAX_CHARACTERS = 1024
-"""Longest text that is rewritten."""
+"""The most characters of a text that is rewritten."""
 
 DOLLAR = "\ue000"
-"""The currency, as against the sign that begins mathematics."""
+"""The currency sign, as opposed to the sign that delimits mathematics."""
 CURRENCIES = DOLLAR + "€£¥₹"
 
 _SIGNS = {
@@ -86,7 +86,7 @@ _TEXT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|it|bf|sf|tt|normal)|mbox
 _REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), written)
     for pattern, written in [
-        (r"\\{2,}(?=[A-Za-z])(?!begin|end)", r"\\"),  # doubled in JSON that was escaped twice
+        (r"\\{2,}(?=[A-Za-z])(?!begin|end)", r"\\"),  # JSON that was escaped twice has double backslashes
         (r"\\\$", DOLLAR),
         (r"\\%", "%"),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -135,18 +135,18 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
 
 
 def squeezed(text: str) -> str:
-    """`text` with single blanks for all white space. Takes linear time, on text of any length."""
+    """Replace all white space by single blanks, in linear time, on text of any length."""
     return " ".join(text.split())
 
 
 def folded(text: str) -> str:
-    """Words in the form that is compared: case and accents' encodings do not count."""
+    """Return words in the form that is compared: case and the encoding of accents do not count."""
     return unicodedata.normalize("NFC", squeezed(text)).casefold()
 
 
 @lru_cache(maxsize=4096)
 def plain(text: str) -> str:
-    """`text` in the one notation. Text that is too long for that is only squeezed."""
+    """Rewrite `text` into the one notation. Text that is too long is only squeezed."""
     text = squeezed(text)
     if len(text) > MAX_CHARACTERS:
         return text
@@ -170,7 +170,7 @@ def plain(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """`text` without one layer of what stands around an answer: delimiters, a box, bold signs, a final full stop."""
+    """Remove one layer around an answer: delimiters, a box, bold signs, a final full stop."""
     text = _undotted(text.strip())
     if match := _WHOLE.fullmatch(text):
         inner = next(group for group in match.groups() if group is not None).strip()
@@ -193,7 +193,8 @@ def _undotted(text: str) -> str:
 
 
 def closing(text: str, opening: int, limit: int | None = None) -> int:
-    """Index of the brace that closes the one at `opening`; -1 where there is none (within `limit` characters)."""
+    """Return the index of the brace that closes the one at `opening`; -1 if there is none (within `limit`
+    characters)."""
     depth, escaped = 0, False
     for i in range(opening, len(text) if limit is None else min(len(text), opening + limit)):
         if escaped:
@@ -215,7 +216,7 @@ def _signs(text: str) -> str:
 
 
 def _greek(match: re.Match[str]) -> str:
-    """`π` as `\\pi`, `Δ` as `\\Delta`."""
+    """Write `π` as `\\pi` and `Δ` as `\\Delta`."""
     name = unicodedata.name(match[0]).split()[-1].replace("LAMDA", "LAMBDA").lower()
     return f"\\{name.capitalize() if match[0].isupper() else name} "
 
@@ -232,14 +233,14 @@ def _vulgar(match: re.Match[str]) -> str:
 
 
 def _dollars(text: str) -> str:
-    """Dollar signs that delimit mathematics are left out, a lone one before a number is the currency."""
+    """Remove dollar signs that delimit mathematics. A single one before a number is the currency."""
     if (text.replace("\\$", "").count("$")) % 2:
         return re.sub(r"(?<!\\)\$(?=\s*-?[\d.])|(?<=\d)\s?(?<!\\)\$", DOLLAR, text, count=1)
     return re.sub(r"(?<!\\)\$", " ", text) if "$" in text else text
 
 
 def _joined(match: re.Match[str]) -> str:
-    """The digits of a number that were grouped by thin spaces (a comma alone is left to whoever reads a number)."""
+    """Join the digits of a number that thin spaces group. Commas are left to the reader of numbers."""
     if "\\" not in match[2]:
         return match[0]
     return match[1] + re.sub(r"\D", "", match[2])
@@ -254,7 +255,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _roots(text: str) -> str:
-    """`√(x+1)` and `sqrt(x+1)` in braces."""
+    """Write `√(x+1)` and `sqrt(x+1)` with braces."""
     text = _ROOT_WORD.sub(r"\\sqrt", text)
     start = text.find("\\sqrt(")
     while start >= 0:

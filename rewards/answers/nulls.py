@@ -1,4 +1,4 @@
-"""Nulls that nobody wrote: what tables fill rows up with. Pure functions.
+"""Remove nulls that nobody wrote: tables pad rows with them. Pure functions.
 
 Parquet       every struct of a column has the keys of all of them: `[{input: "1", output: "1", code: null}]`
 pandas        a missing number is NaN, and so is a missing anything
@@ -16,12 +16,12 @@ def is_null(value: Any) -> bool:
 
 
 def is_blank(value: Any) -> bool:
-    """A null, or an object of nothing but those. An empty object is none: somebody wrote it."""
+    """Return whether a value is null, or an object with only nulls. An empty object is not blank: somebody wrote it."""
     return is_null(value) or (isinstance(value, Mapping) and len(value) > 0 and all(map(is_blank, value.values())))
 
 
 def without_blanks(value: Any) -> Any:
-    """`value` without keys that hold blanks, at any depth. Items of lists stay: their number counts."""
+    """Remove keys with blank values from `value`, at any depth. Items of lists stay, since their number counts."""
     if isinstance(value, Mapping):
         return {key: without_blanks(item) for key, item in value.items() if not is_blank(item)}
     return [without_blanks(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,12 +1,12 @@
-"""Numbers: read exactly, with the sign that stands at them, and compared by the digits that are written.
+"""Numbers: read them exactly, with their signs, and compare them by the digits that are written.
 
     3, -1,000.5, 1 000, 2e3, 1/3, \\frac{1}{3}, 2\\frac{1}{2}, 0.\\overline{3}, 6.63 \\times 10^{-34}
     50%, 145°, 37°30', $5, 5 million
 
-A decimal equals what rounds to the same six digits behind the point, and for numbers below 1 to the same six
-significant digits: 0.333333 is 1/3, 0.0000012 is not 0.0000013. Whole numbers and fractions are equal or not. What
-stands at a number counts: 50% is 0.5, an angle may be written without its sign, an amount without its currency; 30'
-(feet, minutes) is not 30, and two different signs are two different things.
+A decimal equals a number that rounds to the same six digits after the point, and, below 1, to the same six significant
+digits: 0.333333 is 1/3, 0.0000012 is not 0.0000013. Whole numbers and fractions are compared exactly. Signs count: 50%
+is 0.5. An angle may be written without its sign, and an amount without its currency. 30' (feet, minutes) is not 30, and
+numbers with different signs differ.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _TRAILING = re.compile(rf"\s*(''|[%°'\"{CURRENCIES}])$")
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number that text states by itself."""
+    """A number that a text states by itself."""
 
     value: Fraction
     decimal: bool
-    """It is written with a point, so that it may stand for a value with more digits."""
+    """Whether it is written with a point, so that it may stand for a value with more digits."""
     sign: str = ""
-    """What stands at it: `%`, `°`, `'`, `"`, or a currency."""
+    """Its sign: `%`, `°`, `'`, `"`, or a currency."""
 
 
 def split_sign(text: str) -> tuple[str, str]:
-    """What stands at an expression taken from it: `\\frac{1}{2}%` is (`\\frac{1}{2}`, `%`)."""
+    """Split an expression from its sign: `\\frac{1}{2}%` becomes (`\\frac{1}{2}`, `%`)."""
     if match := _TRAILING.search(text):
         return text[: match.start()], '"' if match[1] == "''" else match[1]
     if match := _LEADING.match(text):
@@ -57,7 +57,7 @@ def split_sign(text: str) -> tuple[str, str]:
 
 
 def read_number(text: str) -> Number | None:
-    """The number that plain `text` is, from end to end; None for anything else."""
+    """Read plain `text` that is one number from end to end; None for anything else."""
     if match := _ANGLE.fullmatch(text):
         degrees = Fraction(match[1])
         rest = Fraction(match[2]) / 60 + Fraction(match[3] or 0) / 3600
@@ -102,7 +102,8 @@ def _fraction(text: str) -> Fraction:
 
 
 def scales(gold: str, answer: str) -> tuple[Fraction, Fraction] | None:
-    """By what to multiply two values that have these signs at them, to compare them; None where they are no match."""
+    """Return the factors by which to multiply two values with these signs before they are compared; None if the signs
+    do not match."""
     if gold == answer:
         return Fraction(1), Fraction(1)
     if {gold, answer} == {"%", ""}:
@@ -113,7 +114,7 @@ def scales(gold: str, answer: str) -> tuple[Fraction, Fraction] | None:
 
 
 def numbers_equal(gold: Number, answer: Number, tolerance: float = 0.0) -> bool:
-    """Whether two numbers are the same, or with `tolerance` (a share of the gold number) close enough."""
+    """Return whether two numbers are equal or, with `tolerance` (a share of the gold number), close enough."""
     by = scales(gold.sign, answer.sign)
     if by is None:
         return False
@@ -124,7 +125,8 @@ def numbers_equal(gold: Number, answer: Number, tolerance: float = 0.0) -> bool:
 
 
 def values_equal(target: Fraction, value: Fraction, decimal: bool) -> bool:
-    """Equal; if one was written as a decimal, to six digits behind the point and to six significant ones."""
+    """Return whether two values are equal. If one is written as a decimal, six digits after the point and six
+    significant digits must agree."""
     if target == value or not decimal or not target:
         return target == value
     exponent = math.floor(math.log10(abs(target.numerator)) - math.log10(target.denominator))

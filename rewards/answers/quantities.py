@@ -1,14 +1,14 @@
-"""Quantities: whether `30 mm` is `3 cm`. Units and their conversion are pint's.
+"""Quantities: compare `30 mm` with `3 cm`. pint knows the units and converts them.
 
     a number       as in numbers.py, or an expression without symbols: 3, 1/2, 6.63 \\times 10^{-34}, 2\\sqrt{3}
     and a unit     cm, m/s, m s^{-1}, N m, kg m/s^2, km/h, °C, Ω, centimetres, square feet, meters per second
     or several     5 ft 3 in, 1 h 30 min, 2 m and 5 cm: their sum
 
-Two quantities are the same where the numbers are, once both are in the gold's unit; of another dimension they are
-different. A unit that pint does not know (3 apples) is no unit: such answers are compared as text. A percent sign and a
-degree sign by itself belong to the number, unless the other side is in radians.
+Two quantities are equal if their numbers are equal in the gold's unit. Quantities of different dimensions differ.
+Answers with a unit that pint does not know (3 apples) are compared as text. A percent sign, or a degree sign by itself,
+belongs to the number, unless the other side is in radians.
 
-Failure modes: unit names are read with their case (`mW` is not `MW`), `kg` and `km` in any; `m` is metres and `min`
+Failure modes: the case of unit names counts (`mW` is not `MW`), except in `kg` and `km`. `m` is metres and `min` is
 minutes, whatever the row means by them.
 """
 
@@ -27,7 +27,7 @@ Units = Literal["exact", "convert", "optional"]
 _WORD = r"(?:°[CF]?|[A-Za-zμ]+)(?:\^(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 _SEPARATOR = r"(?:\s*(?:\\cdot|[*/.-])\s*|\s+)"
 _QUANTITY = re.compile(rf"(?P<number>.*?[0-9)}}.])\s*(?P<unit>{_WORD}(?:{_SEPARATOR}{_WORD})*)?", re.DOTALL)
-"""A number, and perhaps a unit in which no exponent has two digits: pint would compute m**99999999."""
+"""Matches a number, perhaps with a unit. No exponent has two digits, since pint would compute m**99999999."""
 _PARTS = re.compile(r"[0-9]+(?:\.[0-9]+)?\s*[A-Za-z]+(?:(?:\s*,\s*|\s+and\s+|\s*)[0-9]+(?:\.[0-9]+)?\s*[A-Za-z]+){1,2}")
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)")
 _WRITTEN = [
@@ -52,14 +52,14 @@ _WRITTEN = [
     ]
 ]
 _ROUNDING = 1e-9
-"""Relative difference that converting may make."""
+"""Relative error that a conversion may cause."""
 _LONGEST = 40
-"""Characters of a unit."""
+"""The most characters of a unit."""
 
 
 def quantities_equal(gold: str, answer: str, tolerance: float = 0.0, *, optional: bool = False) -> bool | None:
-    """Whether two quantities in plain notation are the same, up to a relative `tolerance`. None where `gold` is no
-    number with a known unit, so that this cannot tell. `optional`: an answer without a unit is in the gold's."""
+    """Return whether two quantities in plain notation are equal, up to a relative `tolerance`. None if `gold` is not a
+    number with a known unit. With `optional`, an answer without a unit has the gold's unit."""
     target, given = _quantity(gold), _quantity(answer)
     if target is None or not target[1] or not is_unit(target[1]):
         return None
@@ -75,9 +75,9 @@ def quantities_equal(gold: str, answer: str, tolerance: float = 0.0, *, optional
         wanted = registry.Quantity(float(target[0]), registry.Unit(target[1]))
         found = registry.Quantity(float(value), registry.Unit(unit) if unit else wanted.units).to(wanted.units)
         pair = (wanted.magnitude, found.magnitude)
-        if "[temperature]" in wanted.dimensionality and not tolerance:  # 0 °C has no digits to be a share of
+        if "[temperature]" in wanted.dimensionality and not tolerance:  # a share of 0 °C means nothing
             pair = (wanted.to_base_units().magnitude, found.to_base_units().magnitude)
-    except Exception:  # a unit that pint does not know, or of another dimension: many kinds of exception
+    except Exception:  # pint raises many kinds of exception for an unknown unit or another dimension
         return False
     if abs(pair[1] - pair[0]) <= max(tolerance, _ROUNDING) * abs(pair[0]):
         return True
@@ -86,7 +86,7 @@ def quantities_equal(gold: str, answer: str, tolerance: float = 0.0, *, optional
 
 @lru_cache(maxsize=1024)
 def _quantity(text: str) -> tuple[Fraction, str] | None:
-    """Number and unit (perhaps none) of `text`, which holds nothing else."""
+    """Return number and unit (perhaps none), if they are all of `text`."""
     if len(text) > MAX_CHARACTERS:
         return None
     text = re.sub(r"\\Omega\b\s*", "ohm", re.sub(r"\\mu\b\s*", "μ", text)).strip()
@@ -103,7 +103,7 @@ def _quantity(text: str) -> tuple[Fraction, str] | None:
 
 
 def _sum(parts: list[tuple[Fraction, str]]) -> tuple[Fraction, str] | None:
-    """`5 ft 3 in` in the first unit; None where the units are not of one dimension, in falling order."""
+    """Return `5 ft 3 in` in the first unit; None unless the units have one dimension and decrease."""
     total, first = parts[0][0], _unit(parts[0][1])
     if not is_unit(first):
         return None
@@ -129,7 +129,7 @@ def _unit(unit: str) -> str:
 
 @lru_cache(maxsize=1024)
 def is_unit(unit: str) -> bool:
-    """Whether `unit` is one that pint knows, and no mere thing that is counted (`dollars`)."""
+    """Return whether pint knows `unit`, and it is not a thing that is counted (`dollars`)."""
     if not unit or len(unit) > _LONGEST or re.search(r"[0-9]{2}", unit):
         return False
     try:
@@ -141,7 +141,7 @@ def is_unit(unit: str) -> bool:
 
 @cache
 def _registry() -> Any:
-    """pint's units, loaded when first needed (0.3 s)."""
+    """Return pint's units, loaded when first needed (0.3 s)."""
     from pint import UnitRegistry
 
     return UnitRegistry(cache_folder=None)

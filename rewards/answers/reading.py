@@ -1,6 +1,6 @@
-"""Reading: one classifier, `read`, that gives every text one tagged value (rewards/answers/kinds.py).
+"""Reading: the classifier `read` turns every text into one tagged value (rewards/answers/kinds.py).
 
-What is tried, in this order: time, number, letter, date or range (which are words), list, relation, ratio, quantity,
+It tries, in this order: time, number, letter, date or range (which are words), list, relation, ratio, quantity,
 expression, words. A list or a relation is split outside of all brackets, and its parts are read in the same way.
 """
 
@@ -29,9 +29,9 @@ _UNIT = re.compile(
 _SHORT_UNIT = re.compile(
     r"[cmdkμn]m|[km]g|[mcd][lL]|ft|in|yd|mi|oz|lb|hr|k[JWNV]|m[VA]|Hz|Pa|eV|cc|[pq]t|[KMGT]B|°[CF]|[ap]m"
 )
-"""Units of two letters; any others are symbols that are multiplied."""
+"""Matches units of two letters. Any other two letters are symbols that are multiplied."""
 _ANY_UNIT = re.compile(r"(?:sq(?:uare|\.)?|cubic|cu\.?)?\s*units?(?:\s*\^(?:\{[23]\}|[23])|\s+(?:squared|cubed))?")
-"""`27 units` says no more than 27."""
+"""Matches generic units: `27 units` means 27."""
 _NAME = re.compile(
     r"(?:m?\s*\\angle\s*)?(?:\\[A-Za-z]+|[A-Za-z]{1,3}|\|\s*[A-Z]{2}\s*\||\\overline\{[A-Z]{2}\}|\\(?:vec|mathbf|overrightarrow)\{[A-Za-z]+\})"
     r"(?:_(?:[A-Za-z0-9]+|\{[^{}]*\}))?'*(?:\s*\(\s*[A-Za-z0-9, ]{1,9}\s*\))?(?:\^(?:-1|\{-1\}))?"
@@ -46,7 +46,7 @@ _CLOSINGS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": "}", "\\langle": ("\\ra
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Kind:
-    """What `text` is as an answer."""
+    """Read `text` as an answer."""
     return _read(plain(text), 0)
 
 
@@ -107,12 +107,12 @@ def _quantity(text: str) -> Number | Expression | Quantity | None:
 
 
 def _relation(text: str, depth: int) -> Kind | None:
-    """`text` with a sign of relation in it, outside of brackets: a value with a name, or a relation."""
+    """Read `text` with a relation sign outside of brackets: a named value, or a relation."""
     sides, operators = _split(text, _OPERATOR)
     if not operators:
         return None
     sides = [side.strip() for side in sides]
-    if "\\approx" in operators:  # what is exact counts, if there is anything
+    if "\\approx" in operators:  # an exact value counts, if there is one
         cut = operators.index("\\approx")
         if cut or not (sides[0] == "" or _NAME.fullmatch(sides[0])):
             sides, operators = sides[: cut + 1], operators[:cut]
@@ -142,7 +142,7 @@ def _relation(text: str, depth: int) -> Kind | None:
 
 
 def _quotient_name(text: str) -> bool:
-    """`\\frac{NO}{BO}`, `AB/CD`, `S_{MBCN}:S`."""
+    """Return whether a text is a quotient of names: `\\frac{NO}{BO}`, `AB/CD`, `S_{MBCN}:S`."""
     parts = re.fullmatch(r"\\frac\{(.+)\}\{(.+)\}|([^/:]+)[/:]([^/:]+)", text)
     return parts is not None and all(_NAME.fullmatch(part.strip()) for part in parts.groups() if part)
 
@@ -163,7 +163,7 @@ def _several(text: str, depth: int) -> Kind | None:
 
 
 def _joined(listed: Several) -> Kind:
-    """What a list of values with names says: `x = 1, y = 2` names two, `x = 1 or x = 2` and `n = 1, 2` list two."""
+    """Read a list of named values: `x = 1, y = 2` names two values, while `x = 1 or x = 2` and `n = 1, 2` list two."""
     names = [item.names[0] for item in listed.items if isinstance(item, Named)]
     if not names:
         return listed
@@ -176,7 +176,7 @@ def _joined(listed: Several) -> Kind:
 
 
 def _all(parts: list[str], brackets: str, depth: int) -> Several | None:
-    """The parts, if every one of them is mathematics."""
+    """Return the parts, if every one of them is mathematics."""
     items = tuple(_read(part.strip(), depth + 1) for part in parts)
     if any(isinstance(item, Words) for item in items) or not all(part.strip() for part in parts):
         return None
@@ -209,7 +209,7 @@ def _bracketed(text: str, depth: int) -> Kind | None:
     if closing == "}" and text.endswith("\\}") != text.startswith("\\{"):
         return None
     parts = _listed(text[len(opening) : -len(closing)], grouping=False)
-    if len(parts) < 2 and opening == "{":  # braces that group, as in LaTeX
+    if len(parts) < 2 and opening == "{":  # LaTeX braces that only group
         value = _read(parts[0], depth + 1)
         return None if isinstance(value, Words) else value
     if len(parts) < 2 and opening != "\\{":
@@ -218,8 +218,8 @@ def _bracketed(text: str, depth: int) -> Kind | None:
 
 
 def _listed(text: str, grouping: bool) -> list[str]:
-    """The parts of a list. A comma in a number groups its digits where others with a space behind them separate; if all
-    are alike, it does so in a list without brackets only."""
+    """Return the parts of a list. A comma in a number groups digits if other commas, followed by a space, separate. If
+    all commas are alike, they group digits only in a list without brackets."""
     if grouping or re.search(r",\s", text):
         text = _GROUPING.sub("", text)
     parts = _split(text, _SEPARATOR)[0]
@@ -232,7 +232,7 @@ def _listed(text: str, grouping: bool) -> list[str]:
 
 
 def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
-    """`text` at the separators that stand outside of all brackets, and these separators."""
+    """Split `text` at the separators outside of all brackets. Also return these separators."""
     level, depth = [0] * (len(text) + 1), 0
     for i, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -247,7 +247,7 @@ def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]
 
 
 def _matching(text: str, opening: int) -> int:
-    """Index of the bracket, of whatever form, that ends what the one at `opening` (or the sign before it) begins."""
+    """Return the index of the bracket, of whatever form, that closes the one at `opening` (or the sign before it)."""
     depth = 0
     if text.startswith("\\langle"):
         return text.rfind("\\rangle") + 6 if text.count("\\langle") == 1 else -1

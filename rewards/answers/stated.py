@@ -1,4 +1,4 @@
-"""Answers: where in a completion the answer stands.
+"""Find the answer in a completion.
 
     1  the last \\boxed{..}, whatever is in it; boxes side by side are one list (`\\boxed{1}, \\boxed{2}`)
     2  the last <answer>..</answer>
@@ -6,8 +6,8 @@
     4  what follows the last `####`, up to the end of the line
     5  the last expression; expressions joined by `or`, `and` or commas are one list (`3 or 4` is not 4)
 
-Every search takes linear time: one pass over the text for the braces, plain searches for the rest, and the last
-expression is looked for in the last WINDOW characters only.
+Every search takes linear time: one pass over the text for the braces, and plain searches for the rest. The last
+expression is searched only in the last WINDOW characters.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rewards.answers.notation import squeezed
 from rewards.answers.reading import read
 
 WINDOW = 1000
-"""Characters from the end of a completion in which the last expression is looked for."""
+"""How many characters at the end of a completion are searched for the last expression."""
 SENTENCE = 400
-"""Longest text that is read behind `the answer is`."""
+"""The most characters that are read after `the answer is`."""
 MAX_PHRASES = 8
-"""How many times, from the end, `the answer is` is read where it is denied."""
+"""How many denied `the answer is` are skipped, from the end."""
 
 _PHRASE = re.compile(
     r"\banswers?\b[*_]{0,3}\s{0,3}(?:(?:is|are|was|would be|should be|must be|equals)\b|[:=])"
@@ -48,12 +48,12 @@ _ABBREVIATION = re.compile(
 )
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?[.,;:!?]*")
 _BOUNDS = ("to", "of", "through")
-"""Words that make one thing of two numbers: `6 to 8`, `5 of 6`."""
+"""Words that join two numbers into one thing: `6 to 8`, `5 of 6`."""
 _PUNCTUATION = ".,;:!?*_`"
 
 
 def stated_answer(text: str) -> Found | None:
-    """The answer that `text` marks as such, by the first of rules 1 to 4 that applies."""
+    """Return the answer that `text` marks, by the first of rules 1 to 4 that applies."""
     if (found := boxed(text) or tagged(text)) is not None:
         return found
     if (sentence := _last_sentence(text)) is not None:
@@ -62,7 +62,7 @@ def stated_answer(text: str) -> Found | None:
 
 
 def _last_sentence(text: str) -> str | None:
-    """What follows the last `the answer is` that is neither denied nor asked."""
+    """Return the text after the last `the answer is` that is neither denied nor a question."""
     for phrase in reversed(list(_PHRASE.finditer(text))[-MAX_PHRASES:]):
         sentence = _sentence(text[phrase.end() : phrase.end() + SENTENCE])
         if not is_denied(text[max(0, phrase.start() - 80) : phrase.start()], sentence):
@@ -71,7 +71,7 @@ def _last_sentence(text: str) -> str | None:
 
 
 def _sentence(text: str) -> str:
-    """The beginning of `text` up to the end of its sentence, without the signs of Markdown around it."""
+    """Return the first sentence of `text`, without Markdown signs around it."""
     text = text.lstrip()
     for opening, closing in (("$$", "$$"), ("\\[", "\\]")):
         if text.startswith(opening) and (end := text.find(closing, 2)) > 0:
@@ -81,7 +81,7 @@ def _sentence(text: str) -> str:
 
 
 def first_expression(sentence: str) -> str | None:
-    """The first expression in a sentence, with what is joined to it."""
+    """Return the first expression in a sentence, with everything joined to it."""
     tokens = _tokens(sentence)
     for i, token in enumerate(tokens):
         if _is_mathematical(token):
@@ -103,7 +103,7 @@ def _continues(tokens: list[str], end: int) -> bool:
 
 
 def last_expression(text: str) -> tuple[str, str] | None:
-    """The last expression in `text`, and the words that follow it."""
+    """Return the last expression in `text`, and the words after it."""
     window = text[-WINDOW:]
     if len(text) > WINDOW:
         window = window.partition("\n" if "\n" in window[: WINDOW // 2] else " ")[2]
@@ -120,8 +120,8 @@ def _hedged(tokens: list[str], start: int, end: int) -> bool:
 
 
 def _run(tokens: list[str], end: int) -> tuple[str, int]:
-    """The expression whose last token is at `end`, with the tokens that operators, brackets, commas and `or` join, and
-    the sign or the abbreviated unit behind it; and where it begins."""
+    """Return the expression whose last token is at `end`, and where it begins. It includes the tokens that operators,
+    brackets, commas and `or` join, and the sign or abbreviated unit after it."""
     start = end
     while start > 0 and end - start < 24 and _joined(tokens, start, end):
         start -= 1
@@ -132,7 +132,7 @@ def _run(tokens: list[str], end: int) -> tuple[str, int]:
 
 
 def _joined(tokens: list[str], start: int, end: int) -> bool:
-    """Whether the token before `start` belongs to the expression that begins there."""
+    """Return whether the token before `start` belongs to the expression that begins at `start`."""
     before, first = tokens[start - 1], tokens[start]
     run = "".join(tokens[start : end + 1])
     if sum(run.count(c) for c in ")]") > sum(run.count(c) for c in "(["):
@@ -159,7 +159,7 @@ def _is_operator(token: str) -> bool:
 
 
 def _is_mathematical(token: str) -> bool:
-    """Whether a token is mathematics by itself, or a part of it."""
+    """Return whether a token is mathematics, or a part of it."""
     if not _MATHEMATICAL.search(token):
         return False
     if _DELIMITED.fullmatch(token):
@@ -168,7 +168,8 @@ def _is_mathematical(token: str) -> bool:
 
 
 def _tokens(text: str) -> list[str]:
-    """Words, and pieces of mathematics between delimiters; between dollars that hold words (`$5 or else $6`), words."""
+    """Split into words and pieces of mathematics between delimiters. Text between dollars that contains words (`$5 or
+    else $6`) is split into words."""
     tokens: list[str] = []
     for match in _TOKEN.finditer(text):
         token = match[0]
@@ -178,13 +179,13 @@ def _tokens(text: str) -> list[str]:
 
 
 def is_abbreviation(unit: str) -> bool:
-    """Whether a unit is written in short (`cm`, `m/s`), as against a word for what is counted (`dollars`, `hours`)."""
+    """Return whether a unit is an abbreviation (`cm`, `m/s`) and not a word (`dollars`, `hours`)."""
     return _ABBREVIATION.fullmatch(unit) is not None
 
 
 def gold_answers(form: str) -> tuple[str, ...]:
-    """The answer of a gold form (golds.py): the form, or what it says behind `the answer is`. Empty for a whole
-    solution out of which no one answer can be taken, and for a struct."""
+    """Return the answer of a gold form (golds.py): the form itself, or the text after `the answer is`. Empty for a
+    struct, and for a whole solution without exactly one answer."""
     found = stated_answer(form)
     if found is not None and found.rule == "phrase" and isinstance(read(form), Words):
         return found.forms
@@ -192,7 +193,7 @@ def gold_answers(form: str) -> tuple[str, ...]:
 
 
 def _is_solution(text: str) -> bool:
-    """Whether `text` works something out: several sentences or lines with mathematics in them, or very many words."""
+    """Return whether `text` is a worked solution: several sentences or lines with mathematics, or very many words."""
     words = len(_LONG_WORD.findall(text[:4000]))
     sentences = len(re.findall(r"[.!?]\s+\S|\n", text[:4000].strip()))
     return words > 60 or (words >= 6 and sentences >= 1 and re.search(r"[=$]|\\[(\[]", text) is not None)

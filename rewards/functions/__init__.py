@@ -1,1 +1,1 @@
-"""One file for each reward, and what two of them share."""
+"""One file for each reward, and helpers that several of them share."""

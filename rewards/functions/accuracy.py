@@ -23,10 +23,10 @@ The grammar of answers (each with what it equals; the full table is in docs/rewa
 A row whose answer is a whole solution without one of these marks, or a struct, is `unscorable`, like a row without an
 answer.
 
-Failure modes: whatever cannot be read as an answer of the gold's kind scores 0.0, so that a wrong answer is never right
-by accident; the price is that a right answer in an unusual form is wrong ("3 apples" for "3"). With `tolerance` an
-estimate passes for a calculation. With `scope: completion` the answer is what answers.py finds, so that a completion
-that changes its mind without saying so is judged by what it says last.
+Failure modes: an answer that cannot be read as the gold's kind scores 0.0, so that a wrong answer is never right by
+accident. The price is that a right answer in an unusual form is wrong ("3 apples" for "3"). With `tolerance`, an
+estimate passes for a calculation. With `scope: completion`, rewards/answers/stated.py finds the answer, so a completion
+that changes its mind without saying so is judged by its last answer.
 """
 
 from __future__ import annotations
@@ -50,27 +50,32 @@ from rewards.functions.format import Scope, check_scope, judged_text, one_of
 from rollout.types import Verdict
 
 _FORMULA = re.compile(r"(?:[(\[]?[A-Z][a-z]?(?:_?\{?[0-9]+\}?)?[)\]]?){2,}")
-"""Of chemistry: H_2O, C6H12O6."""
+"""Matches chemical formulas: H_2O, C6H12O6."""
 _SUBSCRIPT = re.compile(r"[_{}]")
 
 
 @dataclass(frozen=True, slots=True)
 class AccuracyReward:
-    """1.0 for a gold answer, 0.0 for any other; `unscorable` where the row has no gold answer, or no single one."""
+    """Scores 1.0 for a gold answer and 0.0 for any other. A row without a gold answer, or without a single one, is
+    `unscorable`."""
 
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
-    """What is compared: the text of the only `<answer>`, or the answer that the whole completion states or ends on."""
+    """The text that is compared: that of the only `<answer>`, or the answer that the whole completion states or ends
+    on."""
     tolerance: float = 0.0
-    """Largest difference of a number from the gold number, as a share of that (0.05 in ChartQA's relaxed accuracy)."""
+    """Largest difference from the gold number, as a share of it (0.05 in ChartQA's relaxed accuracy)."""
     units: Units = "exact"
-    """exact: part of the text; convert: `30 mm` is `3 cm`; optional: as convert, or without the gold's unit."""
+    """exact: the unit is part of the text; convert: `30 mm` is `3 cm`; optional: as convert, or without the gold's
+    unit."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
         one_of("units", self.units, get_args(Units))
         if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance is a share of the gold number, at least 0 and below 1, not {self.tolerance}")
+            raise ValueError(
+                f"tolerance is a share of the gold number and must be at least 0 and below 1, not {self.tolerance}"
+            )
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         forms = gold_forms(request.answer)
@@ -93,20 +98,20 @@ class AccuracyReward:
         return Verdict.scored(0.0, reason="not the expected answer")
 
     def ideal(self, request: ScoringRequest) -> str | None:
-        """The gold answer where this reward looks for it."""
+        """Return a completion with the gold answer where this reward looks for it."""
         golds = [gold for form in gold_forms(request.answer) for gold in gold_answers(form)]
         if not golds:
             return None
         return f"\\boxed{{{golds[0]}}}" if self.scope == "completion" else f"<answer>{golds[0]}</answer>"
 
     def warm_up(self) -> None:
-        """Imports math-verify's parser and runs it once (1-2 s), so that no completion has to wait for that."""
+        """Import math-verify's parser and run it once (1-2 s), so that no completion has to wait for it."""
         matches("\\frac{x+1}{2}", "$0.5(x + 1)$")
 
 
 @lru_cache(maxsize=4096)
 def matches(gold: str, answer: str, tolerance: float = 0.0, units: Units = "exact") -> bool:
-    """Whether `answer`, or the box in it, equals `gold`. Cheapest comparison first."""
+    """Return whether `answer`, or the box in it, equals `gold`. The cheapest comparison comes first."""
     if _identical(gold, answer):
         return True
     if max(len(gold), len(answer)) > MAX_CHARACTERS:
@@ -122,7 +127,7 @@ def matches(gold: str, answer: str, tolerance: float = 0.0, units: Units = "exac
 
 
 def _identical(gold: str, answer: str) -> bool:
-    """The same text but for white space; of words, but for case too."""
+    """Return whether the texts are equal up to white space; for words, also up to case."""
     left, right = plain(gold), plain(answer)
     if left == right:
         return bool(left) or not answer.strip()
@@ -137,7 +142,7 @@ def _identical(gold: str, answer: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def completion_matches(gold: str, completion: str, tolerance: float = 0.0, units: Units = "exact") -> bool:
-    """Whether the answer that `completion` states, or else ends on, equals `gold`."""
+    """Return whether the answer that `completion` states, or else ends on, equals `gold`."""
     found = stated_answer(completion)
     said = completion if found is None else found.text
     if any(matches(gold, form, tolerance, units) for form in (found.forms if found else (said,))):

@@ -1,4 +1,4 @@
-"""Boxes and points: reading them out of answers, and how well they agree. Pure functions.
+"""Read boxes and points from answers, and measure how well they agree. Pure functions.
 
 A box is `(x1, y1, x2, y2)` with x1 <= x2 and y1 <= y2, as shares of the image's width and height.
 """
@@ -19,14 +19,14 @@ Box = tuple[float, float, float, float]
 
 MAX_BOXES = 200
 _THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))
-"""COCO's: 0.50, 0.55, ..., 0.95."""
+"""COCO's IoU thresholds: 0.50, 0.55, ..., 0.95."""
 _BOX_KEYS = ("bbox_2d", "bbox", "box", "box_2d")
 _POINT_KEYS = ("point_2d", "point")
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A box, or a point as a box without extent, and what it is said to be."""
+    """A box with its label; a point is a box without extent."""
 
     box: Box
     label: str = ""
@@ -37,10 +37,10 @@ class Item:
 
 
 def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | None) -> list[Item] | None:
-    """Boxes and points of a gold value or an answer. Known are `[x1, y1, x2, y2]`, `[x, y]`, a list of those, and
+    """Read boxes and points from a gold value or an answer. It may be `[x1, y1, x2, y2]`, `[x, y]`, a list of these, or
     objects `{"bbox_2d": [..], "label": ".."}` (`bbox`, `box`, `point_2d`, `point`), as values or as JSON text, also in
-    a Markdown fence. None for anything else: corners the wrong way round, coordinates outside of the image or not
-    finite, more than `MAX_BOXES`.
+    a Markdown fence. Returns None for anything else: reversed corners, coordinates outside of the image or not finite,
+    or more than `MAX_BOXES` boxes.
 
     Args:
         coordinates: absolute (pixels of `size`), normalized (0 to 1), thousandths (0 to 1000).
@@ -59,7 +59,7 @@ def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | Non
 
 
 def write_items(items: Sequence[Item], coordinates: Coordinates, size: tuple[int, int] | None) -> str:
-    """What `read_items` reads as `items`, as JSON."""
+    """Write `items` as JSON that `read_items` can read."""
     wide, high = _scale(coordinates, size)
     documents: list[dict[str, Any]] = []
     for item in items:
@@ -70,7 +70,7 @@ def write_items(items: Sequence[Item], coordinates: Coordinates, size: tuple[int
 
 
 def _scale(coordinates: Coordinates, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Width and height of the image in its coordinates."""
+    """Return width and height of the image in these coordinates."""
     return {"absolute": size or (1, 1), "normalized": (1, 1), "thousandths": (1000, 1000)}[coordinates]
 
 
@@ -79,14 +79,14 @@ def _parsed(text: str) -> Any:
 
 
 def _items(value: Any) -> list[Item]:
-    """Raises ValueError or TypeError for what is no box."""
+    """Yield the items of a value. Raises ValueError or TypeError if it is not a box."""
     if isinstance(value, Mapping):
         keys = [key for key in (*_BOX_KEYS, *_POINT_KEYS) if not is_null(value.get(key))]
         if len(keys) != 1:
-            raise ValueError("an object without one box")
+            raise ValueError("an object must have exactly one box")
         return [Item(_box(value[keys[0]]), " ".join(str(value.get("label") or "").casefold().split()))]
     if not isinstance(value, list | tuple):
-        raise TypeError("neither an object nor a list")
+        raise TypeError("expected an object or a list")
     values = [v for v in value if not is_blank(v)]
     if len(values) < len(value) and all(isinstance(v, int | float) for v in values):
         raise ValueError("a coordinate is missing")
@@ -98,19 +98,19 @@ def _items(value: Any) -> list[Item]:
 def _single(value: Any) -> list[Item]:
     items = _items(value)
     if len(items) != 1:
-        raise ValueError("lists in lists")
+        raise ValueError("a list within a list")
     return items
 
 
 def _box(numbers: Any) -> Box:
     if not isinstance(numbers, list | tuple) or not all(type(v) in (int, float) for v in numbers):
-        raise TypeError("coordinates are numbers")
+        raise TypeError("coordinates must be numbers")
     values = [float(v) for v in numbers]
     if len(values) == 2:
         values *= 2
     x1, y1, x2, y2 = values
     if x1 > x2 or y1 > y2 or not all(map(math.isfinite, values)):
-        raise ValueError("corners the wrong way round, or not finite")
+        raise ValueError("the corners are reversed or not finite")
     return x1, y1, x2, y2
 
 
@@ -124,20 +124,20 @@ def _scaled(item: Item, scale: tuple[float, float]) -> Item:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes, 0 to 1; 0 for boxes without area."""
+    """Return the intersection over union of two boxes, 0 to 1; 0 for boxes without area."""
     intersection, union, _ = _areas(a, b)
     return intersection / union if union > 0 else 0.0
 
 
 def giou(a: Box, b: Box) -> float:
-    """Generalised IoU (Rezatofighi et al. 2019, arXiv:1902.09630): IoU - (hull - union) / hull, -1 to 1, where the hull
-    is the smallest box around both. Boxes that do not touch differ by how far apart they are."""
+    """Return the generalised IoU (Rezatofighi et al. 2019, arXiv:1902.09630): IoU - (hull - union) / hull, -1 to 1. The
+    hull is the smallest box around both. Boxes that do not touch score less the farther apart they are."""
     _, union, hull = _areas(a, b)
     return iou(a, b) - ((hull - union) / hull if hull > 0 else 0.0)
 
 
 def _areas(a: Box, b: Box) -> tuple[float, float, float]:
-    """Of intersection, union and hull."""
+    """Return the areas of intersection, union and hull."""
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     intersection = width * height
@@ -151,11 +151,12 @@ def point_in_box(point: tuple[float, float], box: Box) -> bool:
 
 
 def mean_f1(gold: Sequence[Item], answer: Sequence[Item]) -> float:
-    """Agreement of two sets of boxes, 0 to 1: F1 = 2 * matched / (gold + answered), mean over COCO's IoU thresholds.
+    """Return the agreement of two sets of boxes, 0 to 1: F1 = 2 * matched / (gold + answered), mean over COCO's IoU
+    thresholds.
 
-    Pairs are matched one to one, the best overlap first, and only between equal labels where the gold boxes have them.
-    COCO's mAP (Lin et al. 2014, arXiv:1405.0312) ranks boxes by confidence, which answers do not have; and further
-    boxes behind the right ones would cost nothing in it, so that listing many would pay."""
+    Pairs are matched one to one, best overlap first. If the gold boxes have labels, only equal labels match. COCO's mAP
+    (Lin et al. 2014, arXiv:1405.0312) ranks boxes by confidence, which answers do not have. Extra boxes after the right
+    ones would cost nothing in it, so listing many would pay."""
     if not gold or not answer:
         return float(not gold and not answer)
     labelled = any(item.label for item in gold)

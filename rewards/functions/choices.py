@@ -1,4 +1,4 @@
-"""The choices of a multiple-choice row: a letter -> its text. Pure functions.
+"""Read the choices of a multiple-choice row: letter -> text. Pure functions.
 
 a column       `["a cat", "a dog"]` (A, B, ... in order), `{"A": "a cat", ..}`, or such a list as JSON or Python text
 the question   lines that begin with `A.`, `B)`, `(C)` or `D:`; else such letters within a line, in order from A
@@ -15,18 +15,19 @@ from typing import Any
 from rewards.answers.nulls import is_null
 
 MAX_CHARACTERS = 20_000
-"""Longest question, and longest column text, in which choices are looked for; the last characters count."""
+"""Longest question, and longest column text, that is searched for choices. Of a longer text, the last characters are
+searched."""
 _LINE = re.compile(r"(?m)^[ \t]*\(?([A-Z])[).:]\s*(\S[^\n]*)$")
 _INLINE = re.compile(r"(?:^|(?<=[\s,;]))(?:\(([A-Z])\)|([A-Z])[).:])\s*")
 
 
 def read_choices(column: Any, question: str) -> dict[str, str]:
-    """The choices that the column holds, else those that the question lists; empty where neither does."""
+    """Return the choices in the column, or else those in the question; empty if there are none."""
     return _of_column(column) or _of_question(question[-MAX_CHARACTERS:])
 
 
 def _of_column(value: Any) -> dict[str, str]:
-    """Nulls, with which tables fill up what some rows have and others have not, are no choices."""
+    """Read the choices of a column. Nulls, with which tables pad rows, are not choices."""
     if isinstance(value, str):
         value = _literal(value)
     if isinstance(value, Mapping):
@@ -40,7 +41,7 @@ def _of_column(value: Any) -> dict[str, str]:
 
 
 def _literal(text: str) -> Any:
-    """A list or a mapping written out as JSON, or as Python writes it; None for any other text."""
+    """Parse a list or a mapping written as JSON or as Python; None for any other text."""
     if len(text) > MAX_CHARACTERS or not text.strip().startswith(("[", "{")):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -61,7 +62,8 @@ def _of_question(text: str) -> dict[str, str]:
 
 
 def _last_run(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The last list of at least two letters in order from A; examples before the question may list theirs."""
+    """Return the last list of at least two letters in order from A. Examples before the question may have lists of
+    their own."""
     last: dict[str, str] = {}
     run: dict[str, str] = {}
     for letter, text in pairs:

@@ -1,23 +1,23 @@
-"""Code: does the program in the answer pass the tests? It is run in a sandbox (rewards/sandbox/), and nowhere else.
+"""Code: does the program in the answer pass the tests? It runs in a sandbox (rewards/sandbox/) and nowhere else.
 
     test {"input": "3 4", "output": "7"}     the program reads standard input and prints
     test {"code": "assert add(3, 4) == 7"}   calls the program's functions, from a process and a sandbox of its own
     tests                                    a list of those, of codes, or `{"inputs": [..], "outputs": [..]}`;
-                                             nulls, and tests of nothing but nulls, are none: tables fill them in
+                                             nulls, and tests with only nulls, are ignored: tables add them
 
-The program is the last Markdown fence labelled `python`, `Python`, `py`, `python3` and the like; else the last fence
-without a label, else the whole answer. What is printed must be the expected lines: white space at the end of a line and
-empty lines at the end do not count, everything else does (`7.0` is not `7`). For `code` the program is loaded under the
-name `program`, so that its `__main__` part does not run, with nothing to read.
+The program is the last Markdown fence labelled `python`, `Python`, `py`, `python3` or similar; otherwise the last fence
+without a label; otherwise the whole answer. It must print the expected lines. White space at the end of a line and
+empty lines at the end do not count; everything else does (`7.0` is not `7`). For `code`, the program is loaded under
+the name `program`, so that its `__main__` part does not run, and its standard input is empty.
 
-What says that a test was passed never enters the program's process (sandbox/remote_program.py): an expected output is
-compared here, and the asserts of a `code` run where no line of the program does. Where this machine cannot isolate a
-program, the reward refuses to be loaded: the run does not start.
+The check of a test never runs in the program's process (sandbox/remote_program.py): outputs are compared here, and the
+asserts of a `code` run where no line of the program runs. If this machine cannot isolate a program, the reward refuses
+to load, and the run does not start.
 
-Failure modes: few tests are passed by programs that return what was expected; keep tests out of the prompt. A test of
-a class of the program's own compares as that class says. A test that hands the program an object of a class of the
-test's makes the row `unscorable`. There is Python's standard library, no packages. A group is given K * tests *
-`seconds` at worst: see that this is within `reward.timeout`, or let the tests be fewer.
+Failure modes: a program can pass a few tests by returning the expected values, so keep the tests out of the prompt. If
+a test compares an object of the program's class, that class decides. A test that passes the program an object of a
+class of the test makes the row `unscorable`. The standard library is available, packages are not. A group takes up to K
+* tests * `seconds`: keep that within `reward.timeout`, or use fewer tests.
 """
 
 from __future__ import annotations
@@ -43,30 +43,32 @@ _OPENING = re.compile(r"(`{3,}|~{3,})[ \t]*([^`~]*)$")
 _PYTHON = re.compile(r"(?i)[{.\s]*(?:i?python|py)[\d.]*(?![\w])")
 _MAIN = "import sys\nsys.path.insert(0, '.')\nfrom rewards.sandbox.remote_program import main\nmain()\n"
 _LISTS = {part + s: part for part in ("input", "output", "code") for s in ("", "s")}
-"""What an object of lists calls them: `Sequence` of `datasets` makes `{"input": [..], "output": [..]}` of objects."""
+"""Keys of an object of lists. `Sequence` of `datasets` turns a list of objects into `{"input": [..], "output":
+[..]}`."""
 _FUNCTION = ("fn_name", "func_name", "entry_point")
 _SANDBOX = Path(__file__).parents[1] / "sandbox"
 _MODULES = ("remote_program.py", "remote_object.py")
 
 
 class _UnjudgeableError(Exception):
-    """A test that cannot be run against any program; says why."""
+    """A test cannot be run against any program; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodeTestsReward:
-    """1.0 for a program that passes all tests of its row, else 0.0 with the first failure; `unscorable` without any."""
+    """Scores 1.0 for a program that passes all tests of its row, and otherwise 0.0 with the first failure. A row
+    without tests is `unscorable`."""
 
     separable: ClassVar[bool] = True
     column: str | None = "tests"
-    """Column with the tests: a list of objects, or its JSON text. None: the row's answer has them."""
+    """Column with the tests: a list of objects, or its JSON text. None: the row's answer holds the tests."""
     scope: Scope = "answer"
     seconds: float = 5.0
-    """Wall time of one test."""
+    """Time limit of one test, in seconds of wall time."""
     memory_mib: int = 512
     processes: int = 8
     partial: bool = False
-    """The share of tests that are passed, in place of 0.0 where some fail."""
+    """If some tests fail, score the share of tests that pass instead of 0.0."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
@@ -82,9 +84,9 @@ class CodeTestsReward:
         return [self._judge(tests, text) for text in request.completions]
 
     def warm_up(self) -> None:
-        """Tries the sandbox. Raises RewardSetupError where it does not hold."""
+        """Test the sandbox. Raises RewardSetupError if it does not hold."""
         if problem := isolation_problem():
-            raise RewardSetupError(f"code_tests: {problem}. It runs programs in Linux namespaces or not at all")
+            raise RewardSetupError(f"code_tests: {problem}. It needs Linux namespaces to run programs")
 
     def _judge(self, tests: Sequence[Mapping[str, str]], completion: str) -> Verdict:
         answer = judged_text(completion, self.scope)
@@ -92,7 +94,7 @@ class CodeTestsReward:
             return Verdict.scored(0.0, reason="no single <answer>...</answer>")
         program = program_of(answer)
         if len(program) > MAX_CHARACTERS:
-            return Verdict.scored(0.0, reason=f"a program of more than {MAX_CHARACTERS} characters")
+            return Verdict.scored(0.0, reason=f"the program is longer than {MAX_CHARACTERS} characters")
         try:
             return self._tested(tests, program)
         except _UnjudgeableError as error:
@@ -111,7 +113,7 @@ class CodeTestsReward:
         return Verdict.scored(score, reason=first)
 
     def _problem(self, program: str, test: Mapping[str, str]) -> str:
-        """Why the program fails a test; empty if it passes."""
+        """Explain why the program fails a test; empty if it passes."""
         limits = Limits(self.seconds, self.memory_mib * 2**20, processes=self.processes)
         if "code" in test:
             return self._call_problem(program, test["code"], limits)
@@ -124,7 +126,7 @@ class CodeTestsReward:
         return "" if same else f"printed {outcome.output[:60]!r}, not {test['output'][:60]!r}"
 
     def _call_problem(self, program: str, test: str, limits: Limits) -> str:
-        """Raises _UnjudgeableError."""
+        """Explain why the program fails a test that calls it; empty if it passes. Raises _UnjudgeableError."""
         word = secrets.token_hex(16)
         jobs = {"role": "test", "text": test, "word": word}, {"role": "program", "text": program}
         modules = {f"rewards/sandbox/{name}": (_SANDBOX / name).read_text("utf-8") for name in _MODULES}
@@ -137,16 +139,17 @@ class CodeTestsReward:
         if outcome.exit == FAILED:
             return outcome.errors.strip().rpartition("\n")[2][:200]
         passed = outcome.exit == PASSED and outcome.errors.endswith(f"\n{word}\n")
-        if not passed and answered.exit is None:  # its time began, and ended, before the test's
+        if not passed and answered.exit is None:  # its time began and ended before that of the test
             return f"longer than {self.seconds:g} s"
         return "" if passed else "the program ended before the test did"
 
 
 def program_of(answer: str) -> str:
-    """The program in an answer: its last fence for Python, else its last fence without a label, else all of it."""
+    """Return the program in an answer: its last fence for Python, else its last fence without a label, else all of
+    it."""
     found: dict[str, str] = {}
     mark, kind, lines = "", "", list[str]()
-    for line in [*answer.splitlines(), None]:  # None ends a fence that nothing closes
+    for line in [*answer.splitlines(), None]:  # None ends an unclosed fence
         if not mark:
             if line is not None and (opening := _OPENING.search(line)):
                 mark, label, lines = opening[1], opening[2].strip(), []
@@ -167,28 +170,28 @@ def _ending(outcome: Outcome) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines without white space at their ends, nor empty ones at the end of all."""
+    """Split into lines without trailing white space and without trailing empty lines."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
 def _tests(value: Any) -> list[Mapping[str, str]]:
-    """Raises ValueError or TypeError for what is no list of tests."""
+    """Read the tests. Raises ValueError or TypeError if there is no list of tests."""
     tests = json.loads(value) if isinstance(value, str) else value
     if (called := _called(tests)) is not None:
         raise ValueError(
-            f'they call {called!r} with values and do not say how; write {{"code": "assert {called}(..) == .."}}'
+            f'they call {called!r} with values but do not say how; write {{"code": "assert {called}(..) == .."}}'
         )
     if isinstance(tests, Mapping):
         tests = _rows(tests)
     if not isinstance(tests, list | tuple):
-        raise TypeError(f"tests are a list or an object, found {type(tests).__name__}")
+        raise TypeError(f"tests must be a list or an object, found {type(tests).__name__}")
     if not (given := [test for test in tests if not is_blank(test)]):
-        raise ValueError("nothing but nulls" if tests else "the list is empty")
+        raise ValueError("they are all null" if tests else "the list is empty")
     return [_test(test) for test in given]
 
 
 def _called(tests: Any) -> str | None:
-    """The function that tests name as APPS, TACO and LiveCodeBench do: their inputs are no standard input."""
+    """Return the function that the tests of APPS, TACO and LiveCodeBench call; their inputs are not standard input."""
     for test in [tests] if isinstance(tests, Mapping) else tests if isinstance(tests, list | tuple) else ():
         if isinstance(test, Mapping) and is_null(test.get("code")):
             name = next((test[key] for key in _FUNCTION if not is_null(test.get(key))), None)
@@ -198,22 +201,22 @@ def _called(tests: Any) -> str | None:
 
 
 def _rows(tests: Mapping[str, Any]) -> list[Any]:
-    """The tests of an object: it is one, or has a list for each of their parts."""
+    """Read the tests of an object: one test, or a list for each part of several tests."""
     given = {name: tests[name] for name in _LISTS if isinstance(tests.get(name), list)}
     given = {name: values for name, values in given.items() if not all(map(is_null, values))} or given
     lists = {_LISTS[name]: values for name, values in given.items()}
     if len({len(values) for values in lists.values()}) > 1:
-        raise ValueError(f"its lists {', '.join(lists)} are of different lengths")
+        raise ValueError(f"its lists {', '.join(lists)} have different lengths")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)] if lists else [tests]
 
 
 def _test(test: Any) -> Mapping[str, str]:
-    """One test with its texts alone: tables give every row all the keys, some of them null."""
+    """Keep only the texts of a test. Tables give every row all keys, and some are null."""
     given = {"code": test} if isinstance(test, str) else {}
     if isinstance(test, Mapping):
         given = {k: v for k, v in test.items() if not is_null(v)}
     found = {"code": given["code"]} if "code" in given else {"input": "", **given}
     wanted = ("code",) if "code" in given else ("input", "output")
     if not all(isinstance(found.get(name), str) for name in wanted):
-        raise ValueError('a test is {"input": text, "output": text}, {"code": text}, or a code')
+        raise ValueError('a test must be {"input": text, "output": text}, {"code": text}, or a text of code')
     return {name: found[name] for name in wanted}

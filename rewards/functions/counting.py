@@ -1,14 +1,14 @@
-"""Counting: how many? The answer must be one whole number, and say nothing else.
+"""Counting: how many? The answer must be one whole number and nothing else.
 
     3, ３, 3.0, 1,200, +3, n = 3, 3 + 4 = 7      as `accuracy` reads numbers (rewards/answers/reading.py)
     **3**, $3$, \\boxed{3}, 3.                   with what stands around an answer
     three, Twenty-one, one hundred and five     in English words, up to 999
     3 dogs, three red balls                     with one of the `nouns` behind it, if such are given
 
-With `scope: completion` the answer is what the completion states (the last box, <answer>, `the answer is`, ####), or
-else its last expression, as for `accuracy`.
+With `scope: completion`, the answer is the one that the completion states (the last box, <answer>, `the answer is`,
+####), or else its last expression, as for `accuracy`.
 
-Failure modes: a small gold number is easily guessed (always "2"); with `graded`, a guess near the middle of the data
+Failure modes: a small gold number is easily guessed (always "2"). With `graded`, a guess near the middle of the data
 earns most of the reward without looking. Answers with anything but the number in them are wrong: "3 or 4", "about 3",
 "~3", "3-4", "6/2", "3%", "3 dogs" (without `nouns`).
 """
@@ -35,17 +35,18 @@ _TEENS = ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
 _ONES = ["zero", *_DIGITS, "ten", "eleven", "twelve", *_TEENS]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _ROUGH = re.compile(r"[~≈≃∼±]|\\(?:approx|sim(?:eq)?|pm)(?![a-zA-Z])|\\frac|/")
-"""What makes of a number an estimate or a share."""
+"""Matches signs that turn a number into an estimate or a share."""
 
 
 @dataclass(frozen=True, slots=True)
 class CountingReward:
-    """1.0 for the gold number, 0.0 for another or none; `unscorable` where the row's answer is no number."""
+    """Scores 1.0 for the gold number, and 0.0 for another or none. A row whose answer is not a number is
+    `unscorable`."""
 
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
     graded: bool = False
-    """A wrong number earns 1 - |difference| / gold, at least 0.0, instead of nothing."""
+    """Score a wrong number 1 - |difference| / gold (at least 0.0) instead of 0.0."""
     nouns: tuple[str, ...] = ()
     """Words that may follow the number ("dogs", "dog")."""
 
@@ -55,11 +56,11 @@ class CountingReward:
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         golds = {count for form in gold_forms(request.answer) if (count := self._read(form)) is not None}
         if not golds:
-            return unscorable(request, f"the row's answer {request.answer!r:.60} is no whole number")
+            return unscorable(request, f"the row's answer {request.answer!r:.60} is not a whole number")
         return [self._judge(golds, text) for text in request.completions]
 
     def ideal(self, request: ScoringRequest) -> str | None:
-        """The first gold form that is a count, where this reward looks for it."""
+        """Return a completion with the first gold form that is a count, where this reward looks for it."""
         counts = (form for form in gold_forms(request.answer) if self._read(form) is not None)
         return placed(next(counts, None), self.scope)
 
@@ -88,7 +89,7 @@ class CountingReward:
         return None if first is None else self._read(first)
 
     def _read(self, text: str) -> int | None:
-        """The count that is all of `text`."""
+        """Return the count, if it is all of `text`."""
         if len(text) > 1000 or _ROUGH.search(text):
             return None
         text = folded(plain(text))
@@ -108,7 +109,7 @@ def _whole(kind: Kind) -> int | None:
 
 
 def _spelled(text: str) -> int | None:
-    """The number that English words name."""
+    """Return the number that English words name."""
     words, hundreds = text.replace("-", " ").split(), 0
     if words[1:2] == ["hundred"] and words[0] in ("a", *_DIGITS):
         hundreds = 100 if words[0] == "a" else 100 * _ONES.index(words[0])

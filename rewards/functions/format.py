@@ -4,15 +4,15 @@
     lenient    tags in any case, text around them and further `<think>`s allowed; one filled answer, after the thinking
     newline    strict, and a line break after each opening and before each closing tag, one between the two blocks
 
-What becomes of the `<think>` trace is up to the operator (the option `trace`):
+The option `trace` says how the `<think>` trace is treated:
 
-    visible    it is asked for, and shown
-    internal   it is asked for, but reports and served outputs leave it out
-    stripped   none is asked for: the answer alone is the format; one that is there all the same is not shown
+        visible    the format asks for it, and reports show it
+        internal   the format asks for it, but reports and served outputs leave it out
+        stripped   the format is the answer alone; a trace that is there anyway is not shown
 
-Failure modes: the format says nothing about what the trace contains (`<think>x</think>` is enough), and a tag that a
-completion only talks about counts as a tag. Where the chat template itself opens `<think>` at the end of the prompt,
-that one counts as the completion's beginning.
+Failure modes: the format does not check what the trace contains (`<think>x</think>` is enough), and a tag that a
+completion only mentions counts as a tag. If the chat template opens `<think>` at the end of the prompt, that tag counts
+as the beginning of the completion.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _LAYOUTS = {
     "strict": (r"\s*<think>(?P<think>.*?)</think>", r"\s*<answer>(?P<answer>.*?)</answer>\s*"),
     "newline": (r"<think>\n(?P<think>.*?)\n</think>\n", r"<answer>\n(?P<answer>.*?)\n</answer>\n?"),
 }
-"""Patterns of the trace and of the answer."""
+"""Layout -> pattern of the trace and the answer."""
 _TRACE = re.compile(r"<think>.*?(?:</think>|\Z)\s*", re.DOTALL | re.IGNORECASE)
 _END_OF_TRACE = re.compile(r"\A(?:(?!<think>).)*</think>\s*", re.DOTALL | re.IGNORECASE)
 
 
 def format_problem(text: str, style: Style = "strict", trace: Trace = "visible") -> str:
-    """Why `text` is not in the format; empty if it is."""
+    """Explain why `text` is not in the format; empty if it is."""
     lenient = style == "lenient"
     text = text.lower() if lenient else text
     for tag in _ANSWER if trace == "stripped" else (*_THINK, *_ANSWER):
@@ -49,7 +49,7 @@ def format_problem(text: str, style: Style = "strict", trace: Trace = "visible")
         if count == 0 or (count > 1 and not (lenient and tag in _THINK)):
             return f"{tag} occurs {count} times, not once"
     if trace == "stripped" and "<think>" in text:
-        return "there is a <think>, and none is asked for (trace: stripped)"
+        return "there is a <think>, but the format has none (trace: stripped)"
     blocks = _find_blocks(text, trace) if lenient else _match_blocks(text, style, trace)
     if blocks is None:
         text_outside = "" if lenient else ", or there is text outside of them"
@@ -65,8 +65,8 @@ def _match_blocks(text: str, style: str, trace: Trace) -> dict[str, str] | None:
 
 
 def _find_blocks(text: str, trace: Trace) -> dict[str, str] | None:
-    """The first trace and the only answer, behind it; plain searches, since a pattern would take cubic time on text
-    full of tags."""
+    """Find the first trace and the only answer after it. Plain searches are used, since a pattern would take cubic time
+    on text full of tags."""
     before, _, rest = text.partition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
     think, ended, _ = before.partition("<think>")[2].partition("</think>")
@@ -76,7 +76,7 @@ def _find_blocks(text: str, trace: Trace) -> dict[str, str] | None:
 
 
 def answer_text(text: str) -> str | None:
-    """What stands in the only `<answer>...</answer>` of `text`, stripped; None where there is none or several."""
+    """Return the stripped content of the only `<answer>...</answer>` in `text`; None if there is none, or several."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     inside = text.partition("<answer>")[2]
@@ -85,17 +85,18 @@ def answer_text(text: str) -> str | None:
 
 
 def judged_text(completion: str, scope: Scope) -> str | None:
-    """The part of a completion that a reward compares: its only answer (None where there is none), or all of it."""
+    """Return the part of a completion that a reward compares: its only answer (None if there is none), or all of it."""
     return answer_text(completion) if scope == "answer" else completion.strip()
 
 
 def placed(answer: str | None, scope: Scope) -> str | None:
-    """The completion in which a reward of that scope finds just this answer."""
+    """Return a completion in which a reward with this scope finds exactly this answer."""
     return answer if answer is None or scope == "completion" else f"<answer>{answer}</answer>"
 
 
 def unfenced(text: str, label: str) -> str:
-    """The contents of a Markdown fence that is all of `text`, with `label` or without one; other text as it is."""
+    """Return the contents of a Markdown fence that is all of `text`, with `label` or without one. Other text is
+    returned unchanged."""
     body = text.strip()
     if len(body) < 6 or not (body.startswith("```") and body.endswith("```")):
         return text
@@ -104,20 +105,21 @@ def unfenced(text: str, label: str) -> str:
 
 
 def check_scope(scope: str) -> None:
-    """Raises ValueError for a scope that does not exist."""
+    """Raise ValueError for an unknown scope."""
     one_of("scope", scope, get_args(Scope))
 
 
 def one_of(option: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises ValueError for an option's value that does not exist, naming those that do."""
+    """Raise ValueError for an unknown value of an option, and name the known ones."""
     if value not in allowed:
         names = [repr(name) for name in allowed]
         raise ValueError(f"{option} must be {', '.join(names[:-1])} or {names[-1]}, not {value!r}")
 
 
 def shown(text: str, trace: Trace) -> str:
-    """A completion as reports and served outputs show it: with its trace only where that is visible. A trace that does
-    not end is left out to the end of the text, one that the prompt opened from the beginning."""
+    """Return a completion as reports and served outputs show it: without its trace, unless that is visible. A trace
+    that does not end is removed to the end of the text; a trace that the prompt opened is removed from the
+    beginning."""
     if trace == "visible":
         return text
     return _TRACE.sub("", _END_OF_TRACE.sub("", text)).strip()
@@ -125,7 +127,7 @@ def shown(text: str, trace: Trace) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FormatReward:
-    """1.0 for a completion in the think/answer format, 0.0 with the reason otherwise."""
+    """Scores 1.0 for a completion in the think/answer format, and 0.0 with the reason otherwise."""
 
     separable: ClassVar[bool] = True
     style: Style = "strict"

@@ -1,4 +1,4 @@
-"""Grounding: is the box, or the point, where it should be? The arithmetic is in rewards/functions/boxes.py.
+"""Grounding: is the box or the point where it should be? The arithmetic is in rewards/functions/boxes.py.
 
     metric   gold            answer          score
     iou      one box         one box         IoU; with `threshold`, 1.0 from there on and else 0.0
@@ -10,9 +10,9 @@ Coordinates are stated, never guessed: `coordinates` for the answer, `gold_coord
 answer's), each `absolute` (pixels of the image as it is in the data), `normalized` (0 to 1) or `thousandths` (0 to
 1000).
 
-Failure modes: models that see a resized image (Qwen2-VL and 2.5-VL) write pixels of that, not of the file: let them
+Failure modes: models that see a resized image (Qwen2-VL and 2.5-VL) write its pixels, not those of the file: let them
 answer in thousandths, or resize the data. A box around the whole image has a fair IoU with large objects, and with
-`point` its middle is often right: prefer `iou` with a threshold. Where anything but boxes stands in the answer, or one
+`point` its middle is often right: prefer `iou` with a threshold. If the answer contains anything but boxes, or a box
 reaches outside of the image, the score is 0.0.
 """
 
@@ -29,12 +29,13 @@ from rollout.types import Verdict
 
 Metric = Literal["iou", "giou", "point", "boxes"]
 ROUNDING = 1e-9
-"""That an IoU may lack of the threshold: a box written in other coordinates is not quite the same number."""
+"""How much an IoU may fall below the threshold, since a box in other coordinates is rounded differently."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroundingReward:
-    """How well the answer's box or boxes agree with the gold ones, 0.0 to 1.0; `unscorable` where the gold is none."""
+    """Scores how well the answer's boxes agree with the gold boxes, 0.0 to 1.0. A row without a gold box is
+    `unscorable`."""
 
     separable: ClassVar[bool] = True
     coordinates: Coordinates
@@ -42,7 +43,7 @@ class GroundingReward:
     threshold: float | None = None
     gold_coordinates: Coordinates | None = None
     column: str | None = None
-    """Column that holds the gold boxes; None: the row's answer does, as JSON."""
+    """Column with the gold boxes. None: the row's answer holds them, as JSON."""
     scope: Scope = "answer"
 
     def __post_init__(self) -> None:
@@ -51,20 +52,20 @@ class GroundingReward:
         one_of("coordinates", self.coordinates, get_args(Coordinates))
         one_of("gold_coordinates", self.gold_coordinates or self.coordinates, get_args(Coordinates))
         if self.threshold is not None and not (self.metric == "iou" and 0 < self.threshold <= 1):
-            raise ValueError(f"threshold is an IoU above 0 and up to 1, for metric 'iou', not {self.threshold}")
+            raise ValueError(f"threshold is for metric 'iou' and must be above 0 and at most 1, not {self.threshold}")
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         size = _size(request)
         if size is None and "absolute" in (self.coordinates, self.gold_coordinates):
-            return unscorable(request, "absolute coordinates, but the row has no image whose size is known")
+            return unscorable(request, "coordinates are absolute, but the row has no image of known size")
         gold = self._gold(request, size)
         if gold is None:
             what = "list of boxes" if self.metric == "boxes" else "single box"
-            return unscorable(request, f"the row's {self.column or 'answer'} is no {what} inside of the image")
+            return unscorable(request, f"the row's {self.column or 'answer'} is not a {what} inside of the image")
         return [self._judge(gold, text, size) for text in request.completions]
 
     def ideal(self, request: ScoringRequest) -> str | None:
-        """The gold boxes in the answer's coordinates, where this reward looks for them; None where the row has none."""
+        """Return a completion with the gold boxes in the answer's coordinates; None if the row has none."""
         size = _size(request)
         gold = self._gold(request, size)
         if gold is None or (self.coordinates == "absolute" and size is None):
@@ -95,5 +96,5 @@ class GroundingReward:
 
 
 def _size(request: ScoringRequest) -> tuple[int, int] | None:
-    """Of the first image, in pixels."""
+    """Return the size of the first image in pixels."""
     return next(((m.width, m.height) for m in request.media if m.kind == "image" and m.width and m.height), None)

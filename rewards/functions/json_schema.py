@@ -1,14 +1,14 @@
-"""JSON by schema: is the answer one JSON document, perhaps in a Markdown fence, that is valid under a schema?
+"""JSON by schema: is the answer one JSON document (perhaps in a Markdown fence) that is valid under a schema?
 
-Failure modes: a schema says what an answer looks like, not whether it is right; an empty one accepts everything.
-Documents with a key twice, NaN or Infinity are no JSON here, other than to Python. A reference in a schema to another
-document is never fetched: the verdict is then an error. A schema's patterns are searched by the `regex` package, for at
-most 0.1 s a text: what takes longer (`^(a+)+$` on many a's) is a violation.
+Failure modes: a schema describes the form of an answer, not whether it is right; an empty schema accepts everything.
+Unlike in Python, documents with a duplicate key, NaN or Infinity are not JSON here. A reference in a schema to another
+document is never fetched; the verdict is then an error. The `regex` package searches a schema's patterns, for at most
+0.1 s per text. A search that takes longer (`^(a+)+$` on many a's) is a violation.
 
-A row's own schema may come from a table, which gives it the keys of all rows' schemas. No keyword is ever null but
-`const` and `default`, so a null is a keyword, a name or a schema that this row has not, and left out. What stands in
-`enum`, `examples` and within a `const` stays as it is, and so does `{"const": null}` by itself; beside other keywords a
-null `const` is one of other rows (`"type": "null"` says the same).
+A row's own schema may come from a table, which gives it the keys of the schemas of all rows. Only `const` and `default`
+can be null, so any other null is a keyword, a name or a schema that this row does not have, and it is removed. The
+contents of `enum`, `examples` and `const` stay unchanged, and so does `{"const": null}` by itself. Beside other
+keywords, a null `const` belongs to other rows (`"type": "null"` says the same).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from rollout.types import Verdict
 
 MAX_CHARACTERS = 100_000
 MAX_DEPTH = 100
-"""Lists and objects within each other."""
+"""How deep lists and objects may be nested."""
 PATTERN_SECONDS = 0.1
 _VALUES = ("const", "enum", "default", "examples", "type")
-"""Keywords that hold documents, whose nulls are meant; a null in the list of a `type` is a mistake for "null"."""
+"""Keywords that hold documents, in which nulls are meant. A null in the list of a `type` is a mistake for "null"."""
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
-"""Keywords that hold schemas by names, which may be those of keywords."""
+"""Keywords that map names to schemas. The names may equal keywords."""
 
 
 class NotJSONError(ValueError):
-    """Text that is no JSON document; says why."""
+    """The text is not a JSON document; the message says why."""
 
 
 class _SlowPatternError(Exception):
-    """A schema's pattern that took too long on a document; says which."""
+    """A pattern of the schema took too long on a document; the message says which."""
 
 
 def read_json(text: str) -> Any:
-    """The JSON document that `text` is, strictly. Raises NotJSONError."""
+    """Parse `text` as one JSON document, strictly. Raises NotJSONError."""
     if len(text) > MAX_CHARACTERS:
         raise NotJSONError(f"longer than {MAX_CHARACTERS} characters")
     try:
@@ -74,17 +74,17 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(number: str) -> float:
     if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number[:20]} is beyond all numbers")
+        raise ValueError(f"{number[:20]} is too large for a number")
     return value
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 @lru_cache(maxsize=256)
 def _validator(schema: str) -> Any:
-    """jsonschema's validator of a schema in JSON. Raises ValueError for what is no schema."""
+    """Return jsonschema's validator of a schema in JSON. Raises ValueError if it is not a schema."""
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -94,14 +94,14 @@ def _validator(schema: str) -> Any:
     try:
         cls.check_schema(document)
     except SchemaError as error:
-        raise ValueError(f"no valid JSON schema: {error.message}") from error
-    # Without a registry of our own, references would be fetched from the network.
+        raise ValueError(f"not a valid JSON schema: {error.message}") from error
+    # Without our own registry, references would be fetched from the network.
     return _bounded(cls)(document, registry=Registry())
 
 
 @cache
 def _bounded(cls: Any) -> Any:
-    """The validator class with pattern searches that end."""
+    """Return the validator class with a time limit on pattern searches."""
     from jsonschema.exceptions import ValidationError
     from jsonschema.validators import extend
 
@@ -133,7 +133,7 @@ def _bounded(cls: Any) -> Any:
 
 
 def _found(pattern: str, text: str) -> bool:
-    """Whether the pattern is found in `text`. Raises _SlowPatternError where that takes too long to tell."""
+    """Return whether the pattern is found in `text`. Raises _SlowPatternError if the search takes too long."""
     import regex
 
     try:
@@ -143,12 +143,13 @@ def _found(pattern: str, text: str) -> bool:
 
 
 def check_schema(schema: Any) -> None:
-    """Raises ValueError for what is no JSON schema."""
+    """Raise ValueError if this is not a JSON schema."""
     _validator(json.dumps(schema))
 
 
 def violation(schema: Any, document: Any) -> str:
-    """What in `document` violates `schema`, where; empty if nothing does. Raises ValueError for what is no schema."""
+    """Say what in `document` violates `schema`, and where; empty if nothing does. Raises ValueError if `schema` is not
+    a schema."""
     from jsonschema.exceptions import best_match
 
     try:
@@ -160,12 +161,12 @@ def violation(schema: Any, document: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JsonSchemaReward:
-    """1.0 for an answer that is valid under the schema, 0.0 with the violation otherwise."""
+    """Scores 1.0 for an answer that is valid under the schema, and 0.0 with the violation otherwise."""
 
     separable: ClassVar[bool] = True
     schema: Mapping[str, Any] | None = None
     column: str | None = None
-    """Column with the row's own schema (an object, or its JSON text) in place of `schema`."""
+    """Column with the row's own schema (an object, or its JSON text), instead of `schema`."""
     scope: Scope = "answer"
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class JsonSchemaReward:
                 schema = _row_schema(gold_of(request, self.column))
                 check_schema(schema)
             except (ValueError, TypeError, RecursionError) as error:
-                return unscorable(request, f"column {self.column} holds no JSON schema: {error}"[:300])
+                return unscorable(request, f"column {self.column} does not hold a JSON schema: {error}"[:300])
         return [self._judge(schema, text) for text in request.completions]
 
     def _judge(self, schema: Mapping[str, Any], completion: str) -> Verdict:
@@ -192,31 +193,32 @@ class JsonSchemaReward:
         try:
             problem = violation(schema, read_json(answer))
         except NotJSONError as error:
-            problem = f"no JSON: {error}"
+            problem = f"not JSON: {error}"
         except RecursionError:
             problem = "nested too deeply"
         return Verdict.scored(0.0 if problem else 1.0, reason=problem)
 
 
 def _row_schema(value: Any) -> Mapping[str, Any]:
-    """The schema that a row holds, without what its table filled in. Raises ValueError for what is no object."""
+    """Return the schema of a row, without the nulls that its table filled in. Raises ValueError if it is not an
+    object."""
     document = read_json(value) if isinstance(value, str) else value
     if _absent(document):
         raise ValueError("it is null")
     if not isinstance(document, Mapping):
-        raise ValueError(f"it is no object but a {type(document).__name__}")
+        raise ValueError(f"it must be an object, not a {type(document).__name__}")
     return dict(_unpadded(document))
 
 
 def _absent(value: Any) -> bool:
-    """Whether a place in a row's schema holds nothing but nulls, other than a `{"const": null}`."""
+    """Return whether a place in a row's schema holds only nulls, and not `{"const": null}`."""
     if not isinstance(value, Mapping) or set(value) in (set(), {"const"}):
         return is_null(value)
     return all(map(_absent, value.values()))
 
 
 def _unpadded(schema: Any) -> Any:
-    """A row's schema without nulls that stand for keywords, names and schemas of other rows."""
+    """Return a row's schema without the nulls that stand for keywords, names and schemas of other rows."""
     if isinstance(schema, list | tuple):
         return [_unpadded(item) for item in schema if not _absent(item)]
     if not isinstance(schema, Mapping) or set(schema) == {"const"}:

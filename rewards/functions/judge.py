@@ -3,15 +3,15 @@
     with `url`      any server that speaks OpenAI's chat completions: `{url}/chat/completions`
     without         an engine of the run itself, by the driver's service `generate`: the policy judges itself
 
-The judge is asked for one JSON object `{"reason": .., "score": n}` with 0 <= n <= `best`; the verdict is n / `best`. A
-reply in which there is not exactly one such object is an `error`, never a score. A server that is busy or gone is asked
-again, a few times.
+The judge must reply with one JSON object `{"reason": .., "score": n}` with 0 <= n <= `best`; the score is n / `best`. A
+reply without exactly one such object is an `error`, never a score. If a server is busy or gone, the request is repeated
+a few times.
 
-Failure modes: judges prefer long and confident answers, and their own; a policy finds what persuades them. The
-completion is fenced by a mark that it cannot know, which makes instructions to the judge harder to smuggle in, not
-impossible. Control tokens that it spells out are taken out for engines of the run; a server must keep those of its own
-model from being read in messages. A judge that is trained along (without `url`) drifts with the policy. Measure it
-against people, or `accuracy`, on data you know.
+Failure modes: judges prefer long and confident answers, and their own; a policy finds what persuades them. A mark that
+the completion cannot know fences it, which makes it harder, but not impossible, to smuggle in instructions to the
+judge. Control tokens that a completion spells out are removed for engines of the run; a server must itself not read
+those of its model in messages. A judge that is trained along (without `url`) drifts with the policy. Compare it with
+people, or with `accuracy`, on data you know.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rollout.types import Verdict
 from vlm.media.types import Media
 
 MAX_CHARACTERS = 20_000
-"""Longest completion that is sent."""
+"""The most characters of a completion that are sent."""
 _DECODER = json.JSONDecoder()
 _TRANSIENT = (408, 409, 425, 429)
 _KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"))
@@ -58,7 +58,7 @@ Reply with one JSON object and nothing else: {{"reason": "one sentence", "score"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a judge is asked: a text, and the images that go with it."""
+    """A question to the judge: a text and its images."""
 
     text: str
     images: tuple[Media, ...] = ()
@@ -66,34 +66,34 @@ class Question:
 
 @dataclass(slots=True)
 class JudgeReward:
-    """The judge's score / `best`, 0.0 to 1.0; `error` where it gave none."""
+    """Scores the judge's score / `best`, 0.0 to 1.0. The verdict is `error` if the judge gave none."""
 
     separable: ClassVar[bool] = True
     rubric: str
     url: str | None = None
-    """Up to and with the version: `http://host:8000/v1`."""
+    """URL of the server, including the version: `http://host:8000/v1`."""
     model: str = ""
     """Name of the judge on the server."""
     key_variable: str | None = None
-    """Environment variable, on the nodes of the reward actors, that holds the server's API key."""
+    """Environment variable with the server's API key, on the nodes of the reward actors."""
     best: float = 10.0
     question: str | None = None
-    """Column with the task; None: the words of the user."""
+    """Column with the task. None: the user's words."""
     images: bool = True
-    """Show the prompt's images to the judge."""
+    """Whether to show the prompt's images to the judge."""
     max_tokens: int = 512
-    """Longest reply."""
+    """The most tokens of a reply."""
     parallel: int = 8
-    """Requests to a server at once, by each reward actor."""
+    """How many requests each reward actor sends to the server at once."""
     seconds: float = 20.0
     """Time limit of one request to a server."""
     _generate: Service | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not self.rubric.strip():
-            raise ValueError("rubric says what a good answer is; it must not be empty")
+            raise ValueError("rubric must not be empty; describe what a good answer is")
         if self.url is not None and not self.model:
-            raise ValueError("model is the name of the judge on the server; it must be given with url")
+            raise ValueError("with url, model must name the judge on the server")
         if min(self.best, self.max_tokens, self.parallel, self.seconds) <= 0:
             raise ValueError("best, max_tokens, parallel and seconds must be positive")
 
@@ -105,9 +105,9 @@ class JudgeReward:
         self._generate = services.get("generate")
 
     def warm_up(self) -> None:
-        """Raises RewardSetupError where there is nobody to ask."""
+        """Raise RewardSetupError if there is neither a server nor an engine to ask."""
         if self.url is None and self._generate is None:
-            raise RewardSetupError("judge: outside of a run there is no engine to ask; give a server's url")
+            raise RewardSetupError("judge: there is no engine outside of a run; give the url of a server")
         if self.key_variable is not None and self.key_variable not in os.environ:
             raise RewardSetupError(f"judge: the environment variable {self.key_variable} is not set here")
 
@@ -140,7 +140,7 @@ class JudgeReward:
             return Verdict("error", reason=f"the judge did not answer: {describe(error)}"[:500])
 
     def _reply(self, question: Question) -> str:
-        """Raises TransientError or ServiceError."""
+        """Ask the server and return its reply. Raises TransientError or ServiceError."""
         images = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in question.images]
         content = [*images, {"type": "text", "text": question.text.encode("utf-8", "replace").decode()}]
         body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens}
@@ -162,17 +162,17 @@ class JudgeReward:
             raise ServiceError(f"not a chat completion: {error!r}"[:300]) from None
 
     def _read(self, reply: str) -> Verdict:
-        """The verdict that a reply holds; `error` for anything but exactly one score within bounds."""
+        """Read the verdict from a reply. It is `error` unless the reply has exactly one score within bounds."""
         found = [document for document in _objects(shown(reply, "stripped")) if "score" in document]
         score: Any = found[0]["score"] if len(found) == 1 else None
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= self.best:
-            problem = f"the judge's reply holds no single score of 0 to {self.best:g}"
+            problem = f"the judge's reply does not contain exactly one score of 0 to {self.best:g}"
             return Verdict("error", reason=f"{problem}: {reply[:200]!r}")
         return Verdict.scored(score / self.best, note=str(found[0].get("reason", ""))[:300])
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects in `text` that are in no other one, braces in their own texts included."""
+    """Yield the outermost JSON objects in `text`, also if their texts contain braces."""
     found, start, text = [], 0, text[-MAX_CHARACTERS:]
     while (start := text.find("{", start)) >= 0:
         try:

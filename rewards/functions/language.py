@@ -1,12 +1,12 @@
-"""Language: is the completion written in the language asked for? Identified by py3langid, over 97 languages.
+"""Language: is the completion in the requested language? py3langid identifies it among 97 languages.
 
-Tags, code, formulas and numbers are taken out first. With `think: true` the trace and the answer are judged apart, and
-the lower score counts: models like to think in another language than they answer in.
+Tags, code, formulas and numbers are removed first. With `think: true`, the trace and the answer are judged separately
+and the lower score counts, since models like to think in another language than they answer in.
 
-Failure modes: few words cannot be told apart ("red" is taken for Afrikaans), hence a completion of fewer than `letters`
-letters is `unscorable`, and a row whose completions all are teaches nothing: leave this reward to tasks with long
-answers. Close relatives (Norwegian and Danish, Serbian and Croatian) are mixed up. Of a mixture, the language of the
-larger part wins.
+Failure modes: the language of a few words is uncertain ("red" is taken for Afrikaans). So a completion of fewer than
+`letters` letters is `unscorable`, and a row with only such completions teaches nothing: use this reward for tasks with
+long answers. Closely related languages (Norwegian and Danish, Serbian and Croatian) are confused. In a mixture, the
+language of the larger part wins.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _TRACE = re.compile(r"<think>((?:(?!<think>).)*?)</think>", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class LanguageReward:
-    """1.0 for the language asked for, 0.0 for another."""
+    """Scores 1.0 for the requested language, and 0.0 for another."""
 
     separable: ClassVar[bool] = True
     language: str | None = None
     """ISO 639-1 code ("en", "zh")."""
     column: str | None = None
-    """Or the column that has it, row by row."""
+    """Column with the language of each row, instead of `language`."""
     letters: int = 30
-    """Fewest letters that are judged."""
+    """The fewest letters that are judged."""
     think: bool = False
 
     def __post_init__(self) -> None:
@@ -47,11 +47,11 @@ class LanguageReward:
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
         wanted = self.language or request.columns.get(self.column or "")
         if not isinstance(wanted, str) or wanted not in _codes():
-            return unscorable(request, f"the row's language {wanted!r:.40} is no code that is known, such as 'en'")
+            return unscorable(request, f"the row's language {wanted!r:.40} is not a known code, such as 'en'")
         return [self._judge(wanted, text) for text in request.completions]
 
     def warm_up(self) -> None:
-        """Loads the model (0.6 s)."""
+        """Load the model (0.6 s)."""
         _identifier().classify("text")
 
     def _judge(self, wanted: str, completion: str) -> Verdict:
@@ -59,7 +59,7 @@ class LanguageReward:
         parts = [*_TRACE.findall(text), _TRACE.sub(" ", text)] if self.think else [text]
         found = [found for part in parts if (found := self._identify(part)) is not None]
         if not found:
-            return Verdict("unscorable", reason=f"fewer than {self.letters} letters: too little to tell the language")
+            return Verdict("unscorable", reason=f"fewer than {self.letters} letters: too few to identify the language")
         others = sorted({language for language in found if language != wanted})
         return Verdict.scored(0.0 if others else 1.0, reason=f"written in {', '.join(others)}" if others else "")
 
@@ -82,7 +82,7 @@ def _codes() -> frozenset[str]:
 
 @cache
 def _identifier() -> Any:
-    """py3langid, imported when first needed."""
+    """Return py3langid's identifier, imported when first needed."""
     import py3langid
 
     return py3langid

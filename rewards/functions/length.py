@@ -3,8 +3,8 @@
     minimum <= length <= maximum   1.0
     beyond                         falling to 0.0 over `slack` (a shorter one: from `minimum` to nothing)
 
-Failure modes: by itself it pays for saying nothing (no `minimum`) or for padding (with one): add it with a small weight
-to a reward of substance, or have it multiply one. Lengths in tokens are known during a run; completions from a file are
+Failure modes: by itself it pays for saying nothing (no `minimum`) or for padding (with one). Add it with a small weight
+to a reward of substance, or let it multiply one. Lengths in tokens are known during a run. Completions from a file are
 measured in words instead, and the reason says so.
 """
 
@@ -23,20 +23,20 @@ Unit = Literal["tokens", "words", "characters"]
 
 @dataclass(frozen=True, slots=True)
 class LengthReward:
-    """1.0 within the bounds, falling linearly to 0.0 outside of them."""
+    """Scores 1.0 within the bounds, falling linearly to 0.0 outside of them."""
 
     separable: ClassVar[bool] = True
     maximum: int
     minimum: int = 0
     slack: int = 0
-    """Length over which the score falls to 0.0 beyond `maximum`."""
+    """Over this length beyond `maximum`, the score falls to 0.0."""
     unit: Unit = "tokens"
 
     def __post_init__(self) -> None:
         one_of("unit", self.unit, get_args(Unit))
         if not 0 <= self.minimum <= self.maximum or self.slack < 0:
             raise ValueError(
-                f"0 <= minimum <= maximum and 0 <= slack are needed, not minimum={self.minimum}, "
+                f"expected 0 <= minimum <= maximum and 0 <= slack, not minimum={self.minimum}, "
                 f"maximum={self.maximum}, slack={self.slack}"
             )
 

@@ -6,11 +6,11 @@
     lead      "the answer is", "Answer:", "option", "I choose", "the correct choice would be", "so B", and the like
     behind    "is correct", "is the right answer", "because ..", "since .."
 
-A letter that the row has wins over a choice whose text is that letter. What is named besides the one letter decides
-too: where another letter stands by itself anywhere ("A or B", "C (or maybe D)", "A/B/C/D", "not A but B"), or the text
-of another choice behind the letter, the answer picks none. What is denied ("B is wrong", "I don't think it's B") is
-named, and not picked. Letters within names do not count ("Vitamin C", "Point A"), nor does "A" as an article, nor "I".
-A number or an expression is the choice that accuracy takes for equal: `72^\\circ` is 72°. "yes, .." is Yes.
+A letter of the row wins over a choice whose text is that letter. An answer that names more than one choice picks none:
+another letter by itself anywhere ("A or B", "C (or maybe D)", "A/B/C/D", "not A but B"), or the text of another choice
+after the letter. A choice that is denied ("B is wrong", "I don't think it's B") is named but not picked. Letters within
+names do not count ("Vitamin C", "Point A"), and neither do "A" as an article and "I". A number or an expression picks
+the choice that accuracy considers equal: `72^\\circ` is 72°. "yes, .." is Yes.
 
 The choices come from a column, or from the row's own words. The gold is a letter or a choice's text, in the same forms,
 or a number that counts the choices from 0 (as in MMLU). A text such as "1" is first of all the choice that says 1; a
@@ -19,8 +19,8 @@ two ("3 cm", "Figure 3").
 With `scope: completion` the last `\\boxed{}` counts (boxes side by side are several answers), else what follows the
 last lead, else the last line.
 
-Failure modes: with two choices, guessing earns 0.5 on average. An answer that rules out other letters by name is
-wrong; an answer in words is wrong where the choices are not known.
+Failure modes: with two choices, guessing earns 0.5 on average. An answer that rules out other letters by name is wrong.
+An answer in words is wrong if the choices are not known.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rewards.functions.format import Scope, answer_text, check_scope, judged_tex
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 10_000
-"""Longest answer that is read; of a longer one the last characters count."""
+"""The most characters of an answer that are read. Of a longer answer, the last characters count."""
 _TAGS = re.compile(r"</?[a-zA-Z]{2,12}>|</[A-Za-z]>|<[a-z]>")
 _WRAPPERS = re.compile(
     r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mathit|mathsf)(?=\s*\{)|\\[()\[\]]|\\[,;!]|[*_`\"{}$“”<>]"
@@ -77,22 +77,23 @@ _CONNECTORS = re.compile(
     r"correct|right|best|wrong)"
 )
 _INDEX = re.compile(r"\s*(\d{1,2})(?:\.0)?\s*")
-"""A place among the choices; with a zero where a table made a float of it."""
+"""Matches the index of a choice, also with `.0`, if a table made it a float."""
 _NAMES = re.compile(
     r"(?i)(?:vitamin|point|line|angle|fig|figure|plan|type|class|group|hepatitis|grade|part|case|team|company|country|"
     r"city|machine|graph|vertex|node|box|block|region|area|section|table|step|set|matrix|curve|circle|triangle)"
 )
-"""Words that a letter behind them belongs to; so do other words that begin with a capital ("Hepatitis B")."""
+"""Words to which a following letter belongs. Other words that begin with a capital do the same ("Hepatitis B")."""
 
 
 @dataclass(frozen=True, slots=True)
 class MultipleChoiceReward:
-    """1.0 for the gold choice, 0.0 for another, several or none; `unscorable` where the row's answer is no choice."""
+    """Scores 1.0 for the gold choice, and 0.0 for another, several or none. A row whose answer is not a choice is
+    `unscorable`."""
 
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
     choices: str | None = None
-    """Column with the choices (rewards/functions/choices.py). None: they are read from the row's own words."""
+    """Column with the choices (rewards/functions/choices.py). None: the choices are read from the user's words."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
@@ -106,7 +107,7 @@ class MultipleChoiceReward:
         return [self._judge(golds, choices, text) for text in request.completions]
 
     def ideal(self, request: ScoringRequest) -> str | None:
-        """The first gold form that picks a choice, else the letter of a number's, where this reward looks for it."""
+        """Return a completion with the first gold form that picks a choice, or else the letter of a gold number."""
         choices = read_choices(request.columns.get(self.choices) if self.choices else None, request.user_text)
         try:
             letter = min(gold_choices(request, choices))
@@ -126,42 +127,43 @@ class MultipleChoiceReward:
 
 
 def gold_choices(request: ScoringRequest, choices: Mapping[str, str]) -> set[str]:
-    """The letters that the row's answer stands for. Raises ValueError, which says what is wrong with the answer."""
+    """Return the letters that the row's answer stands for. Raises ValueError, which says what is wrong with the
+    answer."""
     forms = gold_forms(request.answer)
     if any(map(is_struct, forms)):
-        raise ValueError("is a struct; it must be a letter or a choice's text")
+        raise ValueError("is a struct; it must be a letter or the text of a choice")
     named = {letter for form in forms if (letter := picked(form, choices)) is not None}
     number = _INDEX.fullmatch(forms[0]) if len(forms) == 1 else None
     if number is None:
         if not named:
-            wanted = f"a letter ({', '.join(choices)}) or a choice's text" if choices else "a letter"
-            raise ValueError(f"is none of its choices; it must be {wanted:.80}")
+            wanted = f"a letter ({', '.join(choices)}) or the text of a choice" if choices else "a letter"
+            raise ValueError(f"is not one of its choices; it must be {wanted:.80}")
         return named
     counted = {chr(ord("A") + int(number[1]))} & set(choices)
     if not named and not choices:
-        raise ValueError("is a number, and the choices are not known; name their column (option `choices`)")
+        raise ValueError("is a number, but the choices are not known; name their column (option `choices`)")
     if not named and not counted:
         raise ValueError(
-            f"is none of its {len(choices)} choices, nor counts them from 0; it must be a letter or a text"
+            f"is not one of its {len(choices)} choices and not an index from 0; it must be a letter or a text"
         )
     if not named and (said := _with_number(int(number[1]), choices)) and said != counted:
-        both = f"is the number in choice {min(said)} and, counted from 0, choice {min(counted)}"
-        raise ValueError(f"{both}; it must be a letter or a choice's text")
+        both = f"could be the number in choice {min(said)} or, counted from 0, choice {min(counted)}"
+        raise ValueError(f"{both}; it must be a letter or the text of a choice")
     if request.numeric_answer and counted and named and counted != named:
-        both = f"is the text of choice {min(named)} and, counted from 0, choice {min(counted)}"
-        raise ValueError(f"{both}; it must be a letter, or the text as a text")
+        both = f"could be the text of choice {min(named)} or, counted from 0, choice {min(counted)}"
+        raise ValueError(f"{both}; make it a letter, or a text instead of a number")
     return named or counted
 
 
 def _with_number(number: int, choices: Mapping[str, str]) -> set[str]:
-    """The choices that say a number, no other, and hardly more: "3 cm", "Figure 3"."""
+    """Return the choices whose text is little more than this one number: "3 cm", "Figure 3"."""
     short = {letter: re.findall(r"\d+(?:[.,]\d+)*", text) for letter, text in choices.items() if len(text.split()) <= 3}
     return {letter for letter, said in short.items() if said == [str(number)]}
 
 
 def concluded(completion: str, choices: Mapping[str, str]) -> str | None:
-    """The choice that a whole completion ends on: in its only answer tags, its last box, behind its last lead, or in
-    its last line."""
+    """Return the choice on which a whole completion ends: in its only answer tags, in its last box, after its last
+    lead, or in its last line."""
     text = answer_text(completion) or completion.strip()
     text = text[-MAX_CHARACTERS:]
     if (box := boxed(text)) is not None:
@@ -174,7 +176,8 @@ def concluded(completion: str, choices: Mapping[str, str]) -> str | None:
 
 
 def picked(text: str, choices: Mapping[str, str]) -> str | None:
-    """The letter that `text` chooses; None for none or several. `choices`: letter -> text, empty if not known."""
+    """Return the letter that `text` chooses; None for none or several. `choices` is letter -> text, and empty if not
+    known."""
     text = text.strip()
     plain = _plain(_FIRST_LINE.sub(r"\1. ", text, count=1) if _FIRST_LINE.match(text) else text)
     if (choice := _direct(plain, choices) or _of_value(text, choices)) is not None:
@@ -200,8 +203,8 @@ def picked(text: str, choices: Mapping[str, str]) -> str | None:
 
 
 def _of_value(text: str, choices: Mapping[str, str]) -> str | None:
-    """The choice that has the number or expression which is all of `text`, as accuracy compares them; or to which
-    `text` says yes or no."""
+    """Return the choice with the number or expression that is all of `text`, as accuracy compares them; or the choice
+    "Yes" or "No", if `text` begins with it."""
     if not choices or len(text) > 400:
         return None
     first, _, rest = _fold(text).partition(",")
@@ -216,13 +219,13 @@ def _of_value(text: str, choices: Mapping[str, str]) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Without markup, in one line."""
+    """Return the text without markup, in one line."""
     text = unicodedata.normalize("NFKC", text.strip()[-MAX_CHARACTERS:]).replace("’", "'")
     return " ".join(_WRAPPERS.sub("", _TAGS.sub(" ", text)).split())
 
 
 def _direct(plain: str, choices: Mapping[str, str]) -> str | None:
-    """The choice that is all of `plain`: a letter, a choice's text, or a letter with its own text."""
+    """Return the choice that is all of `plain`: a letter, the text of a choice, or a letter with its own text."""
     lone = _LONE.fullmatch(plain)
     if lone is not None and (letter := _existing(lone[1].upper(), choices)) is not None:
         return letter
@@ -241,7 +244,7 @@ def _direct(plain: str, choices: Mapping[str, str]) -> str | None:
 
 
 def _opening(piece: str, led: bool) -> re.Match[str] | None:
-    """The letter with which a piece of an answer begins, if that is a choice and not a word."""
+    """Return the letter with which a piece of an answer begins, if it is a choice and not a word."""
     return _LED.match(piece) or _BEHIND.match(piece) or (_BARE.match(piece) if led else None)
 
 
@@ -250,7 +253,7 @@ def _letter(match: re.Match[str]) -> str:
 
 
 def _mentioned(text: str, choices: Mapping[str, str]) -> set[str]:
-    """Letters of choices that stand by themselves in `text`, and the letter whose text all of it is."""
+    """Return the letters of choices that stand by themselves in `text`, and the letter whose text is all of it."""
     found = {m[1] for m in _CAPITAL.finditer(text) if not _is_word(text, m)}
     found |= {_letter(m) for pattern in (_BRACKETED, _JOINED) for m in pattern.finditer(text)}
     behind = _fold(text.strip(" )].:,;、-–—("))
@@ -259,7 +262,7 @@ def _mentioned(text: str, choices: Mapping[str, str]) -> set[str]:
 
 
 def _is_word(text: str, match: re.Match[str]) -> bool:
-    """Whether a capital is an article, the pronoun, or part of a name."""
+    """Return whether a capital is an article, the pronoun "I", or part of a name."""
     before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 2]
     if match[1] in "AI" and re.fullmatch(" [a-z]", after):
         return match[1] == "I" or not before or before[-2:-1] in ".:;,)"

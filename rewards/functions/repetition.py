@@ -3,9 +3,10 @@
     "a b c d e f"          n=3: 4 of 4 distinct     1.0
     "a b a b a b"          n=3: 2 of 4 distinct     0.5
 
-Failure modes: a text shorter than n says nothing and scores 1.0, also an empty one: add it to a reward of substance.
-Tables, code and lists repeat for good reasons. Text without blanks (Chinese, or one letter over and over) is one word:
-there, and wherever more than `max_word` characters stand together, characters are counted instead of words.
+Failure modes: a text shorter than n words scores 1.0, and so does an empty one: add this reward to a reward of
+substance. Tables, code and lists repeat for good reasons. Text without blanks (Chinese, or one letter over and over) is
+one word. There, and wherever more than `max_word` characters are not separated, characters are counted instead of
+words.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rollout.types import Verdict
 
 @dataclass(frozen=True, slots=True)
 class RepetitionReward:
-    """Distinct n-grams / n-grams: 1.0 for no repetition, near 0.0 for nothing else."""
+    """Scores distinct n-grams / n-grams: 1.0 for no repetition, and close to 0.0 for pure repetition."""
 
     separable: ClassVar[bool] = True
     n: int = 4

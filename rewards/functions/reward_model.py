@@ -1,15 +1,15 @@
-"""Reward model: a Hugging Face model with one output, which scores prompt and completion.
+"""Reward model: a Hugging Face model with one output scores prompt and completion.
 
     during a run      in an actor of its own (rewards/model_actor.py), one copy for all reward actors
     outside of one    in the process of the reward
 
-Prompt and completion are put together by the model's own chat template, where it has one, else one behind the other. A
-blank takes the place of each control token of the model that is spelled out in a completion, and in the prompt where
-that becomes a message: in there it could end the turn and begin another.
+The model's chat template joins prompt and completion; without one, they are concatenated. A blank replaces each control
+token of the model that a completion spells out, and also that a prompt spells out if it becomes a message, since there
+it could end the turn and begin another.
 
-Failure modes: the score has no bounds and no zero that means anything: only differences within a group count, and in a
-sum its weight must suit its spread. Models are wrong where they were not trained: long runs find those places. Text
-that is longer than the model reads is `unscorable`, not cut. Images are not shown to it.
+Failure modes: the score has no bounds, and its zero has no meaning. Only differences within a group count, and in a sum
+the weight must suit the spread of the scores. Models are wrong where they were not trained, and long runs find those
+places. Text that is too long for the model is `unscorable`, not cut. The model does not see images.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from vlm.control_tokens import control_tokens, without
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """How the model is loaded and run."""
+    """Options for loading and running the model."""
 
     model: str
-    """Directory in Hugging Face format, or a hub name."""
+    """Directory in Hugging Face format, or a name on the hub."""
     label: int | None = None
-    """Which output is the score; None: the only one."""
+    """Index of the output that is the score. None: the only one."""
     device: str = "cpu"
-    """`cuda` takes a GPU of the cluster for the actor (a share, with `gpus`)."""
+    """With `cuda`, the actor takes a GPU of the cluster, or the share `gpus` of one."""
     gpus: float = 1.0
     dtype: str = "float32"
     batch_size: int = 16
-    """Texts that are scored at once."""
+    """How many texts are scored at once."""
     max_tokens: int = 4096
-    """Longest text."""
+    """The most tokens of a text."""
 
 
 class RewardModel:
     """A model and its tokenizer, loaded."""
 
     def __init__(self, options: ModelOptions) -> None:
-        """Raises RewardSetupError for what is no model with one output."""
+        """Load the model. Raises RewardSetupError if it is not a model with one output."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -60,22 +60,22 @@ class RewardModel:
             raise RewardSetupError(f"reward_model: {options.model} cannot be loaded: {error}") from error
         outputs = model.config.num_labels
         if options.label is None and outputs != 1:
-            raise RewardSetupError(f"reward_model: {options.model} has {outputs} outputs; `label` says which to use")
+            raise RewardSetupError(f"reward_model: {options.model} has {outputs} outputs; choose one with `label`")
         if options.label is not None and not 0 <= options.label < outputs:
             raise RewardSetupError(f"reward_model: label={options.label}, but {options.model} has {outputs} outputs")
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        model.config.pad_token_id = self._tokenizer.pad_token_id  # by it the model finds where a text ends
+        model.config.pad_token_id = self._tokenizer.pad_token_id  # the model finds the end of a text by it
         template = self._tokenizer.chat_template
         self._control = tuple(control_tokens(self._tokenizer, template, ()).values())
         self._model = model.to(options.device).eval()
 
     def score(self, prompt: str, completions: Sequence[str], timeout: float | None = None) -> list[float | None]:
-        """K scores; None for a text longer than `max_tokens`. `timeout` is the caller's business."""
+        """Return K scores, with None for a text longer than `max_tokens`. The caller enforces `timeout`."""
         encoded = [self._encode(prompt, completion) for completion in completions]
         scores: list[float | None] = [None] * len(encoded)
         fitting = [k for k, ids in enumerate(encoded) if len(ids) <= self._options.max_tokens]
-        fitting.sort(key=lambda k: len(encoded[k]))  # texts of like length together: less padding
+        fitting.sort(key=lambda k: len(encoded[k]))  # texts of similar length together: less padding
         for start in range(0, len(fitting), self._options.batch_size):
             batch = fitting[start : start + self._options.batch_size]
             for k, value in zip(batch, self._run([encoded[k] for k in batch]), strict=True):
@@ -105,12 +105,12 @@ class RewardModel:
 
 @dataclass(slots=True)
 class RewardModelReward:
-    """The model's score as it is; `unscorable` for text that is too long for it."""
+    """Scores with the model's output, unchanged. Text that is too long for the model is `unscorable`."""
 
     separable: ClassVar[bool] = True
     model: str
     question: str | None = None
-    """Column with the task; None: the prompt as the policy got it, chat template included."""
+    """Column with the task. None: the prompt as the policy got it, including the chat template."""
     label: int | None = None
     device: str = "cpu"
     gpus: float = 1.0
@@ -132,7 +132,7 @@ class RewardModelReward:
         self._score = services.get("reward_model")
 
     def warm_up(self) -> None:
-        """Loads the model here, unless the driver has an actor for it. Raises RewardSetupError."""
+        """Load the model in this process, unless the driver has an actor for it. Raises RewardSetupError."""
         if self._score is None:
             self._score = RewardModel(self.model_options).score
 
@@ -145,5 +145,7 @@ class RewardModelReward:
 
     def _verdict(self, score: float | None) -> Verdict:
         if score is None:
-            return Verdict("unscorable", reason=f"more than {self.max_tokens} tokens, the most that the model is given")
+            return Verdict(
+                "unscorable", reason=f"more than {self.max_tokens} tokens, the limit of the model (option `max_tokens`)"
+            )
         return Verdict.scored(score)

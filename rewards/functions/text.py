@@ -1,17 +1,17 @@
-"""Comparing texts: exact_match, contains, edit_distance. For captions, transcripts, names, fixed phrases.
+"""Compare texts: exact_match, contains, edit_distance. For captions, transcripts, names and fixed phrases.
 
-The row's answer is the gold text; where it is a JSON list of texts, the best of them counts. Case and white space do
-not count unless `case` is on, nor do forms of the same letters: ligatures, full-width letters, accents written apart,
-curly quotes, dashes, digits of other scripts and signs that nobody sees are as keyboards write them, and what is raised
-stands behind a `^` (x² is x^2, not x2). All else does: a full stop, a comma in a number, Markdown.
+The row's answer is the gold text; of a JSON list of texts, the best match counts. Unless `case` is on, case, white
+space and the form of letters do not count: ligatures, full-width letters, separate accents, curly quotes, dashes,
+digits of other scripts and invisible signs are read as keyboards write them, and superscripts follow a `^` (x² is x^2,
+not x2). Everything else counts: a full stop, a comma in a number, Markdown.
 
-A word ends where no letter, digit or accent follows. Scripts that put no blanks between words (Chinese, Japanese,
-Korean, Thai) have no such ends. A number is one word: 3 does not stand in 3.5, 3,000, 12:03, 2/3 or -3.
+A word ends where no letter, digit or accent follows. Scripts without blanks between words (Chinese, Japanese, Korean,
+Thai) have no such ends. A number is one word: 3 is not contained in 3.5, 3,000, 12:03, 2/3 or -3.
 
-Failure modes: `exact_match` knows no synonyms. `contains` pays for listing everything that could be right, unless
-`max_words` bounds the answer, for denying it ("it is not red"), and in scripts without blanks for longer words (a 猫
-stands in 熊猫). `edit_distance` pays for what is similar in letters, not in meaning ("not red" is near to "red hat"),
-and gives junk of the right length a little; with `threshold` (0.5 in ANLS) that is 0.0.
+Failure modes: `exact_match` knows no synonyms. `contains` also pays for listing everything that could be right (unless
+`max_words` limits the answer), for denying it ("it is not red"), and, in scripts without blanks, for longer words (熊猫
+contains 猫). `edit_distance` pays for similar letters, not for similar meaning ("not red" is close to "red hat"), and
+gives junk of the right length a little; with `threshold` (0.5 in ANLS), that is 0.0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from rewards.functions.format import Scope, check_scope, judged_text, placed
 from rollout.types import Verdict
 
 MAX_CHARACTERS = 20_000
-"""Longest text that edit_distance compares; its time grows with the product of the lengths (0.4 s at this one)."""
+"""The most characters that edit_distance compares. Its time grows with the product of the lengths (0.4 s at this
+limit)."""
 
 _SIGNS = str.maketrans(
     {
@@ -43,7 +44,7 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("\ufe0e\ufe0f", ""),
     }
 )
-"""Curly quotes and dashes as keyboards have them, and what only says how to show a text."""
+"""Translates curly quotes and dashes to those of keyboards, and removes characters that only control the display."""
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
 _MIXED = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞])")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -51,13 +52,13 @@ _WITHOUT_BLANKS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-"""Letters of scripts that put no blanks between words, or as in Korean write particles to them."""
+"""Letters of scripts that put no blanks between words, or that attach particles to words, like Korean."""
 _NUMBER_GOES_ON = re.compile(r"[.,:/]\d")
 _NUMBER_BEFORE = re.compile(r"(?:\d[.,:/]|(?<![^\W_])[-+]|(?<!\S)\.)\Z")
 
 
 def keyboard_form(text: str) -> str:
-    """`text` without case, with single blanks, and with each letter and sign as keyboards write it."""
+    """Return `text` without case, with single blanks, and with each letter and sign as keyboards write it."""
     text = _NOT_ASCII.sub(_visible, text).translate(_SIGNS)
     text = _MIXED.sub(" ", _RAISED.sub(lambda raised: f"^{raised[0]}", text))
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).translate(_SIGNS).casefold())
@@ -73,12 +74,12 @@ def _visible(match: re.Match[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _TextReward(ABC):
-    """What the three have in common: which texts are compared."""
+    """The common part of the three rewards: it chooses the texts to compare."""
 
     separable: ClassVar[bool] = True
     scope: Scope = "answer"
     case: bool = False
-    """Upper and lower case and white space count too."""
+    """Whether case and white space count."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
@@ -90,7 +91,7 @@ class _TextReward(ABC):
         return [self._judge(golds, text) for text in request.completions]
 
     def ideal(self, request: ScoringRequest) -> str | None:
-        """The first gold form, where this reward looks for it."""
+        """Return a completion with the first gold form where this reward looks for it."""
         return placed(next(iter(gold_forms(request.answer)), None), self.scope)
 
     def _judge(self, golds: Sequence[str], completion: str) -> Verdict:
@@ -105,12 +106,12 @@ class _TextReward(ABC):
 
     @abstractmethod
     def _compare(self, gold: str, answer: str) -> Verdict:
-        """Of one gold text and the answer, both in the form that is compared."""
+        """Score one gold text against the answer, both in the form that is compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExactMatchReward(_TextReward):
-    """1.0 where the answer is the gold text, else 0.0."""
+    """Scores 1.0 if the answer is the gold text, and 0.0 otherwise."""
 
     def _compare(self, gold: str, answer: str) -> Verdict:
         return Verdict.scored(1.0) if answer == gold else Verdict.scored(0.0, reason="another text")
@@ -118,10 +119,10 @@ class ExactMatchReward(_TextReward):
 
 @dataclass(frozen=True, slots=True)
 class ContainsReward(_TextReward):
-    """1.0 where the gold text stands in the answer, as whole words; else 0.0."""
+    """Scores 1.0 if the answer contains the gold text as whole words, and 0.0 otherwise."""
 
     max_words: int | None = None
-    """Longer answers score 0.0. Each letter of a script without blanks is a word."""
+    """Answers with more words score 0.0. Each letter of a script without blanks is a word."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
@@ -145,7 +146,7 @@ def _words(text: str) -> int:
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:
-    """Whether no word or number goes on beyond `text[start:end]`."""
+    """Return whether no word or number continues beyond `text[start:end]`."""
     before, behind = text[max(0, start - 2) : start], text[end : end + 3]
     first, last = text[start], text[end - 1]
     if before and (_in_word(first) or re.match(r"[-+]\d", text[start:end])) and _in_word(before[-1]):
@@ -164,15 +165,16 @@ def _in_word(character: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class EditDistanceReward(_TextReward):
-    """1 - Levenshtein distance / length of the longer text: 1.0 for the gold text, 0.0 for nothing in common."""
+    """Scores 1 - Levenshtein distance / length of the longer text: 1.0 for the gold text, and 0.0 for nothing in
+    common."""
 
     threshold: float = 0.0
-    """Lower similarities score 0.0."""
+    """A lower similarity scores 0.0."""
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a similarity of 0 to 1, not {self.threshold}")
+            raise ValueError(f"threshold must be a similarity of 0 to 1, not {self.threshold}")
 
     def _compare(self, gold: str, answer: str) -> Verdict:
         longest = max(len(gold), len(answer))
@@ -185,8 +187,9 @@ class EditDistanceReward(_TextReward):
 
 
 def edit_distance(left: str, right: str) -> int:
-    """Levenshtein distance in characters (Wagner and Fischer 1974), a row of the table at a time: a deletion or a
-    substitution looks at the row above; insertions along the row are a running minimum of `cost - position`."""
+    """Return the Levenshtein distance in characters (Wagner and Fischer 1974). The table is computed row by row: a
+    deletion or a substitution looks at the row above, and insertions along the row are a running minimum of `cost -
+    position`."""
     if len(left) > len(right):
         left, right = right, left  # fewer and longer rows
     codes = np.array([ord(c) for c in right], dtype=np.int32)

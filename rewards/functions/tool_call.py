@@ -1,17 +1,17 @@
-"""Tool calls: does the completion call the tools that it should, with the right arguments?
+"""Tool calls: does the completion call the right tools with the right arguments?
 
 completion    every `<tool_call>{"name": .., "arguments": {..}}</tool_call>` in it (the form of Hermes and Qwen)
 gold          the row's answer or a column: such a call, or a list of them; an empty list where no tool is to be called
 call          also `{"type": "function", "function": {..}}`, `parameters` for `arguments`, arguments as JSON text
 tools         what may be called, in OpenAI's form `{"name": .., "parameters": schema}`; what violates it is wrong
 
-Equal are calls of the same name whose arguments have equal values: 5 is 5.0, true is not 1, "Paris" is not "paris", nor
-3 "3". The order of calls and of keys does not count, that of lists does. A null argument is the same as none at all,
-and a gold call of nothing but nulls is none: tables fill every row up with the keys of all others. The schema sees a
-model's nulls as they are written.
+Two calls are equal if their names are equal and their arguments have equal values: 5 is 5.0, true is not 1, "Paris" is
+not "paris", and 3 is not "3". The order of calls and of keys does not count; the order of lists does. A null argument
+counts as missing, and a gold call with only nulls is ignored, since tables give every row the keys of all others. The
+schema checks a model's nulls as they are written.
 
-Failure modes: what the completion says besides its calls is not judged. A tool's defaults are not known: an argument
-that is left out differs from one that is given.
+Failure modes: the text outside of the calls is not judged. The defaults of a tool are not known, so a missing argument
+differs from a given one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True, slots=True)
 class ToolCallReward:
-    """1.0 where exactly the gold calls are made, 0.0 otherwise; `unscorable` where the gold is no list of calls."""
+    """Scores 1.0 if the completion makes exactly the gold calls, and 0.0 otherwise. A row whose gold is not a list of
+    calls is `unscorable`."""
 
     separable: ClassVar[bool] = True
     tools: Sequence[Mapping[str, Any]] = ()
     column: str | None = None
-    """Column that holds the gold calls; None: the row's answer does."""
+    """Column with the gold calls. None: the row's answer holds them."""
     partial: bool = False
-    """Instead of 0.0, 2 * right calls / (gold calls + calls made)."""
+    """Score 2 * right calls / (gold calls + calls made) instead of 0.0."""
 
     def __post_init__(self) -> None:
         for tool in self.tools:
@@ -56,7 +57,7 @@ class ToolCallReward:
         return [self._judge(wanted, text) for text in request.completions]
 
     def ideal(self, request: ScoringRequest) -> str | None:
-        """The gold calls as a completion makes them; None where the row has none."""
+        """Return a completion that makes the gold calls; None if the row has none."""
         try:
             calls = [_read(call) for call in self._gold(request)]
             written = [json.dumps({"name": name, "arguments": without_blanks(given)}) for name, given in calls]
@@ -65,16 +66,16 @@ class ToolCallReward:
         return "\n".join(f"{_OPENING}{call}{_CLOSING}" for call in written)
 
     def _gold(self, request: ScoringRequest) -> list[Any]:
-        """The row's calls, as they are written. Raises ValueError or TypeError for what is no list."""
+        """Return the row's calls as they are written. Raises ValueError or TypeError if there is no list."""
         gold = gold_of(request, self.column)
         document = read_json(gold) if isinstance(gold, str) else gold
         if isinstance(document, Mapping):
             return [document]
         if not isinstance(document, list | tuple):
-            raise TypeError(f"neither a call nor a list of them, found {type(document).__name__}")
+            raise TypeError(f"expected a call or a list of calls, found {type(document).__name__}")
         calls = [call for call in document if not is_blank(call)]
         if document and not calls:
-            raise ValueError("nothing but nulls; where no tool is to be called, the list is empty")
+            raise ValueError("they are all null; use an empty list if no tool should be called")
         return calls
 
     def _judge(self, wanted: Counter[str], completion: str) -> Verdict:
@@ -97,7 +98,7 @@ class ToolCallReward:
         return Verdict.scored(score, reason=f"{right} of {wanted.total()} calls right, {made.total()} made")
 
     def _problem(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """What in a call violates the declared tools; empty if nothing does."""
+        """Say what in a call violates the declared tools; empty if nothing does."""
         if not self.tools:
             return ""
         declared = {t["name"]: t.get("parameters", {}) for t in (tool.get("function", tool) for tool in self.tools)}
@@ -108,11 +109,11 @@ class ToolCallReward:
 
 
 def _read(call: Any) -> tuple[str, Mapping[str, Any]]:
-    """Name and arguments of a call in any of its forms. Raises ValueError for what is no call."""
+    """Return name and arguments of a call in any of its forms. Raises ValueError if it is not a call."""
     if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping) and not is_blank(call["function"]):
         call = call["function"]
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise ValueError('a call is an object {"name": .., "arguments": {..}}')
+        raise ValueError('a call must be an object {"name": .., "arguments": {..}}')
     arguments = call.get("arguments")
     if is_null(arguments):
         arguments = call.get("parameters")
@@ -121,17 +122,17 @@ def _read(call: Any) -> tuple[str, Mapping[str, Any]]:
     if is_null(arguments):
         arguments = {}
     if not isinstance(arguments, Mapping):
-        raise ValueError("arguments are an object")
+        raise ValueError("arguments must be an object")
     return call["name"], arguments
 
 
 def _key(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call as text, the same for equal calls."""
+    """Return a call as text. Equal calls give equal texts."""
     return json.dumps([name, _canonical(without_blanks(arguments))], sort_keys=True)
 
 
 def _canonical(value: Any) -> Any:
-    """With whole numbers as integers: 5.0 is 5."""
+    """Write whole numbers as integers: 5.0 becomes 5."""
     if isinstance(value, Mapping):
         return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,10 @@
-"""Rewards of your own: found by name, checked before a run starts, called with data columns as keyword arguments.
+"""Load the user's own rewards by name, check them before a run starts, and call them with data columns as keyword
+arguments.
 
     def brevity(completions, answer=None, max_words=50, **columns):        # package.module:brevity, or file.py:brevity
         return [1.0 if len(text.split()) <= max_words else 0.0 for text in completions]
 
-A function with a parameter `request` (or annotated `ScoringRequest`) is called with that instead and returns Verdicts.
+A function with a parameter `request` (or annotated `ScoringRequest`) gets that instead and returns Verdicts.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from vlm.errors import UserError
 from vlm.user_code import UserCodeError, find
 
 _GIVEN = ("completions", "completion_ids", "prompts", "answer")
-"""Keyword arguments that every function may ask for; the rest are data columns."""
+"""Keyword arguments that every function may take. All others are data columns."""
 
 
 class RewardSetupError(UserError, ValueError):
-    """A reward that cannot be used as configured: what is wrong and what to do."""
+    """A reward cannot be used as configured; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class _UserReward:
-    """A function of a user's, with what it may have besides its call (see rewards/base.py) as its attributes."""
+    """A user's function. Its optional attributes (see rewards/base.py) become those of the reward."""
 
     function: Callable[..., Any]
     options: Mapping[str, Any]
@@ -42,7 +43,7 @@ class _UserReward:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Data columns that it must be given: those in the function's attribute `columns`."""
+        """Return the data columns that it needs: those in the function's attribute `columns`."""
         return tuple(getattr(self.function, "columns", ()))
 
     def warm_up(self) -> None:
@@ -56,18 +57,19 @@ class _UserReward:
 
 @dataclass(frozen=True, slots=True)
 class ColumnReward(_UserReward):
-    """Calls `function(completions=[...K], prompts=[...K], answer=[...K], <column>=[...K], **options)`, each argument
-    only if the function takes it. It returns K numbers, None where a completion cannot be scored."""
+    """Calls `function(completions=[...K], prompts=[...K], answer=[...K], <column>=[...K], **options)`, with each
+    argument only if the function takes it. The function returns K numbers, with None for a completion that cannot be
+    scored."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those, and the parameters without a default that no option sets."""
+        """Return those, and the parameters without a default that no option sets."""
         named = [p.name for p in self._of_columns() if p.default is p.empty]
         return tuple(dict.fromkeys((*getattr(self.function, "columns", ()), *named)))
 
     @property
     def optional_columns(self) -> tuple[str, ...]:
-        """Data columns that it takes where there are any: parameters with a default that no option sets."""
+        """Return the data columns that it takes if there are any: parameters with a default that no option sets."""
         return tuple(p.name for p in self._of_columns() if p.default is not p.empty)
 
     def _of_columns(self) -> list[inspect.Parameter]:
@@ -77,7 +79,7 @@ class ColumnReward(_UserReward):
 
     @property
     def needs_media(self) -> bool:
-        """TRL hands out token ids too; they are fetched for a function that names them."""
+        """Return whether the function takes token ids, as TRL's functions may."""
         return "completion_ids" in inspect.signature(self.function).parameters
 
     def __call__(self, request: ScoringRequest) -> Sequence[Verdict]:
@@ -94,13 +96,13 @@ class ColumnReward(_UserReward):
         if hasattr(result, "tolist"):  # numpy and torch
             result = result.tolist()
         if isinstance(result, str | Mapping) or not isinstance(result, Sequence):
-            raise TypeError(f"a reward function returns a list of {count} numbers, not a {type(result).__name__}")
+            raise TypeError(f"a reward function must return a list of {count} numbers, not a {type(result).__name__}")
         return [as_verdict(value) for value in result]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestReward(_UserReward):
-    """Calls `function(request, **options)`, which returns K Verdicts and may look at images and token ids."""
+    """Calls `function(request, **options)`, which returns K Verdicts and may read images and token ids."""
 
     needs_media: ClassVar[bool] = True
 
@@ -121,14 +123,15 @@ async def _await(result: Any) -> Any:
 
 
 def as_verdict(value: Any) -> Verdict:
-    """A number is a score, None is `unscorable`; anything else, NaN and infinity included, is an `error`."""
+    """Turn a returned value into a verdict: a number is a score, None is `unscorable`, and anything else, including NaN
+    and infinity, is an `error`."""
     if value is None:
         return Verdict("unscorable", reason="the reward function returned None")
     if not isinstance(value, Real):
         return Verdict("error", reason=f"returned {value!r:.80} of type {type(value).__name__}, not a number")
     number: Any = value
     if not is_finite(number):  # before float(), which raises where an int or a fraction is beyond its range
-        return Verdict("error", reason=f"returned {_short(number)}, which is no finite number in float32")
+        return Verdict("error", reason=f"returned {_short(number)}, which is not a finite float32 number")
     return Verdict.scored(float(number))
 
 
@@ -140,7 +143,7 @@ def _short(number: Any) -> str:
 
 
 def load_user_reward(name: str, options: Mapping[str, Any]) -> RewardFunction:
-    """The reward `package.module:function` or `path/file.py:function`.
+    """Load the reward `package.module:function` or `path/file.py:function`.
 
     Args:
         options: constant keyword arguments of every call.
@@ -156,7 +159,7 @@ def load_user_reward(name: str, options: Mapping[str, Any]) -> RewardFunction:
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise RewardSetupError(f"{name} has no signature that can be read: wrap it in a function ({error})") from error
+        raise RewardSetupError(f"{name} has no readable signature; wrap it in a function ({error})") from error
     _check_options(name, options, parameters)
     first = next(iter(parameters.values()), None)
     if first and (first.name == "request" or first.annotation in (ScoringRequest, "ScoringRequest")):
@@ -180,24 +183,24 @@ def _check_options(name: str, options: Mapping[str, Any], parameters: Mapping[st
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     if unknown := sorted(set(options) - set(parameters)):
-        raise RewardSetupError(
-            f"{name} takes no option {', '.join(unknown)}; it takes {', '.join(parameters) or 'none'}"
-        )
+        raise RewardSetupError(f"{name} has no option {', '.join(unknown)}; it takes {', '.join(parameters) or 'none'}")
 
 
 def _check_parameters(
     name: str, parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any], *, takes_request: bool
 ) -> None:
-    """Arguments come by name. What a function that takes the request wants besides must come from its options; what
-    another wants is a data column."""
+    """Check the parameters, which are passed by name. All others of a function that takes `request` must come from its
+    options; those of another function are data columns."""
     for position, parameter in enumerate(parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if takes_request and position == 0:
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise RewardSetupError(f"{name}: parameter `{parameter.name}` is positional-only; arguments come by name")
+            raise RewardSetupError(
+                f"{name}: parameter `{parameter.name}` is positional-only, but arguments are passed by name"
+            )
         if takes_request and parameter.default is parameter.empty and parameter.name not in options:
             raise RewardSetupError(
-                f"{name} needs `{parameter.name}`; give it in the reward's options, or give it a default"
+                f"{name} needs `{parameter.name}`; set it in the reward's options, or give it a default"
             )

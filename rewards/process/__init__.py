@@ -1,1 +1,1 @@
-"""Rewards in a process that can be killed."""
+"""Run rewards in a process that can be killed."""

@@ -1,6 +1,6 @@
-"""Python objects between a reward actor and its own child process: 8 bytes of length, then a pickle, over a socket.
+"""Exchange Python objects between a reward actor and its child process over a socket: 8 bytes of length, then a pickle.
 
-Both ends are this project's code on one machine, over a socket pair that only the two of them hold.
+Both ends run this project's code on one machine, and only they hold the socket pair.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Channel:
-    """One end. With a deadline (of `time.monotonic()`) both calls raise TimeoutError; without, they wait."""
+    """One end of the channel. With a deadline (of `time.monotonic()`), both calls raise TimeoutError; without one, they
+    wait."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -26,10 +27,10 @@ class Channel:
         self._socket.sendall(_LENGTH.pack(len(payload)) + payload)
 
     def receive(self, deadline: float | None = None) -> Any:
-        """The next message.
+        """Return the next message.
 
         Raises:
-            EOFError: the other end is gone.
+            EOFError: the other end is closed.
         """
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size, deadline))
         return pickle.loads(self._exactly(length, deadline))

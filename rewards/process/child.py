@@ -1,4 +1,4 @@
-"""The process that runs rewards: a fresh interpreter, started by worker.py, which may kill it at any time.
+"""The process that runs rewards: a fresh interpreter that worker.py starts and may kill at any time.
 
 worker ── Setup ──▶ child           (imports, warms up)       child ── ("ready", Traits) or ("failed", why) ──▶
 worker ── ScoringRequest ──▶ child                            child ── ("scored", Scores) ──▶ and again
@@ -30,18 +30,18 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a child is started with."""
+    """The settings of a child process."""
 
     specs: Sequence[RewardSpec]
     services: tuple[str, ...]
     """Names of the services that the worker offers."""
     memory: int | None
-    """Bytes of data that the child may hold; None: no limit."""
+    """Memory limit of the child's data in bytes; None: no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the worker has to know of the rewards that were loaded."""
+    """Properties of the loaded rewards that the worker has to know."""
 
     needs_media: bool
     separable: bool
@@ -49,7 +49,7 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class _Remote:
-    """A service, as rewards see it: the worker carries it out."""
+    """A service as rewards see it; the worker executes it."""
 
     channel: Channel
     name: str
@@ -63,7 +63,7 @@ class _Remote:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Scores what comes in over the socket `descriptor`, until process `parent` closes it or dies."""
+    """Score the requests that arrive at the socket `descriptor`, until process `parent` closes it or dies."""
     _die_with(parent)
     faulthandler.enable()  # a crash in native code leaves its Python stack in the log
     os.set_inheritable(descriptor, False)  # a program that a reward starts must not keep the channel open
@@ -87,8 +87,8 @@ def serve(descriptor: int, parent: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """On Linux the kernel kills this process when its parent dies, however hard it may be computing then. Elsewhere it
-    ends when it next looks at the closed channel."""
+    """On Linux, let the kernel kill this process when its parent dies, whatever it is computing. Elsewhere the process
+    ends when it next reads the closed channel."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -96,7 +96,7 @@ def _die_with(parent: int) -> None:
 
 
 def _limit_memory(limit: int | None) -> None:
-    """Where memory runs out, it shall be this process that fails, or that the kernel picks, not an engine."""
+    """Make sure that this process fails, or is killed by the kernel, when memory runs out, and not an engine."""
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     if sys.platform == "linux":

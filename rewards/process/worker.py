@@ -1,4 +1,4 @@
-"""RewardWorker: runs rewards in a process of their own, under a time limit, and survives whatever they do.
+"""RewardWorker: runs rewards in their own process, under a time limit, and survives whatever they do.
 
 score(request) ──▶ child, which is ready in advance
     answers in time     K verdicts
@@ -6,7 +6,7 @@ score(request) ──▶ child, which is ready in advance
     dies                `error` with exit status or signal; the next child starts at once
     asks for a service  it is called here, and the child told the result
 
-A time-out or a death concerns all K completions, unless the rewards are separable: then each is scored alone.
+A time-out or a death concerns all K completions. If the rewards are separable, each completion is then scored alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vlm.import_path import ours_first
 
 START_TIMEOUT = 120.0
 _EXIT_TIMEOUT = 30.0
-"""Seconds the kernel may take to end a process, writing its core included."""
+"""Seconds in which the kernel must end a process, including the time to write its core."""
 _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -43,8 +43,8 @@ serve(int(sys.argv[2]), int(sys.argv[3]))
 
 
 class RewardWorker:
-    """Scores one request at a time. Use it from one thread, one that lives as long as the worker: the kernel takes
-    the end of the thread that started the child for the end of its parent."""
+    """Scores one request at a time. Use it from one thread that lives as long as the worker: when the thread that
+    started the child ends, the kernel treats that as the end of the parent."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class RewardWorker:
         services: Mapping[str, Service] | None = None,
         memory: int | None = None,
     ) -> None:
-        """Starts the first child, without waiting for it.
+        """Start the first child without waiting for it.
 
         Args:
             timeout: seconds that one call on one group may take.
@@ -69,15 +69,15 @@ class RewardWorker:
         self._services = dict(services or {})
         self._memory = memory
         self.traits = Traits(needs_media=False, separable=False)
-        """Of the rewards, once they are loaded."""
+        """Properties of the rewards, once they are loaded."""
         self.restarts = 0
         self._process, self._channel = self._spawn()
 
     def start(self) -> None:
-        """Waits until the child is ready; where a former one failed to get ready, starts another.
+        """Wait until the child is ready. If the previous child failed to start, start another.
 
         Raises:
-            RewardSetupError: it cannot load the rewards; says why.
+            RewardSetupError: the child cannot load the rewards; the message says why.
         """
         if not self._running:
             self._restart()
@@ -89,12 +89,12 @@ class RewardWorker:
 
     @property
     def pid(self) -> int:
-        """Process id of the present child."""
+        """Return the process id of the current child."""
         return self._process.pid
 
     def score(self, request: ScoringRequest) -> Scores:
-        """K verdicts, within the time limit of one call (and the start of a new child after a failure); within twice
-        that where each completion is scored alone in the end, with a K-th of the limit."""
+        """Return K verdicts within the time limit of one call, plus the start of a new child after a failure. If each
+        completion is then scored alone, with a K-th of the limit, it takes up to twice that."""
         count = len(request.completions)
         result = self._attempt(request, self._timeout, "group")
         if isinstance(result, Scores):
@@ -108,7 +108,7 @@ class RewardWorker:
         return Scores(tuple(verdicts), {})
 
     def _attempt(self, request: ScoringRequest, timeout: float, what: str) -> Scores | Verdict:
-        """One call of the child: what it says, or why it did not get to say anything."""
+        """Call the child once. Return its answer, or the reason why there is none."""
         try:
             self.start()
         except RewardSetupError as error:
@@ -131,26 +131,26 @@ class RewardWorker:
             reason = f"the reward process {self._end(grace=_EXIT_TIMEOUT)} while it scored the {what}"
             self._restart()
             return Verdict("error", reason=reason)
-        except BaseException:  # interrupted: the pending answer must not be taken for the next group's
+        except BaseException:  # interrupted: the pending answer must not be read as the next group's
             self._restart()
             raise
 
     def _serve(self, name: str, arguments: Sequence[object], deadline: float) -> tuple[str, object]:
-        """Calls a service for the child."""
+        """Call a service for the child."""
         try:
             return "done", self._services[name](*arguments, timeout=max(0.0, deadline - time.monotonic()))
         except TransientError as error:
             return "transient", str(error)
-        except Exception as error:  # whatever it is, the reward is told
+        except Exception as error:  # whatever the error is, the reward gets it
             return "failed", describe(error)
 
     def close(self) -> None:
-        """Ends the child. Scoring again would start another."""
+        """End the child. Scoring again would start another."""
         self._end()
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], Channel]:
-        """Starts a child, which loads the rewards while nobody waits for it. Not a fork: this process may have threads,
-        which a fork loses while it keeps their locks."""
+        """Start a child, which loads the rewards in the background. It is not a fork: this process may have threads,
+        and a fork loses the threads but keeps their locks."""
         ours_first()  # the child gets this process's import path
         ours, theirs = socket.socketpair()
         arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
@@ -159,11 +159,11 @@ class RewardWorker:
                 [sys.executable, "-c", _BOOT, *arguments],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # its own process group, so that what it started can be killed with it
+                start_new_session=True,  # its own process group, so that all its processes can be killed together
             )
         self._ready, self._running = False, True
         channel = Channel(ours)
-        with contextlib.suppress(ConnectionError):  # it died already: whoever waits for it will learn why
+        with contextlib.suppress(ConnectionError):  # it died already; the caller that waits for it will see why
             memory = self._memory if self._memory is not None else _half_of_free_memory()
             setup = Setup(self._specs, tuple(self._services), memory)
             channel.send(setup, time.monotonic() + self._start_timeout)
@@ -177,7 +177,8 @@ class RewardWorker:
             status, detail = self._channel.receive(deadline)
         except TimeoutError:
             raise RewardSetupError(
-                f"the reward process was not ready after {self._start_timeout:g} s; what do its modules do at import?"
+                f"the reward process was not ready after {self._start_timeout:g} s; check what the modules of "
+                "the rewards do at import"
             ) from None
         except (EOFError, ConnectionError):
             reason = f"the reward process {self._end(grace=_EXIT_TIMEOUT)} while it loaded the rewards"
@@ -188,14 +189,14 @@ class RewardWorker:
         self._ready = True
 
     def _restart(self) -> None:
-        """Another child in place of this one; it gets ready while the caller goes on."""
+        """Replace the child by another one, which starts in the background."""
         self._end()
         self.restarts += 1
         self._process, self._channel = self._spawn()
 
     def _end(self, grace: float = 0.0) -> str:
-        """Kills the child and all it started, unless done already; says how it had ended if it did so within `grace`
-        seconds by itself."""
+        """Kill the child and all processes that it started, unless that was done already. If the child ended by itself
+        within `grace` seconds, return how."""
         if not self._running:
             return "was ended"
         self._running = False
@@ -211,7 +212,7 @@ class RewardWorker:
 
 
 def _half_of_free_memory() -> int | None:
-    """In bytes, by the kernel's estimate; None where it gives none."""
+    """Return half of the free memory in bytes, by the kernel's estimate; None if there is no estimate."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(line for line in lines if line.startswith("MemAvailable:"))
@@ -224,5 +225,5 @@ def _describe_exit(code: int | None) -> str:
         return "closed its connection"
     if code >= 0:
         return f"ended with exit status {code}"
-    hint = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
+    hint = " (possibly out of memory)" if code == -signal.SIGKILL else ""
     return f"was killed by {signal.Signals(-code).name}{hint}"

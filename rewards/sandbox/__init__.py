@@ -1,1 +1,1 @@
-"""Programs of the policy, run where they can do no harm."""
+"""Run the policy's programs where they can do no harm."""

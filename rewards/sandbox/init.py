@@ -1,5 +1,5 @@
-"""The first process of a sandbox: builds it around itself, then becomes the program. A script of its own, standard
-library only; started by rewards/sandbox/sandbox.py.
+"""The first process of a sandbox: builds the sandbox around itself, then becomes the program.
+rewards/sandbox/sandbox.py starts it as a separate script, which uses the standard library only.
 
 unshare ─▶ a root of its own: read-only system, small writable /box ─▶ fork: process 1 of the sandbox
                                                              └▶ fork: limits, no privileges, exec program
@@ -20,7 +20,7 @@ NEW_MOUNTS, NEW_UTS, NEW_IPC = 0x00020000, 0x04000000, 0x08000000
 NEW_USER, NEW_PIDS, NEW_NET = 0x10000000, 0x20000000, 0x40000000
 READ_ONLY, NO_SUID, NO_DEV, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 KEPT_FLAGS = {8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
-"""Of statvfs -> of mount: noexec, noatime, nodiratime, relatime; a user namespace may not clear them."""
+"""Flags of statvfs -> flags of mount: noexec, noatime, nodiratime, relatime. A user namespace may not clear them."""
 SET_DEATH_SIGNAL, SET_NO_NEW_PRIVILEGES = 1, 38
 NOBODY = 65534
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -29,7 +29,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments: Any) -> None:
-    """A function of the C library. Raises OSError."""
+    """Call a function of the C library. Raises OSError."""
     if getattr(libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         shown = ", ".join(a.decode() if isinstance(a, bytes) else str(a) for a in arguments[:2])
@@ -42,7 +42,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def leave_the_machine() -> bool:
-    """Namespaces of its own for mounts, processes, network and the rest; whether this took a user namespace."""
+    """Enter new namespaces for mounts, processes, network and the rest. Returns whether this took a user namespace."""
     apart = NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_PIDS | NEW_NET
     if os.geteuid() == 0 and libc.unshare(apart) == 0:
         return False
@@ -51,7 +51,7 @@ def leave_the_machine() -> bool:
 
 
 def become_user(inside: int, flags: int = NEW_USER) -> None:
-    """A new user namespace, in which this process is user and group `inside`."""
+    """Enter a new user namespace, in which this process is user and group `inside`."""
     user, group = os.geteuid(), os.getegid()
     call("unshare", flags)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{inside} {user} 1"), ("gid_map", f"{inside} {group} 1")):
@@ -60,7 +60,7 @@ def become_user(inside: int, flags: int = NEW_USER) -> None:
 
 
 def build_root(root: str, spec: Mapping[str, Any]) -> None:
-    """Under `root`: the system read-only, three devices, and /box with the files of the program."""
+    """Mount under `root`: the system read-only, three devices, and /box with the files of the program."""
     mount("none", "/", None, RECURSIVE | PRIVATE)
     mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEV, f"size={spec['disk_bytes']},mode=755")
     for path in spec["read_only"]:
@@ -83,7 +83,7 @@ def build_root(root: str, spec: Mapping[str, Any]) -> None:
 
 
 def bind(path: str, target: str, flags: int) -> None:
-    """Shows the file or folder `path` at `target`."""
+    """Mount the file or folder `path` at `target`."""
     if os.path.isdir(path):
         os.makedirs(target, exist_ok=True)
     else:
@@ -108,7 +108,7 @@ def limit(spec: Mapping[str, Any]) -> None:
 
 
 def become_program(root: str, spec: Mapping[str, Any], nested: bool) -> None:
-    """Gives up every privilege and runs the program; returns only by an exception."""
+    """Give up every privilege and run the program. Returns only by an exception."""
     if nested:
         become_user(NOBODY)
     os.chroot(root)
@@ -123,8 +123,8 @@ def become_program(root: str, spec: Mapping[str, Any], nested: bool) -> None:
 
 
 def main() -> None:
-    """`sandbox_init.py ROOT REPORT`: a folder to mount on, beside which `ROOT.json` describes the sandbox, and the
-    descriptor to report to. Descriptors 0 to 2 are the program's."""
+    """Run `sandbox_init.py ROOT REPORT`. ROOT is a folder to mount on, and `ROOT.json` beside it describes the sandbox.
+    REPORT is the descriptor to report to. Descriptors 0 to 2 belong to the program."""
     root, report = sys.argv[1], int(sys.argv[2])
     os.set_inheritable(report, False)
     with open(f"{root}.json", encoding="utf-8") as file:
@@ -145,8 +145,8 @@ def say(report: int, **what: Any) -> None:
 
 
 def supervise(root: str, spec: Mapping[str, Any], nested: bool, report: int) -> None:
-    """Process 1 of the sandbox: with it, everything in there ends. Not the program itself, which as process 1 would be
-    spared by signals, those of its limits among them."""
+    """Run as process 1 of the sandbox: when it ends, everything in the sandbox ends. It is not the program itself,
+    since process 1 ignores signals, including those of the limits."""
     call("prctl", SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     say(report, started=True)
     program = os.fork()
@@ -156,7 +156,7 @@ def supervise(root: str, spec: Mapping[str, Any], nested: bool, report: int) -> 
         except (OSError, ValueError) as error:
             say(report, problem=str(error))
         os._exit(127)
-    while True:  # orphans of the program come to process 1
+    while True:  # process 1 inherits orphans of the program
         pid, status = os.wait()
         if pid == program:
             say(report, exit=os.waitstatus_to_exitcode(status))

@@ -1,4 +1,4 @@
-"""Stand-ins for the objects of a program in another process (remote_program.py). Standard library only."""
+"""Proxies for the objects of a program in another process (remote_program.py). Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MUTABLE = (list, dict, set, bytearray)
 
 
 class Remote:
-    """An object in the program's process. With `plain`, it has the value of a plain type besides."""
+    """A proxy for an object in the program's process. With `plain`, it also has the value of a plain type."""
 
     __slots__ = ("_link", "_number", "_plain", "_valued")
 
@@ -72,8 +72,8 @@ def ask(remote: Remote, what: str, *given: Any) -> Any:
 
 
 def compared(remote: Remote, other: Any, what: str) -> Any:
-    """A comparison or arithmetic. With a plain value at one side a plain result would be the program's word for what
-    the test asks: it is computed here where the object has a value, and else refused."""
+    """Make a comparison or arithmetic operator. If one side is plain, the program could fake the result that the test
+    asks for. So the result is computed here if the object has a value, and refused otherwise."""
     own = object.__getattribute__
     if own(remote, "_valued") and (type(other) is not Remote or own(other, "_valued")):
         return getattr(operator, what)(own(remote, "_plain"), own(other, "_plain") if type(other) is Remote else other)
@@ -83,7 +83,7 @@ def compared(remote: Remote, other: Any, what: str) -> Any:
         return False
     result = ask(remote, what, remote, other)
     if type(result) is not Remote:
-        raise TypeError(f"{what}: an object of the program's and a {type(other).__name__}")
+        raise TypeError(f"{what}: an object of the program and a {type(other).__name__}")
     return result
 
 
@@ -94,7 +94,7 @@ def _swapped(what: str) -> Callable[[Remote, Any], Any]:
             return getattr(operator, what)(other, own(remote, "_plain"))
         result = ask(remote, what, other, remote)
         if type(result) is not Remote:
-            raise TypeError(f"{what}: a {type(other).__name__} and an object of the program's")
+            raise TypeError(f"{what}: a {type(other).__name__} and an object of the program")
         return result
 
     return method
@@ -111,7 +111,8 @@ for _name in ("neg", "abs", "len", "repr", "str", "int", "float", "index", "geti
 
 
 def renew(old: Any, new: Any) -> Any:
-    """`old` in place with the contents of `new`, where both are mutable and of one type; else `new`."""
+    """Copy the contents of `new` into `old`, if both are mutable and of one type, and return `old`; otherwise return
+    `new`."""
     if type(old) is not type(new) or type(old) not in (*MUTABLE, tuple):
         return new
     if type(old) is list:

@@ -1,13 +1,13 @@
-"""A program and the test that calls it, in two processes, each in its sandbox. Standard library only.
+"""Run a program and the test that calls it in two processes, each in its own sandbox. Standard library only.
 
     test process                                    program process
     add(3, 4)  ──["call", add, [3, 4], {}]──▶       runs the program's function
                ◀──["value", 7, changed arguments]── or ["raise", ..], or ["callback", ..] for a function of the test's
 
-The verdict is the test process's, which runs nothing of the program's: what comes over the link is data. Plain values
-are copied; arguments that the program changed in place are changed in the test too. Other objects stay where they
-are, and the test has a `Remote` in place of each; that one equals a plain value it does not say by itself.
-Names of Python's own (`abs`, `math`) are the test's, whatever the program calls so.
+The verdict comes from the test process, which runs no code of the program: only data come over the link. Plain values
+are copied, and arguments that the program changes in place change in the test too. Other objects stay where they are,
+and the test has a `Remote` in place of each. A `Remote` cannot claim by itself that it equals a plain value. Python's
+own names (`abs`, `math`) mean Python's in the test, even if the program redefines them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TEXTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "range": (range, lambda r: [r.start, r.stop, r.step], lambda p: range(*p)),
     "slice": (slice, lambda s: [s.start, s.stop, s.step], lambda p: slice(*p)),
 }
-"""Tag -> type, how it is written and read."""
+"""Tag -> type, how its values are written, and how they are read."""
 MANY: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -57,11 +57,11 @@ class LinkEndedError(BaseException):
 
 
 class UnsupportedError(BaseException):
-    """The test hands the program what cannot be carried to it."""
+    """The test passes the program a value that cannot be sent."""
 
 
 class Link:
-    """Messages to and from the other process; values that are not plain go through `export` and `restore`."""
+    """Sends and receives messages. Values that are not plain go through `export` and `restore`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -129,7 +129,7 @@ class Link:
 
 
 class ProgramEnd(Link):
-    """The program's process: does what it is asked, and is believed nothing but values."""
+    """The program's end of the link: executes requests. The test accepts only values from it."""
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(connection)
@@ -181,7 +181,7 @@ class ProgramEnd(Link):
         if isinstance(value, type) and issubclass(value, BaseException):
             return {**form, "t": "exception class", "v": [c.__name__ for c in value.__mro__]}
         base = next((known for known in PLAIN if isinstance(value, known)), None)
-        if base is not None:  # a named tuple, a Counter: as plain as its base
+        if base is not None:  # a named tuple or a Counter counts as its base class
             form["plain"] = self.encode(base(value), depth + 1)
         if isinstance(value, types.ModuleType):
             form["module"] = value.__name__
@@ -206,7 +206,7 @@ class ProgramEnd(Link):
 
 
 class CallerEnd(Link):
-    """The test's process: has stand-ins for what is the program's."""
+    """The test's end of the link: has proxies for the program's objects."""
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(connection)
@@ -242,7 +242,7 @@ class CallerEnd(Link):
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
             self.functions.append(value)
             return {"t": "callback", "id": len(self.functions) - 1}
-        raise UnsupportedError(f"the test hands the program an object of its own, a {type(value).__name__}")
+        raise UnsupportedError(f"the test passes the program an object of a class of its own, {type(value).__name__}")
 
     def restore(self, form: Mapping[str, Any]) -> Any:
         number = int(form["id"])
@@ -250,13 +250,17 @@ class CallerEnd(Link):
             return self.exception_class(number, form["v"])
         if form["t"] == "exception":
             kind = self.restore(form["class"])
-            return kind(*self.decode(form["v"])) if kind is not None else RuntimeError("an exception that is none")
+            return (
+                kind(*self.decode(form["v"]))
+                if kind is not None
+                else RuntimeError("expected an exception, found another object")
+            )
         if (name := form.get("module")) in sys.stdlib_module_names:
             return importlib.import_module(str(name))
         return Remote(self, number, self.decode(form["plain"]) if "plain" in form else None, "plain" in form)
 
     def exception_class(self, number: int, names: list[str]) -> type[BaseException]:
-        """Python's own where it is one, else one of the test's that is derived from that."""
+        """Return Python's own exception class of that name, or a new class derived from it."""
         if number not in self.classes:
             known = [getattr(builtins, str(name), None) for name in names]
             bases = [k for k in known if isinstance(k, type) and issubclass(k, BaseException)]
@@ -266,7 +270,7 @@ class CallerEnd(Link):
 
 
 class Names(dict[str, Any]):
-    """The test's global names: its own, Python's, and the program's."""
+    """The global names of the test: its own, Python's, and the program's."""
 
     link: CallerEnd
 
@@ -277,7 +281,7 @@ class Names(dict[str, Any]):
 
 
 def run_test(connection: socket.socket, test: str) -> None:
-    """Raises what the test raises, or what the program raised when it was loaded."""
+    """Run the test. Raises the exception of the test, or that of the program if loading it failed."""
     link = CallerEnd(connection)
     status, *content = link.receive()
     if status == "raise":

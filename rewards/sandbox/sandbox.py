@@ -1,11 +1,10 @@
-"""Runs Python programs that nobody has read: on Linux, apart from the machine, or not at all.
+"""Run Python programs that nobody has read: on Linux, isolated from the machine, or not at all.
 
 run(files, stdin) ─▶ init.py ─▶ the program                     no network, no other process, no file of the machine but
                                                                 its libraries; limits on time, memory, files, processes
 
-It takes what containers take: namespaces, as root, or as any user where the kernel lets users have them.
-`isolation_problem` tries each of the walls with a program that runs against it; where one does not hold, nothing may be
-run.
+It needs what containers need: namespaces, as root, or as any user if the kernel allows that. `isolation_problem` tests
+each wall with a program that tries to break it. If one does not hold, no program may run.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ from typing import IO, Any
 _INIT = Path(__file__).with_name("init.py")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _START = 10.0
-"""Seconds that building and leaving the sandbox may take, beyond the program's."""
+"""Seconds for building and leaving the sandbox, in addition to the program's own."""
 _FIRST_USER = 2**30
 MAX_OUTPUT = 2**20
-"""Bytes of a program's output that are read."""
+"""The most bytes of a program's output that are read."""
 
 
 class SandboxError(RuntimeError):
-    """The sandbox could not be built: the program was not run."""
+    """The sandbox could not be built, and the program was not run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one run of a program."""
+    """The limits of one run of a program."""
 
     seconds: float = 5.0
-    """Wall time, and CPU time of each process."""
+    """Limit of the wall time, and of the CPU time of each process."""
     memory_bytes: int = 512 * 2**20
-    """Address space of each process."""
+    """Limit of the address space of each process."""
     file_bytes: int = 16 * 2**20
-    """Of one file, output included; all files together may take four times that."""
+    """Limit of one file, including the output. All files together may take four times that."""
     processes: int = 8
-    """At once, threads included."""
+    """Limit of processes at once, including threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +58,14 @@ class Outcome:
     """How a program ended."""
 
     exit: int | None
-    """Exit status, a signal's number negated, or None where it was killed for its wall time."""
+    """Exit status, or the negative number of a signal, or None if it was killed for its wall time."""
     output: str
     errors: str
 
 
 def run(files: Mapping[str, str], stdin: str = "", limits: Limits | None = None) -> Outcome:
-    """Runs `main.py` of `files` (name -> contents, in the working directory) with this interpreter's Python and its
-    standard library, without packages.
+    """Run `main.py` of `files` (name -> contents, in the working directory) with this Python and its standard library,
+    without packages.
 
     Raises SandboxError."""
     with tempfile.TemporaryFile() as source:
@@ -76,8 +75,8 @@ def run(files: Mapping[str, str], stdin: str = "", limits: Limits | None = None)
 
 
 def run_linked(asking: Mapping[str, str], answering: Mapping[str, str], limits: Limits) -> tuple[Outcome, Outcome]:
-    """Runs two programs at once, each in a sandbox of its own, joined by a socket that is the standard input of both:
-    how each ended. Each loses its link when the other ends.
+    """Run two programs at once, each in its own sandbox. A socket joins them, which is the standard input of both; each
+    loses its link when the other ends. Returns how each ended.
 
     Raises SandboxError."""
     ours, theirs = socket.socketpair()
@@ -94,9 +93,9 @@ def run_linked(asking: Mapping[str, str], answering: Mapping[str, str], limits: 
 
 
 def _run(files: Mapping[str, str], source: IO[bytes] | socket.socket, limits: Limits, number: int) -> Outcome:
-    """`number`: of this sandbox among those that run at the same time."""
+    """Run one program. `number` is the number of this sandbox among those that run at the same time."""
     if sys.platform != "linux":
-        raise SandboxError(f"programs are isolated by Linux namespaces, and this is {sys.platform}")
+        raise SandboxError(f"programs need Linux namespaces for their isolation, and this machine runs {sys.platform}")
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
         root = Path(folder, "root")
         root.mkdir()
@@ -107,7 +106,7 @@ def _run(files: Mapping[str, str], source: IO[bytes] | socket.socket, limits: Li
 
 
 def _description(files: Mapping[str, str], limits: Limits, number: int) -> dict[str, object]:
-    """What rewards/sandbox/init.py reads."""
+    """Return the description that rewards/sandbox/init.py reads."""
     base = os.path.realpath(sys.base_prefix)
     read_only = [path for path in _SYSTEM if os.path.lexists(path)]
     if not any(base == path or base.startswith(f"{path}/") for path in _SYSTEM):
@@ -122,7 +121,7 @@ def _description(files: Mapping[str, str], limits: Limits, number: int) -> dict[
         "memory_bytes": limits.memory_bytes,
         "file_bytes": limits.file_bytes,
         "processes": limits.processes,
-        # Processes are counted by user: each sandbox is one that nobody else is.
+        # Processes are counted by user, so each sandbox has its own user.
         "user": _FIRST_USER + 2 * os.getpid() + number,
     }
 
@@ -130,7 +129,8 @@ def _description(files: Mapping[str, str], limits: Limits, number: int) -> dict[
 def _supervised(
     root: Path, source: IO[bytes] | socket.socket, out: IO[bytes], err: IO[bytes], seconds: float
 ) -> int | None:
-    """How the program ended: its exit status, or None where its wall time was over. Nothing of it is left then.
+    """Wait for the program. Returns its exit status, or None if its wall time was over. None of its processes are left
+    then.
 
     Raises SandboxError."""
     reader, writer = os.pipe()
@@ -151,18 +151,20 @@ def _supervised(
                 said = _line(report, seconds)
                 if said is None:
                     return None
-                process.wait(_START)  # until all that the program left behind is gone
+                process.wait(_START)  # until all processes that the program left behind are gone
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # process 1 of the sandbox dies with it, and all in there
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # process 1 of the sandbox dies with it, and so does everything in the sandbox
             process.wait()
     if said is None or "exit" not in said:
-        raise SandboxError((said or {}).get("problem", "it ended without a word, or did not start in time"))
+        raise SandboxError((said or {}).get("problem", "it ended without a message, or did not start in time"))
     return int(said["exit"])
 
 
 def _line(report: IO[bytes], seconds: float) -> dict[str, Any] | None:
-    """The next line of the report; None if none comes in time, or no more."""
+    """Return the next line of the report; None if none comes in time, or if there are no more."""
     deadline = time.monotonic() + seconds
     line = b""
     while not line.endswith(b"\n"):
@@ -220,7 +222,8 @@ print(json.dumps(broken))
 
 @cache
 def isolation_problem() -> str:
-    """Why programs cannot be isolated on this machine, or which wall a program got through; empty if all hold."""
+    """Explain why programs cannot be isolated on this machine, or which walls a program got through; empty if all
+    hold."""
     limits = Limits(seconds=20.0, memory_bytes=256 * 2**20, file_bytes=2**20, processes=6)
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as file:
         against = [server.getsockname()[1], file.name, os.getpid()]
@@ -230,6 +233,6 @@ def isolation_problem() -> str:
         except SandboxError as error:
             return f"programs cannot be isolated here: {error}"
     if outcome.exit != 0:
-        return f"a program could not be tried: exit status {outcome.exit}: {outcome.errors[-300:]}"
+        return f"the test program of the sandbox failed: exit status {outcome.exit}: {outcome.errors[-300:]}"
     broken = json.loads(outcome.output)
-    return f"programs are not kept from: {', '.join(broken)}" if broken else ""
+    return f"the sandbox does not isolate programs from: {', '.join(broken)}" if broken else ""

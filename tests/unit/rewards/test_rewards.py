@@ -87,7 +87,7 @@ NEWLINES = "<think>\nit looks red\n</think>\n<answer>\nred\n</answer>"
         ("<think>a</think></answer>red<answer>", "lenient", "visible", "out of order"),
         ("<think> </think><answer>red</answer>", "lenient", "visible", "<think> is empty"),
         (GOOD, "strict", "internal", ""),  # it is written all the same, and hidden by what shows it
-        (GOOD, "strict", "stripped", "none is asked for"),
+        (GOOD, "strict", "stripped", "the format has none"),
         ("<answer>red</answer>", "strict", "stripped", ""),
         ("<answer>red</answer>", "strict", "internal", "<think> occurs 0 times"),
         ("<answer>\nred\n</answer>", "newline", "stripped", ""),

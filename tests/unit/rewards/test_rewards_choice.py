@@ -210,17 +210,21 @@ NUMBERS = ["4", "2", "0", "1"]
         (4, NUMBERS, "A"),  # counts none of them
         (1, ["0", "1", "2", "3"], "B"),  # both are the same
         (["0", "C"], TEXTS, "C"),  # a number among forms is a form
-        (4, TEXTS, "is none of its 4 choices, nor counts them from 0; it must be a letter or a text"),
-        (-1, TEXTS, "is none of its choices; it must be a letter (A, B, C, D) or a choice's text"),
-        (1, ["cat", None, "cow"], "is none of its 2 choices, nor counts them from 0"),
-        (1, {"1": "cat", "2": "dog"}, "is none of its 2 choices, nor counts them from 0"),
-        (1, NUMBERS, "is the text of choice D and, counted from 0, choice B; it must be a letter, or the text as a"),
-        (3, ["10 cm", "3 cm", "5 cm", "7 cm"], "is the number in choice B and, counted from 0, choice D; it must be a"),
-        ("2", ["Figure 1", "Figure 2", "Figure 3"], "is the number in choice B and, counted from 0, choice C"),
+        (4, TEXTS, "is not one of its 4 choices and not an index from 0; it must be a letter or a text"),
+        (-1, TEXTS, "is not one of its choices; it must be a letter (A, B, C, D) or the text of a choice"),
+        (1, ["cat", None, "cow"], "is not one of its 2 choices and not an index from 0"),
+        (1, {"1": "cat", "2": "dog"}, "is not one of its 2 choices and not an index from 0"),
+        (1, NUMBERS, "could be the text of choice D or, counted from 0, choice B; make it a letter, or a text"),
+        (
+            3,
+            ["10 cm", "3 cm", "5 cm", "7 cm"],
+            "could be the number in choice B or, counted from 0, choice D; it must be a",
+        ),
+        ("2", ["Figure 1", "Figure 2", "Figure 3"], "could be the number in choice B or, counted from 0, choice C"),
         (1, ["0 cm", "1 cm"], "B"),  # both are the same
         (1, ["2 or 1", "12 cm", "1.5 cm", "1 is what most of them say"], "B"),
-        (1, None, "is a number, and the choices are not known; name their column (option `choices`)"),
-        ("E", TEXTS, "is none of its choices; it must be a letter (A, B, C, D) or a choice's text"),
+        (1, None, "is a number, but the choices are not known; name their column (option `choices`)"),
+        ("E", TEXTS, "is not one of its choices; it must be a letter (A, B, C, D) or the text of a choice"),
     ],
 )
 def test_a_number_counts_the_choices_from_0_where_it_can_mean_nothing_else(

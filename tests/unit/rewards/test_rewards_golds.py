@@ -111,7 +111,7 @@ def test_a_value_is_read_as_a_gold(value: object, text: str) -> None:
         (" ", "no answer", "the row has no answer"),
         ([None, ""], "no answer", "the row has no answer"),
         ("<answer></answer>", "no answer", "the row has no answer"),
-        ("<think>hm</think> ", "no answer", "thoughts, and no answer behind </think>: '<think>hm'"),
+        ("<think>hm</think> ", "no answer", "thoughts without an answer after </think>: '<think>hm'"),
         ("<answer>1</answer> or <answer>2</answer>", "bad answer", "marks 2 answers, '1' and '2'; name a column"),
         ("First \\boxed{3}, which gives then \\boxed{4}.", "bad answer", "marks 2 answers, '3' and '4'; name a column"),
         ({"style": "rule", "ground_truth": "4"}, "bad answer", "(style, ground_truth); name its field: data.columns."),
@@ -121,7 +121,7 @@ def test_a_value_is_read_as_a_gold(value: object, text: str) -> None:
         (b"4", "bad answer", "must be a text, a number, a list or a struct, found bytes"),
         ([b"4"], "bad answer", "cannot be written as JSON"),
         ("so \\boxed{%s}, or then \\boxed{b}" % ("a" * 5000), "bad answer", "marks 2 answers"),
-        ("%s</think>" % ("a" * 5000), "no answer", "thoughts, and no answer"),
+        ("%s</think>" % ("a" * 5000), "no answer", "thoughts without an answer"),
     ],
 )  # fmt: skip
 def test_what_is_no_gold_is_refused_in_a_short_line(value: object, kind: str, reason: str) -> None:
@@ -145,7 +145,7 @@ CODES = [
 def test_tests_of_programs_stay_as_they_are_written(value: object) -> None:
     text = gold_text(value, as_written=True)
     assert [code for code in json.loads(text) if code is not None] == CODES
-    with pytest.raises(GoldError, match=r"thoughts, and no answer|marks 2 answers"):
+    with pytest.raises(GoldError, match=r"thoughts without an answer|marks 2 answers"):
         gold_text(value)
     assert gold_text("so \\boxed{1}, then \\boxed{2}</think>", as_written=True).endswith("</think>")
     for nothing in ("", " ", [None], None):

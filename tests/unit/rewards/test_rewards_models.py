@@ -154,11 +154,14 @@ def test_what_a_completion_says_to_the_judge_stays_between_the_marks(serve: Call
 
 
 def test_a_judge_needs_somebody_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RewardSetupError, match="give a server's url"):
+    with pytest.raises(RewardSetupError, match="give the url of a server"):
         JudgeReward("r").warm_up()
     with pytest.raises(RewardSetupError, match="NO_SUCH_KEY is not set"):
         JudgeReward("r", "http://x", "m", key_variable="NO_SUCH_KEY").warm_up()
-    for options, message in (({"rubric": " "}, "must not be empty"), ({"rubric": "r", "url": "http://x"}, "model is")):
+    for options, message in (
+        ({"rubric": " "}, "must not be empty"),
+        ({"rubric": "r", "url": "http://x"}, "model must name"),
+    ):
         (problem,) = check_rewards([RewardSpec("judge", options=options)])
         assert message in problem
 
@@ -275,7 +278,7 @@ def test_a_reward_model_as_a_reward(model: Path, tmp_path: Path) -> None:
     with pytest.raises(RewardSetupError, match="cannot be loaded"):
         RewardModelReward(str(tmp_path / "none")).warm_up()
     two = str(tiny_reward_model(tmp_path / "two", labels=2))
-    with pytest.raises(RewardSetupError, match="2 outputs; `label` says"):
+    with pytest.raises(RewardSetupError, match="2 outputs; choose one with `label`"):
         RewardModelReward(two).warm_up()
     with pytest.raises(RewardSetupError, match="label=2, but"):
         RewardModelReward(two, label=2).warm_up()

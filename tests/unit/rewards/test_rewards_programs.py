@@ -110,12 +110,12 @@ def test_what_tables_fill_in_is_no_test(tests: object, read: object) -> None:
 @pytest.mark.parametrize(
     ("tests", "said"),
     [
-        ([None], "nothing but nulls"),
-        ([{"input": None, "output": None}], "nothing but nulls"),
-        ({"input": None, "output": None}, "nothing but nulls"),
-        ({"inputs": ["1"], "outputs": ["2", "3"]}, "its lists input, output are of different lengths"),
+        ([None], "they are all null"),
+        ([{"input": None, "output": None}], "they are all null"),
+        ({"input": None, "output": None}, "they are all null"),
+        ({"inputs": ["1"], "outputs": ["2", "3"]}, "its lists input, output have different lengths"),
         ({"inputs": [], "outputs": []}, "the list is empty"),
-        ([{"input": "1", "output": None}], "a test is"),
+        ([{"input": "1", "output": None}], "a test must be"),
         (None, "a list or an object, found NoneType"),
         (3, "a list or an object, found int"),
     ],

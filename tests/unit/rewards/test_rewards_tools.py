@@ -44,7 +44,7 @@ def test_every_line_of_a_file_gets_a_verdict(tmp_path: Path) -> None:
     verdicts = list(score_file(RewardSpec("accuracy", options={"tolerance": 0.05}), path, PATIENCE))
     assert [v.score for v in verdicts[:5]] == [1.0, 1.0, 1.0, 0.0, 0.0]
     assert [v.status for v in verdicts[5:10]] == ["unscorable", "error", "error", "error", "error"]
-    assert "line 8: no column `completion`" in verdicts[6].reason and "line 11" in verdicts[9].reason
+    assert "line 8: the column `completion` is missing" in verdicts[6].reason and "line 11" in verdicts[9].reason
     assert [v.status for v in verdicts[10:]] == ["scored", "error"] and verdicts[10].score == 0.0
     assert "nested too deeply" in verdicts[11].reason
 
@@ -90,7 +90,7 @@ def test_score_writes_json_lines_and_takes_options(tmp_path: Path) -> None:
     written = [json.loads(line) for line in result.stdout.splitlines()]
     assert written[0] == {"status": "scored", "score": 0.5, "reason": ""}
     assert written[1] == {"status": "unscorable", "score": None, "reason": "the reward function returned None"}
-    assert written[2]["status"] == "error" and "no finite number" in written[2]["reason"]
+    assert written[2]["status"] == "error" and "not a finite float32 number" in written[2]["reason"]
     assert written[3]["status"] == "error" and "missing 1 required positional argument: 'level'" in written[3]["reason"]
 
 
@@ -98,7 +98,7 @@ def test_all_that_is_wrong_with_a_command_is_said_at_once(tmp_path: Path) -> Non
     arguments = ["rewards", "score", "acuracy", str(tmp_path / "none.jsonl"), "tolerance"]
     error = CliRunner().invoke(app, arguments).exception
     assert isinstance(error, ConfigError) and len(error.problems) == 3
-    for part in ("did you mean 'accuracy'", "no file", "'tolerance' is not of the form"):
+    for part in ("did you mean 'accuracy'", "no such file", "'tolerance' is not of the form"):
         assert part in str(error)
 
 

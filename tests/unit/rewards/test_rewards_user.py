@@ -193,13 +193,13 @@ def test_a_request_function_must_return_verdicts() -> None:
         ("no_such_module:f", {}, "No module named 'no_such_module'"),
         ("no/such/file.py:f", {}, "no file no/such/file.py"),
         ("{source}:lenght", {}, "has no 'lenght'; it has: length, level"),
-        ("{source}:", {}, "must read"),
+        ("{source}:", {}, "must have the form"),
         ("{source}:LIMIT", {}, "is a int"),
         ("{source}:Reward", {}, "is a class"),
         ("{source}:blind", {}, "takes neither `completions` nor `request`"),
         ("{source}:positional", {}, "positional-only"),
-        ("{source}:level", {"scael": 2}, "takes no option scael; it takes completions, level, scale"),
-        ("{source}:judged", {"bonus": 1, "x": 2}, "takes no option x"),
+        ("{source}:level", {"scael": 2}, "has no option scael; it takes completions, level, scale"),
+        ("{source}:judged", {"bonus": 1, "x": 2}, "has no option x"),
     ],
 )
 def test_problems_are_named_before_the_run(source: str, name: str, options: dict[str, Any], message: str) -> None:
@@ -294,7 +294,7 @@ def test_gates_multiply_and_caps_bound_the_sum() -> None:
 
 def test_a_gate_has_no_weight() -> None:
     (problem,) = check_rewards([RewardSpec("format", 0.5, combine="product"), RewardSpec("accuracy")])
-    assert "only sums have weights" in problem and "combine: product" in problem
+    assert "only rewards with combine: sum have weights" in problem and "combine: product" in problem
     assert check_rewards([RewardSpec("format", combine="product"), RewardSpec("accuracy")]) == []
 
 
@@ -361,9 +361,9 @@ def test_the_sum_is_weighted(pairs: list[tuple[float, float]]) -> None:
 def test_a_sum_beyond_all_bounds_is_an_error() -> None:
     for weight, total in ((1e300, "inf"), (2.0**100, "1.26")):  # beyond float64, and beyond float32 alone
         verdict = compose([Term("huge", weight, fixed(Verdict.scored(1e30)))])(REQUEST)[0]
-        assert verdict.status == "error" and f"combined are {total}" in verdict.reason
+        assert verdict.status == "error" and f"combine to {total}" in verdict.reason
     opposed = [Term(name, weight, fixed(Verdict.scored(1e30))) for name, weight in (("a", 1e300), ("b", -1e300))]
-    assert "combined are nan" in compose(opposed)(REQUEST)[0].reason
+    assert "combine to nan" in compose(opposed)(REQUEST)[0].reason
 
 
 def test_names_in_a_sum_differ() -> None:

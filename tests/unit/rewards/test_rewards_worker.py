@@ -119,7 +119,7 @@ def assert_all_holders_died(reader: int) -> None:
         ("spin in C", "timeout", "longer than 3 s"),
         ("exit", "error", "exit status 3"),
         ("segfault", "error", "SIGSEGV"),
-        ("killed", "error", "SIGKILL (out of memory, perhaps)"),
+        ("killed", "error", "SIGKILL (possibly out of memory)"),
     ],
 )
 def test_a_group_that_ends_the_process(worker: RewardWorker, what: str, status: str, reason: str) -> None:
