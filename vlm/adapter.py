@@ -92,12 +92,12 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
-        """Ids that neither engine nor learner may give probability: a sampled placeholder has no image behind it."""
+        """Ids to which engine and learner must give no probability: a sampled placeholder has no image."""
         return tuple(sorted(self.tokenizer.convert_tokens_to_ids(list(self.placeholder_tokens))))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion, the tokenizer's first; they are sampled and trained on."""
+        """Ids that end a completion, the tokenizer's first. They are sampled and trained on."""
         own = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys(i for i in (own, *self.more_ends) if i is not None))
 
@@ -118,11 +118,11 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
         return {kind: self.modalities[kind] for kind in first.values()}
 
     def render(self, messages: Messages) -> str:
-        """The chat template's text up to where the assistant speaks, one placeholder per media item."""
+        """Render the chat template up to where the assistant speaks, with one placeholder per media item."""
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
     def tokenize(self, text: str) -> list[int]:
-        """Unexpanded ids."""
+        """Return the ids of a text, with placeholders not expanded."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def completion_text(self, token_ids: Iterable[int]) -> str:
@@ -132,22 +132,22 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
         return self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def media_order(self, token_ids: Sequence[int]) -> list[MediaKind]:
-        """The kinds of the media whose placeholders are in unexpanded ids, in order."""
+        """Return the kinds of the media whose placeholders are in unexpanded ids, in order."""
         kinds = {token: kind for kind, token in self.placeholder_ids.items()}
         return [kinds[t] for t in map(int, token_ids) if t in kinds]
 
     # ------------------------------------------------------------------ engine side
 
     def engine_prompt(self, token_ids: Sequence[int], media: Sequence[Media]) -> dict[str, Any]:
-        """A vLLM prompt: unexpanded ids, decoded media, and their digests as cache identities.
+        """Return a vLLM prompt: unexpanded ids, decoded media, and their digests as cache keys.
 
-        Raises AdapterError unless there is one placeholder per item, in their order: vLLM would expand an expanded
-        prompt again, without an error."""
+        Raises AdapterError unless there is one placeholder per item, in their order: vLLM would expand an already
+        expanded prompt again without an error."""
         order = self.media_order(token_ids)
         if order != [m.kind for m in media]:
             raise AdapterError(
                 f"the prompt has places for {', '.join(order) or 'nothing'}, but its media are "
-                f"{', '.join(m.kind for m in media) or 'none'}: already expanded?"
+                f"{', '.join(m.kind for m in media) or 'none'}; was it expanded already?"
             )
         prompt: dict[str, Any] = {"prompt_token_ids": [int(t) for t in token_ids]}
         if media:
@@ -159,13 +159,13 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
         return prompt
 
     def ids_from_engine(self, token_ids: np.ndarray) -> np.ndarray:
-        """Expanded ids as the engine reports them, int32 `[T]`, as the learner's processor writes them."""
+        """Translate expanded ids, int32 `[T]`, from the engine's form to that of the learner's processor."""
         return token_ids
 
     def comparable(
         self, learner: Mapping[str, Tensor], engine: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """A prompt's media inputs on both sides, made alike where the engine has other names or another layout."""
+        """Make a prompt's media inputs of both sides comparable, if the engine has other names or another layout."""
         return learner, engine
 
     def published_config(self, model: Any) -> Any | None:
@@ -175,7 +175,7 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
     # ------------------------------------------------------------------ learner side: inputs
 
     def encode(self, text: str, media: Sequence[Decoded]) -> EncodedPrompt:
-        """Run the Hugging Face processor over one prompt."""
+        """Run the Hugging Face processor on one prompt."""
         return self.encode_batch([text], [media])[0]
 
     def encode_batch(self, texts: Sequence[str], media: Sequence[Sequence[Decoded]]) -> list[EncodedPrompt]:
@@ -203,7 +203,7 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
         return [done[i] for i in range(len(texts))]
 
     def processor_arguments(self, media: Sequence[Sequence[Decoded]]) -> dict[str, Any]:
-        """Media arguments of the processor, for the media of several prompts."""
+        """Return the media arguments of the processor, for the media of several prompts."""
         images = [[m for m in own if isinstance(m, Image.Image)] for own in media]
         videos = [m for own in media for m in own if isinstance(m, Video)]
         sounds = [m for own in media for m in own if isinstance(m, np.ndarray)]
@@ -236,7 +236,7 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
         for name, tensor in inputs.items():
             entries = self.entries(name, inputs, input_ids, counts)
             if sum(entries) != len(tensor):
-                raise AdapterError(f"{type(self).__name__}: {name} has {len(tensor)} entries, {sum(entries)} expected")
+                raise AdapterError(f"{type(self).__name__}: {name} has {len(tensor)} entries, expected {sum(entries)}")
             for part, own, n in zip(parts, tensor.split(entries), entries, strict=True):
                 if n:
                     part[name] = own
@@ -252,8 +252,8 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
         kinds = [k for k, m in self.modalities.items() if name in (*m.inputs, *m.positions)]
         if not kinds:
             raise AdapterError(
-                f"{type(self).__name__}: the processor gives {name!r}, which no modality takes; name it there, or "
-                "leave it out in `without_bookkeeping`"
+                f"{type(self).__name__}: the processor returns {name!r}, which no modality takes; add it to a "
+                "modality, or remove it in `without_bookkeeping`"
             )
         return [sum(count.get(kind, 0) for kind in kinds) for count in counts]
 
@@ -266,9 +266,10 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
         return {}
 
     def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Positions as the engine counts them, for rows padded on the right: `[B, L]`, or `[3, B, L]` for M-RoPE.
+        """Return positions as the engine counts them, for rows padded on the right: `[B, L]`, or `[3, B, L]` for
+        M-RoPE.
 
-        `inputs`: those of `Modality.positions`, one entry per place, in the order of the rows."""
+        `inputs` are those of `Modality.positions`, with one entry per place, in the order of the rows."""
         return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     def dummy_prompt(self, kind: MediaKind) -> EncodedPrompt:
@@ -279,7 +280,7 @@ class MultimodalAdapter(ParameterNames, TowerOutputs, MediaTokens, ABC):
     # ------------------------------------------------------------------ learner side: the model
 
     def model_class(self) -> Any:
-        """The transformers class that `from_pretrained` is called on."""
+        """Return the transformers class whose `from_pretrained` loads the model."""
         return AutoModelForImageTextToText if self.has_vision else AutoModelForCausalLM
 
     def prepare_model(self, model: Any) -> None:

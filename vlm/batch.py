@@ -1,4 +1,4 @@
-"""MultimodalBatch: what one forward and backward takes. No field belongs to one model family."""
+"""MultimodalBatch: the input of one forward and backward pass. No field belongs to one model family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm.encoding import FeatureRow
 from vlm.media.types import MediaKind
 
 GroupLengths = tuple[int, tuple[int, ...]]
-"""Tokens of a group's prompt, and of each of the completions behind it."""
+"""Number of tokens of a group's prompt, and of each completion after it."""
 
 _TOKEN_ALIGNED = (
     *("attention_mask", "loss_mask", "behavior_logprobs", "advantages", "before_logprobs", "reference_logprobs"),
@@ -54,8 +54,8 @@ class MultimodalBatch:
     pixel_values: Tensor | None = None
     """The family's own layout (patch rows `[P, D]`, or images `[N, C, H, W]`): each prompt's images once."""
     media_index: Mapping[str, Tensor] = field(default_factory=dict)
-    """By kind, int64 `[N]`: which of the distinct items' features (one per item, or per tile) stands at the n-th place,
-    in the order of the rows. A kind that is not here has one place for each, in their order."""
+    """Kind -> int64 `[N]`: the index of the features (one per item, or per tile) at the n-th place, in the order of the
+    rows. A kind without an entry has one place per item, in order."""
     cached_features: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
     """Features that take the place of pixels, by kind, one row per distinct item (or tile). A kind whose features are
     cached is always here, with no rows if the batch has no item of it: its tower then runs on no rank."""

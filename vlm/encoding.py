@@ -16,7 +16,7 @@ from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import SOUND_RATE, Decoded, Video
 
 Counts = Mapping[MediaKind, int]
-"""Media items of a prompt by kind."""
+"""Kind -> number of media items in a prompt."""
 
 
 FeatureRow = tuple[Tensor, ...]
@@ -27,14 +27,14 @@ of a whole item: what its tower gives to the projector (`vlm.tower_end.TowerEnd`
 
 @dataclass(frozen=True)
 class Modality:
-    """How a family takes one kind of media."""
+    """The inputs of one kind of media in a family."""
 
     placeholder: str
     """The one token in a rendered prompt that is expanded to the item's tokens."""
     inputs: tuple[str, ...] = ("pixel_values",)
-    """Inputs that the tower computes features from, pixels (or sound) first. Two kinds may share them."""
+    """Inputs from which the tower computes features, with pixels (or sound) first. Two kinds may share them."""
     positions: tuple[str, ...] = ()
-    """Inputs that positions derive from, one entry per item."""
+    """Inputs from which positions are derived, with one entry per item."""
     features: str = "get_image_features"
     """The model's method from `inputs` to features."""
 
@@ -47,7 +47,7 @@ class EncodedPrompt:
     """int64 `[T]`, placeholders expanded."""
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """Media inputs by the model's own names (`pixel_values`, `image_grid_thw`, ...); empty without media. Token-aligned
-    inputs are not here: `MultimodalAdapter.token_inputs` derives them from the padded ids."""
+    inputs are not included: `MultimodalAdapter.token_inputs` derives them from the padded ids."""
     counts: Counts = field(default_factory=dict)
     cached: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
     """What is cached of the prompt's media, by kind of tower, in the order of the items: features, which take the place

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Says what is wrong, where, and what to do. The command line shows its text alone; anything else that is raised is
-    a defect of this project, and is shown with its traceback."""
+    """The message says what is wrong, where, and what to do. The command line shows only the message. Any other
+    exception is a defect of this project and is shown with its traceback."""
 
 
 class AdapterError(UserError, ValueError):

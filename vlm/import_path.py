@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def ours_first() -> None:
-    """Folders of `sys.path` that hold modules named like our packages go behind ours; their order stays.
+    """Move folders of `sys.path` with modules named like our packages after ours, and keep their order.
 
     Modules in a user's folder of such a name are still found under that name, where we have none of their own name.
     Raises ImportError where another package has been imported under one of the names already."""

@@ -25,7 +25,7 @@ class TowerEnd:
     sources: tuple[nn.Module, ...]
     """The modules whose outputs the projector takes."""
     skipped: tuple[nn.Module, ...] = ()
-    """The modules between them, which take one's output and give the next one's input."""
+    """The modules between them. Each takes an output of the module before it and makes the input of the next."""
     layers: tuple[int, ...] | None = None
     """The layers whose hidden states are used, where an output has those of all layers; empty: the last hidden state is
     used. None: the output is one tensor."""
@@ -35,7 +35,7 @@ class TowerEnd:
 
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor]]:
-        """Give a list that is filled with the tower outputs when the tower runs."""
+        """Yield a list that is filled with the tower outputs when the tower runs."""
         outputs: list[Tensor] = []
 
         def collect(module: nn.Module, args: Any, output: Any) -> None:
@@ -50,7 +50,8 @@ class TowerEnd:
 
     @contextmanager
     def standing_in(self, outputs: FeatureRow) -> Iterator[None]:
-        """Let the tower give `outputs` instead of running. Every module is still called, without those inside it.
+        """Let the tower return `outputs` instead of running. Every module is still called, but not the modules inside
+        it.
 
         When they are called, RuntimeError is raised if something before them is trained: it would get no gradient."""
         size = len(self.layers or (0,))
@@ -70,7 +71,8 @@ class TowerEnd:
         return tuple(output.hidden_states[layer] for layer in self.layers)
 
     def _output(self, used: FeatureRow) -> Any:
-        """The output as the family's own code reads it: whoever asks for more than was collected gets an error."""
+        """Return the output in the form that the family's code reads. Reading a part that was not collected raises an
+        error."""
         if self.layers:
             states: Any = dict(zip(self.layers, used, strict=True))
             return BaseModelOutputWithPooling(hidden_states=states)

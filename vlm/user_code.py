@@ -1,7 +1,8 @@
-"""Code of a user's, by name: `package.module:name` or `path/file.py:name`. Found alike for rewards and adapters.
+"""Find the user's code by name: `package.module:name` or `path/file.py:name`. Rewards and adapters are found in the
+same way.
 
-A module is looked for in the working directory too, where an installed command, unlike `python -m`, does not look. A
-relative path is looked for there, then along the import path, since a worker on another node finds the project under
+A module is also searched in the working directory, where an installed command, unlike `python -m`, does not look. A
+relative path is searched there and then along the import path, since a worker on another node has the project in
 another directory.
 """
 
@@ -19,14 +20,14 @@ from vlm.import_path import ours_first
 
 
 class UserCodeError(UserError, ValueError):
-    """What cannot be found under a name, and why."""
+    """Nothing can be found under the name; the message says why."""
 
 
 def find(name: str) -> Any:
-    """What the user calls `name`. Raises UserCodeError."""
+    """Return the user's object `name`. Raises UserCodeError."""
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
-        raise UserCodeError(f"{name!r} must read package.module:name or path/file.py:name")
+        raise UserCodeError(f"{name!r} must have the form package.module:name or path/file.py:name")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     ours_first()
@@ -34,7 +35,7 @@ def find(name: str) -> Any:
         module = _import_file(source) if source.endswith(".py") else importlib.import_module(source)
     except UserCodeError:
         raise
-    except (Exception, SystemExit) as error:  # foreign code runs at import
+    except (Exception, SystemExit) as error:  # the user's code runs at import
         raise UserCodeError(f"{name}: importing {source} failed: {type(error).__name__}: {error}") from error
     try:
         return getattr(module, attribute)
@@ -45,8 +46,8 @@ def find(name: str) -> Any:
 
 
 def located(name: str) -> str:
-    """The name under which the same code is found from any folder: a file, or a module that is one file in the working
-    directory, by its absolute path. Modules of packages stay: they must be on the import path."""
+    """Return a name that finds the same code from any folder. A file, or a module that is one file in the working
+    directory, gets its absolute path. Modules of packages keep their name, since they must be on the import path."""
     source, colon, attribute = name.rpartition(":")
     file = Path(source if source.endswith(".py") else f"{source}.py")
     if not colon or not file.is_file() or ("." in source and not source.endswith(".py")):
@@ -55,13 +56,13 @@ def located(name: str) -> str:
 
 
 def short(name: str) -> str:
-    """The name without folders, the same for a file and for the module that it is: what figures go by."""
+    """Return the name without folders, the same for a file and for its module. Metrics use it."""
     source, colon, attribute = name.rpartition(":")
     return f"{Path(source).stem}:{attribute}" if colon and source.endswith(".py") else name
 
 
 def name_of(thing: Any) -> str:
-    """A name under which `find` finds a class or function again."""
+    """Return a name under which `find` finds a class or function again."""
     module = sys.modules[thing.__module__]
     source = module.__file__ if module.__name__.startswith(_FILE) else module.__name__
     return located(f"{source}:{thing.__qualname__}")
@@ -71,7 +72,7 @@ _FILE = "user_file_"
 
 
 def _import_file(source: str) -> Any:
-    """Imports a file once. Its folder joins the end of `sys.path`."""
+    """Import a file once. Its folder is appended to `sys.path`."""
     places = [Path(source)] if Path(source).is_absolute() else [Path(p or ".") / source for p in ("", *sys.path)]
     path = next((place.resolve() for place in places if place.is_file()), None)
     if path is None:
@@ -81,12 +82,12 @@ def _import_file(source: str) -> Any:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise UserCodeError(f"{path} is no Python file")
+        raise UserCodeError(f"{path} is not a Python file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
         ours_first()
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # before it runs: dataclasses look themselves up
+    sys.modules[module_name] = module  # before the module runs, since dataclasses look themselves up
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -14,7 +14,7 @@ from vlm.media.types import MediaKind
 
 
 class AriaAdapter(MultimodalAdapter):
-    """`pixel_values [N, 3, S, S]`, padded to a square, and `pixel_mask [N, S, S]`, which says what is padding."""
+    """Takes `pixel_values [N, 3, S, S]`, padded to a square, and `pixel_mask [N, S, S]`, which marks the padding."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
         "image": Modality("<|img|>", ("pixel_values", "pixel_mask")),
@@ -24,13 +24,13 @@ class AriaAdapter(MultimodalAdapter):
     image_tokens_fixed: ClassVar[str] = "an image takes as many tokens whatever its size"
     shares_prompts: ClassVar[bool] = True
     untrainable_on: ClassVar[Mapping[str, str]] = {
-        "cpu": "vLLM goes on with the former experts after an update",
-        "cuda": "that vLLM takes new experts there was never seen",
+        "cpu": "vLLM keeps the old experts after an update",
+        "cuda": "it was never verified that vLLM takes new experts there",
     }
 
     not_adapted: ClassVar[Mapping[str, str]] = {
-        "language.mlp": "the experts' weights are stacked in one parameter a layer and no linear layers, so that "
-        "adapters would leave out all but the shared expert"
+        "language.mlp": "the experts of a layer are stacked in one parameter and are not linear layers, so "
+        "adapters would reach only the shared expert"
     }
 
     def without_bookkeeping(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -40,8 +40,8 @@ class AriaAdapter(MultimodalAdapter):
         return None if "vision_tower.post_layernorm." in name else super().engine_weight_name(name)  # never applied
 
     def prepare_model(self, model: Any) -> None:
-        """In transformers the tower's patches do not attend to padding, in vLLM they do; both hide it from the
-        projector, and number positions without it. The learner has to compute what was sampled from."""
+        """Let the tower's patches attend to padding as in vLLM, since the learner must compute what the engine samples
+        from. In transformers they do not. Both hide padding from the projector, and count positions without it."""
 
         def unmasked(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "attention_mask": None}

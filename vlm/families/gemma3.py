@@ -1,4 +1,4 @@
-"""Gemma3: a fixed number of tokens an image; sliding windows in most layers."""
+"""Gemma3: a fixed number of tokens per image, and sliding windows in most layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vlm.media.types import Media, MediaKind
 
 
 class Gemma3Adapter(MultimodalAdapter):
-    """`pixel_values [N, 3, H, W]`. The text holds `<start_of_image>`, the expanded prompt `<image_soft_token>`s."""
+    """Takes `pixel_values [N, 3, H, W]`. The text contains `<start_of_image>`, and the expanded prompt
+    `<image_soft_token>`s."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("<start_of_image>")}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
@@ -25,24 +26,26 @@ class Gemma3Adapter(MultimodalAdapter):
     nested_images: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
     untrainable_on: ClassVar[Mapping[str, str]] = {
-        "cuda": "vLLM lets the tokens of an image see each other there, as it does not on CPU, and the learner does not"
+        "cuda": "vLLM lets the tokens of an image see each other there (but not on CPU), and the learner does not"
     }
 
-    not_adapted: ClassVar[Mapping[str, str]] = {"projector": "it is a bare matrix and no linear layer"}
+    not_adapted: ClassVar[Mapping[str, str]] = {"projector": "it is a bare matrix and not a linear layer"}
 
     def render(self, messages: Messages) -> str:
-        """An image brings blank lines of its own; further ones beside it are left out, or vLLM would not find it."""
+        """Render without blank lines beside an image. It brings its own, and with more of them vLLM would not find
+        it."""
         image = re.escape(self.modalities["image"].placeholder)
         return re.sub(rf"(\n?)\n*({image})\n*", r"\1\2", super().render(messages))
 
     def expanded_length(self, token_ids: Sequence[int], media: Sequence[Media]) -> int:
-        """An image's tokens come with blank lines around them, which the tokenizer merges with what stands beside."""
+        """Return the expanded length. The tokenizer merges the blank lines around an image's tokens with adjacent
+        text."""
         text = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
         return len(
             self.tokenize(text.replace(self.modalities["image"].placeholder, self.processor.full_image_sequence))
         )
 
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """`token_type_ids [B, L]`, 0 everywhere: image tokens see what is before them alone, as in vLLM on CPU. (With
-        1 at image tokens, transformers lets them see each other.)"""
+        """Return `token_type_ids [B, L]`, 0 everywhere: image tokens see only tokens before them, as in vLLM on CPU.
+        (With 1 at image tokens, transformers lets them see each other.)"""
         return {"token_type_ids": torch.zeros_like(input_ids)}

@@ -14,8 +14,8 @@ from vlm.media.types import MediaKind
 
 
 def place_patches_as_vllm(embeddings: Any) -> None:
-    """Make the tower compute its patches' positions in float32 whatever its precision. transformers multiplies by a
-    rounded step and compares in the precision of the weights, which puts patches of large tiles elsewhere."""
+    """Make the tower compute the positions of its patches in float32, whatever its precision. transformers multiplies
+    by a rounded step and compares in the precision of the weights, which misplaces patches of large tiles."""
 
     def forward(pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
         patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
@@ -27,8 +27,8 @@ def place_patches_as_vllm(embeddings: Any) -> None:
 
 
 def patch_places(mask: Tensor, side: int) -> Tensor:
-    """int64 `[B, H W]`: where in a grid of `side` x `side` positions each patch of an image lies; 0 where `mask`
-    `[B, H, W]` is False. A patch n of m is at the position that holds n / m of the side."""
+    """Return int64 `[B, H W]`: the position of each patch of an image in a grid of `side` x `side` positions, and 0
+    where `mask` `[B, H, W]` is False. Patch n of m is at the position that contains n / m of the side."""
     boundaries = torch.arange(1 / side, 1.0, 1 / side, device=mask.device)
 
     def places(count: Tensor, patches: int) -> Tensor:
@@ -40,8 +40,8 @@ def patch_places(mask: Tensor, side: int) -> Tensor:
 
 
 class Idefics3Adapter(MultimodalAdapter):
-    """`pixel_values [B, tiles, 3, H, W]` and `pixel_attention_mask [B, tiles, H, W]`, one entry per *prompt* with
-    images, padded to the most tiles of any with zeros, which the model leaves out."""
+    """Takes `pixel_values [B, tiles, 3, H, W]` and `pixel_attention_mask [B, tiles, H, W]`, with one entry per *prompt*
+    with images. Zeros pad them to the largest number of tiles; the model ignores these."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
         "image": Modality("<image>", ("pixel_values", "pixel_attention_mask")),
@@ -58,7 +58,8 @@ class Idefics3Adapter(MultimodalAdapter):
         return tuple(sorted((*super().banned_token_ids, *tiles)))
 
     def image_settings(self, tokens: int) -> Iterator[dict[str, Any]]:
-        """Images are scaled to a longest edge, up too, and cut into tiles: one tile less along it each time."""
+        """Return longest edges to which images are scaled (up or down) before they are cut into tiles, with one tile
+        less along the edge each time."""
         images = self.processor.image_processor
         tile, now = int(images.max_image_size["longest_edge"]), int(images.size["longest_edge"])
         for count in range((now - 1) // tile, 0, -1):

@@ -1,4 +1,5 @@
-"""InternVL (in transformers' own format): one to many tiles an image, one a frame, a fixed number of tokens each."""
+"""InternVL (in transformers' own format): one or more tiles per image, one per frame, and a fixed number of tokens per
+tile."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from vlm.media.types import Media, MediaKind
 
 
 class InternVLAdapter(MultimodalAdapter):
-    """`pixel_values [tiles, 3, H, W]`, of images and of videos' frames in the order of their places; nothing but the
+    """Takes `pixel_values [tiles, 3, H, W]` of images and of videos' frames, in the order of their places. Only the
     number of placeholders tells how many tiles a prompt has."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
@@ -28,13 +29,13 @@ class InternVLAdapter(MultimodalAdapter):
     stacks_videos: ClassVar[bool] = True
 
     def image_settings(self, tokens: int) -> Iterator[dict[str, Any]]:
-        """The most tiles: of several, each image has one more, which shows all of it. Two tokens stand around them."""
+        """Return numbers of tiles. An image with several tiles has one more, the thumbnail. Two tokens enclose them."""
         tiles = (tokens - 2) // int(self.processor.image_seq_length)
         most = max(1, tiles - 1 if tiles > 2 else 1)
         yield {"min_patches": min(self.processor.image_processor.min_patches, most), "max_patches": most}
 
     def most_image_tokens(self) -> int:
-        """Of an image as many tiles wide as there may be."""
+        """Return the tokens of an image that is as many tiles wide as allowed."""
         images = self.processor.image_processor
         width, height = images.max_patches * images.size["width"], images.size["height"]
         return self.media_lengths([Media("image", "", b"", width, height)])[0]
@@ -52,13 +53,13 @@ class InternVLAdapter(MultimodalAdapter):
         return self._tiles(prompt.input_ids)
 
     def ids_from_engine(self, token_ids: np.ndarray) -> np.ndarray:
-        """vLLM writes a video's own placeholder where transformers writes that of images."""
+        """Replace the placeholder of videos, which vLLM writes, by that of images, which transformers writes."""
         return np.where(token_ids == self.placeholder_ids["video"], self.placeholder_ids["image"], token_ids)
 
     def comparable(
         self, learner: Mapping[str, Tensor], engine: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """vLLM has frames apart from images. (Those of prompts with images behind videos cannot be compared.)"""
+        """Join images and frames, which vLLM keeps apart. (Prompts with images after videos cannot be compared.)"""
         tiles = [engine[name] for name in ("pixel_values", "pixel_values_videos") if name in engine]
         return learner, {"pixel_values": torch.cat(tiles)} if tiles else {}
 

@@ -11,11 +11,11 @@ from vlm.encoding import Modality
 from vlm.media.types import MediaKind
 
 TOWER_LEVEL = ("vision_tower.", "vision_tower.vision_model.")
-"""transformers names the parameters of CLIP and SigLIP towers without a level that vLLM and published weights have."""
+"""The level in names of CLIP and SigLIP parameters that vLLM and published weights have and transformers does not."""
 
 
 class LlavaAdapter(MultimodalAdapter):
-    """`pixel_values [N, 3, H, W]`, one entry per image."""
+    """Takes `pixel_values [N, 3, H, W]`, with one entry per image."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("<image>")}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
@@ -25,11 +25,12 @@ class LlavaAdapter(MultimodalAdapter):
     engine_name_parts = (TOWER_LEVEL,)
 
     def engine_weight_name(self, name: str) -> str | None:
-        """Image features may be those of a layer before the last: vLLM does not have what comes behind it."""
+        """Return the engine's name of a weight. If the image features come from a layer before the last, vLLM does not
+        have the layers after it."""
         layer = re.search(r"vision_tower\..*layers\.(\d+)\.", name)
         if layer is not None and int(layer.group(1)) >= self._tower_layers_used():
             return None
-        if "vision_tower.post_layernorm." in name:  # what a layer gives out is taken as it is
+        if "vision_tower.post_layernorm." in name:  # the output of a layer is used unchanged
             return None
         return super().engine_weight_name(name)
 

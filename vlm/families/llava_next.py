@@ -1,4 +1,5 @@
-"""LLaVA-NeXT and LLaVA-OneVision: an image is a thumbnail and tiles, unpadded to its shape, with row ends."""
+"""LLaVA-NeXT and LLaVA-OneVision: an image is a thumbnail and tiles, which are unpadded to its shape and have row
+ends."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ from vlm.media.types import MediaKind
 
 
 class LlavaNextAdapter(LlavaAdapter):
-    """`pixel_values [N, tiles, 3, H, W]`, padded to the most tiles; `image_sizes [N, 2]` tells how many are real."""
+    """Takes `pixel_values [N, tiles, 3, H, W]`, padded to the largest number of tiles; `image_sizes [N, 2]` tells how
+    many are real."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
         "image": Modality("<image>", ("pixel_values", "image_sizes")),
     }
 
-    image_tokens_fixed: ClassVar[str] = "its tilings are those of image_grid_pinpoints in the model's own config.json"
+    image_tokens_fixed: ClassVar[str] = "image_grid_pinpoints in the model's own config.json fixes its tilings"
 
     def without_padding(self, inputs: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
         if "pixel_values" not in inputs:
@@ -31,8 +33,8 @@ class LlavaNextAdapter(LlavaAdapter):
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
-    """As LLaVA-NeXT. Images of one prompt are given as a flat list: nested, the processor would take several of them
-    for one multi-image sample and not tile them, which vLLM does. Videos are not taken: running side by side, those of
+    """Works as LLaVA-NeXT. The images of one prompt are a flat list. In a nested list, the processor would treat
+    several images as one multi-image sample and not tile them, as vLLM does. Videos are refused: parallel videos of
     different lengths end vLLM's engine."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {

@@ -1,4 +1,4 @@
-"""M-RoPE positions as vLLM counts them: time, height and width of an item start behind the largest position before it.
+"""Count M-RoPE positions as vLLM does: time, height and width of an item start after the largest position before it.
 
 Qwen2-VL (arXiv 2409.12191, section 2.1), Qwen2.5-VL (arXiv 2502.13923, section 2.1.3: time in seconds).
 """
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 Item = tuple[Tensor, float]
-"""Grid `[3]` of an item in tokens (time, height, width), and positions that one step in time takes."""
+"""Grid `[3]` of an item in tokens (time, height, width), and the number of positions of one step in time."""
 
 
 def mrope_positions(kinds: Tensor, attention_mask: Tensor, items: Mapping[int, Iterator[Item]]) -> Tensor:
-    """int64 `[3, B, L]`. `kinds` `[B, L]`: 0 at text, another number at the tokens of media of that kind, whose `items`
-    come in the order of their places, row by row. Padding gets 0.
+    """Return int64 `[3, B, L]`. `kinds` `[B, L]` is 0 at text, and the number of the kind at tokens of media. The
+    `items` are in the order of their places, row by row. Padding gets 0.
 
-    After an item, text goes on one behind its largest position on any axis. (transformers 5.19 goes on behind the
+    After an item, text continues at its largest position on any axis plus one. (transformers 5.19 continues after the
     larger of height and width, which is another position after a long video.)"""
     positions = torch.zeros(3, *kinds.shape, dtype=torch.int64)
     lengths = attention_mask.sum(1).tolist()
@@ -40,6 +40,6 @@ def mrope_positions(kinds: Tensor, attention_mask: Tensor, items: Mapping[int, I
 
 
 def _grid_positions(grid: Tensor, step: float) -> Tensor:
-    """int64 `[3, t h w]`. In float64, as in vLLM: float32 would round some steps elsewhere."""
+    """Return int64 `[3, t h w]`, computed in float64 as in vLLM; float32 would round some steps differently."""
     time, height, width = torch.meshgrid(*(torch.arange(int(n)) for n in grid), indexing="ij")
     return torch.stack([(time.double() * step).to(torch.int64), height, width]).flatten(1)

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: the thinker, which takes images, videos and sounds and answers with text. Its talker is not trained."""
+"""Qwen2.5-Omni: the thinker takes images, videos and sounds and answers with text. The talker is not trained."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vlm.media.video_audio import SOUND_RATE
 
 
 class QwenOmniAdapter(QwenVLAdapter):
-    """Images and videos as in Qwen2.5-VL; sounds as `input_features [N, M, S]` of M mel bands with
-    `feature_attention_mask [N, S]`. Positions at a sound's tokens count like those at text."""
+    """Takes images and videos as in Qwen2.5-VL, and sounds as `input_features [N, M, S]` of M mel bands with
+    `feature_attention_mask [N, S]`. The tokens of a sound have positions like text."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
         "image": Modality("<|IMAGE|>", ("pixel_values", "image_grid_thw"), ("image_grid_thw",)),
@@ -49,7 +49,7 @@ class QwenOmniAdapter(QwenVLAdapter):
         for item in media:
             if item.kind == "audio" and item.samples > longest:
                 raise AdapterError(
-                    f"a sound of {item.samples / SOUND_RATE:g} s; the model hears {longest / SOUND_RATE:g} s"
+                    f"the sound has {item.samples / SOUND_RATE:g} s; the model takes at most {longest / SOUND_RATE:g} s"
                 )
         return super().media_lengths(media)
 
@@ -65,7 +65,7 @@ class QwenOmniAdapter(QwenVLAdapter):
     def comparable(
         self, learner: Mapping[str, Tensor], engine: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """vLLM takes a sound's real frames alone."""
+        """Remove the padding of sounds, since vLLM takes only their real frames."""
         if "input_features" not in learner:
             return learner, engine
         real = learner["feature_attention_mask"].bool()
@@ -78,7 +78,8 @@ class QwenOmniAdapter(QwenVLAdapter):
         return name if name.startswith("thinker.") else f"thinker.{name}"
 
     def published_config(self, model: Any) -> Any:
-        """Of the whole family, which vLLM asks for; without a talker, whose weights are not there."""
+        """Return the configuration of the whole family, which vLLM needs, without the talker, whose weights do not
+        exist."""
         return Qwen2_5OmniConfig(
             thinker_config=model.config.to_dict(), enable_audio_output=False, architectures=["Qwen2_5OmniModel"]
         )
@@ -92,8 +93,8 @@ class QwenOmniAdapter(QwenVLAdapter):
         return features
 
     def hidden_states(self, model: Any, **inputs: Any) -> Tensor:
-        """The thinker has its towers beside its language model and its head, no module over all but the head: features
-        are put in their places here."""
+        """Put the features in their places and run the language model. The thinker has no module that contains its
+        towers and its language model but not its head."""
         embedded = model.get_input_embeddings()(inputs["input_ids"])
         for kind, features in inputs.pop("mm_encoder_outputs", {}).items():
             values = torch.cat(list(features.pooler_output)).to(embedded.dtype)

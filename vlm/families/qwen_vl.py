@@ -16,12 +16,13 @@ from vlm.media.types import MediaKind
 from vlm.tower_end import TowerEnd
 
 GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
-"""Patches -> the grids that tell how many an item has."""
+"""Patches -> the grids that tell how many patches an item has."""
 
 
 class QwenVLAdapter(MultimodalAdapter):
-    """`pixel_values [P, D]` with `image_grid_thw [N, 3]` (time, height, width, in patches): item n owns
-    `grid[n].prod()` consecutive rows and expands to a quarter of that many tokens (merge size 2). Videos likewise."""
+    """Takes `pixel_values [P, D]` with `image_grid_thw [N, 3]` (time, height, width in patches). Item n owns
+    `grid[n].prod()` consecutive rows and expands to a quarter of that many tokens (merge size 2). Videos work in the
+    same way."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
         "image": Modality("<|image_pad|>", ("pixel_values", "image_grid_thw"), ("image_grid_thw",)),
@@ -41,10 +42,10 @@ class QwenVLAdapter(MultimodalAdapter):
     tower: ClassVar[str | None] = "visual"
     shares_prompts: ClassVar[bool] = True
     seconds_input: ClassVar[str] = "second_per_grid_ts"
-    """How long one step in time of each video's grid lasts."""
+    """The input with the seconds of one step in time of each video's grid."""
 
     def image_settings(self, tokens: int) -> Iterator[dict[str, Any]]:
-        """The processor's limits are pixels."""
+        """Return limits in pixels, as the processor takes them."""
         most = tokens * self._pixels_per_token()
         yield {"size": {"shortest_edge": min(self._size["shortest_edge"], most), "longest_edge": most}}
 
@@ -62,7 +63,7 @@ class QwenVLAdapter(MultimodalAdapter):
     def entries(
         self, name: str, inputs: Mapping[str, Tensor], input_ids: Sequence[Tensor], counts: Sequence[Counts]
     ) -> list[int]:
-        """Patches by grids, everything else by item."""
+        """Count patches by grids, and everything else by item."""
         if name not in GRIDS:
             return super().entries(name, inputs, input_ids, counts)
         grids = inputs[GRIDS[name]].split(super().entries(GRIDS[name], inputs, input_ids, counts))
@@ -73,8 +74,8 @@ class QwenVLAdapter(MultimodalAdapter):
         return mrope_positions(self._kinds(input_ids), attention_mask, items)
 
     def token_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """`mm_token_type_ids [B, L]`: 1 at images' tokens, 2 at videos'; transformers derives positions from it, if
-        none are given."""
+        """Return `mm_token_type_ids [B, L]`: 1 at tokens of images, 2 at tokens of videos. transformers derives
+        positions from it, if none are given."""
         return {"mm_token_type_ids": self._kinds(input_ids).to(torch.int32)}
 
     def _kinds(self, input_ids: Tensor) -> Tensor:
@@ -82,8 +83,8 @@ class QwenVLAdapter(MultimodalAdapter):
         return (input_ids == image).long() + 2 * (input_ids == video).long()
 
     def tower_end(self, backbone: Any) -> TowerEnd:
-        """The mergers are in the tower's module: one takes what the last block gives, those of deepstack what others
-        give."""
+        """Return the end of the tower, before the mergers, which are in the tower's module. One merger takes the output
+        of the last block, and those of deepstack take the outputs of other blocks."""
         visual = backbone.visual
         used = {len(visual.blocks) - 1, *getattr(visual, "deepstack_visual_indexes", ())}
         sources = tuple(block for i, block in enumerate(visual.blocks) if i in used)
@@ -97,7 +98,8 @@ class QwenVLAdapter(MultimodalAdapter):
             yield self._in_tokens(grid), 1.0
 
     def _videos(self, inputs: Mapping[str, Tensor]) -> Iterator[Item]:
-        """A step in time takes as many positions as its seconds (1 in Qwen2-VL, which does not tell) have tokens."""
+        """Return the grids of videos. A step in time takes as many positions as its seconds (1 in Qwen2-VL, which does
+        not state them) have tokens."""
         grids = inputs.get("video_grid_thw", ())
         seconds = inputs.get(self.seconds_input, torch.ones(len(grids)))
         for grid, step in zip(grids, seconds, strict=True):
@@ -109,8 +111,8 @@ class QwenVLAdapter(MultimodalAdapter):
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Patches of 16 pixels; the tower's features enter the first language layers too (deepstack). A frame of a video is
-    announced by its time in seconds, and has positions like an image."""
+    """Has patches of 16 pixels. The tower's features also enter the first language layers (deepstack). The time in
+    seconds announces each frame of a video, and a frame has positions like an image."""
 
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {
         "image": QwenVLAdapter.modalities["image"],
@@ -126,7 +128,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
                 yield torch.tensor([1, height, width]), 1.0
 
     def repeat_features(self, features: Any, index: Tensor) -> None:
-        """`deepstack_features`: per layer one tensor `[tokens, H]` an item."""
+        """Repeat the features, and also `deepstack_features`: per layer, one tensor `[tokens, H]` per item."""
         features.deepstack_features = [[layer[i] for i in index] for layer in features.deepstack_features]
         super().repeat_features(features, index)
 

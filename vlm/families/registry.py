@@ -1,5 +1,5 @@
-"""model_type -> adapter. A family of a user's own is named in the config as `model.adapter`: package.module:Class,
-or path/file.py:Class."""
+"""Find the adapter of a model by its model_type. The configuration names a user's own family as `model.adapter`:
+package.module:Class, or path/file.py:Class."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ ADAPTERS: dict[str, type[MultimodalAdapter]] = {
     "qwen3_vl": Qwen3VLAdapter,
     "smolvlm": Idefics3Adapter,
 }
-"""By `model_type`, or by `model_type/vision tower's model_type` where one model type stands for several families."""
+"""`model_type` -> adapter, or `model_type/vision tower's model_type` -> adapter if one model type stands for several
+families."""
 
 
 def load_adapter(
@@ -50,9 +51,9 @@ def load_adapter(
     trust_remote_code: bool = False,
     max_image_tokens: int | None = None,
 ) -> MultimodalAdapter:
-    """The adapter of the model at `path` (a directory or hub name), images limited to `max_image_tokens`.
+    """Load the adapter of the model at `path` (a directory or hub name), with images limited to `max_image_tokens`.
 
-    Raises AdapterError when there is no model at `path` no adapter for its type, or the limit cannot be kept."""
+    Raises AdapterError if there is no model at `path`, no adapter for its type, or the limit cannot be kept."""
     cls = _own(adapter) if adapter is not None else _known(path, trust_remote_code)
     try:
         loaded = cls.load(path, trust_remote_code=trust_remote_code)
@@ -72,7 +73,7 @@ def _own(adapter: str) -> type[MultimodalAdapter]:
     except UserCodeError as error:
         raise AdapterError(f"model.adapter: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, MultimodalAdapter)):
-        raise AdapterError(f"model.adapter {adapter!r} is no subclass of vlm.adapter.MultimodalAdapter")
+        raise AdapterError(f"model.adapter {adapter!r} is not a subclass of vlm.adapter.MultimodalAdapter")
     return cls
 
 
@@ -81,21 +82,21 @@ def _known(path: str, trust_remote_code: bool) -> type[MultimodalAdapter]:
     names_a_folder = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if "://" in path:
         raise AdapterError(
-            f"no usable model at {path!r}: it is loaded from a folder of this machine, or by its name on the Hugging "
-            "Face hub (org/name); download or mount it, and give the folder"
+            f"no usable model at {path!r}: give a folder on this machine or a name on the Hugging Face hub "
+            "(org/name); download or mount anything else"
         )
     if names_a_folder and not here.is_dir():
         raise AdapterError(f"no usable model at {path!r}: there is no such folder")
     hint = (
-        f"Model types with an adapter: {', '.join(sorted(ADAPTERS))}. Write one for another and name it as "
+        f"Model types with an adapter: {', '.join(sorted(ADAPTERS))}. For another type, write an adapter and set "
         "model.adapter: 'package.module:Class' (docs/adapters.md)"
     )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # files that others made: configurations fail in many ways
+    except Exception as error:  # the files may be anything: configurations fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if not here.is_dir():
-            reason = f"there is no such folder, and the Hugging Face hub, if it is a name there, did not help: {reason}"
+            reason = f"there is no such folder, and loading it from the Hugging Face hub failed: {reason}"
             raise AdapterError(f"no usable model at {path!r}: {reason}") from error
         raise AdapterError(f"no usable model at {path!r}: {reason}. {hint}") from error
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)

@@ -1,4 +1,4 @@
-"""Text-only language models (Qwen2, Qwen3, Llama): the same path, without media."""
+"""Text-only language models (Qwen2, Qwen3, Llama) take the same path without media."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from vlm.adapter import MultimodalAdapter
 
 
 class TextAdapter(MultimodalAdapter):
-    """Positions count tokens, and the mask decides who sees whom."""
+    """Positions count tokens, and the attention mask is causal."""
 
     shares_prompts: ClassVar[bool] = True

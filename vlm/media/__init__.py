@@ -1,1 +1,1 @@
-"""Images, videos and sounds: what they are called, and how they are decoded."""
+"""Images, videos and sounds: their types and their decoding."""

@@ -1,4 +1,4 @@
-"""Images from encoded bytes to RGB, the same way for every consumer, under limits checked before decoding."""
+"""Decode images to RGB in the same way for every consumer. Limits are checked before decoding."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Image.init()  # registers every plugin: Pillow does so on demand otherwise, and misses formats that are named
+Image.init()  # registers every plugin: otherwise Pillow does so on demand, and misses formats that are passed by name
 IMAGE_FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN)
-"""What is decoded. Pillow knows more, some of which start other programs (EPS runs Ghostscript): those stay shut."""
+"""The formats that are decoded. Pillow knows more, and some of them start other programs (EPS runs Ghostscript), so
+they are not allowed."""
 
 MIN_SIDE = 4
-"""Smallest side of an image, in pixels."""
+"""Smallest allowed side of an image, in pixels."""
 
-# Our own limits stand in front of Pillow's, whose lower one only warns; its upper one (twice as high) still refuses.
+# Our own limits come before Pillow's. Pillow's lower limit only warns; its upper one (twice as high) still refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class MediaError(ValueError):
-    """An image that cannot be used; says why."""
+    """An image cannot be used; the message says why."""
 
 
 class MediaTooLargeError(MediaError):
-    """An image over the limits on bytes or pixels."""
+    """An image exceeds the limits on bytes or pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Bounds on one image; whatever exceeds them is refused before its pixels are decoded."""
+    """Limits of one image. A larger image is refused before its pixels are decoded."""
 
     max_bytes: int = 20 * 2**20
     max_pixels: int = 50_000_000
     """Width x height of the decoded image."""
 
     def check_bytes(self, size: int) -> None:
-        """Raises MediaTooLargeError for an encoded image of `size` bytes that is over the limit."""
+        """Raise MediaTooLargeError if an encoded image of `size` bytes exceeds the limit."""
         if size > self.max_bytes:
             raise MediaTooLargeError(
                 f"image has {size:,} bytes, the limit is {self.max_bytes:,} (data.max_media_bytes)"
@@ -46,18 +47,19 @@ class ImageLimits:
 
 
 def digest(data: bytes) -> str:
-    """The identity of a media item: sha256 of its encoded bytes."""
+    """Return the identity of a media item: the SHA-256 of its encoded bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     """Decode once under `limits` and return `(width, height)` as `open_image` will show it. Raises MediaError."""
     limits.check_bytes(len(data))
-    image = _open(data)  # the header alone: no pixel is decoded yet
+    image = _open(data)  # only the header: no pixel is decoded yet
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise MediaError(
-            f"image of {width} x {height} pixels: processors take a side of fewer than {MIN_SIDE} for colour channels"
+            f"image of {width} x {height} pixels: a side must have at least {MIN_SIDE}, since processors take a "
+            "smaller one for colour channels"
         )
     if width * height > limits.max_pixels:
         raise MediaTooLargeError(
@@ -68,10 +70,10 @@ def check_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode to RGB: EXIF rotation applied, transparency laid over white, 16-bit grey scaled to 8 bits, palettes and
-    CMYK converted, the first frame of an animation.
+    """Decode to RGB. EXIF rotation is applied, transparency is put over white, 16-bit grey is scaled to 8 bits,
+    palettes and CMYK are converted, and the first frame of an animation is taken.
 
-    Engine and learner both go through here, so that both see the same pixels. Raises MediaError.
+    Engine and learner both use this function, so that both see the same pixels. Raises MediaError.
     """
     return _decode(_open(data))
 
@@ -85,13 +87,13 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise MediaError(f"not a readable image ({', '.join(IMAGE_FORMATS)})") from error
     except Exception as error:
-        # Bytes that others made: Pillow's parsers answer damage with almost any exception (OSError, SyntaxError,
+        # The bytes may be damaged: Pillow's parsers then raise almost any exception (OSError, SyntaxError,
         # struct.error, KeyError, ...), and each of them means the same here.
         raise MediaError(f"not a readable image: {error!r}") from error
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    """Decode the pixels of an image of which the header was read. Raises MediaError."""
+    """Decode the pixels of an image whose header was read. Raises MediaError."""
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)

@@ -1,4 +1,4 @@
-"""What an image, a video or a sound is, before it is decoded. Standard library only: it crosses processes."""
+"""The type of images, videos and sounds before they are decoded. Standard library only, since it crosses processes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ MediaKind = Literal["image", "video", "audio"]
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One image, video or audio clip in its *encoded* form, or a reference to it.
+    """One image, video or sound in its *encoded* form, or a reference to it.
 
-    `data` is the file's bytes, or an object-store reference that resolves to them: a distinct image is put into
-    the store once, under its digest, and everything else carries the reference.
+    `data` is the file's bytes, or an object-store reference to them. Each distinct image is put into the store once,
+    under its digest, and everything else carries the reference.
     """
 
     kind: MediaKind
     digest: str
-    """sha256 of the encoded bytes (of a video, with the frames that are shown), hex: the identity in every cache."""
+    """SHA-256 of the encoded bytes (and, for a video, of the shown frames) in hex: the identity in every cache."""
     data: Any = field(repr=False)
     width: int = 0
     height: int = 0
-    """In pixels, of an image or of a video's frames."""
+    """Size in pixels of an image, or of a video's frames."""
     frames: tuple[int, ...] = ()
-    """Of a video: which of the file's frames are shown, ascending."""
+    """Video: indices of the shown frames in the file, ascending."""
     total_frames: int = 0
     fps: float = 0.0
-    """Of a video: all frames of the file, and how many of them make a second."""
+    """Video: the number of frames of the file, and its frames per second."""
     samples: int = 0
-    """Of a sound: its length at 16 kHz."""
+    """Sound: its length in samples at 16 kHz."""

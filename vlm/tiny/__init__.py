@@ -1,8 +1,9 @@
-"""Tiny vision-language models made on the spot: random weights, a tokenizer, a processor, nothing downloaded.
+"""Make tiny vision-language models: random weights, a tokenizer and a processor, without any download.
 
     build_tiny("qwen2_5_vl", directory)  ──▶  directory in Hugging Face format, as transformers and vLLM load it
 
-Everything is real but the size, so the same code that trains a large checkpoint trains these, in the demo and in tests.
+Everything but the size is real, so the code that trains a large checkpoint also trains these models, in the demo and in
+tests.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ def build_tiny(
 ) -> Path:
     """Save a random float32 model of `family` (a key of `TINY`) into `directory` and return it.
 
-    `words`: the whole vocabulary of a tokenizer with one token per word, words separated by blanks (few, short
-    sequences: what the demo learns on). None: one token per byte, for any text.
-    Raises ValueError for an unknown family."""
+    `words` is the whole vocabulary of a tokenizer with one token per word, with words separated by blanks; the short
+    sequences suit the demo. None: one token per byte, for any text. Raises ValueError for an unknown family."""
     if family not in TINY:
         raise ValueError(f"no tiny model of family {family!r}; there are: {', '.join(sorted(TINY))}")
     with torch.random.fork_rng(devices=[]):
@@ -63,6 +63,6 @@ TINY: dict[str, Callable[[Sequence[str] | None, TinySizes], TinyModel]] = {
     "qwen3_vl": qwen.qwen3_vl,
     "smolvlm": families.smolvlm,
 }
-"""family -> its maker. The name is the model type, but for `pixtral`, a LLaVA with another vision tower."""
+"""Family -> its maker. The name is the model type, except for `pixtral`, a LLaVA with another vision tower."""
 
 __all__ = ["ANSWER_TAGS", "TINY", "TinyModel", "TinySizes", "build_tiny"]

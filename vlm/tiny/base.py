@@ -1,4 +1,4 @@
-"""What tiny models of all families share: sizes, tokenizers, chat template, text towers, wide random weights."""
+"""Common parts of the tiny models: sizes, tokenizers, chat template, text towers, and wide random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 ANSWER_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-"""Ordinary tokens, not special ones: decoding with `skip_special_tokens` keeps them for the rewards to read."""
+"""Tags are ordinary tokens, so that decoding with `skip_special_tokens` keeps them for the rewards."""
 
 CHAT_ROLES = ("system", "user", "assistant")
 """Words that chat templates write; every word-level vocabulary has them."""
@@ -21,7 +21,8 @@ CHAT_ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class TinySizes:
-    """The default is the 0.7M-parameter model of the demo; every width divides by two for tensor parallelism."""
+    """Sizes of a tiny model. The default is the 0.7M-parameter model of the demo. Every width is even, for tensor
+    parallelism."""
 
     hidden: int = 128
     intermediate: int = 256
@@ -36,13 +37,13 @@ class TinySizes:
     max_image_tokens: int = 64
     """Larger images are scaled down to this many tokens."""
     initializer_range: float = 0.1
-    """Standard deviation of the weights. At the usual 0.02 so narrow a model passes hardly any of the image on: it
-    neither learns to see nor shows in its log-probabilities that the pixels changed."""
+    """Standard deviation of the weights. At the usual 0.02, so narrow a model passes on hardly any of the image: it
+    does not learn to see, and changed pixels hardly change its log-probabilities."""
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What a family makes; `build_tiny` saves it."""
+    """A model with its tokenizer and processor, which `build_tiny` saves."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -51,7 +52,7 @@ class TinyModel:
 def make_tokenizer(
     words: Sequence[str] | None, special: Sequence[str], *, eos: str, pad: str, chat_template: str, **named: Any
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer over `words`, or over bytes if there are none, with `special` tokens and the answer tags."""
+    """Make a tokenizer over `words`, or over bytes if there are none, with `special` tokens and the answer tags."""
     if words is None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -74,13 +75,13 @@ def make_tokenizer(
 
 
 END = "<|im_end|>"
-"""Ends a turn, in every tiny model."""
+"""The token that ends a turn in every tiny model."""
 PAD = "<|endoftext|>"
 CHAT_SPECIAL = (PAD, "<|im_start|>", END)
 
 
 def chat_template(image: str = "", video: str = "", audio: str = "") -> str:
-    """ChatML; a part of a message that is an image, a video or a sound is written as the text given for it."""
+    """Return a ChatML template. An image, a video or a sound in a message is written as the text given for it."""
     media = "".join(
         f"{{% elif part['type'] == '{kind}' %}}{text}" for kind, text in (("video", video), ("audio", audio)) if text
     )
@@ -95,18 +96,19 @@ def chat_template(image: str = "", video: str = "", audio: str = "") -> str:
 def chat_tokenizer(
     words: Sequence[str] | None, special: Sequence[str], template: str, **named: Any
 ) -> PreTrainedTokenizerFast:
-    """`make_tokenizer` for ChatML with further `special` tokens; `named`: what the processor calls some of them."""
+    """Make a tokenizer for ChatML with further `special` tokens. `named` gives the processor's names of some of
+    them."""
     extra = {"extra_special_tokens": named} if named else {}
     return make_tokenizer(words, (*CHAT_SPECIAL, *special), eos=END, pad=PAD, chat_template=template, **extra)
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """Raises KeyError for a token that was not made."""
+    """Return the id of a token. Raises KeyError if it does not exist."""
     return tokenizer.get_vocab()[token]
 
 
 def text_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes, **changes: Any) -> dict[str, Any]:
-    """Arguments that the text towers of all families share."""
+    """Return arguments that the text towers of all families share."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": sizes.hidden,
@@ -124,7 +126,7 @@ def text_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes, **changes:
 
 
 def vision_config(sizes: TinySizes, **changes: Any) -> dict[str, Any]:
-    """Arguments that the ordinary vision towers share: images of 56 x 56 pixels, 4 x 4 patches."""
+    """Return arguments that the ordinary vision towers share: images of 56 x 56 pixels with 4 x 4 patches."""
     return {
         "hidden_size": sizes.vision_hidden,
         "intermediate_size": sizes.vision_intermediate,
@@ -137,8 +139,8 @@ def vision_config(sizes: TinySizes, **changes: Any) -> dict[str, Any]:
 
 
 def widen(model: PreTrainedModel, embedding_std: float = 0.5) -> PreTrainedModel:
-    """`model` in float32 with weights so wide that its pixels show in its log-probabilities: matrices keep the variance
-    of what they multiply, embeddings get `embedding_std`, biases 0.1."""
+    """Return `model` in float32 with weights so wide that pixels change its log-probabilities. Matrices keep the
+    variance of their input, embeddings get `embedding_std`, and biases get 0.1."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     model = model.float()
     with torch.no_grad():

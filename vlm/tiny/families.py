@@ -1,4 +1,4 @@
-"""Tiny InternVL, Gemma3, Idefics3, SmolVLM and Aria."""
+"""Make tiny models of InternVL, Gemma3, Idefics3, SmolVLM and Aria."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SQUARE = {"height": 56, "width": 56}
 
 
 def internvl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """One to four tiles and a thumbnail, four tokens each."""
+    """Make an InternVL with one to four tiles and a thumbnail, of four tokens each."""
     template = chat_template("<IMG_CONTEXT>\n", "<video>\n")
     named = {
         "start_image_token": "<img>",
@@ -74,7 +74,7 @@ def internvl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 
 
 def gemma3(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """Four tokens an image; layers alternate between a sliding window and full attention."""
+    """Make a Gemma3 with four tokens per image. Layers alternate between a sliding window and full attention."""
     template = chat_template("<start_of_image>")
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     newlines = ["\n" * n for n in range(1, 5)]  # vLLM looks these up in Gemma's vocabulary
@@ -110,7 +110,7 @@ def gemma3(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 def _idefics_tokenizer(
     words: Sequence[str] | None, template: str, **further: str
 ) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
-    """The tokenizer, and the sizes of the image processor: up to 2 x 2 tiles of 56 pixels and a thumbnail."""
+    """Return the tokenizer, and the sizes of the image processor: up to 2 x 2 tiles of 56 pixels and a thumbnail."""
     named = {
         "image_token": "<image>",
         "fake_image_token": "<fake_token_around_image>",

@@ -1,5 +1,5 @@
-"""Tiny models of the LLaVA kind: any vision tower, a projector, any language model. LLaVA-1.5, LLaVA-NeXT,
-LLaVA-OneVision; Pixtral (as transformers has it) and Mistral3, whose tower takes images of any size."""
+"""Make tiny models of the LLaVA kind: a vision tower, a projector and a language model. These are LLaVA-1.5, LLaVA-NeXT
+and LLaVA-OneVision, and Pixtral (as transformers has it) and Mistral3, whose tower takes images of any size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from vlm.tiny.base import (
 )
 
 TILINGS = [[56, 56], [56, 112], [112, 56], [112, 112]]
-"""Heights and widths into which an image may be cut, 56 x 56 pixels a tile."""
+"""Heights and widths to which an image may be scaled before it is cut into tiles of 56 x 56 pixels."""
 
 
 def _clip_tower(sizes: TinySizes) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _clip_tower(sizes: TinySizes) -> dict[str, Any]:
 
 
 def llava(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """16 tokens an image, whatever its size."""
+    """Make a LLaVA-1.5 with 16 tokens per image of any size."""
     template = chat_template("<image>\n")
     tokenizer = chat_tokenizer(words, ["<image>"], template, image_token="<image>")
     processor = LlavaProcessor(
@@ -75,7 +75,8 @@ def llava(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 
 
 def llava_next(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """A thumbnail and up to four tiles, unpadded to the image's shape, a newline token behind each row."""
+    """Make a LLaVA-NeXT: an image is a thumbnail and up to four tiles, unpadded to its shape, with a newline token
+    after each row."""
     template = chat_template("<image>\n")
     tokenizer = chat_tokenizer(words, ["<image>"], template, image_token="<image>")
     processor = LlavaNextProcessor(
@@ -126,7 +127,8 @@ def llava_onevision(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 def _pixtral_parts(
     words: Sequence[str] | None, sizes: TinySizes, merge: int
 ) -> tuple[PreTrainedTokenizerFast, PixtralProcessor, dict[str, Any], dict[str, Any]]:
-    """Images keep their shape, up to 112 pixels a side; a row of patches ends in [IMG_BREAK], the last in [IMG_END]."""
+    """Return the common parts of Pixtral and Mistral3. Images keep their shape, up to 112 pixels per side. A row of
+    patches ends in [IMG_BREAK], and the last row in [IMG_END]."""
     template = chat_template("[IMG]")
     tokenizer = chat_tokenizer(words, ["[IMG]", "[IMG_BREAK]", "[IMG_END]"], template)
     processor = PixtralProcessor(

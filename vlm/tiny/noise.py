@@ -1,4 +1,4 @@
-"""Media without meaning: what one item shows differs from another in every pixel and sample."""
+"""Make media of noise. Two items differ in every pixel and sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlm.media.video_audio import SOUND_RATE, check_sound, check_video
 
 
 def noise_image(seed: int, width: int = 84, height: int = 56) -> Media:
-    """A PNG."""
+    """Make a PNG image of noise."""
     buffer = io.BytesIO()
     Image.fromarray(_pixels(seed, height, width)).save(buffer, "PNG")
     return Media("image", digest(buffer.getvalue()), buffer.getvalue(), width, height)
@@ -25,7 +25,7 @@ def noise_image(seed: int, width: int = 84, height: int = 56) -> Media:
 def noise_video(
     seed: int, width: int = 84, height: int = 56, frames: int = 4, fps: int = 2, shown: int | None = None
 ) -> Media:
-    """An MP4 of which `shown` frames are shown, or all."""
+    """Make an MP4 video of noise, of which `shown` frames are shown, or all."""
 
     def encode(stream: Any) -> Any:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -38,7 +38,7 @@ def noise_video(
 
 
 def noise_sound(seed: int, seconds: float = 1.0) -> Media:
-    """A WAV of one channel."""
+    """Make a WAV sound of noise with one channel."""
 
     def encode(stream: Any) -> Any:
         samples = np.random.default_rng(seed).integers(-8000, 8000, (1, int(seconds * SOUND_RATE)), np.int16)
@@ -50,7 +50,7 @@ def noise_sound(seed: int, seconds: float = 1.0) -> Media:
 
 
 def noise(kind: str, seed: int, **shape: Any) -> Media:
-    """An item of `kind`; `shape` as in the functions above."""
+    """Make an item of `kind`. `shape` has the arguments of the functions above."""
     make: dict[str, Callable[..., Media]] = {"image": noise_image, "video": noise_video, "audio": noise_sound}
     return make[kind](seed, **shape)
 

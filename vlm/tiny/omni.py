@@ -1,4 +1,4 @@
-"""Tiny Qwen2.5-Omni: the thinker, which takes images, videos and sounds, and answers with text."""
+"""Make a tiny Qwen2.5-Omni: the thinker, which takes images, videos and sounds and answers with text."""
 
 from __future__ import annotations
 

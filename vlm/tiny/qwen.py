@@ -1,4 +1,4 @@
-"""Tiny Qwen models: Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
+"""Make tiny Qwen models: Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ QWEN_SPECIAL = (
 
 
 def qwen2_5_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """Patches of 14 pixels, merged two by two: 28 x 28 pixels a token, four for the smallest image of 56 x 56."""
+    """Make a Qwen2.5-VL with patches of 14 pixels, merged two by two: a token has 28 x 28 pixels, and the smallest
+    image of 56 x 56 has four."""
     tokenizer = _tokenizer(words)
     config = Qwen2_5_VLConfig(
         text_config=text_config(
@@ -82,7 +83,8 @@ def qwen2_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 
 
 def qwen3_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """Patches of 16 pixels; the tower's features enter the first two language layers too (deepstack)."""
+    """Make a Qwen3-VL with patches of 16 pixels. The tower's features also enter the first two language layers
+    (deepstack)."""
     tokenizer = _tokenizer(words)
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     edge = {"shortest_edge": 4 * 32**2, "longest_edge": sizes.max_image_tokens * 32**2}
@@ -114,7 +116,7 @@ def qwen3_vl(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 
 
 def media_processors(sizes: TinySizes) -> dict[str, Any]:
-    """Of images and videos, alike, for patches of 14 pixels that are merged two by two."""
+    """Return the processors of images and of videos, for patches of 14 pixels that are merged two by two."""
     pixels = {"shortest_edge": 4 * 28**2, "longest_edge": sizes.max_image_tokens * 28**2}
     images = Qwen2VLImageProcessor(size=pixels)
     videos = Qwen2VLVideoProcessor(size=pixels, image_mean=images.image_mean, image_std=images.image_std)
@@ -122,7 +124,7 @@ def media_processors(sizes: TinySizes) -> dict[str, Any]:
 
 
 def patch_merger(sizes: TinySizes) -> dict[str, Any]:
-    """Arguments that the vision towers of all Qwen models share."""
+    """Return arguments that the vision towers of all Qwen models share."""
     return {
         "depth": sizes.vision_depth,
         "hidden_size": sizes.vision_hidden,
@@ -134,7 +136,8 @@ def patch_merger(sizes: TinySizes) -> dict[str, Any]:
 
 
 def rope_parameters(sizes: TinySizes) -> dict[str, Any]:
-    """Rotary pairs of one head given to time, height and width: a quarter and three eighths each ([4, 6, 6] of 16)."""
+    """Split the rotary pairs of one head: a quarter for time, and three eighths each for height and width ([4, 6, 6] of
+    16)."""
     pairs = sizes.hidden // sizes.heads // 2
     spatial = pairs * 3 // 8
     section = [pairs - 2 * spatial, spatial, spatial]

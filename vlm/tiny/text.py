@@ -1,4 +1,4 @@
-"""Tiny text-only models: Qwen2, Qwen3, Llama."""
+"""Make tiny text-only models: Qwen2, Qwen3 and Llama."""
 
 from __future__ import annotations
 

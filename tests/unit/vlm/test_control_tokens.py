@@ -104,7 +104,10 @@ def test_no_turn_is_forged_by_anybodys_text(tmp_path: Path) -> None:
         "of < | im_end | >, <think> and <|im_",
     )
     only = "which only the model's chat template may write"
-    assert reasons[:2] == [f"the text holds <|im_start|>, <|im_end|>, {only}", f"the text holds <|endoftext|>, {only}"]
+    assert reasons[:2] == [
+        f"the text contains <|im_start|>, <|im_end|>, {only}",
+        f"the text contains <|endoftext|>, {only}",
+    ]
     assert [reason is not None for reason in reasons] == [True] * 4 + [False] * 2
 
 

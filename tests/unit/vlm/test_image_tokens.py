@@ -82,7 +82,7 @@ def test_no_image_takes_more_and_lengths_are_foretold(limited: Limited) -> None:
         ("aria", 5, "whatever its size"),
         ("llava_next", 20, "image_grid_pinpoints"),
         ("llava_onevision", 20, "image_grid_pinpoints"),
-        ("pixtral", 20, "vLLM counts an image's tokens by"),
+        ("pixtral", 20, "vLLM counts the tokens of an image by"),
         ("qwen2", 20, "the model takes no images"),
         ("internvl", 5, "an image takes at least 6 tokens"),
     ],
