@@ -15,7 +15,8 @@ from vlm.adapter import MultimodalAdapter
 
 
 def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
-    """Print what is refused in data.train and data.eval; True if a run would accept them. Raises ConfigError."""
+    """Print the refused rows of data.train and data.eval. Return True if a run would accept the data. Raises
+    ConfigError."""
     try:
         adapter = load_model(config)
     except ConfigError as error:
@@ -33,14 +34,14 @@ def check_data(config: RunConfig, rows: int | None, console: Console) -> bool:
 
 
 def _accepted(config: RunConfig, data: DataSet, adapter: MultimodalAdapter, rows: int | None, console: Console) -> bool:
-    """Print what one set holds, and why a run would stop at it."""
+    """Print a summary of one set, and the reason why a run would stop at it."""
     key, source = data.key, data.source
     say(console, f"{key}: {len(source)} rows; {source.columns}")
     lengths = [prompt.expanded_length for prompt in source.look(rows or len(source)) if prompt is not None]
     say(console, f"  longest prompt {max(lengths, default=0)} tokens; {source.report()}")
     for line in (*source.report().first_refusals, *blindness(key, source, adapter, config)):
         say(console, f"  {line}")
-    verdicts = [source.excess() or ("" if lengths else "no row is usable"), *overlooked_media(key, source, adapter)]
+    verdicts = [source.excess() or ("" if lengths else "no row can be used"), *overlooked_media(key, source, adapter)]
     verdicts = [verdict for verdict in [*verdicts, *gold_problems(config, key, source)] if verdict]
     for verdict in verdicts:
         say(console, f"  a run would stop: {verdict.removeprefix(f'{key}: ')}")

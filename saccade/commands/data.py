@@ -1,4 +1,4 @@
-"""`saccade data check`, `inspect` and `shapes`: data files before a run."""
+"""`saccade data check`, `inspect` and `shapes`: look at data files before a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from rich.console import Console
 from saccade.commands.help import App, ConfigFile, Overrides
 from saccade.config.run_config import data_config, load_config
 
-app = App(help="Look at a data set, check it, or make the shapes one.")
+app = App(help="Look at a data set, check it, or make the shapes data set.")
 
 
 @app.command()
 def check(
     config: ConfigFile,
     overrides: Overrides = None,
-    rows: Annotated[int | None, typer.Option(help="Stop after so many rows of each file set; default all.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Read only this many rows of data.train and of data.eval. Default: all.")
+    ] = None,
 ) -> None:
-    """Read data.train and data.eval as a run would, and list the rows it would refuse, with the reason.
+    """Read data.train and data.eval as a run would, and list the rows that it would refuse, with the reasons.
 
     Example:  saccade data check mine.yaml --rows 1000
     """
@@ -37,10 +39,10 @@ def inspect(
         list[str],
         typer.Argument(help="Data files or glob patterns, and knobs.", metavar="FILE... [section.name=value]..."),
     ],
-    model: Annotated[str | None, typer.Option(help="Count the tokens of this model: a path or a hub name.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows to look at, drawn from all of them.", min=1)] = 1000,
+    model: Annotated[str | None, typer.Option(help="Count tokens with this model: a path or a hub name.")] = None,
+    rows: Annotated[int, typer.Option(help="How many rows to read, drawn at random.", min=1)] = 1000,
 ) -> None:
-    """Show what a run would make of data files: columns, sizes, lengths, refused rows, three prompts as rendered.
+    """Show how a run would read data files: columns, sizes, lengths, refused rows, and three rendered prompts.
 
     Examples:  saccade data inspect train.parquet --model Qwen/Qwen2.5-VL-3B-Instruct
                saccade data inspect train.json data.columns.prompt=caption data.media_from=/images
@@ -53,10 +55,11 @@ def inspect(
 
 @app.command()
 def shapes(
-    directory: Annotated[Path, typer.Argument(help="Folder to write the Parquet files to.", metavar="FOLDER")],
-    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    directory: Annotated[Path, typer.Argument(help="Folder for the Parquet files.", metavar="FOLDER")],
+    seed: Annotated[int, typer.Option(help="Random seed of the drawings.")] = 0,
 ) -> None:
-    """Make the shapes data set: images of coloured shapes with questions on colour, shape and count, as Parquet.
+    """Make the shapes data set as Parquet files: images of coloured shapes with questions about colour, shape and
+    count.
 
     Example:  saccade data shapes runs/shapes-data --seed 1
     """

@@ -1,5 +1,5 @@
-"""How `saccade --help` reads: docstrings fill the terminal's width, and the usage line names what is typed. And the
-arguments that several commands take."""
+"""Format `saccade --help`: docstrings fill the width of the terminal, and the usage line names what the user types.
+Also define the arguments that several commands take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Read by libraries at import: their chatter would tear the progress display."""
+"""Environment variables that silence libraries, which read them at import. Their output would break the progress
+display."""
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; `saccade config` shows all its knobs.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -30,14 +31,16 @@ Overrides = Annotated[
 
 
 def unwrapped(text: str) -> str:
-    """A docstring with its paragraphs in one line each, for the terminal to wrap; lines of examples stay lines."""
+    """Join each paragraph of a docstring into one line, which the terminal wraps. Lines of examples stay as they
+    are."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
     joined = [p if p.startswith("Example") else " ".join(p.split()) for p in paragraphs]
     return "\n\n".join(joined)
 
 
 def knob_text(name: str, info: FieldInfo) -> str:
-    """A knob with its default as YAML (of the algorithm: with the default preset), what it may be, and its meaning."""
+    """Describe a knob: its default as YAML, its allowed values, and its meaning. Defaults of the algorithm are those of
+    the default preset."""
     from saccade.config.algorithm import AlgorithmConfig
 
     if name.startswith("algorithm."):
@@ -60,14 +63,14 @@ def _plain(value: Any) -> Any:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of the literals in a type."""
+    """Return the values of all literals in a type."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(value for part in get_args(annotation) for value in _choices(part))
 
 
 class Command(TyperCommand):
-    """A command whose usage line shows arguments as their metavars, without brackets around them."""
+    """A command whose usage line shows the metavars of its arguments, without brackets around them."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         settings["help"] = unwrapped(settings.get("help") or "")
@@ -80,7 +83,7 @@ class Command(TyperCommand):
 
 
 class App(typer.Typer):
-    """Commands with the help above, which -h shows too."""
+    """A group of commands with the help above; `-h` works too."""
 
     def __init__(self, **settings: Any) -> None:
         names = {"help_option_names": ["-h", "--help"]}

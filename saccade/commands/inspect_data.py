@@ -1,4 +1,4 @@
-"""`saccade data inspect`: what a run would make of data files, with a model or without one.
+"""`saccade data inspect`: show how a run would read data files, with or without a model.
 
 files, knobs ──▶ PromptSource without a limit on length ──▶ sizes and lengths of all ──▶ text
                                        └─ too long ──▶ PromptSource with the limit ──▶ refused, truncated
@@ -27,12 +27,13 @@ from vlm.media.video_audio import SOUND_RATE
 
 SAMPLES = 3
 SHOWN = 600
-"""Characters of a sample that are shown."""
+"""How many characters of a sample are shown."""
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 class PlainText:
-    """Stands in for a model's adapter where none is given: roles and texts as they are, one token a character."""
+    """Replaces the adapter when no model is given: it leaves roles and texts unchanged and counts each character as a
+    token."""
 
     placeholder_tokens: ClassVar[tuple[str, ...]] = ()
     control_tokens: ClassVar[Mapping[int, str]] = {}
@@ -61,7 +62,7 @@ class PlainText:
 
 @dataclass
 class Findings:
-    """What was seen in some rows."""
+    """Counts and samples from the rows that were read."""
 
     rows: int = 0
     media: Counter[MediaKind] = field(default_factory=Counter)
@@ -81,7 +82,8 @@ class Findings:
 
 
 def inspect_data(config: RunConfig, model: str | None, rows: int, console: Console) -> None:
-    """Print what is found in the first `rows` rows of a shuffled epoch of `data.train`; without a model, in characters.
+    """Print a summary of the first `rows` rows of a shuffled epoch of `data.train`. Without a model, lengths are in
+    characters.
 
     Raises AdapterError, DataError."""
     adapter = config_adapter(config) if model is not None else cast("MultimodalAdapter", PlainText())
@@ -94,7 +96,8 @@ def inspect_data(config: RunConfig, model: str | None, rows: int, console: Conso
 
 
 def look(unlimited: PromptSource, limited: PromptSource, rows: int, unit: str) -> Findings:
-    """Two sources of the same rows, the first without a limit on length: only so is it known how long prompts are."""
+    """Read `rows` rows. Both sources hold the same rows; `unlimited` has no length limit, so it can measure prompts of
+    any length."""
     found = Findings(min(rows, len(unlimited)))
     for prompt in unlimited.look(rows):
         if prompt is None:
@@ -129,7 +132,7 @@ def _summary(source: PromptSource, found: Findings) -> Iterator[str]:
     refused = found.refused.total()
     media = "".join(f"; {n:,} {kind}(s)" for kind, n in found.media.items())
     looked_at = f"{found.rows - refused:,} usable, {refused:,} refused{media}"
-    yield f"rows     {len(source):,}, of which {found.rows:,} were looked at: {looked_at}"
+    yield f"rows     {len(source):,}, {found.rows:,} read: {looked_at}"
 
 
 def _table(figures: Mapping[str, Sequence[float]]) -> Iterator[str]:
@@ -142,14 +145,14 @@ def _table(figures: Mapping[str, Sequence[float]]) -> Iterator[str]:
 
 
 def bars(values: Sequence[float], bins: int = 24) -> str:
-    """A histogram in one line: the tallest bar is the fullest of `bins` equal ranges, a blank an empty one."""
+    """Draw a histogram in one line. The tallest bar is the fullest of `bins` equal ranges; an empty range is blank."""
     counts, _ = np.histogram(values, bins if min(values) < max(values) else 1)
     return "".join(BARS[int(np.ceil(n / counts.max() * (len(BARS) - 1)))] for n in counts)
 
 
 def _rest(found: Findings, config: RunConfig, model: str | None) -> Iterator[str]:
     if model is None:
-        yield "\nTexts are counted in characters: with --model PATH, tokens are counted, and prompts too long found."
+        yield "\nLengths are in characters. Pass --model PATH to count tokens and to find prompts that are too long."
     if found.truncated:
         yield f"\ntruncated to data.max_prompt_length={config.data.max_prompt_length}: {found.truncated}"
     if found.refused:

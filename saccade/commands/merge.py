@@ -1,4 +1,4 @@
-"""`saccade merge`: a model directory that transformers and vLLM load, from a saved adapter or a checkpoint."""
+"""`saccade merge`: write a model directory that transformers and vLLM can load, from a LoRA adapter or a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ from vlm.adapter import MultimodalAdapter
 from vlm.families.registry import load_adapter
 
 LIMIT_UNKNOWN = (
-    "the adapter does not say what limit on image tokens it was trained with, so the processor is the base's; where "
-    "there was one, give it again to what uses the model (here: model.max_image_tokens)"
+    "the adapter does not record an image token limit, so the merged processor has the base model's; if the "
+    "adapter was trained with a limit, set it again wherever you use the model (here: model.max_image_tokens)"
 )
-"""Of an adapter that no run wrote, or one before limits were written down."""
+"""The warning for an adapter that another program wrote, or that was saved before limits were recorded."""
 
 
 def merge(source: Path, output: Path, *, model: str | None = None, trust_remote_code: bool = False) -> str:
-    """Write the model that `source` makes of its base into the new directory `output`, on the CPU. What `source` may be
-    says saccade/commands/merge_source.py.
+    """Merge `source` into its base model, on the CPU, and write the result to the new directory `output`.
 
-    `model`: the base, where it is no longer where it was. Weights are those that the run sent to its engines: of a base
-    in 4 bits, what it was rounded to. Returns what a user should know of the result, if there is something. Raises
-    MergeError, AdapterError for a base that is not there."""
+    saccade/commands/merge_source.py lists what `source` may be. `model` names the base model if it has moved. The
+    weights are those that the run sent to its engines: a 4-bit base is merged as it was rounded. Returns a warning for
+    the user, or an empty string. Raises MergeError, and AdapterError if the base model does not exist."""
     check_source(source, output)
     adapter = None if is_checkpoint(source) else adapter_in(source)
     if adapter is None:
@@ -58,9 +57,11 @@ def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[Poli
 
     config = _read(directory / "adapter_config.json")
     if config.get("peft_type") != "LORA":
-        raise MergeError(f"{directory}: only LoRA is merged, and this is {config.get('peft_type')!r}")
+        raise MergeError(
+            f"{directory}: only LoRA adapters can be merged, and this is a {config.get('peft_type')!r} adapter"
+        )
     if problems := field_problems(config):
-        raise MergeError(f"{directory} is no plain LoRA adapter, and cannot be merged: " + "; ".join(problems))
+        raise MergeError(f"{directory} is not a plain LoRA adapter and cannot be merged: " + "; ".join(problems))
     origin = _origin(directory)
     path = model or config.get("base_model_name_or_path")
     if not path:
@@ -83,11 +84,11 @@ def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[Poli
             stray = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
         policy = wrap(adapted, options, family)
     except (OSError, RuntimeError, ValueError) as error:
-        raise MergeError(f"{directory} is no LoRA adapter for the model at {path}: {error}") from error
+        raise MergeError(f"{directory} is not a LoRA adapter for the model at {path}: {error}") from error
     if stray:
         raise MergeError(
-            f"{directory} does not fit the model at {path}: {len(stray)} tensors belong to one of them only, first "
-            f"{min(stray)}"
+            f"{directory} does not fit the model at {path}: {len(stray)} tensors exist in only one of them, "
+            f"first {min(stray)}"
         )
     return policy, family
 
@@ -96,7 +97,7 @@ def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[P
     try:
         saved = read_state(directory).get("config", {})
     except DamagedError as error:
-        raise MergeError(f"{error}; name the checkpoint before it") from error
+        raise MergeError(f"{error}; use an earlier checkpoint") from error
     config = parse_config(saved, str(directory / "run.json"))
     changes = {"trust_remote_code": trust, **({"path": model} if model else {})}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
@@ -117,7 +118,7 @@ def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[P
 
 
 def _origin(directory: Path) -> dict[str, Any]:
-    """What a run wrote beside the adapter; nothing for an adapter of another program."""
+    """Read what a run wrote beside the adapter; empty for an adapter that another program wrote."""
     path = directory / ADAPTER_ORIGIN
     return _read(path) if path.exists() else {}
 
@@ -128,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise MergeError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise MergeError(f"{path} holds no JSON object")
+        raise MergeError(f"{path} does not contain a JSON object")
     return content
 
 

@@ -1,4 +1,4 @@
-"""What `saccade merge` is given, looked at before anything heavy is imported.
+"""Check the input of `saccade merge` before anything heavy is imported.
 
 ADAPTER ─┬─ adapter_config.json       an adapter in peft's format, of a run or of another program
          ├─ adapter/                  a saved model with its adapter
@@ -13,7 +13,7 @@ from vlm.errors import UserError
 
 
 class MergeError(UserError, ValueError):
-    """What cannot be merged, and why."""
+    """The source cannot be merged; the message says why."""
 
 
 def is_checkpoint(source: Path) -> bool:
@@ -21,18 +21,18 @@ def is_checkpoint(source: Path) -> bool:
 
 
 def adapter_in(source: Path) -> Path | None:
-    """The folder of the adapter that `source` is or holds."""
+    """Return the folder of the adapter: `source` itself, or `adapter/` in it. None if there is no adapter."""
     return next((d for d in (source, source / "adapter") if (d / "adapter_config.json").exists()), None)
 
 
 def check_source(source: Path, output: Path) -> None:
-    """Raises MergeError unless `source` may be merged into the new folder `output`."""
+    """Raise MergeError unless `source` can be merged into the new folder `output`."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MergeError(f"{output} exists already; name a new folder")
+        raise MergeError(f"{output} already exists; name a new folder")
     if not source.is_dir():
-        raise MergeError(f"{source}: there is no such folder")
+        raise MergeError(f"{source}: no such folder")
     if not is_checkpoint(source) and adapter_in(source) is None:
         raise MergeError(
-            f"{source} holds neither adapter_config.json, nor a folder `adapter` with one, nor run.json: name an "
-            "adapter in peft's format, a model saved with LoRA, or a checkpoint (checkpoints/step-...)"
+            f"{source} contains neither adapter_config.json, nor adapter/adapter_config.json, nor run.json; name "
+            "a LoRA adapter in peft's format, a model saved with LoRA, or a checkpoint (checkpoints/step-...)"
         )

@@ -1,4 +1,4 @@
-"""Do engine and learner see the same pixels, tokens and positions? Asked of a model, case by case.
+"""`saccade parity`: compare what the engine and the learner make of the same prompts, case by case.
 
 prompt ──▶ vLLM: sampled tokens, their log-probabilities ──▶ learner: log-probabilities of the same tokens
                                                              and again with other pixels, which must move them
@@ -42,37 +42,37 @@ from vlm.tiny.noise import noise
 
 COMPLETIONS, NEW_TOKENS = 4, 8
 ENGINE_SHARE = 0.5
-"""Share of a GPU that must be free when the engine starts."""
+"""The share of a GPU that must be free when the engine starts."""
 DType = Literal["float32", "bfloat16"]
 VISIBLE = 1e-3
-"""By less than this, changed pixels do not count as seen."""
+"""Changed pixels count as seen if they move a log-probability by more than this."""
 TOLERANCES: Mapping[str, float] = {"float32": 2.0**-15, "bfloat16": 0.05}
-"""Of a log-probability: the largest difference in float32, the mean in bfloat16. One of 8 to 16 is rounded to steps of
-2^-20, and processors sum in different orders, a few steps apart after some layers: 32 of them. A wrong position or
-pixel moves it by thousands. In bfloat16 a logit of up to 8 is rounded to steps of 2^-5, by up to 2^-6 = 0.016 on either
-side, and about as much again on its way through the layers: a single token may be far off, and the mean of two right
-sides stays below 0.05."""
+"""Allowed difference of log-probabilities: the largest one in float32, the mean in bfloat16. In float32 a
+log-probability of 8 to 16 is rounded to steps of 2^-20; processors sum in different orders, which moves it by a few
+steps after some layers. 32 steps are allowed; a wrong position or pixel moves it by thousands. In bfloat16 a logit of
+up to 8 is rounded to steps of 2^-5, by up to 2^-6 = 0.016 on either side, and by about as much again in the layers. A
+single token may be far off, but the mean of two correct sides stays below 0.05."""
 PIXELS = 1e-5
-"""Inputs of the towers that differ by no more are equal: rounding of the normalisation."""
+"""Tower inputs that differ by at most this are equal; the normalisation rounds by that much."""
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case: what engine and learner make of the same prompt and the same sampled tokens."""
+    """The result of one case: engine and learner compared on the same prompt and the same sampled tokens."""
 
     case: str
     prompt_tokens: int = 0
     tokens: int = 0
-    """Sampled tokens compared."""
+    """How many sampled tokens were compared."""
     largest: float = float("nan")
     """Largest |log-probability of the learner - of the engine|."""
     mean: float = float("nan")
     pixels: float | None = None
-    """Largest difference of what the towers are given, over pixels and samples; None without media."""
+    """Largest difference of the towers' inputs, over pixels and sound samples; None without media."""
     moved: float | None = None
     """Largest change of a log-probability when other media are shown; None without media."""
     problem: str = ""
-    """Why there is no comparison: other prompt tokens, an error."""
+    """Why there is no comparison (different prompt tokens, an error); empty if there is one."""
 
     def agrees(self, tolerance: float, dtype: str = "float32") -> bool:
         seen = self.moved is None or self.moved > VISIBLE
@@ -82,11 +82,11 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the engine did with one prompt."""
+    """The engine's result for one prompt."""
 
     group: RolloutGroup
     inputs: Mapping[str, Tensor]
-    """What its towers were given."""
+    """The inputs of its towers."""
 
 
 def parity(
@@ -102,10 +102,10 @@ def parity(
     device: Device = "cpu",
     dtype: DType = "float32",
 ) -> list[CaseResult]:
-    """Compare vLLM and the learner's model on `device`, in the cases of `cases`. The engine comes first, and is gone
-    when the learner loads, so that one GPU holds either.
+    """Compare vLLM and the learner's model on `device`, in all cases of `cases`. The engine runs first and ends before
+    the learner loads, so that one GPU is enough.
 
-    Raises AdapterError when there is no such model, RunError when the engine does not start."""
+    Raises AdapterError if the model does not exist, and RunError if the engine does not start."""
     family = load_adapter(model, adapter, trust_remote_code=trust_remote_code, max_image_tokens=max_image_tokens)
     chosen = cases(family, images, video)
     prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
@@ -141,7 +141,7 @@ def parity(
 
 
 async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:
-    """What became of each prompt, or why nothing."""
+    """Return the result of each prompt, or the reason why there is none."""
     sampling = SamplingParams(
         n=COMPLETIONS, max_tokens=NEW_TOKENS, seed=1, ignore_eos=True, banned_token_ids=family.banned_token_ids
     )
@@ -173,7 +173,7 @@ def compare(
     sampled: Sampled | str,
     seed: int = 0,
 ) -> CaseResult:
-    """`seed`: that of the prompt's media."""
+    """Compare both sides on one prompt. `seed` is the seed of the prompt's media."""
     name = prompt.ref.uid
     if isinstance(sampled, str):
         return CaseResult(name, problem=sampled)
@@ -199,8 +199,8 @@ def compare(
 
 
 def _pixel_difference(family: MultimodalAdapter, prompt: Prompt, theirs: Mapping[str, Tensor]) -> float:
-    """Largest difference of what the towers are given. Raises AdapterError where an input has another shape, or where
-    none has the same name."""
+    """Return the largest difference of the towers' inputs. Raises AdapterError if an input differs in shape, or if no
+    input has the same name on both sides."""
     encoded = family.encode(prompt.text, [decode(m, m.data) for m in prompt.media])
     ours, theirs = family.comparable(encoded.inputs, theirs)
     shared = [name for name, value in theirs.items() if name in ours and value.is_floating_point()]
@@ -234,9 +234,10 @@ def run_parity(
     device: Device | None = None,
     dtype: DType = "float32",
 ) -> bool:
-    """`parity` of a model, or of the tiny model of a family (`all`: of every family), as a table and as JSON.
+    """Run `parity` on a model, on the tiny model of a family, or on those of all families (`all`). Print a table and
+    write JSON.
 
-    Returns whether everything agreed. Exactly one of `model` and `tiny` is given. Raises ConfigError."""
+    Returns whether everything agreed. Give exactly one of `model` and `tiny`. Raises ConfigError."""
     if tiny is not None and tiny != "all" and tiny not in TINY:
         raise ConfigError([f"no tiny model of family {tiny!r}; there are: {', '.join(sorted(TINY))}, all"])
     limit = TOLERANCES[dtype] if tolerance is None else tolerance

@@ -1,4 +1,4 @@
-"""The prompts that `saccade parity` asks about: text, images, videos and sounds, of noise."""
+"""Make the prompts of `saccade parity`: text, and images, videos and sounds of noise."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlm.tiny.noise import noise
 SIZES = ((84, 84), (120, 60), (60, 150))
 """Width and height of the images: square, wide and high."""
 SHAPES: Mapping[str, Mapping[str, Any]] = {"video": {"frames": 27, "fps": 10, "shown": 6}}
-"""Of a video: frames that are left out, and steps in time that are no whole number of positions."""
+"""The test video leaves out frames, and its steps in time are not a whole number of positions."""
 
 
 def cases(family: MultimodalAdapter, images: int, video: bool = True) -> dict[str, list[str]]:
-    """Name -> parts of the user's message: texts, and kinds of media where such an item stands."""
+    """Return name -> parts of the user's message. A part is a text, or a kind of media in place of an item."""
     cases = {"text": ["Name a number."]}
     if "image" in family.modalities:
         cases["1 image"] = ["image", "What is this?"]
@@ -54,7 +54,7 @@ def _size(kind: str, i: int) -> dict[str, int]:
 
 
 def shape(media: Media) -> dict[str, Any]:
-    """What makes `noise` of as many tokens as this item."""
+    """Return the arguments with which `noise` makes an item of the same number of tokens."""
     if media.kind == "audio":
         return {"seconds": media.samples / SOUND_RATE}
     frames: dict[str, Any] = {}

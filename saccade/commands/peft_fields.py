@@ -1,8 +1,8 @@
-"""What a saved LoRA adapter may say of itself: each field of peft's LoraConfig is either merged as peft merges it, or
-refused by name.
+"""The fields of a saved LoRA adapter: each field of peft's LoraConfig is either merged as peft merges it, or refused by
+name.
 
-A test walks over the fields of the pinned peft, so that a new one is looked at, and another compares each merged field
-with peft's own merge.
+One test goes through all fields of the pinned peft, so that nobody overlooks a new one. Another compares each merged
+field with peft's own merge.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ MERGED = frozenset(
         "eva_config",
     ]
 )
-"""Fields that the merge reproduces whatever they are, or that say nothing of the weights by themselves."""
+"""Fields that the merge reproduces for any value, or that do not affect the weights."""
 
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa", "olora")
-"""Values of init_lora_weights from which an adapter can be merged: the last two change the base by the same rule each
-time that it is loaded. The others need data, chance or a quantized base for that."""
+"""Values of init_lora_weights that can be merged. The last two change the base by the same rule each time it is loaded.
+All other values change it by data, by chance, or by quantization."""
 
-_SEVERAL = "it trains other weights than those of the adapter"
-_OTHER = "it is another computation than a product of two matrices beside a linear layer"
+_SEVERAL = "it also trains weights outside the adapter"
+_OTHER = "it computes something other than a product of two matrices beside a linear layer"
 REFUSED = {
-    "lora_bias": "its biases can be added to layers that have one only",
-    "alora_invocation_tokens": "aLoRA switches the adapter on behind certain tokens, and no single model does that",
+    "lora_bias": "its biases can be added only to layers that have a bias",
+    "alora_invocation_tokens": "aLoRA switches the adapter on after certain tokens, which a merged model cannot do",
     "modules_to_save": _SEVERAL,
     "trainable_token_indices": _SEVERAL,
-    "target_parameters": "it is on parameters that are no linear layer's",
-    "ensure_weight_tying": "its adapters are on embeddings",
-    "layer_replication": "it is for a model with more layers than the base",
-    "megatron_config": "it is for layers of Megatron",
+    "target_parameters": "it adapts parameters that do not belong to a linear layer",
+    "ensure_weight_tying": "it adapts embeddings",
+    "layer_replication": "it needs a model with more layers than the base",
+    "megatron_config": "it adapts Megatron layers",
     "use_dora": _OTHER,
     "use_qalora": _OTHER,
     "use_bdlora": _OTHER,
@@ -62,15 +62,15 @@ REFUSED = {
     "kasa_config": _OTHER,
     "monteclora_config": _OTHER,
     "velora_config": _OTHER,
-    "loftq_config": "its base was rounded in a way that is not repeated here",
-    "corda_config": "it was begun from data",
-    "lora_ga_config": "it was begun from data",
+    "loftq_config": "its base was quantized in a way that the merge cannot repeat",
+    "corda_config": "it was initialised from data",
+    "lora_ga_config": "it was initialised from data",
 }
-"""Field -> why an adapter that sets it is not merged."""
+"""Field -> why an adapter that sets it cannot be merged."""
 
 
 def field_problems(config: Mapping[str, Any]) -> list[str]:
-    """One text for each field of an adapter_config.json with which the adapter cannot be merged."""
+    """Return one message for each field of adapter_config.json that prevents the merge."""
     found = []
     for name, value in config.items():
         if name in MERGED or not value:
@@ -80,7 +80,7 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_lora_weights")
     if start not in STARTS:
         found.append(
-            f"init_lora_weights={start!r}: it changed the base, which cannot be repeated; save the adapter with peft's "
-            "path_initial_model_for_weight_conversion, and merge that"
+            f"init_lora_weights={start!r}: it changed the base in a way that cannot be repeated; save the "
+            "adapter with peft's path_initial_model_for_weight_conversion and merge that"
         )
     return found

@@ -36,13 +36,13 @@ from vlm.adapter import MultimodalAdapter
 from vlm.media.types import MediaKind
 
 LOOKED_AT = 256
-"""Rows of the training data whose lengths are measured."""
+"""How many rows of the training data are measured."""
 TERA = 1e12
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is printed."""
+    """Everything that the command prints."""
 
     device: Device
     options: LearnerOptions
@@ -51,13 +51,13 @@ class Plan:
     load: Load
     memory: MemoryPlan
     flops: Flops
-    """Of one step on all ranks."""
+    """Operations of one step on all ranks."""
     assumed: str
-    """Where the lengths are from."""
+    """The source of the lengths."""
 
 
 def plan_run(config: RunConfig, console: Console, path: Path | None) -> None:
-    """Print the plan; write it to `path` too, if one is given. Raises ConfigError."""
+    """Print the plan and, if `path` is given, write it there as JSON. Raises ConfigError."""
     plan = make_plan(config)
     say(console, _head(plan))
     show(console, _memory_table(plan), _flops_table(plan))
@@ -69,7 +69,8 @@ def plan_run(config: RunConfig, console: Console, path: Path | None) -> None:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Reads the model's configuration and processor, and the beginning of the data. Raises ConfigError."""
+    """Read the model's configuration and processor and the beginning of the data, and make the plan. Raises
+    ConfigError."""
     device = planned_device(config)
     adapter = load_model(config)
     group, kinds, assumed = _typical_group(config, adapter)
@@ -86,7 +87,7 @@ def make_plan(config: RunConfig) -> Plan:
     except ValueError as error:
         raise ConfigError([f"learner.micro_batch: {error}"], WHERE) from error
     load = micro_batch(config, options, rows, shared)
-    if not shared:  # siblings follow each other, and their images are encoded once
+    if not shared:  # siblings are adjacent, and their images are encoded once
         rows = [replace(row, images=row.images if i == 0 else ()) for i, row in enumerate(rows)]
     return Plan(
         device,
@@ -101,16 +102,17 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[GroupShape, tuple[MediaKind, ...], str]:
-    """A group of the run, its images in *tokens*; kinds of media in the data; and what both are based on.
+    """Return a typical group of the run (with the size of its images in tokens), the kinds of media in the data, and a
+    text that says what both are based on.
 
-    Completions are taken as long as they may become: how long they will be, nobody knows."""
+    Completions have the largest allowed length, since the real length is not known."""
     completions = [config.rollout.max_completion_length] * config.rollout.num_generations
-    told = f"completions of {completions[0]} tokens, their limit"
+    told = f"completions of {completions[0]} tokens (the limit)"
     try:
         data = open_set(config, "data.train", adapter)
         prompts = [prompt for prompt in data.source.look(LOOKED_AT) if prompt is not None]
         if not prompts:
-            raise DataError(f"none of the first {LOOKED_AT} rows is usable")
+            raise DataError(f"none of the first {LOOKED_AT} rows can be used")
     except DataError as error:
         kinds: tuple[MediaKind, ...] = ("image",) if adapter.has_vision else ()
         longest = config.data.max_prompt_length
@@ -127,8 +129,8 @@ def _typical_group(config: RunConfig, adapter: MultimodalAdapter) -> tuple[Group
 
 
 def rows_of(group: GroupShape, options: LearnerOptions, shared: bool) -> list[GroupShape]:
-    """What is laid out of one group: all of it, parts where it exceeds a micro-batch, or, padded, each completion by
-    itself. Raises ValueError where the prompt with one completion does not fit a micro-batch."""
+    """Split one group into rows: the whole group, its parts if it exceeds a micro-batch, or, with padding, each
+    completion by itself. Raises ValueError if the prompt with one completion does not fit a micro-batch."""
     own = [options.size(n, 0, n) for n in group.completions]
     parts = split_group(options.size(group.prompt, sum(group.images), 0), own, options.micro_batch)
     members = parts if shared else [[i] for i in range(len(own))]
@@ -136,7 +138,8 @@ def rows_of(group: GroupShape, options: LearnerOptions, shared: bool) -> list[Gr
 
 
 def micro_batch(config: RunConfig, options: LearnerOptions, rows: Sequence[GroupShape], shared: bool) -> Load:
-    """The largest micro-batch of a rank, and how many of them it has in a step, all groups being laid out as `rows`."""
+    """Return the largest micro-batch of a rank, and how many micro-batches it has in a step, if all groups are laid out
+    as `rows`."""
     groups = math.ceil(config.learner.prompts_per_step / options.ranks / options.optimizer_steps)
     laid = [row for _ in range(groups) for row in rows]
     sizes = np.array([options.size(row.tokens, sum(row.images), sum(row.completions)) for row in laid], np.int64)
@@ -146,7 +149,7 @@ def micro_batch(config: RunConfig, options: LearnerOptions, rows: Sequence[Group
 
     def load(members: Sequence[int]) -> Load:
         tokens, patches, trained, _ = sizes[list(members)].sum(0).tolist()
-        if not shared:  # filled up to the longest, and siblings in one micro-batch have their images encoded once
+        if not shared:  # padded to the longest; the images of siblings in one micro-batch are encoded once
             tokens = len(members) * int(sizes[list(members), 0].max())
             patches = sum(laid[0].images) * len({i // len(rows) for i in members})
         return Load(tokens, trained, patches, len(bins))
@@ -195,9 +198,9 @@ def _gib(count: float) -> str:
 
 
 def advice(plan: Plan) -> str:
-    """One sentence: what takes most where the peak is, and which knob lowers it."""
+    """Say in one sentence what takes most of the memory at the peak, and which knob lowers it."""
     memory, options = plan.memory, plan.options
-    # Not everything is there at the peak: what the step needs comes when activations are gone.
+    # Not everything is in memory at the peak: the memory of the step comes after the activations are freed.
     later = memory.phase in ("optimizer step", "reduction of gradients")
     absent = ("activations", "logits chunk", "vision") if later else ("workspace",)
     there = {kind: count for kind, count in memory.device.items() if kind not in absent}
@@ -229,7 +232,7 @@ def _remedy(kind: str, plan: Plan, options: LearnerOptions) -> str:
 
 
 def as_json(plan: Plan) -> Mapping[str, Any]:
-    """Bytes and operations, as numbers."""
+    """Return bytes and operations as numbers."""
     memory = plan.memory
     return {
         "model": plan.options.model,

@@ -1,4 +1,4 @@
-"""`saccade rewards check`: what the rewards of a run say of completions whose worth is known.
+"""`saccade rewards check`: probe the rewards of a run with completions of known worth.
 
 rows of data.train ──▶ cases (gold, empty, junk, ...) ──▶ each reward alone, and all together ──▶ scores ──▶ findings
 """
@@ -32,23 +32,23 @@ from saccade.observe.screen import say, show
 JUNK = "lorem ipsum 7 or 8, who knows; (A) (B) red blue"
 OTHER = "4711"
 LONG = 100_000
-"""Characters of the very long completion."""
+"""Length of the very long completion, in characters."""
 TOGETHER = "all together"
 
 
 @dataclass
 class Probe:
-    """What one reward (or all together) said of every case of every row."""
+    """The verdicts of one reward (or of all together) on every case of every row."""
 
     name: str
     bounded: bool
-    """Full marks are known to be 1.0; otherwise they are the best score that was seen."""
+    """Whether full marks are known to be 1.0. Otherwise they are the best score that was seen."""
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
     """Case -> a verdict per row."""
     disordered: list[str] = field(default_factory=list)
     """Rows in which a completion's verdict changed with its place or its siblings."""
     seconds: list[float] = field(default_factory=list)
-    """For one group of right answers, row by row."""
+    """Seconds for one group of right answers, row by row."""
 
     def scores(self, *cases: str) -> list[float]:
         return [v.score for case in cases for v in self.verdicts.get(case, ()) if v.score is not None]
@@ -63,8 +63,8 @@ class Probe:
 
 
 def cases(request: ScoringRequest, wrap: Callable[[str], str], ideal: str | None) -> dict[str, str]:
-    """Case -> completion. Those whose names begin with `gold` are right, as far as an answer can make them so; `ideal`
-    is what the reward itself would call a right completion, where it can tell."""
+    """Return case -> completion. Cases whose names begin with `gold` have the right answer. `ideal` is a completion
+    that the reward itself calls right, if it has one."""
     gold = next(iter(gold_forms(request.answer)), None)
     found = {
         "empty": "",
@@ -87,7 +87,7 @@ def cases(request: ScoringRequest, wrap: Callable[[str], str], ideal: str | None
 
 
 def probe(spec: RewardSpec, requests: Mapping[str, ScoringRequest], config: RunConfig) -> Probe:
-    """Asks one reward. `requests`: uid -> a row, without completions. Raises RewardSetupError."""
+    """Probe one reward. `requests` is uid -> a row without completions. Raises RewardSetupError."""
     return _probe([replace(spec, weight=1.0, combine="sum")], spec.name, requests, config)
 
 
@@ -133,7 +133,7 @@ def _probe_row(
 
 
 def findings(found: Probe, generation_seconds: float, actors: int, show: Callable[[str], str] = str) -> Iterator[str]:
-    """What is wrong with one reward, a line each."""
+    """Return the problems of one reward, one line each."""
     gold = [case for case in found.verdicts if case.startswith("gold")]
     best = [_best(verdicts) for verdicts in zip(*(found.verdicts[case] for case in gold), strict=False)]
     short = [v for v in best if v.score is None or v.score < found.full - 1e-9]
@@ -142,13 +142,13 @@ def findings(found: Probe, generation_seconds: float, actors: int, show: Callabl
         in_rows = f"in {len(short)} of {len(best)} rows"
         yield f"gives the gold answer less than full marks ({found.full:g}) {in_rows}: {reason}"
     if not gold:
-        yield "could not be probed with a right answer: the rows have none"
+        yield "could not be probed with a right answer, since the rows have none"
     for case in ("empty", "junk"):
         highest = max(found.scores(case), default=found.minimum)
         if highest > found.minimum + 1e-9:
             yield f"gives {case} completions up to {highest:g}; its minimum is {found.minimum:g}"
     if found.minimum == found.full:
-        yield f"gives every completion the same score ({found.full:g}): it teaches nothing"
+        yield f"gives every completion the same score ({found.full:g}), so it teaches nothing"
     junk = found.scores("junk in the format")
     judges_content = bool(junk) and statistics.fmean(junk) < found.full - 1e-9
     for case in ("two answers", "both boxes", "prompt echoed", "very long"):
@@ -170,8 +170,8 @@ def _best(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def generation_seconds(config: RunConfig, token_ms: float) -> float:
-    """What generating one group takes of an engine's time when all of its places are taken: L steps for K of the
-    `max_num_seqs` sequences that run side by side, over the engines."""
+    """Return the share of engine time that one group takes on fully loaded engines: L steps for K of the `max_num_seqs`
+    sequences that run side by side, divided by the number of engines."""
     rollout = config.rollout
     places = rollout.engine_options.get("max_num_seqs", DEFAULT_MAX_SEQS)
     share = rollout.num_generations / max(places, rollout.num_generations)
@@ -179,7 +179,8 @@ def generation_seconds(config: RunConfig, token_ms: float) -> float:
 
 
 def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Console) -> bool:
-    """Print what the configured rewards say, and what is wrong with them; whether anything is. Raises ConfigError."""
+    """Print the scores of the configured rewards and their problems. Return whether there are any. Raises
+    ConfigError."""
     specs = reward_specs(config)
     if problems := check_rewards(specs):
         raise ConfigError([f"reward.functions: {problem}" for problem in problems])
@@ -211,7 +212,8 @@ def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Consol
 
 
 def _table(probes: Sequence[Probe]) -> Table:
-    """Mean scores by case and reward; `-` where nothing was scored, with the number of rows without a score."""
+    """Make a table of mean scores by case and reward. `-` stands for no score, and a number for rows without a
+    score."""
     table = Table(title="mean score", title_justify="left")
     table.add_column("completion")
     for found in probes:

@@ -1,4 +1,4 @@
-"""`saccade rewards score` and `saccade rewards check`: rewards outside of a run.
+"""`saccade rewards score` and `saccade rewards check`: try rewards without a run.
 
 score   rows of a file ──▶ RewardWorker ──▶ a verdict a line
 check   rows of a run's data ──▶ saccade/commands/reward_check.py ──▶ table, findings
@@ -31,23 +31,30 @@ from vlm.user_code import short
 
 ENDS: tuple[FinishReason, ...] = get_args(FinishReason)
 
-app = App(help="Try a reward on a file, or probe the rewards of a run.")
+app = App(help="Score a file with one reward, or probe all rewards of a run.")
 
 
 @app.command()
 def score(
     name: Annotated[
-        str, typer.Argument(help="A shipped reward, or package.module:function (file.py:function).", metavar="REWARD")
+        str,
+        typer.Argument(
+            help="A shipped reward, or your own: package.module:function or file.py:function.", metavar="REWARD"
+        ),
     ],
     file: Annotated[
-        Path, typer.Argument(help="JSONL: `completion`, `answer`, and what else the reward reads.", metavar="FILE")
+        Path,
+        typer.Argument(
+            help="JSONL file with the columns `completion`, `answer`, and any other that the reward reads.",
+            metavar="FILE",
+        ),
     ],
     options: Annotated[
-        list[str] | None, typer.Argument(help="What the reward takes.", metavar="[option=value]...")
+        list[str] | None, typer.Argument(help="Options of the reward.", metavar="[option=value]...")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds one completion may take.", min=0.001)] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Time limit for one completion, in seconds.", min=0.001)] = 30.0,
 ) -> None:
-    """Score completions from a file, one row a completion, and write one verdict a line, as JSON.
+    """Score the completions in a file, one per line, and print one verdict per line as JSON.
 
     Example:  saccade rewards score accuracy completions.jsonl tolerance=0.05 > verdicts.jsonl
     """
@@ -56,7 +63,7 @@ def score(
     spec = RewardSpec(name, options=given)
     problems += check_rewards([spec])
     if not file.is_file():
-        problems.append(f"no file {file}")
+        problems.append(f"{file}: no such file")
     if problems:
         raise ConfigError(problems, "the command line")
     statuses: Counter[str] = Counter()
@@ -72,15 +79,20 @@ def score(
 def check(
     config: ConfigFile,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(help="Rows of data.train to probe with.", min=1)] = 20,
+    rows: Annotated[int, typer.Option(help="How many rows of data.train to probe with.", min=1)] = 20,
     token_ms: Annotated[
-        float, typer.Option(help="Milliseconds that one decoding step of an engine takes, to compare with.", min=0.01)
+        float,
+        typer.Option(
+            help="Milliseconds of one decoding step of an engine, to compare the rewards' time with.", min=0.01
+        ),
     ] = 10.0,
 ) -> None:
-    """Probe the rewards of a run with right, empty, junk, very long and adversarial completions of its own data.
+    """Probe the rewards of a run with right, empty, junk, very long and adversarial completions, built from the run's
+    own data.
 
-    Reports rewards that give the gold answer less than full marks, give junk or nothing more than the minimum, depend
-    on the order of calls, or take longer than generation. Exit status 1 if there is anything to report.
+    Reports each reward that gives the gold answer less than full marks, gives junk or an empty completion more than its
+    minimum, depends on the order of calls, or takes longer than generation. The exit status is 1 if it reports
+    anything.
 
     Example:  saccade rewards check mine.yaml --rows 100
     """
@@ -92,9 +104,10 @@ def check(
 
 
 def score_file(spec: RewardSpec, path: Path, timeout: float) -> Iterator[Verdict]:
-    """A verdict for every line of a JSONL file that is not blank, in order; one that cannot be read is an `error`.
+    """Yield a verdict for each line of a JSONL file, in order. Blank lines are skipped; a line that cannot be read is
+    an `error`.
 
-    Raises ConfigError when the reward cannot be loaded."""
+    Raises ConfigError if the reward cannot be loaded."""
     worker = RewardWorker([spec], timeout)
     try:
         worker.start()
@@ -115,16 +128,16 @@ def score_file(spec: RewardSpec, path: Path, timeout: float) -> Iterator[Verdict
 
 
 def _request(line: bytes, as_written: bool = False) -> ScoringRequest:
-    """Raises ValueError for a line that holds no completion. Bytes that are no UTF-8 stay as lone surrogates, as a
-    tokenizer may leave them."""
+    """Read one line. Raises ValueError if it holds no completion. Bytes that are not UTF-8 become lone surrogates, as
+    they do when a tokenizer decodes them."""
     try:
         row = json.loads(line.decode("utf-8", "surrogateescape"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(row, Mapping):
-        raise ValueError(f"a {type(row).__name__}, not an object")
+        raise ValueError(f"expected a JSON object, found a {type(row).__name__}")
     if not isinstance(row.get("completion"), str):
-        raise ValueError("no column `completion` with a text")
+        raise ValueError("the column `completion` is missing or not a text")
     columns = {name: value for name, value in row.items() if name not in ("completion", "answer", "prompt")}
     prompt = row.get("prompt")
     text = prompt if isinstance(prompt, str) else "" if prompt is None else json.dumps(prompt)
@@ -143,7 +156,7 @@ def _request(line: bytes, as_written: bool = False) -> ScoringRequest:
 
 
 def _user_text(prompt: Any) -> str:
-    """The user's words of a text or of chat messages; none of what the data side would refuse."""
+    """Return the user's words of a text or of chat messages; empty if the data reader would refuse them."""
     try:
         return Conversation.read(prompt).words
     except RowRefusedError:
@@ -151,7 +164,7 @@ def _user_text(prompt: Any) -> str:
 
 
 def _gold(value: Any, as_written: bool) -> str | None:
-    """As a run reads it; None where there is none. Raises ValueError for what a run refuses."""
+    """Read the gold answer as a run does; None if there is none. Raises ValueError if a run would refuse it."""
     try:
         return gold_text(value, as_written=as_written)
     except GoldError as error:
@@ -161,5 +174,5 @@ def _gold(value: Any, as_written: bool) -> str | None:
 
 
 def _without_name(name: str, verdict: Verdict) -> Verdict:
-    """The reason as the reward gave it: where there is one reward, its name says nothing."""
+    """Drop the reward's name from the reason: with a single reward it says nothing."""
     return Verdict(verdict.status, verdict.score, verdict.reason.removeprefix(f"{name}: "))

@@ -1,1 +1,1 @@
-"""`saccade demo`: a task that is made, learned and shown within minutes."""
+"""`saccade demo`: make a task, learn it, and show the result within minutes."""

@@ -1,4 +1,4 @@
-"""What a demo run achieved, in figures: `summary.json`, tables on the terminal, and a picture of the curves.
+"""Report what a demo run achieved: `summary.json`, tables on the terminal, and a picture of the curves.
 
 metrics.jsonl (steps, evaluations) ──summarise──▶ summary ──accuracy_table, speed_table──▶ terminal
                                    ──plot───────▶ curves.png
@@ -25,13 +25,13 @@ KIND_COLORS = {"color": "#d1495b", "shape": "#2e6f95", "count": "#3a7d44"}
 def summarise(
     steps: Records, evaluations: Records, *, warm_start_seconds: float, total_seconds: float
 ) -> dict[str, Any]:
-    """The figures of `summary.json` from the records of `metrics.jsonl`.
+    """Compute the figures of `summary.json` from the records of `metrics.jsonl`.
 
-    `seconds`: `rollout` is the time an engine had work and `reward` the sum over scoring calls, both as the actors
-    measured them; they overlap `learn` and `sync`, which the driver waits for. `total` is the whole demo.
-    Raises RunError if the records cannot tell."""
+    In `seconds`, `rollout` is the time in which an engine had work and `reward` is the sum over scoring calls, as the
+    actors measured them. Both overlap with `learn` and `sync`, for which the driver waits. `total` is the whole demo.
+    Raises RunError if the records are not sufficient."""
     if not steps or not evaluations:
-        raise RunError("the run recorded no step or no evaluation: there is nothing to report")
+        raise RunError("the run recorded no step or no evaluation, so there is nothing to report")
     first, last = evaluations[0]["results"], evaluations[-1]["results"]
     trained = sum(record["seconds"]["total"] for record in steps)
     engines = {name for record in steps for name in record["busy"] if name.startswith("generate/")}
@@ -56,7 +56,8 @@ def summarise(
 
 
 def accuracy(results: Mapping[str, Mapping[str, Mapping[str, float]]], file: str) -> dict[str, float]:
-    """kind of question -> share of right answers on one data file. Raises RunError where none was scored."""
+    """Return kind of question -> share of right answers on one data file. Raises RunError if no completion was
+    scored."""
     shares = {kind: results.get(file, {}).get(kind, {}).get("accuracy", math.nan) for kind in ANSWERS}
     if missing := [kind for kind, share in shares.items() if math.isnan(share)]:
         raise RunError(f"evaluation of {file}: no completion was scored for {', '.join(missing)}; see the run's log")
@@ -64,7 +65,7 @@ def accuracy(results: Mapping[str, Mapping[str, Mapping[str, float]]], file: str
 
 
 def accuracy_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy per kind of question, beside what guessing would give."""
+    """Make a table of the accuracy per kind of question, beside the accuracy of guessing."""
     table = Table(title="Accuracy on held-out images", title_justify="left")
     columns = {
         "before": "before",
@@ -81,11 +82,11 @@ def accuracy_table(summary: Mapping[str, Any]) -> Table:
 
 
 def speed_table(summary: Mapping[str, Any]) -> Table:
-    """Where the time went."""
+    """Make a table of the time per phase."""
     labels = {
         "warm_start": "warm start",
-        "rollout": "rollout, beside the rest",
-        "reward": "reward, beside the rest",
+        "rollout": "rollout (in parallel)",
+        "reward": "reward (in parallel)",
         "learn": "learning",
         "sync": "weight sync",
         "total": "whole demo",
@@ -101,7 +102,7 @@ def speed_table(summary: Mapping[str, Any]) -> Table:
 
 
 def plot(steps: Records, evaluations: Records, path: Path, *, title: str) -> None:
-    """Held-out accuracy and training reward over the steps, as a PNG."""
+    """Draw held-out accuracy and training reward over the steps, as a PNG."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     at = [record["step"] for record in evaluations]
@@ -118,7 +119,7 @@ def plot(steps: Records, evaluations: Records, path: Path, *, title: str) -> Non
     right.plot(x, [record["reward"] for record in steps], color="black", linewidth=1.6, label="reward")
     for name, color in (("accuracy", "#8e6c8a"), ("format", "#c0a060")):
         scores = [record["parts"].get(name, math.nan) for record in steps]
-        right.plot(x, scores, color=color, linewidth=1.2, label=f"{name} (its part, unweighted)")
+        right.plot(x, scores, color=color, linewidth=1.2, label=f"{name} (unweighted)")
     right.set(xlabel="optimizer step", title="training reward, mean of each batch", ylim=(0, None))
     right.legend(fontsize=8, loc="lower right")
     for axes in (left, right):

@@ -32,7 +32,7 @@ STEPS = 120
 
 
 def demo_config(files: ShapesFiles, model: Path, output_dir: Path, *, seed: int, steps: int = STEPS) -> RunConfig:
-    """The recipe. `docs/demo.md` says where its numbers come from and what fails without them."""
+    """Return the recipe. `docs/demo.md` explains its numbers and what fails without them."""
     return RunConfig.model_validate(
         {
             "output_dir": str(output_dir),
@@ -74,21 +74,25 @@ def demo_config(files: ShapesFiles, model: Path, output_dir: Path, *, seed: int,
 def run_demo(
     seed: int = 0, output_dir: str | Path = "runs/demo", steps: int | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run the demo and return its summary. An earlier demo in `output_dir` is replaced.
+    """Run the demo and return its summary. It replaces an earlier demo in `output_dir`.
 
-    Raises ConfigError if `output_dir` holds something else; SystemExit(130) when stopped, with a checkpoint saved."""
+    Raises ConfigError if `output_dir` contains other files, and SystemExit(130) if it was stopped, after saving a
+    checkpoint."""
     begin = time.perf_counter()
     console = console or Console()
     directory = Path(output_dir)
     prepare_folder(directory)
-    _chapter(console, 1, "data: shapes, with combinations held out entirely")
+    _chapter(console, 1, "data: drawings of shapes; some combinations are held out")
     files = make_shapes(directory / "data", seed)
     _chapter(console, 2, "model: a random Qwen2.5-VL of 0.7M parameters")
     model = build_tiny("qwen2_5_vl", directory / "start" / "random", seed=seed, words=vocabulary())
-    _chapter(console, 3, "warm start: the answer format, with random answers")
+    _chapter(console, 3, "warm start: learn the answer format from random answers")
     warm = warm_start(model, files.train, files.test, directory / "start" / "warm", seed=seed)
     guesses = " ".join(f"{kind} {share:.2f}" for kind, share in warm.accuracy.items())
-    say(console, f"  {warm.format_rate:.0%} in the format; accuracy {guesses}: guesses  ({warm.seconds:.0f} s)")
+    say(
+        console,
+        f"  {warm.format_rate:.0%} of completions in the format; accuracy {guesses} (guesses)  ({warm.seconds:.0f} s)",
+    )
     config = demo_config(files, warm.model, directory / "run", seed=seed, steps=steps or STEPS)
     _chapter(
         console,
@@ -116,14 +120,14 @@ def _chapter(console: Console, number: int, text: str) -> None:
 
 
 def prepare_folder(directory: Path) -> None:
-    """Remove what an earlier demo left in `directory`. Raises ConfigError, and removes nothing, if there is more."""
+    """Remove an earlier demo from `directory`. Raises ConfigError and removes nothing if there are other files."""
     if holder := in_use(directory / "run"):
         raise ConfigError([holder])
     made = {"data", "start", "run", "summary.json", "curves.png"}
     present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if foreign := sorted(present - made):
         raise ConfigError(
-            [f"output_dir: {directory} holds {', '.join(foreign[:3])}, which no demo made; name another folder"]
+            [f"output_dir: {directory} contains {', '.join(foreign[:3])}, which no demo wrote; name another folder"]
         )
     for name in present:
         path = directory / name

@@ -38,14 +38,15 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COUNTS = ("one", "two", "three", "four")
 
 ANSWERS: dict[str, tuple[str, ...]] = {"color": tuple(COLORS), "shape": SHAPES, "count": COUNTS}
-"""kind of question -> its possible answers; guessing is right once in that many."""
+"""Kind of question -> its possible answers. A guess is right once in that many tries."""
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "color": ("what color are the shapes ?", "which color is shown in the image ?"),
     "shape": ("what shape is shown in the image ?", "which shape are the objects ?"),
     "count": ("how many shapes are there ?", "what is the number of objects ?"),
 }
 THOUGHT = "look"
-"""What the warm start writes between the think tags: short, since every token of it is sampled 60,000 times."""
+"""The text that the warm start teaches between the think tags. It is short, since every token of it is sampled 60,000
+times."""
 
 IMAGE_SIZE = 56
 """Pixels each way: four image tokens of 28 x 28 pixels, one per cell of the grid."""
@@ -62,7 +63,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """What an image shows."""
+    """The color, shape and count that an image shows."""
 
     color: str
     shape: str
@@ -83,7 +84,7 @@ class ShapesFiles:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the questions, thoughts and answers, for a word-level tokenizer."""
+    """Return every word of the questions, thoughts and answers, for a word-level tokenizer."""
     texts = [
         *(q for kind in QUESTIONS.values() for q in kind),
         THOUGHT,
@@ -93,24 +94,25 @@ def vocabulary() -> list[str]:
 
 
 def completion(answer: str) -> str:
-    """A completion of the wanted format, as the word-level tokenizer spells it."""
+    """Return a completion in the format, as the word-level tokenizer spells it."""
     return f"<think> {THOUGHT} </think> <answer> {answer} </answer>"
 
 
 def combinations() -> list[Combination]:
-    """All 96: colour x shape x count."""
+    """Return all 96 combinations of colour, shape and count."""
     return [Combination(*values) for values in product(COLORS, SHAPES, COUNTS)]
 
 
 def unseen_combinations(seed: int) -> list[Combination]:
-    """Eight to hold out: every shape and every count twice, every colour once or twice, no pair of them repeated."""
+    """Choose eight combinations to hold out: every shape and count twice, every colour once or twice, and no pair
+    repeated."""
     rng = random.Random(f"unseen/{seed}")
     colors, shapes, counts = (rng.sample(list(values), len(values)) for values in ANSWERS.values())
     return [Combination(colors[i % 6], shapes[i % 4], counts[(i + i // 4) % 4]) for i in range(8)]
 
 
 def draw(combination: Combination, rng: random.Random) -> Image.Image:
-    """One drawing of it: cells, sizes, places, shade of colour and background are random."""
+    """Draw a combination. Cells, sizes, places, shade of colour and background are random."""
     level = rng.randint(200, 255)
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (level, level, level))
     canvas = ImageDraw.Draw(image)
@@ -146,7 +148,7 @@ def _draw_object(
 
 
 def make_shapes(directory: str | Path, seed: int = 0, *, train_rounds: int = 16, unseen_rounds: int = 4) -> ShapesFiles:
-    """Write the four files into `directory`, the same bytes for the same arguments.
+    """Write the four files into `directory`. The same arguments give the same bytes.
 
     A round is one new image of each combination: 88 in train and test (one round), 8 in unseen; three rows per image.
     """
@@ -165,13 +167,13 @@ def make_shapes(directory: str | Path, seed: int = 0, *, train_rounds: int = 16,
 
 
 def blank_rows(rows: Iterable[Row]) -> Iterator[Row]:
-    """The same questions and answers over an empty canvas, grey as the backgrounds are on average."""
+    """Yield the same questions and answers over an empty canvas, in the average grey of the backgrounds."""
     canvas = {"bytes": _png(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (228, 228, 228))), "path": "blank.png"}
     return ({**row, "image": canvas} for row in rows)
 
 
 def _rows(name: str, shown: Sequence[Combination], rounds: int, seed: int, drawn: set[bytes]) -> Iterator[Row]:
-    """Rows of one file; `drawn` keeps any image from occurring twice, in this file or another."""
+    """Yield the rows of one file. `drawn` prevents any image from occurring twice, in this file or another."""
     rng = random.Random(f"{name}/{seed}")
     for index in range(rounds):
         for combination in rng.sample(list(shown), len(shown)):

@@ -28,13 +28,14 @@ from vlm.families.registry import load_adapter
 from vlm.media.images import open_image
 
 PROMPTS = 256
-"""Training prompts used, over and over: enough for a format, and encoding an image takes longer than training on it."""
+"""How many training prompts are used, again and again. They are enough for a format, and encoding an image takes longer
+than training on it."""
 TEST_PROMPTS = 96
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What the warm start reached, on prompts that it was not trained on."""
+    """The result of the warm start, measured on prompts that it was not trained on."""
 
     model: Path
     loss: float
@@ -42,14 +43,14 @@ class WarmStart:
     format_rate: float
     """Share of greedy completions in the think/answer format."""
     accuracy: Mapping[str, float]
-    """kind -> share of right answers; chance is one in the number of possible answers."""
+    """Kind of question -> share of right answers. Chance is one in the number of possible answers."""
     seconds: float
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Compute on one thread: operations this small gain nothing from more, and where other programs want the cores too,
-    threads that wait for each other are many times slower."""
+    """Compute on one thread. Operations this small gain nothing from more threads, and on busy cores threads that wait
+    for each other are many times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,7 +102,7 @@ def warm_start(
 def format_batch(
     adapter: MultimodalAdapter, prompts: Sequence[EncodedPrompt], endings: Sequence[str]
 ) -> MultimodalBatch:
-    """Each prompt followed by its ending and the end of the turn; only these have a loss."""
+    """Make a batch of prompts, each followed by its ending and the end of the turn. Only these have a loss."""
     targets = [torch.tensor([*adapter.tokenize(text), *adapter.stop_token_ids[:1]]) for text in endings]
     tokens = [torch.cat([p.input_ids, t]) for p, t in zip(prompts, targets, strict=True)]
     input_ids = pad_sequence(tokens, batch_first=True, padding_value=adapter.tokenizer.pad_token_id)
@@ -121,7 +122,7 @@ def format_batch(
 
 
 def _loss(policy: PreTrainedModel, batch: MultimodalBatch) -> Tensor:
-    """Mean negative log-likelihood of the tokens in the loss mask."""
+    """Return the mean negative log-likelihood of the tokens in the loss mask."""
     logits = policy(**batch.model_kwargs(), use_cache=False).logits[:, :-1]
     mask = batch.loss_mask[:, 1:]
     return torch.nn.functional.cross_entropy(logits[mask].float(), batch.input_ids[:, 1:][mask])
@@ -130,7 +131,7 @@ def _loss(policy: PreTrainedModel, batch: MultimodalBatch) -> Tensor:
 def _measure(
     policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequence[Row]
 ) -> tuple[float, dict[str, float]]:
-    """Format rate and accuracy per kind of greedy completions."""
+    """Return the format rate and the accuracy per kind, of greedy completions."""
     right: dict[str, list[bool]] = {}
     formatted = []
     for row, text in _complete(policy, adapter, rows):
@@ -140,7 +141,8 @@ def _measure(
 
 
 def _complete(policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
-    """Greedy completions; rows of one question are generated together, as their prompts are equally long."""
+    """Yield greedy completions. Rows with the same question are generated together, since their prompts are equally
+    long."""
     by_question: dict[str, list[Row]] = {}
     for row in rows:
         by_question.setdefault(row["prompt"], []).append(row)
@@ -156,12 +158,12 @@ def _complete(policy: PreTrainedModel, adapter: MultimodalAdapter, rows: Sequenc
 
 
 def encode_row(adapter: MultimodalAdapter, row: Row) -> EncodedPrompt:
-    """The prompt of a shapes row as a run would render it."""
+    """Encode the prompt of a shapes row as a run would."""
     content = [{"type": "image"}, {"type": "text", "text": row["prompt"]}]
     return adapter.encode(adapter.render([{"role": "user", "content": content}]), [open_image(row["image"]["bytes"])])
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a shapes file."""
+    """Read all rows of a shapes file."""
     rows: list[Row] = pq.read_table(path).to_pylist()
     return rows

@@ -1,1 +1,1 @@
-"""What a run shows: figures, the terminal, where the time goes."""
+"""Everything a run shows: metrics, the terminal, and where the time goes."""

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live line with a bar on a terminal, one line per step elsewhere."""
+"""Progress of a run: a live line with a bar on a terminal, and one line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saccade.observe.screen import say
 
 
 class Display(Protocol):
-    """Told what happens; prints as it likes."""
+    """Receives the events of a run and prints them in its own way."""
 
     def phase(self, text: str) -> None:
         """A phase outside the steps began (starting engines, evaluating, saving)."""
@@ -28,7 +28,7 @@ class Display(Protocol):
 
 
 def describe(record: StepRecord) -> str:
-    """The numbers to watch, in one line."""
+    """Return the most important numbers of a step in one line."""
     seconds = record.seconds
     parts = " ".join(f"{name} {value:.2f}" for name, value in record.parts.items())
     shown = [f"reward {record.reward:.3f}", parts, f"length {record.completion_length:.1f}"]
@@ -43,7 +43,7 @@ def describe(record: StepRecord) -> str:
 
 
 class SilentDisplay:
-    """For use as a library: prints nothing."""
+    """Prints nothing; for use as a library."""
 
     def phase(self, text: str) -> None: ...
 
@@ -56,7 +56,7 @@ class SilentDisplay:
 
 @dataclass
 class TerminalDisplay:
-    """Rich progress on a terminal; plain lines into a file."""
+    """Shows a progress bar on a terminal and prints plain lines to a file."""
 
     console: Console
 
@@ -64,7 +64,7 @@ class TerminalDisplay:
         self._task: TaskID | None = None
         self._progress = Progress(
             TextColumn("step"),
-            # On a narrow terminal the numbers at the end are cut, not the count.
+            # A narrow terminal cuts the numbers at the end, not the count.
             MofNCompleteColumn(table_column=Column(min_width=9)),
             BarColumn(bar_width=20, table_column=Column(min_width=8)),
             TimeElapsedColumn(table_column=Column(min_width=7)),

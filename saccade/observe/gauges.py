@@ -1,9 +1,9 @@
-"""A run's figures as gauges: for Ray's metrics, and at a Prometheus endpoint of the driver if that is wanted.
+"""Export a run's metrics as gauges: to Ray's metrics and, if configured, to a Prometheus endpoint of the driver.
 
 Gauges.set ─▶ ray.util.metrics    `ray_saccade_*` on every node's metrics port
            ─▶ prometheus_client   `saccade_*` at cluster.metrics_port
 
-All have the label `run`, the name of the output folder, so that the runs of a cluster can be told apart.
+All gauges have the label `run`, the name of the output folder, which tells the runs of a cluster apart.
 """
 
 from __future__ import annotations
@@ -14,43 +14,46 @@ from ray.util.metrics import Gauge as RayGauge
 
 GAUGES = {
     "step": "updates done",
-    "steps": "updates that the run is to do",
+    "steps": "updates that the run will do",
     "reward": "mean reward of the step's scored completions",
-    "loss": "the policy update's loss",
-    "learning_rate": "of the last optimizer step",
+    "loss": "loss of the policy update",
+    "learning_rate": "learning rate of the last optimizer step",
     "samples_per_second": "completions trained per second of wall time",
     "tokens_per_second": "completion tokens trained per second of wall time",
     "rollout_seconds": "seconds the driver waited for the step's groups",
     "learn_seconds": "seconds of the learner's update",
-    "sync_seconds": "seconds from pause to resume of the weight synchronisation",
-    "driver_seconds": "seconds of the step in which nothing but the driver worked",
+    "sync_seconds": "seconds of the weight sync, from pause to resume",
+    "driver_seconds": "seconds of the step in which only the driver worked",
     "staleness": "largest lag in policy versions of a trained token",
-    "kl": "mean KL to the reference policy, as estimated",
+    "kl": "estimated mean KL to the reference policy",
     "mismatch_mean": "mean |log-probability difference| between engine and learner",
     "mismatch_max": "largest |log-probability difference| between engine and learner",
-    "mismatch_kl": "mean k3 KL of the engine's policy to the learner's",
-    "effective_sample_size": "of the importance weights between engine and learner, as a share of the tokens",
+    "mismatch_kl": "mean KL (k3) of the engine's policy to the learner's",
+    "effective_sample_size": "effective sample size of the weights between engine and learner, as a share of tokens",
     "clip_fraction": "share of tokens whose ratio was clipped",
     "invalid_share": "share of completions without a score",
     "truncated_share": "share of completions cut off at the length limit",
-    "groups_without_signal": "groups of equal rewards or with fewer than two scores",
+    "groups_without_signal": "groups whose rewards are all equal, or with fewer than two scores",
     "completion_length": "mean completion length in tokens",
     "grad_norm": "gradient norm before clipping",
-    "steps_not_taken": "optimizer steps of the last update that were not taken, as the gradient was not finite",
+    "steps_not_taken": "optimizer steps of the last update that were not taken because the gradient was not finite",
     "entropy": "mean token entropy",
 }
 LABELLED = {
     "reward_score": ("mean score of a reward", ("reward",)),
-    "reward_seconds": ("mean seconds that a reward took for one group", ("reward",)),
-    "evaluation": ("a figure of the last evaluation: its reward, or the score of one", ("file", "group", "figure")),
+    "reward_seconds": ("mean seconds of a reward per group", ("reward",)),
+    "evaluation": (
+        "a figure of the last evaluation: the total reward, or the score of one reward",
+        ("file", "group", "figure"),
+    ),
 }
 
 
 class Gauges:
-    """Every exporter sees the same numbers."""
+    """Sets each gauge in all exporters, so that they show the same numbers."""
 
     def __init__(self, run: str, port: int = 0) -> None:
-        """Raises OSError where `port` cannot be served; 0: only Ray has the figures."""
+        """Serve `port`; with 0, only Ray gets the metrics. Raises OSError if the port cannot be used."""
         self._run = run
         registry = CollectorRegistry()
         tables = {**{name: (text, ()) for name, text in GAUGES.items()}, **LABELLED}
@@ -67,7 +70,7 @@ class Gauges:
         prometheus_gauge.labels(run=self._run, **labels).set(float(value))
 
     def close(self) -> None:
-        """Give the port back."""
+        """Release the port."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -1,6 +1,6 @@
-"""One record per step, written to `metrics.jsonl` and shown as gauges.
+"""Write one record per step to `metrics.jsonl`, and export its numbers as gauges.
 
-StepRecord ─▶ metrics.jsonl   (everything; what reports are made from; null where a number is not finite)
+StepRecord ─▶ metrics.jsonl   (everything; reports read it; null where a number is not finite)
            ─▶ saccade/observe/gauges.py (for Ray's metrics and Prometheus)
 """
 
@@ -22,12 +22,13 @@ from saccade.observe.gauges import GAUGES, Gauges
 from saccade.observe.timing import union_seconds
 
 MODEL = "model"
-"""Kind of the record of a saved model."""
+"""The `kind` of the record that says that the model is saved."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What happened in one optimizer step. Seconds are wall time in the driver; busy seconds are the actors' own."""
+    """The figures of one optimizer step. `seconds` are wall time in the driver; `busy` are seconds that the actors
+    measured."""
 
     step: int
     """Policy version after the step."""
@@ -36,21 +37,21 @@ class StepRecord:
     """Mean score by reward name."""
     groups: int
     groups_without_signal: int
-    """Groups of no variance or fewer than two valid completions: they contribute nothing."""
+    """Groups whose rewards are all equal, or with fewer than two scores. They do not change the policy."""
     steps_not_taken: int
-    """Optimizer steps of the update that were not taken, as the loss or gradient was not finite; the learner's figures
-    are of the others, if there is one."""
+    """Optimizer steps of the update that were not taken because the loss or gradient was not finite. The learner's
+    figures are those of the other steps, if there are any."""
     samples: int
     tokens: int
     """Completion tokens."""
     invalid: Mapping[str, int]
     """Completions without a score, by reason."""
     dropped: int
-    """Groups given up in this step."""
+    """Groups that were given up in this step."""
     replaced: int
-    """Groups without a policy gradient in whose place others were generated (algorithm.refill)."""
+    """Groups without a learning signal that others replaced (algorithm.refill)."""
     truncated_share: float
-    """Completions cut off at max_completion_length."""
+    """Share of completions cut off at max_completion_length."""
     completion_length: float
     staleness: int
     loss: float
@@ -59,11 +60,11 @@ class StepRecord:
     learner: Mapping[str, float]
     """Means over trained tokens: kl, entropy, clip fraction, mismatch between engine and learner, ..."""
     seconds: Mapping[str, float]
-    """rollout (waiting for groups), learn, sync, driver (the rest), total."""
+    """Seconds by phase: rollout (waiting for groups), learn, sync, driver (the rest), total."""
     busy: Mapping[str, float]
     """Seconds of work per kind of actor: generate (union over groups, per engine), reward (sum over calls)."""
     reward_seconds: Mapping[str, float] = field(default_factory=dict)
-    """Latency: mean seconds per group by reward name."""
+    """Mean seconds per group, by reward name."""
 
     @classmethod
     def of(
@@ -106,7 +107,7 @@ def _busy(summaries: Sequence[GroupSummary], update: UpdateStats) -> dict[str, f
 
 
 def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
-    """Counts and means over the groups of one step; `parts` averages over scored completions only."""
+    """Compute the counts and means of one step. `parts` are means over scored completions only."""
     rewards = [r for s in summaries for r, ok in zip(s.rewards, s.valid, strict=True) if ok]
     lengths = [n for s in summaries for n in s.lengths]
     reasons = [r for s in summaries for r in s.finish_reasons]
@@ -133,16 +134,16 @@ def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
 
 @dataclass
 class MetricsLog:
-    """Writes records; every exporter sees the same numbers.
+    """Writes records and sets the gauges.
 
-    Where the file cannot be written to (a full disk), records wait here and follow when it can be."""
+    If the file cannot be written (a full disk), records wait in memory and are written later."""
 
     directory: Path
     port: int = 0
     report: Callable[[str], None] = lambda text: None
-    """Told when records begin to wait, and when they are written."""
+    """Called with a message when records begin to wait, and when they are written."""
     steps: int = 0
-    """That the run is to do."""
+    """How many steps the run will do."""
     _waiting: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -178,28 +179,28 @@ class MetricsLog:
                     self._gauges.set("evaluation", value, file=file, group=group, figure=name)
 
     def model(self, step: int) -> None:
-        """Append that the model of `step` is saved."""
+        """Append a record that says that the model of `step` is saved."""
         self._write({"kind": MODEL, "step": step})
 
     def truncate_after(self, step: int) -> int:
-        """Forget records of steps later than `step`: a resumed run writes them again. Returns how many lines could not
-        be read, which go too."""
+        """Drop the records of steps after `step`; the resumed run writes them again. Also drops unreadable lines, and
+        returns how many there were."""
         path = self.directory / "metrics.jsonl"
         entries, unreadable = _read(path)
         atomic_file(path, "".join(strict_json(entry) + "\n" for entry in entries if entry["step"] <= step))
         return unreadable
 
     def close(self) -> None:
-        """Give the port back; say what could not be written to the end."""
-        with suppress(OSError):  # no reason to hide how the run ended
+        """Release the port, and report records that could not be written."""
+        with suppress(OSError):  # this must not hide how the run ended
             self._write_waiting(len(self._waiting))
         if self._waiting:
-            self.report(f"metrics.jsonl: {len(self._waiting)} records that waited could not be written, and are lost")
+            self.report(f"metrics.jsonl: {len(self._waiting)} waiting records could not be written and are lost")
         self._gauges.close()
 
     def flush(self) -> None:
-        """Write what waits, if it can be written, and make all of it survive a power failure: a run that goes on from
-        the checkpoint that follows does not write it again."""
+        """Write the waiting records, if possible, and sync the file to disk. A run that resumes from the following
+        checkpoint does not write these records again, so they must survive a power failure."""
         self._write_waiting(len(self._waiting))
         with suppress(StorageError, FileNotFoundError):
             sync_file(self.directory / "metrics.jsonl")
@@ -216,20 +217,21 @@ class MetricsLog:
             append(self.directory / "metrics.jsonl", "".join(self._waiting))
         except StorageError as error:
             if not waited:
-                self.report(f"{error}; the run goes on, and its figures are written when they can be")
+                self.report(f"{error}; the run continues and writes these records later")
         else:
             self._waiting.clear()
             if waited:
-                self.report(f"metrics.jsonl: {waited} records that had waited are written")
+                self.report(f"metrics.jsonl: {waited} waiting records are now written")
 
 
 def read_metrics(directory: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """Records of one kind (`step`, `evaluation`, `model`) of `metrics.jsonl`; without lines that a kill cut off."""
+    """Read the records of one kind (`step`, `evaluation`, `model`) from `metrics.jsonl`. Lines that a kill cut off are
+    left out."""
     return [entry for entry in _read(directory / "metrics.jsonl")[0] if entry["kind"] == kind]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Records, and the number of lines that are none."""
+    """Return the records and the number of unreadable lines."""
     entries: list[dict[str, Any]] = []
     unreadable = 0
     if not path.exists():

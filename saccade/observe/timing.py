@@ -1,4 +1,4 @@
-"""Wall time of the phases of a step; what is in no phase is the driver's own."""
+"""Measure the wall time of the phases of a step. Time outside all phases is the driver's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Phases do not overlap; `seconds()` adds `driver` (all the rest) and `total`."""
+    """Measures phases, which do not overlap. `seconds()` adds `driver` (the rest) and `total`."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -28,7 +28,7 @@ class Stopwatch:
 
 
 def union_seconds(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of time intervals."""
+    """Return the total length of the union of time intervals."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))

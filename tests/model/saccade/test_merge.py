@@ -119,7 +119,7 @@ def test_an_adapter_of_another_program(tiny_model: Path, tmp_path: Path) -> None
             nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "adapter")
     remark = merge(tmp_path / "adapter", tmp_path / "merged", model=str(tiny_model))
-    assert "does not say what limit on image tokens it was trained with" in remark
+    assert "does not record an image token limit" in remark
     expected = logits(model.merge_and_unload())
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
@@ -194,18 +194,18 @@ def test_what_cannot_be_merged_is_said(saved: Path, tiny_model: Path, tmp_path: 
         assert output == saved or not output.exists()
         return str(caught.value)
 
-    assert "there is no such folder" in message(tmp_path / "nowhere")
-    assert "holds neither adapter_config.json, nor" in message(tmp_path / "empty")
-    assert "exists already; name a new folder" in message(saved, saved)
+    assert "no such folder" in message(tmp_path / "nowhere")
+    assert "contains neither adapter_config.json, nor" in message(tmp_path / "empty")
+    assert "already exists; name a new folder" in message(saved, saved)
     assert "no usable model at" in message(saved, model=str(tmp_path / "empty"))
     assert "does not fit the model at" in message(saved / "adapter", model=str(other))
     text = build_tiny("llama", tmp_path / "text")
-    assert "is no LoRA adapter for the model at" in message(saved / "adapter", model=str(text))
+    assert "is not a LoRA adapter for the model at" in message(saved / "adapter", model=str(text))
 
     cut = shutil.copytree(saved / "adapter", tmp_path / "cut")
     tensors = load_file(cut / "adapter_model.safetensors")
     save_file(dict(list(tensors.items())[1:]), cut / "adapter_model.safetensors")
-    assert f"1 tensors belong to one of them only, first {next(iter(tensors))}" in message(cut)
+    assert f"1 tensors exist in only one of them, first {next(iter(tensors))}" in message(cut)
     (cut / "adapter_config.json").write_text("{")
     assert "cannot be read" in message(cut)
 
@@ -214,7 +214,9 @@ def test_what_cannot_be_merged_is_said(saved: Path, tiny_model: Path, tmp_path: 
     shutil.rmtree(tmp_path / "step/learner")
     checkpoint(tiny_model, tmp_path / "wider", lora_rank=3)
     shutil.move(tmp_path / "wider/learner", tmp_path / "step/learner")
-    assert "learner/digests.json has other content than was written; name the checkpoint" in message(tmp_path / "step")
+    assert "learner/digests.json has other content than was written; use an earlier checkpoint" in message(
+        tmp_path / "step"
+    )
     seal(tmp_path / "step")
     text = message(tmp_path / "step")
     assert "has no base_model.model." in text and "of shape [3, " in text
@@ -243,4 +245,4 @@ def test_the_command(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err

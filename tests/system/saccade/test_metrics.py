@@ -92,7 +92,7 @@ def test_figures_that_find_no_room_wait_and_are_written_whole_and_in_order(local
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
     assert [e["step"] for e in read_metrics(tmp_path, "evaluation")] == [2]
     assert len(said) == 2 and "metrics.jsonl cannot be written: File too large" in said[0]
-    assert "the run goes on" in said[0] and "2 records that had waited" in said[1]
+    assert "the run continues" in said[0] and "2 waiting records" in said[1]
 
 
 def test_figures_are_made_to_last_before_a_checkpoint_and_not_each_by_itself(local_ray, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ The others are slow."""
 
 
 UNTRAINABLE = ("aria",)
-"""vLLM's CPU build keeps its former experts after an update; tests/unit/saccade/test_preflight.py has the refusal."""
+"""vLLM's CPU build keeps its old experts after an update; tests/unit/saccade/test_preflight.py has the refusal."""
 
 
 OTHERS = sorted(set(TINY) - set(REPRESENTATIVE) - set(UNTRAINABLE))

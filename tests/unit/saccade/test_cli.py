@@ -35,7 +35,7 @@ MISTAKES = {
     f"rewards check CONFIG {WRONG}": "did you mean learner.ranks?",
     "rewards score acuracy CONFIG": "did you mean 'accuracy'?",
     "parity": "either a model or --tiny",
-    "merge nofolder out": "there is no such folder",
+    "merge nofolder out": "no such folder",
 }
 CHILD = """
 import contextlib, io, json, sys

@@ -103,12 +103,12 @@ def test_boxes_have_full_marks_for_themselves(tmp_path: Path, coordinates: str, 
 @pytest.mark.parametrize(
     ("gold", "options", "said"),
     [
-        (BOX, {"gold_coordinates": "normalized"}, "unscorable: the row's answer is no single box"),
-        ([BOX, OTHER], {}, "unscorable: the row's answer is no single box"),
-        ([300, 20, 10, 400], {"metric": "boxes"}, "unscorable: the row's answer is no list of boxes"),
+        (BOX, {"gold_coordinates": "normalized"}, "unscorable: the row's answer is not a single box"),
+        ([BOX, OTHER], {}, "unscorable: the row's answer is not a single box"),
+        ([300, 20, 10, 400], {"metric": "boxes"}, "unscorable: the row's answer is not a list of boxes"),
         ([5, 5], {}, "0: "),  # a point has no IoU
-        ("red", {}, "unscorable: the row's answer is no single box"),
-        ({"box": BOX, "bbox_2d": BOX}, {}, "unscorable: the row's answer is no single box"),
+        ("red", {}, "unscorable: the row's answer is not a single box"),
+        ({"box": BOX, "bbox_2d": BOX}, {}, "unscorable: the row's answer is not a single box"),
     ],
 )
 def test_what_is_no_box_stops_a_run(tmp_path: Path, gold: Any, options: dict[str, Any], said: str) -> None:
@@ -126,8 +126,8 @@ def test_what_is_no_box_stops_a_run(tmp_path: Path, gold: Any, options: dict[str
     [
         ([SOLUTION] * 3, "accuracy", "unscorable: the row's answer is a whole solution"),
         ([{"style": "rule", "value": "4"}] * 3, "accuracy", "the row's answer is a struct"),
-        (["3 dogs"], "counting", "gold '3 dogs': unscorable: the row's answer '3 dogs' is no whole number"),
-        (["E"], "multiple_choice", "gold 'E': unscorable: the row's answer 'E' is none of its choices"),
+        (["3 dogs"], "counting", "gold '3 dogs': unscorable: the row's answer '3 dogs' is not a whole number"),
+        (["E"], "multiple_choice", "gold 'E': unscorable: the row's answer 'E' is not one of its choices"),
         (["one two three"], {"name": "contains", "options": {"max_words": 2}}, "0: longer than 2 words"),
         (["red"], "tool_call", "the row's answer holds no tool calls"),
         ([CALL], {"name": "tool_call", "options": {"tools": [{"name": "turn"}]}}, "0: there is no tool 'zoom'"),

@@ -46,7 +46,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_a_model_characters_are_counted(llava: Path) -> None:
     text = inspected(llava)
     assert "columns  prompt: conversations, image: image, answer: last turn of conversations  (not used: id)" in text
-    assert "rows     40, of which 40 were looked at: 38 usable, 2 refused; 38 image(s)" in text
+    assert "rows     40, 40 read: 38 usable, 2 refused; 38 image(s)" in text
     figures = {
         line[:21].strip(): line[21:].split()[:4] for line in text.splitlines() if line.startswith(("image", "prompt"))
     }
@@ -55,7 +55,7 @@ def test_without_a_model_characters_are_counted(llava: Path) -> None:
     fixed = len("user: <image>\nWhat is ?\n") - len("<image>") + 1 - 1  # the marker counts as one, and is the image
     assert figures["prompt, in characters"][0] == str(fixed + 5)
     assert figures["prompt, in characters"][3] == str(fixed + 5 * 40)
-    assert "with --model PATH, tokens are counted" in text
+    assert "Pass --model PATH to count tokens" in text
     assert "refused  1 missing image, 1 bad image" in text or "refused  1 bad image, 1 missing image" in text
     assert f"{llava} row 7: image 0: no file {llava.parent / 'gone.png'}" in text
     assert f"{llava} row 8: image 0: not a readable image" in text
@@ -71,19 +71,19 @@ def test_with_a_model_tokens_are_counted_and_long_prompts_found(llava: Path, tin
     assert low < median < 200 < longest, "also those that are refused are in the figures"
     refused = int(text.partition(" prompt too long")[0].split()[-1])
     assert 0 < refused < 38
-    assert f"looked at: {38 - refused} usable, {2 + refused} refused; 38 image(s)" in text
+    assert f"read: {38 - refused} usable, {2 + refused} refused; 38 image(s)" in text
     assert "tokens with media expanded, the limit is 200" in text
     assert "  | <|vision_start|><|image_pad|><|vision_end|>\n  | What is" in text
     cut = inspected(llava, "data.max_prompt_length=200", "data.overlong_prompts=truncate", model=tiny_model)
     assert f"truncated to data.max_prompt_length=200: {refused}" in cut
     assert "prompt too long" not in cut
-    assert "looked at: 38 usable" in cut
+    assert "read: 38 usable" in cut
 
 
 def test_knobs_are_taken_beside_files_and_rows_are_drawn(llava: Path) -> None:
     text = inspected(llava, "data.columns.answer=id", "data.prompt_template=Say {prompt}", rows=5)
     assert "answer: id" in text
-    assert "rows     40, of which 5 were looked at: " in text
+    assert "rows     40, 5 read: " in text
     shown = [line for line in text.splitlines() if line.startswith("train.json:")]
     assert shown != [f"train.json:{n}" for n in range(3)], "drawn, not the first"
     with pytest.raises(ConfigError, match=r"data\.columns\.promt: unknown role"):
@@ -139,5 +139,5 @@ def test_a_long_answer_and_a_refused_row_are_shown_in_short_lines(tmp_path: Path
     rows = [{"prompt": "q", "image": None, "answer": "a" * 5000}, {"prompt": "q", "image": "x" * 10**6, "answer": "a"}]
     text = inspected(write_rows(tmp_path / "a.jsonl", rows))
     assert "... (5,000 characters)" in text
-    assert "is base64 text, but of no known format, and no path (1,000,000 characters)" in text
+    assert "is neither a path nor base64 text of a known format (1,000,000 characters)" in text
     assert max(map(len, text.splitlines())) < 700

@@ -37,7 +37,7 @@ def test_figures_that_never_found_room_are_said_to_be_lost(tmp_path):
     log.model(1)
     log.close()
     assert len(said) == 2 and "No space left" in said[0]
-    assert said[1] == "metrics.jsonl: 2 records that waited could not be written, and are lost"
+    assert said[1] == "metrics.jsonl: 2 waiting records could not be written and are lost"
     (tmp_path / "metrics.jsonl").unlink()
     log.close()
     assert len(read_metrics(tmp_path, "model")) == 1, "written at the end, if there is room by then"

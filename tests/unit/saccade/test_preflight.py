@@ -167,7 +167,7 @@ def test_a_family_whose_engine_would_go_on_with_old_weights_is_refused_there(set
         return parse_config({**settings, "model": model, "output_dir": str(tmp_path)})
 
     aria, gemma = config("aria"), config("gemma3")
-    with pytest.raises(RunError, match=r"AriaAdapter.* is not trained on cpu: .*former experts"):
+    with pytest.raises(RunError, match=r"AriaAdapter.* is not trained on cpu: .*old experts"):
         require_trainable(aria, load_adapter(aria.model.path), "cpu")
     gemma_adapter = load_adapter(gemma.model.path)
     with pytest.raises(RunError, match=r"is not trained on cuda: .*see each other"):
@@ -254,10 +254,10 @@ def test_text_alone_for_a_model_that_sees_is_said_loudly(settings: dict, tmp_pat
 def test_prompts_that_are_all_too_long_are_found_before_anything_starts(settings: dict, tmp_path: Path) -> None:
     rows = [{"prompt": "long " * 100, "answer": "x"} for _ in range(4)]
     text = refused(settings, tmp_path, rows, columns={"image": None})
-    assert "data.train: more than 1.00% of the rows refused (data.max_refused_share)" in text
+    assert "data.train: more than 1.00% of the rows were refused (data.max_refused_share)" in text
     assert "prompt too long" in text and "the limit is 256 (data.max_prompt_length)" in text
     all_refused = refused(settings, tmp_path, rows, columns={"image": None}, max_refused_share=1.0)
-    assert "data.train: no usable row of 4" in all_refused
+    assert "data.train: none of the 4 rows can be used" in all_refused
 
 
 def test_a_check_reads_everything_then_judges_and_says_nothing_twice(settings: dict, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_check_reads_everything_then_judges_and_says_nothing_twice(settings: d
     assert len(set(said)) == len(said)
     assert sum(f"{path} row " in line for line in said) == 5
     assert "5 of 10 rows refused: 5 prompt too long" in said[1]
-    assert said[-1] == "  a run would stop: more than 1.00% of the rows refused (data.max_refused_share)"
+    assert said[-1] == "  a run would stop: more than 1.00% of the rows were refused (data.max_refused_share)"
 
 
 def test_missing_model_data_and_rewards_are_named_at_once_and_in_their_words(settings: dict, tmp_path: Path) -> None:
@@ -300,7 +300,9 @@ def test_missing_model_data_and_rewards_are_named_at_once_and_in_their_words(set
 
 
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_said_to_be_no_folder() -> None:
-    with pytest.raises(AdapterError, match="no usable model at 'runs/model': there is no such folder, and the Hugging"):
+    with pytest.raises(
+        AdapterError, match="no usable model at 'runs/model': there is no such folder, and loading it from the Hugging"
+    ):
         load_adapter("runs/model")
 
 
