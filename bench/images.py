@@ -2,8 +2,9 @@
 
     python -m bench.images --json FILE
 
-For K from 1 to 16: prompts go from a DataActor through a RolloutActor with vLLM to the learner's encoding, in one
-process but for the engine's core, and everything that touches an image is counted. Exit status 1 unless flat in K.
+For K from 1 to 16, prompts go from a DataActor through a RolloutActor with vLLM to the learner's encoding. Everything
+except the engine's core runs in one process, and every operation on an image is counted. The exit status is 1 unless
+the counts are flat in K.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ COUNTED = ("decoded", "processed for the engine", "processed for the learner", "
 
 @contextmanager
 def counting(name: Callable[[], str], counts: Counter[str]) -> Iterator[None]:
-    """Count, in this process, images that are decoded, and images that a processor is given under `name()`."""
+    """Count the images that this process decodes, and those that a processor gets under `name()`."""
     import transformers
 
     import vlm.media.images
@@ -72,7 +73,7 @@ async def measure(model: Path, data: Path) -> list[dict[str, Any]]:
     actor = RolloutActor("engine", options, partial(load_adapter, str(model)))
     await actor.start()
     try:
-        # Every K has images of its own: nothing is left in a cache from the K before.
+        # Every K has its own images, so that no cache has them from the previous K.
         return [await one(actor, adapter, data / f"{k}.parquet", k) for k in COMPLETIONS]
     finally:
         await actor.shutdown()
@@ -116,7 +117,7 @@ def main() -> None:
     for row in results:
         table.add_row(*(str(row[name]) for name in ("completions", *COUNTED)), f"{row['seconds']:.2f}")
     report("images", {"prompts": PROMPTS, "results": results}, table, arguments.json)
-    # Every K has its own images, whose sizes as PNG differ a little.
+    # Every K has its own images, and their sizes as PNG differ a little.
     uneven = [name for name in COUNTED for row in results if abs(row[name] / results[0][name] - 1) > TOLERANCE]
     if uneven:
         sys.exit(f"not flat in the number of completions: {', '.join(dict.fromkeys(uneven))}")

@@ -1,13 +1,14 @@
-"""The learner's optimizer step against a bare transformers loop and TRL's, on the same samples, in one run.
+"""Compare the learner's optimizer step with a bare transformers loop and with TRL's step, on the same samples, in one
+run.
 
     python -m bench.learner --json runs/bench/learner.json            (needs the extra `bench`)
 
-`bare`: what anybody would write with transformers. `TRL`: the training step of its GRPOTrainer. `padded`: this learner,
-one completion a row. `shared`: this learner as it runs. Float32, all cores, the same limit of positions per
-micro-batch; steps are taken in turn, so that what slows the machine slows all. A table is printed only if losses and
-gradient norms agree. `MFU`: FLOPs of what the system computes (`learner_work.model_flops`) per second, against a plain
-matrix product in the same run; `of bare's`: the same with the FLOPs that the bare loop needs for these samples. Last,
-the memory of a vocabulary of 152k (`bench.learner_memory`).
+`bare`: a plain loop with transformers. `TRL`: the training step of its GRPOTrainer. `padded`: this learner, one
+completion a row. `shared`: this learner as it runs. Float32, all cores, the same limit of positions per micro-batch;
+steps are taken in turn, so that what slows the machine slows all. A table is printed only if losses and gradient norms
+agree. `MFU`: FLOPs of what the system computes (`learner_work.model_flops`) per second, against a plain matrix product
+in the same run; `of bare's`: the same with the FLOPs that the bare loop needs for these samples. Last, the memory of a
+vocabulary of 152k (`bench.learner_memory`).
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from vlm.batch import MultimodalBatch
 from vlm.families.registry import load_adapter
 
 TOLERANCE = 1e-3
-"""Relative, of losses and gradient norms."""
+"""Relative tolerance of losses and gradient norms."""
 MATMUL = 2048
 
 Outcome = tuple[float, float]
-"""(loss, gradient norm)"""
+"""`(loss, gradient norm before clipping)`."""
 
 
 def learner_options(model_path: Path, budget: int) -> LearnerOptions:
@@ -64,7 +65,7 @@ def learner_options(model_path: Path, budget: int) -> LearnerOptions:
 
 
 def make_engine(options: LearnerOptions, adapter: MultimodalAdapter) -> DeepSpeedEngine:
-    """This learner on one rank. Its ban of placeholder tokens is off: the others know none, and would differ by it."""
+    """Make this learner on one rank. Its ban of placeholder tokens is off, since the other systems have none."""
     if not torch.distributed.is_initialized():
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
         store, port = open_store("127.0.0.1", 60.0)
@@ -75,7 +76,7 @@ def make_engine(options: LearnerOptions, adapter: MultimodalAdapter) -> DeepSpee
 
 
 def matmul_flops(size: int = MATMUL, repeats: int = 5) -> float:
-    """FLOP/s of a plain float32 matrix product: the median of some, after one unmeasured."""
+    """Measure the FLOP/s of a plain float32 matrix product: the median of several, after an unmeasured one."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     seconds = []
     for _ in range(repeats + 1):
@@ -88,7 +89,8 @@ def matmul_flops(size: int = MATMUL, repeats: int = 5) -> float:
 def take_turns(
     systems: dict[str, Callable[[], Outcome]], repeats: int, warmup: int
 ) -> tuple[dict[str, list[float]], dict[str, list[Outcome]], float]:
-    """Seconds of each system's steps after the warm-up, the outcomes of all its steps, and the machine's FLOP/s."""
+    """Return the seconds of each system's steps after the warm-up, the outcomes of all its steps, and the machine's
+    FLOP/s."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in systems}
     rates = []
@@ -103,18 +105,20 @@ def take_turns(
 
 
 def check_agreement(outcomes: dict[str, list[Outcome]]) -> None:
-    """Raises SystemExit where a step of any system has another loss or gradient norm than the bare loop's first."""
+    """Raise SystemExit if the loss or gradient norm of any step differs from that of the bare loop's first step."""
     loss, norm = outcomes["bare"][0]
     print("  loss and gradient norm:", "; ".join(f"{n} {o[0][0]:.6f} {o[0][1]:.6f}" for n, o in outcomes.items()))
     for name, steps in outcomes.items():
         for other in steps:
             if abs(other[0] - loss) > TOLERANCE * abs(loss) or abs(other[1] - norm) > TOLERANCE * norm:
-                raise SystemExit(f"{name} computes something else: loss, norm {other}, the bare loop {(loss, norm)}")
+                raise SystemExit(
+                    f"{name} computes something else: its (loss, norm) is {other}, the bare loop's is {(loss, norm)}"
+                )
 
 
 @dataclass(frozen=True)
 class Systems:
-    """All of them with one model loaded."""
+    """All systems, with one model."""
 
     adapter: MultimodalAdapter
     options: LearnerOptions
@@ -131,7 +135,7 @@ class Systems:
 
 
 def measure_shape(systems: Systems, model: str, shape: Shape, repeats: int, warmup: int) -> dict[str, Any]:
-    """By system. Raises SystemExit where they do not compute the same."""
+    """Return the results by system. Raises SystemExit if the systems do not compute the same."""
     adapter, budget, engine = systems.adapter, systems.options.micro_batch.tokens, systems.engine
     groups, media = make_groups(adapter, shape, shape.groups[model], MODELS[model].vocabulary)
     single = rows_of(adapter, groups, media, share=False, budget=budget)
@@ -200,19 +204,19 @@ def speed_table(results: dict[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, help="measured steps of each system; default: as the model has it")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of each system before them")
+    parser.add_argument("--repeats", type=int, help="measured steps of each system; default: depends on the model")
+    parser.add_argument("--warmup", type=int, default=2, help="unmeasured steps of each system before them")
     parser.add_argument("--budget", type=int, default=8192, help="token positions of one micro-batch")
     parser.add_argument("--only", choices=SHAPES, action="append", help="shapes; default: all")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; empty: none")
-    parser.add_argument("--no-memory", action="store_true", help="leave the vocabulary of 152k out")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the vocabulary of 152k")
     arguments = parser.parse_args()
     shapes = {name: SHAPES[name] for name in arguments.only or SHAPES}
     results: dict[str, dict[str, Any]] = {}
     memory: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
         paths = {name: MODELS[name].build(Path(folder) / name) for name in filter(None, arguments.models.split(","))}
-        # TRL's first: once a process group exists, accelerate would take the run for a distributed one.
+        # TRL comes first: once a process group exists, accelerate would treat the run as distributed.
         trainers = {name: TrlStep(path, Path(folder) / "trl", K=8) for name, path in paths.items()}
         for name, path in paths.items():
             systems = Systems.load(path, arguments.budget, trainers.pop(name))

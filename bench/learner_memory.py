@@ -1,4 +1,4 @@
-"""Peak memory with a vocabulary of 152k: this learner against a bare loop, which holds all logits.
+"""Compare the peak memory of this learner, with a vocabulary of 152k, with that of a bare loop, which holds all logits.
 
     python -m bench.learner_memory
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 VOCABULARY, HIDDEN, ROWS = 151_936, 256, 2048
-"""Qwen's vocabulary; trained tokens of one step."""
+"""Qwen's vocabulary, the hidden size, and the trained tokens of one step."""
 PARTS = ("head", "step")
 SYSTEMS = ("bare", "saccade")
 ALLOCATOR = {
@@ -35,7 +35,7 @@ ALLOCATOR = {
 
 
 def run_memory(folder: Path) -> dict[str, Any]:
-    """`{part: {system: {"peak_bytes", "baseline_bytes", "seconds", "loss"}}}`"""
+    """Return `{part: {system: {"peak_bytes", "baseline_bytes", "seconds", "loss"}}}`."""
     from bench.learner_work import Model
     from vlm.tiny import TinySizes
 
@@ -61,7 +61,7 @@ def _run(part: str, system: str, path: Path, allocator: dict[str, str]) -> dict[
 
 
 def measure_head(system: str) -> dict[str, Any]:
-    """Forward and backward of the head alone, over the same hidden states."""
+    """Measure forward and backward of the head alone, on the same hidden states."""
     import torch
 
     from bench.learner_work import chosen_logprobs
@@ -88,7 +88,7 @@ def measure_head(system: str) -> dict[str, Any]:
 
 
 def measure_step(system: str, path: Path) -> dict[str, Any]:
-    """A whole step: 8 completions of 256 tokens behind a prompt of 16."""
+    """Measure a whole step: 8 completions of 256 tokens after a prompt of 16."""
     from bench.learner import learner_options, make_engine
     from bench.learner_work import Shape, batches_of, make_groups, plain_batches, rows_of
     from bench.trl_step import BareStep
@@ -109,7 +109,7 @@ def measure_step(system: str, path: Path) -> dict[str, Any]:
 
 
 def _measure(step: Any) -> dict[str, Any]:
-    """Peak of the first step over what was held before it, and seconds of the second."""
+    """Return the peak of the first step over the bytes held before it, and the seconds of the second step."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""The work that `bench.learner` gives every system alike: models, shapes, samples, tensors, and their FLOPs.
+"""The work that `bench.learner` gives to every system: models, shapes, samples, tensors, and their FLOPs.
 
 Shape ──make_groups──▶ groups ──rows_of──▶ rows ──batches_of──▶ micro-batches of this learner
                                             └────plain_batches─▶ the tensors that a bare loop and TRL take
@@ -30,19 +30,19 @@ from vlm.media.types import Media
 from vlm.tiny import TinySizes, build_tiny
 
 RESERVED = 16
-"""Tokens of a tiny word-level vocabulary that are not its words: roles, special tokens, answer tags."""
+"""How many tokens of a tiny word-level vocabulary are not words: roles, special tokens, answer tags."""
 FIRST_WORD = 4
 """Id of the first word."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny Qwen2.5-VL of a size."""
+    """A tiny Qwen2.5-VL of one size."""
 
     vocabulary: int
     sizes: TinySizes
     repeats: int = 7
-    """Measured steps, unless the command line says otherwise."""
+    """Default number of measured steps."""
 
     def build(self, directory: Path) -> Path:
         words = [f"w{i}" for i in range(self.vocabulary - RESERVED)]
@@ -72,11 +72,11 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Groups of K completions of `new` tokens, each behind a question of `words` words about an image of `edge` x
-    `edge` pixels: (edge / 28)^2 tokens. The chat template adds 9 tokens."""
+    """Groups of K completions of `new` tokens. Each follows a question of `words` words about an image of `edge` x
+    `edge` pixels, which has (edge / 28)^2 tokens. The chat template adds 9 tokens."""
 
     groups: dict[str, int]
-    """By model: as many as make a step of some seconds."""
+    """Model -> number of groups, chosen so that a step takes some seconds."""
     edge: int
     words: int
     new: int
@@ -88,13 +88,13 @@ SHAPES = {
     "balanced": Shape({"1M": 8, "50M": 1}, edge=112, words=39, new=64),
     "completion-heavy": Shape({"1M": 2, "50M": 1}, edge=56, words=3, new=512),
 }
-"""Prompts of 272, 64 and 16 tokens."""
+"""Shapes with prompts of 272, 64 and 16 tokens."""
 
 
 def make_groups(
     adapter: MultimodalAdapter, shape: Shape, groups: int, vocabulary: int
 ) -> tuple[list[RolloutGroup], dict[str, bytes]]:
-    """Random completions of one length; sampled by nobody, so their log-probabilities say nothing."""
+    """Make groups of random completions of one length. Nobody sampled them, so their log-probabilities mean nothing."""
     rng = np.random.default_rng(0)
     media: dict[str, bytes] = {}
     made = []
@@ -129,7 +129,7 @@ def rows_of(
     share: bool,
     budget: int,
 ) -> list[Row]:
-    """Rows as the learner makes them if `share`, or one completion a row."""
+    """Return rows as the learner makes them if `share`, or else one completion per row."""
     rows: list[Row] = []
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
         assert group.verdicts is not None
@@ -142,7 +142,7 @@ def rows_of(
 def batches_of(
     rows: Sequence[Row], adapter: MultimodalAdapter, budget: int, *, packed: bool = True
 ) -> list[MultimodalBatch]:
-    """Micro-batches of at most `budget` positions, as the learner makes them; or padded ones."""
+    """Return micro-batches of at most `budget` positions, as the learner makes them, or padded ones."""
     options = _options(budget)
     sizes = np.array([size_of(row, adapter, options) for row in rows], np.int64)
     bins = (fewest_bins if packed else pack_padded)(sizes, options.micro_batch)
@@ -157,8 +157,8 @@ def _options(budget: int) -> LearnerOptions:
 
 
 def plain_batches(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) -> list[dict[str, Any]]:
-    """Micro-batches of one completion a row as equal parts of at most `budget` positions, by TRL's names and with an
-    image for each row; the lengths of a shape are all equal, so nothing is padded."""
+    """Return micro-batches with one completion per row: equal parts of at most `budget` positions, under TRL's names,
+    with an image for each row. All lengths of a shape are equal, so nothing is padded."""
     limit = budget // max(len(row) for row in rows)
     parts = np.array_split(np.arange(len(rows)), -(-len(rows) // limit))
     total = torch.tensor(sum(int(row.samples[0].trainable.sum()) for row in rows))
@@ -183,7 +183,8 @@ def _plain_batch(rows: Sequence[Row], adapter: MultimodalAdapter) -> dict[str, A
 
 
 def model_flops(model: Any, adapter: MultimodalAdapter, rows: Sequence[Row], *, images_once: bool) -> float:
-    """FLOPs of forward and backward over `rows`: what the mathematics asks for, nothing that is computed twice.
+    """Return the FLOPs of forward and backward over `rows`, as the mathematics needs them, without anything computed
+    twice.
 
     A token costs 6 per parameter of the matrices that it passes: those of the language layers at each position of a
     row, the head's at each trained token, the vision tower's at each patch, the merger's at each four patches. A pair
@@ -211,7 +212,8 @@ def model_flops(model: Any, adapter: MultimodalAdapter, rows: Sequence[Row], *, 
 
 
 def _pairs(row: Row) -> int:
-    """Queries and keys that see each other: the prompt itself, each completion the prompt and itself."""
+    """Count the pairs of query and key that see each other: the prompt sees itself, and each completion sees the prompt
+    and itself."""
 
     def causal(length: int) -> int:
         return length * (length + 1) // 2
@@ -221,5 +223,5 @@ def _pairs(row: Row) -> int:
 
 
 def chosen_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """As anybody would write it: log-softmax over all rows at once."""
+    """Compute log-probabilities in the plain way: log-softmax over all rows at once."""
     return torch.log_softmax(logits.float(), -1).gather(-1, targets[..., None])[..., 0]

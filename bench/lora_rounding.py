@@ -1,11 +1,11 @@
-"""What rounding takes from LoRA updates on their way to engines in bfloat16.
+"""Measure how much of LoRA updates rounding loses on their way to engines in bfloat16.
 
     python -m bench.lora_rounding --json FILE
 
-The learner computes W x + B A x, the engines get W + B A rounded to bfloat16. For updates of a given size beside the
-weights (Frobenius norms, the same for every adapted layer) of a random model with hidden size 512: how much of the
-update the rounded weights hold, and how far the log-probabilities of the two, both computed in bfloat16, are apart.
-Beside it the same weights in float32, which both only come near to.
+The learner computes W x + B A x, and the engines get W + B A rounded to bfloat16. The model is random with hidden size
+512, and the updates have a given size relative to the weights (Frobenius norms, the same for every adapted layer).
+Measured are the share of the update that the rounded weights keep, and the difference of the log-probabilities of both,
+computed in bfloat16. Both are also compared with the same weights in float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RANK = 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
         rows = [measure(Path(folder), 2.0**exponent) for exponent in EXPONENTS]
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, size: float) -> dict[str, float]:
-    """Figures for updates of `size` times the norm of the weight they are added to."""
+    """Return the figures for updates of `size` times the norm of their weight."""
     torch.manual_seed(0)
     path = build_tiny("qwen2_5_vl", folder / f"{size}", sizes=SIZES)
     adapter = load_adapter(str(path))
@@ -90,7 +90,7 @@ def measure(folder: Path, size: float) -> dict[str, float]:
 
 
 def draw_updates(model: nn.Module, size: float) -> dict[str, Tensor]:
-    """Give every adapted layer a random update of `size` times its weight's norm; the updates by parameter's name."""
+    """Give every adapted layer a random update of `size` times its weight's norm. Returns parameter name -> update."""
     updates = {}
     for name, layer in model.named_modules():
         if not hasattr(layer, "lora_A"):
@@ -108,7 +108,7 @@ def draw_updates(model: nn.Module, size: float) -> dict[str, Tensor]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Mean |difference|."""
+    """Return the mean |difference|."""
     return float((a - b).abs().mean())
 
 

@@ -1,4 +1,4 @@
-"""The memory that `saccade plan` predicts for a learner rank against what it takes.
+"""Compare the memory that `saccade plan` predicts for a learner rank with the memory that it takes.
 
     python -m bench.memory --json runs/bench/memory.json
 
@@ -50,10 +50,10 @@ FRUGAL = {
     "MALLOC_ARENA_MAX": "1",
     "OMP_NUM_THREADS": "1",
 }
-"""Environment of the measured processes."""
+"""Environment variables of the measured processes."""
 WIDE: dict[str, Any] = {"vocabulary": 152_000, "rows": 1, "prompt": 128, "image": 112}
 BRIEF: dict[str, Any] = {"rows": 1, "prompt": 320, "completion": 32, "image": 336}
-"""bfloat16 is slow on CPUs without instructions for it."""
+"""Smaller sizes for bfloat16, which is slow on CPUs without instructions for it."""
 CASES = (
     Case("float32, ZeRO-0"),
     Case("float32, ZeRO-0, checkpointing", {"gradient_checkpointing": ("language", "vision")}, rows=4),
@@ -70,7 +70,7 @@ CASES = (
 
 
 def build_models(folder: Path, vocabulary: int) -> tuple[Path, Path]:
-    """The model of a case, and one too small to count."""
+    """Make the model of a case, and one that is too small to matter."""
     big, small = folder / f"model-{vocabulary}", folder / "small"
     if not big.exists():
         words = [f"w{i}" for i in range(vocabulary)] or None
@@ -81,7 +81,7 @@ def build_models(folder: Path, vocabulary: int) -> tuple[Path, Path]:
 
 
 def predicted(case: Case, model: Path) -> MemoryPlan:
-    """What `saccade plan` would say of the case's own micro-batches."""
+    """Predict the memory of the case's micro-batches, as `saccade plan` would."""
     adapter = load_adapter(str(model))
     options = learner_options(case.options, str(model))
     batch = make_batches(replace(case, micro_batches=1), adapter)[0]
@@ -91,7 +91,8 @@ def predicted(case: Case, model: Path) -> MemoryPlan:
 
 
 def measure(case: Case, models: tuple[Path, Path], timeout: float = 900.0) -> list[dict[str, float]]:
-    """Of each rank: peak bytes by phase (see `bench.memory_process.train`). Raises RuntimeError if a rank fails."""
+    """Return, for each rank, the peak bytes by phase (see `bench.memory_process.train`). Raises RuntimeError if a rank
+    fails."""
     options = learner_options(case.options, str(models[0]))
     store, port = open_store("127.0.0.1", 120.0)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -121,7 +122,7 @@ def measure(case: Case, models: tuple[Path, Path], timeout: float = 900.0) -> li
 
 
 def compare(case: Case, folder: Path) -> dict[str, Any]:
-    """Predicted and measured bytes of the rank that took most."""
+    """Return the predicted and the measured bytes of the rank that took most."""
     models = build_models(folder, case.vocabulary)
     plan, ranks = predicted(case, models[0]), measure(case, models)
     measured = max(value for peaks in ranks for name, value in peaks.items() if name.startswith("step"))
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose names hold one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="run only cases whose names contain one of these")
     arguments = parser.parse_args()
     chosen = [c for c in CASES if any(part in c.name for part in arguments.only)]
     if arguments.device == "cuda":

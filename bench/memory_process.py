@@ -1,9 +1,9 @@
-"""One rank of one case of `bench.memory`, in a fresh process: the peak of its memory over two optimizer steps.
+"""Run one rank of one case of `bench.memory` in a fresh process, and measure its peak memory over two optimizer steps.
 
     python -m bench.memory_process CASE.json RANK PORT      prints one JSON line; PORT: of the store where ranks meet
 
-Resident memory is compared with a baseline taken once the libraries are loaded, the process group stands, and a model
-too small to count was trained for a step, so that what libraries set up at first use is in the baseline.
+Resident memory is compared with a baseline. It is taken after the libraries are loaded, the process group exists, and a
+model too small to matter was trained for a step, so that it includes everything that libraries set up at first use.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from vlm.tiny.noise import noise_image
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on: each of the `steps` takes `micro_batches` of `rows` groups."""
+    """The work of a case: each of the `steps` takes `micro_batches` of `rows` groups."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of LearnerOptions."""
+    """Fields of LearnerOptions."""
     vocabulary: int = 0
-    """Words of the tokenizer; 0: bytes."""
+    """Words of the tokenizer. 0: a tokenizer of bytes."""
     rows: int = 2
     prompt: int = 384
-    """Tokens of a prompt, its image included."""
+    """Tokens of a prompt, including its image."""
     completion: int = 64
     """Tokens of each completion."""
     completions: int = 2
-    """In a group."""
+    """Completions of a group."""
     image: int = 336
-    """Side of the image, in pixels; 0: none."""
+    """Side of the image in pixels. 0: no image."""
     micro_batches: int = 2
     steps: int = 2
 
 
 def make_batches(case: Case, adapter: MultimodalAdapter, seed: int = 0) -> list[MultimodalBatch]:
-    """The micro-batches of one step, packed."""
+    """Make the micro-batches of one step, packed."""
     rng = np.random.default_rng(seed)
     return [
         collate([_row(case, adapter, rng, 100 * number + i) for i in range(case.rows)], adapter)
@@ -66,7 +66,7 @@ def make_batches(case: Case, adapter: MultimodalAdapter, seed: int = 0) -> list[
 
 
 def _row(case: Case, adapter: MultimodalAdapter, rng: np.random.Generator, number: int) -> Row:
-    """A prompt with a noise image, filled up with a repeated token, and random completions."""
+    """Make a prompt with a noise image, padded with a repeated token, and random completions."""
     content: list[dict[str, str]] = [{"type": "text", "text": "what"}]
     media = [noise_image(number, case.image, case.image)] if case.image else []
     text = adapter.render([{"role": "user", "content": [*({"type": m.kind} for m in media), *content]}])
@@ -94,7 +94,7 @@ def learner_options(case: Mapping[str, Any], model: str) -> LearnerOptions:
 
 
 def train(case: Case, options: LearnerOptions, adapter: MultimodalAdapter) -> dict[str, float]:
-    """Peak bytes over the baseline after loading, and in every step."""
+    """Return the peak bytes over the baseline after loading, and in every step."""
     meter = Meter(options.device)
     engine = DeepSpeedEngine(options, adapter)
     peaks: dict[str, float] = {"load": meter.peak()}
@@ -110,7 +110,8 @@ def train(case: Case, options: LearnerOptions, adapter: MultimodalAdapter) -> di
 
 
 class Meter:
-    """Bytes over the baseline, which is what is held when it is made: resident memory, or CUDA's allocated memory."""
+    """Measures bytes over the baseline, which is the memory at its creation: resident memory, or CUDA's allocated
+    memory."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -122,7 +123,7 @@ class Meter:
         return (torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")) - self.baseline
 
     def peak(self) -> int:
-        """Since the last reset."""
+        """Return the peak since the last reset."""
         return (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.baseline
 
     def reset(self) -> None:
@@ -138,8 +139,8 @@ def _status(name: str) -> int:
 
 
 def warm_up(options: LearnerOptions, adapter: MultimodalAdapter) -> None:
-    """A step of a model too small to count, with the same options: what DeepSpeed, peft and torch import, compile and
-    set up at first use belongs to the baseline."""
+    """Take a step of a model too small to matter, with the same options. Everything that DeepSpeed, peft and torch
+    import, compile and set up at first use then belongs to the baseline."""
     case = Case("warm-up", rows=1, prompt=64, completion=2, image=56, micro_batches=1)
     engine = DeepSpeedEngine(options, adapter)
     engine.train_step(make_batches(case, adapter), micro_loss(options, GlobalCounts(4.0, 1.0)))

@@ -1,4 +1,4 @@
-"""Groups scored per second: through 1 and 2 reward actors, against calling the same functions in a plain loop.
+"""Measure groups scored per second: through 1 and 2 reward actors, and with the same functions in a plain loop.
 
     python -m bench.rewards --json runs/bench/rewards.json
 
@@ -34,11 +34,11 @@ WORKLOADS: dict[str, Callable[[int], tuple[str, str]]] = {
     "numbers": lambda i: (str(i), f"{i}.0" if i % 2 else str(i + 1)),
     "latex": lambda i: (f"\\frac{{{i}}}{{7}} + x", f"x + {i}/7" if i % 2 else f"x + {i}/8"),
 }
-"""Name -> gold answer and answer number i."""
+"""Name -> a function that returns the gold answer and answer number i."""
 
 
 def group(workload: str, first: int, completions: int) -> RolloutGroup:
-    """K completions of one prompt; the gold answer is that of the first."""
+    """Make K completions of one prompt. The gold answer is that of the first."""
     make = WORKLOADS[workload]
     gold = make(first)[0]
     texts = [f"<think>number {k}</think><answer>{make(first + k)[1]}</answer>" for k in range(completions)]
@@ -49,7 +49,7 @@ def group(workload: str, first: int, completions: int) -> RolloutGroup:
 
 
 def batches(workload: str, repetitions: int, groups: int, completions: int) -> list[list[RolloutGroup]]:
-    """Repetitions of a batch, with no text in two of them."""
+    """Make repetitions of a batch. No text occurs in two of them."""
     starts = iter(range(1, repetitions * groups * completions + 1, completions))
     return [[group(workload, next(starts), completions) for _ in range(groups)] for _ in range(repetitions)]
 
@@ -63,7 +63,7 @@ def in_a_loop(batch: Sequence[RolloutGroup], score: Callable[[ScoringRequest], A
 
 
 def through_actors(batch: Sequence[RolloutGroup], actors: Sequence[Any]) -> float:
-    """Seconds, from groups in the object store to summaries in the driver."""
+    """Return the seconds from groups in the object store to summaries in the driver."""
     references = [ray.put(item) for item in batch]
     begin = time.perf_counter()
     calls = [actors[i % len(actors)].score.remote(reference) for i, reference in enumerate(references)]
@@ -74,7 +74,7 @@ def through_actors(batch: Sequence[RolloutGroup], actors: Sequence[Any]) -> floa
 
 
 def measure(groups: int, completions: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Figures by workload."""
+    """Return the figures by workload."""
     loop = build_rewards(SPECS)
     loop.warm_up()
     actors = [ray.remote(RewardActor).options(num_cpus=0).remote(SPECS, 60.0) for _ in range(2)]
@@ -83,7 +83,7 @@ def measure(groups: int, completions: int, repetitions: int) -> dict[str, dict[s
     for workload in WORKLOADS:
         seconds: dict[str, list[float]] = {"loop": [], "1": [], "2": []}
         data = iter(batches(workload, 3 * (repetitions + 1), groups, completions))
-        for _ in range(repetitions + 1):  # by turns, so that a busy moment of the machine meets all three
+        for _ in range(repetitions + 1):  # in turns, so that a busy moment of the machine affects all three
             seconds["loop"].append(in_a_loop(next(data), loop))
             seconds["1"].append(through_actors(next(data), actors[:1]))
             seconds["2"].append(through_actors(next(data), actors))
@@ -97,8 +97,8 @@ def measure(groups: int, completions: int, repetitions: int) -> dict[str, dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=64, help="groups of a batch")
-    parser.add_argument("--completions", type=int, default=8, help="completions of a group")
+    parser.add_argument("--groups", type=int, default=64, help="groups per batch")
+    parser.add_argument("--completions", type=int, default=8, help="completions per group")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Where the time of a run's steps went: busy and idle seconds per actor, and the driver's own share.
+"""Show where the time of a run's steps went: busy and idle seconds per actor, and the driver's own share.
 
     python -m bench.step_time runs/demo/run --json runs/bench/step_time.json
 
@@ -21,7 +21,7 @@ from saccade.observe.metrics import read_metrics
 
 
 def split(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means per step over `records`: wall time, busy and idle seconds by actor, the driver's share."""
+    """Return means per step over `records`: wall time, busy and idle seconds by actor, and the driver's share."""
     steps = len(records)
     total = sum(r["seconds"]["total"] for r in records) / steps
     sync = sum(r["seconds"]["sync"] for r in records) / steps
@@ -51,7 +51,7 @@ def split(records: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--skip", type=int, default=3, help="first steps left out")
+    parser.add_argument("--skip", type=int, default=3, help="leave out this many steps at the beginning")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = split(read_metrics(arguments.run)[arguments.skip :])

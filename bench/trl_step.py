@@ -1,4 +1,4 @@
-"""What this learner's step is measured against: a bare transformers loop, and the step of TRL's GRPOTrainer."""
+"""The systems to compare this learner's step with: a bare transformers loop, and the step of TRL's GRPOTrainer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 from bench.learner_work import chosen_logprobs
 
 LEARNING_RATE = 1e-12
-"""Moves no float32 weight, at the full cost of AdamW: so every step of every system starts from the same weights, and
-losses and gradient norms can be compared."""
+"""So small that no float32 weight moves, at the full cost of AdamW. Every step of every system then starts from the
+same weights, so that losses and gradient norms can be compared."""
 MAX_GRAD_NORM = 1.0
 
 
@@ -22,13 +22,13 @@ class Step(Protocol):
     """One optimizer step over micro-batches of `learner_work.plain_batches`."""
 
     def __call__(self, batches: Sequence[dict[str, Any]]) -> tuple[float, float]:
-        """`(loss, gradient norm before clipping)`."""
+        """Take the step and return `(loss, gradient norm before clipping)`."""
 
 
 class BareStep:
-    """What anybody would write with transformers: forward, log-softmax, policy gradient, clip, AdamW.
+    """A plain loop with transformers: forward, log-softmax, policy gradient, clip, AdamW.
 
-    Better than most would: only the completion's logits are asked for, and positions were computed beforehand."""
+    It is better than most: it computes only the logits of completions, and positions are computed beforehand."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class BareStep:
         return total, float(norm)
 
     def _add_positions(self, batch: dict[str, Any]) -> None:
-        """As the model derives them; kept with the batch, where the unmeasured steps leave them."""
+        """Add positions as the model derives them. The unmeasured steps leave them in the batch."""
         if "bare_positions" not in batch:
             ids, mask = _whole(batch)
             given = {"image_grid_thw": batch["image_grid_thw"], "mm_token_type_ids": batch["mm_token_type_ids"]}
@@ -79,13 +79,14 @@ class BareStep:
 
 
 def _whole(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask of prompts and completions together, each `[B, L]`."""
+    """Return ids and attention mask of prompts and completions together, each `[B, L]`."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
 
 
 class TrlStep:
-    """The real `GRPOTrainer.training_step` of each micro-batch, then what `Trainer` does at the end of an accumulation.
+    """The real `GRPOTrainer.training_step` of each micro-batch, followed by what `Trainer` does at the end of an
+    accumulation.
 
     No generation: the tensors that `_generate_and_score_completions` would return are given. TRL's own fused head
     (chunked log-probabilities, as here) and its default fused AdamW are on, gradient checkpointing is off, beta is 0,

@@ -1,4 +1,4 @@
-"""This system against TRL's GRPOTrainer: same model, images, K, update and forced completion lengths, in one run.
+"""Compare this system with TRL's GRPOTrainer in one run: same model, images, K, update and forced completion lengths.
 
     python -m bench.vs_trl --json runs/bench/vs_trl.json            (needs the extra `bench`)
 
@@ -36,17 +36,18 @@ SCENARIOS: dict[str, tuple[int, ...]] = {
     "equal-128": (128,) * K,
     "tail": (32,) * (K - 1) + (320,),
 }
-"""Tokens of each of the K completions of every group."""
+"""Scenario -> tokens of each of the K completions of every group."""
 IMAGES = 512
 
 
 def reward_color(completions: list[str], answer: list[str], **columns: object) -> list[float | None]:
-    """The same arithmetic on both sides; random weights score what they score."""
+    """The reward of both sides. The weights are random, so the score does not matter."""
     return [float(name in text) + 0.001 * (len(text) % 7) for text, name in zip(completions, answer, strict=True)]
 
 
 def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, work: Path) -> RunConfig:
-    """The same work as TRL's: one update per batch, k3 KL with beta 0.04, no gradient checkpointing."""
+    """Return a configuration with the same work as TRL's: one update per batch, k3 KL with beta 0.04, no gradient
+    checkpointing."""
     data = write_parquet(work / "images.parquet", images(IMAGES))
     # Phases that alternate may each use all cores; phases that overlap share them.
     threads = (os.cpu_count() or 1) if staleness == 0 else max(1, (os.cpu_count() or 1) // 2)
@@ -78,7 +79,7 @@ def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int
 
 
 def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warmup: int, work: Path) -> dict[str, Any]:
-    """Seconds per step of the full system; then, on the same actors, of generation and of learning alone."""
+    """Return the seconds per step of the full system and, on the same actors, of generation and of learning alone."""
     total, alone = warmup + steps, 1 + min(steps, 5)
     config = our_config(model, lengths, staleness, total + alone, work)
     with open_run(config, resume=False, address=None, display=None) as run:
@@ -104,7 +105,7 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
     return {
         "seconds_per_step": seconds,
         "samples_per_second": PROMPTS * K / seconds,
-        # The first of each finds work already done, or caches still cold.
+        # The first of each has work already done, or cold caches.
         "generation_alone": median(generation[1:]),
         "learning_alone": median(learning[1:]),
         "phases": {k: median([r["seconds"][k] for r in records]) for k in records[0]["seconds"]},
@@ -114,14 +115,14 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
 
 
 def trl(model: Path, lengths: tuple[int, ...], steps: int, warmup: int, work: Path) -> dict[str, Any]:
-    """Seconds per step of TRL's GRPOTrainer with HF generation, all cores."""
+    """Return the seconds per step of TRL's GRPOTrainer with HF generation on all cores."""
     import torch
     from datasets import Dataset
     from transformers import LogitsProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     class ForcedLengths(LogitsProcessor):
-        """Row r ends after exactly `lengths[r % K]` tokens."""
+        """Ends row r after exactly `lengths[r % K]` tokens."""
 
         def __init__(self, prompt_length: int, eos: int) -> None:
             self.prompt_length, self.eos = prompt_length, eos
@@ -184,7 +185,7 @@ def trl(model: Path, lengths: tuple[int, ...], steps: int, warmup: int, work: Pa
 
 
 def run_side(side: str, model: Path, scenario: str, steps: int, warmup: int) -> dict[str, Any]:
-    """One measurement in a process of its own, so that neither side warms up or fragments the other."""
+    """Run one measurement in its own process, so that neither side warms up or fragments the other."""
     command = [sys.executable, "-m", "bench.vs_trl", "--side", side, "--model", str(model), "--scenario", scenario]
     command += ["--steps", str(steps), "--warmup", str(warmup)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}

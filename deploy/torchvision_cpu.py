@@ -17,7 +17,7 @@ import sys
 
 
 class _DeclareOperators(importlib.abc.MetaPathFinder):
-    """Sees `import torchvision` first, declares what its missing C++ library would have, and steps aside."""
+    """Intercepts `import torchvision`, declares the operators of its missing C++ library, and removes itself."""
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
         if fullname == "torchvision":
@@ -32,7 +32,7 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
 
 
 class _NoExtension(importlib.abc.Loader):
-    """Fills `torchaudio._extension` with what that module holds when its library is not shipped."""
+    """Gives `torchaudio._extension` the contents that it has in builds without the library."""
 
     def exec_module(self, module):  # type: ignore[no-untyped-def]
         def fail_if_no_align(function):  # type: ignore[no-untyped-def]
@@ -46,7 +46,7 @@ class _NoExtension(importlib.abc.Loader):
 
 
 class _SkipUnloadableExtension(importlib.abc.MetaPathFinder):
-    """Sees `import torchaudio._extension` first, and replaces it if its library cannot be loaded."""
+    """Intercepts `import torchaudio._extension` and replaces the module if its library cannot be loaded."""
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
         if fullname == "torchaudio._extension":

@@ -1,14 +1,14 @@
-"""A reward of your own: a function of the K completions of one prompt that returns K numbers, in order.
+"""Your own reward: a function that takes the K completions of one prompt and returns K numbers, in order.
 
     reward:
       functions:
         - {name: accuracy}
         - {name: "examples/my_reward.py:short_answer", weight: 0.2, options: {limit: 300}}
 
-It is called with what its parameters name: `completions`, `prompts`, `answer` and columns of the data (each a list of
-K), and its options. None instead of a number says that a completion cannot be scored; an exception, a wrong count or a
-NaN makes the verdicts `error`, silence makes them `timeout`; none of these counts as a zero. A function that takes
-`request` gets the ScoringRequest of rewards/base.py instead, images and token ids included, and returns Verdicts.
+The function gets the arguments that its parameters name: `completions`, `prompts`, `answer` and columns of the data
+(each a list of K), and its options. It returns None for a completion that cannot be scored. An exception, a wrong count
+or a NaN makes the verdicts `error`, and a time-out makes them `timeout`; neither counts as zero. A function that takes
+`request` gets the ScoringRequest of rewards/base.py instead, with images and token ids, and returns Verdicts.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""The parts of `bench.gpu`, a module each: `run(setting)` returns figures, and `checks` that must hold."""
+"""The parts of `bench.gpu`, one module each. `run(setting)` returns figures, and `checks` that must hold."""

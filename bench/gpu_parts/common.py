@@ -1,4 +1,4 @@
-"""What the parts share: the device, time and memory on it, the rate of its matrix products, models of real shapes."""
+"""Common helpers of the parts: the device, its time, memory and rate of matrix products, and models of real shapes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from vlm.tiny import TinySizes, build_tiny
 
 RESERVED = 16
-"""Tokens of a word-level vocabulary that are not its words."""
+"""How many tokens of a word-level vocabulary are not words."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a part runs, and how large."""
+    """The device and the size of a part."""
 
     device: Literal["cuda", "cpu"]
     small: bool
@@ -35,12 +35,12 @@ class Setting:
         return torch.bfloat16 if self.cuda else torch.float32
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished its work."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], Any], repeats: int = 5) -> float:
-        """Of one call: the median of some, after an unmeasured one."""
+        """Return the seconds of one call: the median of several, after an unmeasured one."""
         work()
         self.wait()
         taken = []
@@ -52,7 +52,8 @@ class Setting:
         return sorted(taken)[len(taken) // 2]
 
     def peak_bytes(self, work: Callable[[], Any]) -> int | None:
-        """That a call allocates beyond what is held before it. None on a CPU, which does not count."""
+        """Return the peak of bytes that a call allocates in addition to those held before. None on a CPU, which does
+        not count them."""
         if not self.cuda:
             work()
             return None
@@ -65,7 +66,7 @@ class Setting:
         return torch.cuda.max_memory_allocated() - before
 
     def matmul_flops(self) -> float:
-        """FLOP/s of a plain matrix product in the part's precision, now."""
+        """Measure the FLOP/s of a plain matrix product in the part's precision."""
         size = 8192 if self.cuda else 512
         a, b = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
         return 2 * size**3 / self.seconds(lambda: a @ b)
@@ -73,11 +74,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class RealShape:
-    """A Qwen2.5-VL of the published widths, cut to as many language layers as one GPU can train with AdamW."""
+    """A Qwen2.5-VL with the published widths, cut to as many language layers as one GPU can train with AdamW."""
 
     sizes: TinySizes
     layers: int
-    """Of the published model."""
+    """Number of layers of the published model."""
     full_attention: tuple[int, ...] = (7, 15, 23, 31)
     """Layers of the tower without windows."""
     vocabulary: int = 151_936
@@ -116,7 +117,7 @@ def shapes(setting: Setting) -> dict[str, RealShape]:
 
 
 def join_alone(options: Any) -> None:
-    """The default process group of this process alone: NCCL on a GPU, gloo on a CPU."""
+    """Make a default process group with only this process: NCCL on a GPU, gloo on a CPU."""
     from learner.engines.process_group import join, open_store
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -125,5 +126,5 @@ def join_alone(options: Any) -> None:
 
 
 def error_of(value: Tensor, exact: Tensor) -> float:
-    """Largest |difference|, as a share of the largest |exact value|."""
+    """Return the largest |difference|, as a share of the largest |exact value|."""
     return float((value.double() - exact.double()).abs().max() / exact.double().abs().max())

@@ -1,7 +1,7 @@
 """The learner on the device against the learner on the CPU, on tiny models: gradients, ZeRO stages, precisions, resume.
 
 The reference is TorchEngine in float32 on the CPU. AdamW's first moment after one step is the gradient times 1 - beta1,
-so that every engine's gradients can be read from its state, whatever partitions them. In bfloat16 ZeRO-3 is compared
+so every engine's gradients can be read from its state, however they are partitioned. In bfloat16, ZeRO-3 is compared
 with ZeRO-2, whose buffers are loaded plainly.
 """
 
@@ -31,11 +31,11 @@ from vlm.media.types import MediaKind
 from vlm.tiny import TinySizes, build_tiny
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "pixtral", "internvl", "gemma3", "llama")
-"""Gemma3's layers have windows: its rows are padded, not packed."""
+"""The tested families. Gemma3's layers have windows, so its rows are padded, not packed."""
 TOLERANCE = 1e-4
-"""Of float32 gradients, as a share of the largest of their tensor."""
+"""Allowed error of float32 gradients, as a share of the largest gradient of the tensor."""
 LONG = 2048
-"""Tokens of the row on which positions in bfloat16 are compared."""
+"""Length of the row, in tokens, on which positions in bfloat16 are compared."""
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def _options(path: Path) -> LearnerOptions:
 def _family(
     setting: Setting, adapter: MultimodalAdapter, options: LearnerOptions, *, every_stage: bool
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Errors of gradients by engine, for one family; for the first one every stage, resume, LoRA and the rest."""
+    """Return the errors of gradients by engine for one family. The first family also tests every stage, resume, LoRA
+    and the rest."""
     on_device = replace(options, device=setting.device)
     kinds: tuple[MediaKind, ...] = ("image",) if "image" in adapter.modalities else ()
     batches, counts = work_of(adapter, image=bool(kinds))
@@ -99,7 +100,7 @@ def _family(
 
 
 def work_of(adapter: MultimodalAdapter, *, image: bool) -> tuple[list[MultimodalBatch], GlobalCounts]:
-    """Two micro-batches with completions of unequal groups, an image each where the family takes one."""
+    """Make two micro-batches of completions of unequal groups, each with an image if the family takes one."""
     case = Case("tiny", rows=2, prompt=160, completion=24, image=56 if image else 0)
     batches = make_batches(case, adapter)
     completions = case.micro_batches * case.rows * case.completions
@@ -109,15 +110,15 @@ def work_of(adapter: MultimodalAdapter, *, image: bool) -> tuple[list[Multimodal
 def gradients(
     engine: TrainEngine, batches: Sequence[MultimodalBatch], counts: GlobalCounts, options: LearnerOptions
 ) -> dict[str, Tensor]:
-    """By parameter, on the CPU in float64, of one step."""
+    """Return parameter -> gradient of one step, on the CPU in float64."""
     engine.train_step(batches, micro_loss(options, counts))
     moments = ((name, tensor) for name, tensor in engine.state_tensors() if name.startswith("exp_avg/"))
     return {name: tensor.detach().double().cpu() / (1 - options.betas[0]) for name, tensor in moments}
 
 
 def worst(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    """Largest error of a tensor, as a share of its largest entry; of tensors that are next to nothing, of the largest
-    entry of all."""
+    """Return the largest error of a tensor, as a share of its largest entry. For tiny tensors, it is a share of the
+    largest entry of all tensors."""
     assert found.keys() == exact.keys(), sorted(found.keys() ^ exact.keys())[:5]
     largest = max(float(tensor.abs().max()) for tensor in exact.values())
     return max(
@@ -129,7 +130,8 @@ def worst(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
 def _resumes(
     adapter: MultimodalAdapter, batches: Sequence[MultimodalBatch], counts: GlobalCounts, options: LearnerOptions
 ) -> bool:
-    """A step, its state into another engine, and one step more of both: the states are equal to the bit."""
+    """Take a step, load the state into another engine, and take one more step in both: the states must be equal to the
+    bit."""
     loss, first = micro_loss(options, counts), DeepSpeedEngine(options, adapter)
     if options.needs_reference:
         batches = [replace(b, reference_logprobs=first.logprobs(b, reference=True)) for b in batches]
@@ -146,7 +148,8 @@ def _resumes(
 def _long_positions(
     setting: Setting, adapter: MultimodalAdapter, options: LearnerOptions
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Rotary positions far from the start of a row: bfloat16 under ZeRO-3 as near float32 as under ZeRO-2."""
+    """Check rotary positions far from the start of a row: bfloat16 must be as close to float32 under ZeRO-3 as under
+    ZeRO-2."""
     case = Case("long", rows=1, prompt=LONG - 64, completion=64, completions=1, image=56, micro_batches=1)
     batch = make_batches(case, adapter)[0]
     mask = batch.loss_mask

@@ -1,8 +1,8 @@
-"""Packed attention on the device: flex_attention's values and gradients against float64, beside the dense mask.
+"""Packed attention on the device: compare flex_attention and the dense mask with float64, in values and gradients.
 
 Heads, key heads and widths are those of Qwen2.5-VL 3B and 7B and of Qwen2.5 0.5B. The error in bfloat16 may be twice
-that of `sdpa` with the mask written out, in the same precision. A CPU has no backward pass of flex_attention: there
-values alone are compared, in float32.
+that of `sdpa` with an explicit mask in the same precision. On a CPU, flex_attention has no backward pass, so only
+values are compared, in float32.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from vlm.batch import GroupLengths
 HEADS = ((16, 2, 128), (28, 4, 128), (14, 2, 64))
 LENGTHS = (700, 2000, 2048, 9000, 16_384)
 COMPARED = 2048
-"""Longest row whose exact values are computed: all pairs of all heads, in float64."""
+"""Longest row for which exact values are computed: all pairs of all heads, in float64."""
 MAX_GRAPHS = 6
-"""Variants of the kernel that all shapes of a run may take together, by (heads, key heads, width)."""
+"""The most variants of the kernel that all shapes of a run may need, per (heads, key heads, width)."""
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def groups_of(length: int) -> list[GroupLengths]:
-    """Groups of a prompt and eight completions of unlike lengths that fill a row of `length` tokens."""
+    """Return groups of a prompt and eight completions of different lengths that fill a row of `length` tokens."""
     groups: list[GroupLengths] = []
     left = length
     for prompt in itertools.cycle((300, 1100, 40)):
@@ -69,7 +69,7 @@ def groups_of(length: int) -> list[GroupLengths]:
 
 
 def _case(setting: Setting, length: int, heads: int, key_heads: int, width: int) -> dict[str, Any]:
-    """Seconds, peak memory and, for rows that are short enough, errors of `flex` and `mask`."""
+    """Measure seconds, peak memory and, for short rows, errors of `flex` and `mask`."""
     torch.manual_seed(0)
     device = torch.device(setting.device)
     made = [torch.randn(1, n, length, width, device=device) for n in (heads, key_heads, key_heads)]
@@ -105,12 +105,13 @@ def _outputs(attend: GroupAttention, inputs: list[Tensor], wanted: Tensor, *, gr
 
 
 def _layer(query: Tensor, key: Tensor) -> Any:
-    """As much of a language model's attention layer as transformers' functions look at."""
+    """The attributes of an attention layer that transformers' functions read."""
     return SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], training=True, is_causal=True)
 
 
 def _cost(setting: Setting, attend: GroupAttention, inputs: list[Tensor], wanted: Tensor) -> dict[str, Any]:
-    """Forward without gradients, and on a GPU forward and backward. A dense mask that does not fit says so."""
+    """Measure forward without gradients and, on a GPU, forward and backward. The result says if a dense mask does not
+    fit."""
     given = wanted.to(setting.dtype)
 
     def once(gradient: bool) -> None:
@@ -128,8 +129,8 @@ def _cost(setting: Setting, attend: GroupAttention, inputs: list[Tensor], wanted
 
 
 def _varlen(setting: Setting, groups: list[GroupLengths], inputs: list[Tensor], wanted: Tensor) -> dict[str, Any]:
-    """Each segment over itself in one call of the flash kernel: less than what packed attention computes, since no
-    completion sees its prompt. The bound of what a kernel without masks could take."""
+    """Measure each segment over itself in one call of the flash kernel. This is less than packed attention computes,
+    since no completion sees its prompt, and so a lower bound for a kernel without masks."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -152,6 +153,7 @@ def _varlen(setting: Setting, groups: list[GroupLengths], inputs: list[Tensor], 
 
 
 def _near(case: Mapping[str, Any], kind: str) -> bool:
-    """Float32 on a CPU has both errors at rounding, where a factor says nothing: 1e-5 is enough there."""
+    """Return whether the error is small enough. In float32 on a CPU both errors are rounding errors and a factor means
+    nothing, so 1e-5 is enough."""
     flex, mask = (case["errors"][name][kind] for name in ("flex", "mask"))
     return flex <= max(2 * mask, 1e-5)

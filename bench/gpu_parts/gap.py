@@ -1,4 +1,5 @@
-"""Log-probabilities of vLLM against the learner's in bfloat16, on tiny models: `saccade parity` as a user runs it."""
+"""Compare log-probabilities of vLLM and the learner in bfloat16 on tiny models, with `saccade parity` as a user runs
+it."""
 
 from __future__ import annotations
 

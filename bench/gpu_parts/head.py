@@ -1,4 +1,4 @@
-"""The vocabulary projection in chunks at V = 151,936: exactness, time and memory, beside logits held whole."""
+"""The vocabulary projection in chunks at V = 151,936: compare error, time and memory with complete logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.learner_work import chosen_logprobs
 from learner.model.logprobs import CHUNK_BYTES, chunked_logprobs
 
 SAMPLE = 256
-"""Rows whose exact values are computed in float64."""
+"""How many rows have exact values in float64."""
 
 
 def run(setting: Setting) -> dict[str, Any]:

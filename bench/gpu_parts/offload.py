@@ -1,7 +1,7 @@
-"""Optimizer states in CPU memory: what a step costs by the number of threads, and that it is the step of a GPU.
+"""Optimizer states in CPU memory: measure a step by the number of threads, and compare it with the step of a GPU.
 
 On GPUs DeepSpeed's own AdamW for CPUs is used, which compiles itself with g++ at first use. The number of threads is
-set before a process starts, so each is measured in one of its own.
+set before a process starts, so each number has its own process.
 """
 
 from __future__ import annotations

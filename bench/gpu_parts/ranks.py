@@ -1,6 +1,6 @@
-"""Two learner ranks on one device: NCCL refuses two ranks of one GPU, or a step of both is that of one rank.
+"""Two learner ranks on one device: either NCCL refuses two ranks of one GPU, or a step of both equals that of one rank.
 
-With gloo, which a CPU has, and which can carry tensors of a GPU, the step is compared.
+With gloo, which works on a CPU and can also send tensors of a GPU, the step is compared.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _two(options: LearnerOptions, kept: Path) -> str:
-    """Lets rank 0 write the gradients to `kept`; says why there are none, empty if there are."""
+    """Let rank 0 write the gradients to `kept`. Returns why there are none; empty if there are."""
     context = processes.get_context("spawn")
     answers = context.Queue()
     store, port = open_store("127.0.0.1", options.timeout)

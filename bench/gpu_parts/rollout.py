@@ -1,4 +1,5 @@
-"""Tokens per second of the rollout engine: prompts with one image, K = 8, forced lengths, all asked for at once."""
+"""Measure tokens per second of the rollout engine: prompts with one image, K = 8, forced lengths, all requested at
+once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A learner step at the widths of Qwen2.5-VL 3B and 7B, beside a bare transformers loop on the same samples.
+"""Measure a learner step at the widths of Qwen2.5-VL 3B and 7B, and a bare transformers loop on the same samples.
 
 Prompts have one image of 1,024 tokens; K = 8. The language model is cut to as many layers as one GPU trains with AdamW
 (`REAL`), the vision tower is whole. Both systems recompute layers in the backward pass. `mfu` is the share of the rate
@@ -33,7 +33,7 @@ from vlm.families.registry import load_adapter
 WORK = Shape({"3B": 6, "7B": 6}, edge=896, words=40, new=512)
 SMALL_WORK = Shape({"3B": 2, "7B": 2}, edge=112, words=10, new=16)
 TOLERANCE = {"cuda": 0.05, "cpu": 1e-3}
-"""Relative, of losses and gradient norms: in bfloat16 the two systems round differently."""
+"""Relative tolerance of losses and gradient norms. In bfloat16 the two systems round differently."""
 MEMORY_TOLERANCE = 0.1
 
 
@@ -84,7 +84,7 @@ def _shape(setting: Setting, name: str, shape: RealShape, path: Path, *, first: 
     del bare
     _forget(setting)
     engine = DeepSpeedEngine(options, adapter)
-    engine.policy.head.banned = None  # the bare loop knows no ban
+    engine.policy.head.banned = None  # the bare loop has no ban
     ours = _measure(setting, partial(_train, engine, shared, loss))
     del engine
     _forget(setting)
@@ -118,7 +118,8 @@ def _train(engine: DeepSpeedEngine, batches: list[MultimodalBatch], loss: Any) -
 
 
 def _measure(setting: Setting, step: Callable[[], tuple[float, float]]) -> dict[str, Any]:
-    """Two steps unmeasured (compilation, the optimizer's states), then three, and the peak of one."""
+    """Take two unmeasured steps (compilation, optimizer states), then three measured ones, and the memory peak of
+    one."""
     first = time.perf_counter()
     loss, norm = step()
     setting.wait()
@@ -137,7 +138,7 @@ def _alike(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> bo
 
 
 def _load_of(batches: list[MultimodalBatch]) -> Load:
-    """The largest micro-batch, as the plan takes it."""
+    """Return the largest micro-batch in the form that the plan takes."""
     loads = [
         Load(b.num_tokens, int(b.loss_mask.sum()), 0 if b.pixel_values is None else len(b.pixel_values))
         for b in batches

@@ -1,4 +1,5 @@
-"""Training goes on bit for bit when another CUDA stream becomes the current one, which vLLM does to rank 0."""
+"""Check that training continues bit for bit when another CUDA stream becomes the current one, as vLLM does on rank
+0."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The vision tower of Qwen2.5-VL at its real size: milliseconds of an image, alone and 16 together, trained and frozen.
+"""Measure the vision tower of Qwen2.5-VL at its real size: milliseconds per image, alone and in batches of 16, trained
+and frozen.
 
-The tower runs as the learner loads it, and as transformers does by itself, whose `sdpa` takes a call for each window.
+The tower runs as the learner loads it, and as transformers loads it, whose `sdpa` makes one call per window.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vlm.batch import MultimodalBatch
 from vlm.families.registry import load_adapter
 
 EDGE = {False: 896, True: 112}
-"""Of the image, at full size and small: 1,024 or 16 tokens."""
+"""Edge of the image in pixels, at full size and small: 1,024 or 16 tokens."""
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _repeated(batch: MultimodalBatch, times: int) -> MultimodalBatch:
-    """The batch with its image several times; only towers look at it."""
+    """Return the batch with its image repeated. Only towers read it."""
     assert batch.pixel_values is not None
     grid = batch.extra_model_kwargs["image_grid_thw"]
     given = {**batch.extra_model_kwargs, "image_grid_thw": grid.repeat(times, 1)}

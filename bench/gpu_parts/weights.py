@@ -1,8 +1,7 @@
-"""The way of the weights on one device: digests, packing by bucket size, order of streams, CUDA IPC between processes.
+"""The weight transfer on one device: digests, packing by bucket size, order of streams, CUDA IPC between processes.
 
-vLLM's own packed sender and receiver run here against each other in two threads, over a communicator that copies on the
-device instead of NCCL, which needs two GPUs; so what is measured is all that surrounds the wire. Without vLLM only the
-digests and IPC are looked at.
+vLLM's own packed sender and receiver run against each other in two threads. Their communicator copies on the device,
+since NCCL needs two GPUs, so everything except the wire is measured. Without vLLM, only the digests and IPC are tested.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _model(setting: Setting) -> nn.Module:
-    """3.5 billion bfloat16 numbers in matrices of the 3B model's kind, its head among them; or next to nothing."""
+    """Make 3.5 billion bfloat16 numbers in matrices as in the 3B model, including its head; or, if small, very few."""
     width, layers, vocabulary = (64, 4, 1000) if setting.small else (2048, 42, 151_936)
     layer = {"qkv": (width + width // 4, width), "o": (width, width), "up": (11 * width, width), "norm": (width,)}
     shapes = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
@@ -66,12 +65,12 @@ def _model(setting: Setting) -> nn.Module:
 
 
 def _some(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A few of all shapes: hashing on a CPU is slow."""
+    """Choose a few tensors of all shapes, since hashing on a CPU is slow."""
     yield from itertools.islice(model.named_parameters(), 6)
 
 
 class _Wire:
-    """Broadcasts from one thread to another on the same device, in the order of the streams that call it."""
+    """Broadcasts from one thread to another on the same device, in the order of the calling streams."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -108,7 +107,8 @@ def _no_stream(stream: Any) -> AbstractContextManager[None]:
 def _transfer(
     setting: Setting, model: nn.Module, bucket: int, before: Callable[[], None] = lambda: None
 ) -> tuple[float, dict[str, str], dict[str, str]]:
-    """Seconds, and the digests that arrived and that were sent, by name. `before` runs right before the sending."""
+    """Return the seconds, and the digests that arrived and that were sent, by name. `before` runs right before the
+    sending."""
     from vllm.distributed.weight_transfer import packed_tensor
 
     source, wire = DigestingSource(PolicySource(model, bucket_bytes=bucket), enabled=True), _Wire(setting)
@@ -150,8 +150,8 @@ def _transfer(
 
 
 def _after_busy_stream(setting: Setting, model: nn.Module) -> bool:
-    """As after an optimizer step: the main stream still computes the weights when the host goes on. The learner reads
-    its loss, and so waits, before it sends; `setting.wait()` stands for that here."""
+    """Send as after an optimizer step: the main stream still computes the weights while the host continues. The learner
+    reads its loss before it sends, and so waits; here `setting.wait()` does that."""
     size = 8192 if setting.cuda else 64
     a = torch.randn(size, size, device=setting.device)
 
@@ -168,7 +168,7 @@ def _after_busy_stream(setting: Setting, model: nn.Module) -> bool:
 
 
 def _between_processes(setting: Setting) -> tuple[dict[str, Any], bool]:
-    """A tensor handed by reference (CUDA IPC; shared memory on a CPU) to a process that copies and digests it."""
+    """Pass a tensor by reference (CUDA IPC, or shared memory on a CPU) to a process that copies and digests it."""
     tensor = torch.randn(2**18 if setting.small else 2**29, device=setting.device).to(torch.bfloat16)
     context = processes.get_context("spawn")
     given, answers = context.Queue(), context.Queue()
