@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length", "abort"]
 VerdictStatus = Literal["scored", "unscorable", "timeout", "error"]
 
 MEDIA_PER_PROMPT: Mapping[MediaKind, int] = {"image": 8, "video": 2, "audio": 2}
-"""Items of each kind that one prompt may have: the data side refuses rows with more, engines make room for them."""
+"""The most items of each kind in one prompt. The data side refuses rows with more, and engines make room for them."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,7 +49,8 @@ class Prompt:
 
     ref: PromptRef
     text: str
-    """Rendered by the model's chat template, up to where the assistant speaks; one placeholder per media item."""
+    """The text that the model's chat template renders, up to where the assistant speaks, with one placeholder per media
+    item."""
     token_ids: np.ndarray
     """int32 `[T]`: `text` tokenised, placeholders *not* expanded (an engine expands them, exactly once)."""
     expanded_length: int
@@ -57,18 +58,18 @@ class Prompt:
     media: tuple[Media, ...] = ()
     answer: str | None = None
     numeric_answer: bool = False
-    """The row's answer is a number, and no text that says one."""
+    """Whether the row's answer has the type number (and is not a text that states one)."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Further columns of the row, handed to rewards untouched."""
+    """Further columns of the row, passed to rewards unchanged."""
     truncated: int = 0
     """Characters of the user's text that were dropped from its left, so that the prompt fits."""
     user_text: str = ""
-    """The user's words as the row has them, whole: without chat template, prompt template, system message, media."""
+    """All of the user's words as the row has them, without chat template, prompt template, system message and media."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPrompt:
-    """A prompt as the driver holds it: which one, and where its contents are."""
+    """A prompt as the driver holds it: its identity, and a reference to its contents."""
 
     ref: PromptRef
     prompt: Any
@@ -149,9 +150,9 @@ class Verdict:
     score: float | None = None
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Scores by reward name where several were combined."""
+    """Reward name -> score, if several rewards were combined."""
     note: str = ""
-    """For people who look at the completion; nothing is decided by it."""
+    """A note for people who look at the completion. It decides nothing."""
 
     def __post_init__(self) -> None:
         if (self.status == "scored") != (self.score is not None):
@@ -205,15 +206,15 @@ class StoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailure:
-    """A group that could not be generated: plain data, so that no exception has to be unpickled in the driver."""
+    """A group that could not be generated. It is plain data, so that the driver need not unpickle an exception."""
 
     ref: PromptRef
     reason: str
     engine: str = ""
     engine_dead: bool = False
-    """The engine behind it is gone and must be started again."""
+    """Whether the engine is gone and must be started again."""
     retryable: bool = False
-    """Another attempt may succeed (a timeout, say); False where the prompt itself is at fault."""
+    """Whether another attempt may succeed (after a time-out, for example). False if the fault is in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ class GroupSummary:
     lengths: tuple[int, ...]
     finish_reasons: tuple[FinishReason, ...]
     prompt_length: int
-    """In tokens, all expanded."""
+    """Length in tokens, with media expanded."""
     oldest_version: int
     """Minimum policy version over all trainable tokens; decides staleness. -1 for a failure."""
     generate_started: float = 0.0
@@ -239,18 +240,18 @@ class GroupSummary:
     invalid_reasons: tuple[str, ...] = ()
     """`status: reason` of each completion without a score."""
     invalid_excerpts: tuple[str, ...] = ()
-    """How each of these begins, for reports."""
+    """The beginning of each of these completions, for reports."""
     part_seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds of scoring by reward name."""
     failure: RolloutFailure | None = None
     media_length: int = 0
-    """Tokens that the placeholders of the prompt's media expanded to."""
+    """Tokens to which the placeholders of the prompt's media expanded."""
 
     @classmethod
     def of(cls, group: RolloutGroup) -> GroupSummary:
         verdicts = group.verdicts
         if verdicts is None:
-            raise ValueError(f"group {group.prompt.ref} was not scored yet")
+            raise ValueError(f"group {group.prompt.ref} is not scored yet")
         names = sorted({name for v in verdicts for name in v.parts})
         return cls(
             ref=group.prompt.ref,

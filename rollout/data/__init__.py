@@ -1,1 +1,1 @@
-"""Files to prompts."""
+"""Read data files and turn their rows into prompts."""

@@ -1,10 +1,10 @@
-"""DataActor: reads prompts ahead of their use, and owns their media in the object store.
+"""DataActor: reads prompts ahead of time, and owns their media in the object store.
 
     PromptSource ──▶ prompts with bytes ──▶ ray.put, once per digest ──▶ prompts with references ──▶ ray.put ──▶ driver
                                               └─ kept: the latest references, up to `media_bytes`
 
-The driver holds references, never pixels, nor tokens. An item lives in the store as long as this actor or any prompt
-holds its reference; it is lost with this actor or its node, and `read` then puts it again.
+The driver holds references, never pixels or tokens. An item stays in the store as long as this actor or any prompt
+holds its reference. If this actor or its node is lost, so is the item, and `read` puts it into the store again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MediaStore:
-    """References of encoded media in Ray's object store, by digest; the latest `capacity` bytes of them are kept."""
+    """Keeps references of encoded media in Ray's object store, by digest: those of the latest `capacity` bytes."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -36,7 +36,7 @@ class MediaStore:
         self._kept: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
 
     def put(self, media: Media) -> Media:
-        """`media` with a reference for its bytes, the one that is kept if there is one."""
+        """Return `media` with a reference in place of its bytes. A kept reference is reused."""
         if media.digest not in self._kept:
             self._kept[media.digest] = (ray.put(media.data), len(media.data))
             self.held += len(media.data)
@@ -48,25 +48,25 @@ class MediaStore:
         return replace(media, data=reference)
 
     def forget(self, media: Iterable[Media]) -> None:
-        """Put these anew when they come next: a kept reference may be dead."""
+        """Drop the references of these items, which may be dead; the next `put` makes new ones."""
         for item in media:
             self.held -= self._kept.pop(item.digest, (None, 0))[1]
 
 
 @dataclass(frozen=True)
 class DataActorReport:
-    """Of the data and the media behind them."""
+    """Figures of the data and their media."""
 
     train: DataReport
     evaluation: DataReport | None
     media_puts: int
-    """Distinct media put into the store (again, for those that had left the kept ones)."""
+    """Distinct media put into the store. An item that was no longer kept counts again."""
     media_bytes: int
-    """Bytes of the references kept now."""
+    """Bytes of the media whose references are kept now."""
 
 
 class DataActor:
-    """The one Ray actor that reads data. Calls run one at a time; between them one thread reads ahead."""
+    """The only Ray actor that reads data. Calls run one at a time; between them, one thread reads ahead."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class DataActor:
         evaluation: DataOptions | None = None,
         media_bytes: int = 256 * 2**20,
     ) -> None:
-        """`media_bytes` bounds the media whose references are kept for re-use."""
+        """Keep references of at most `media_bytes` bytes of media for reuse."""
         self._load_adapter = load_adapter
         self._train, self._evaluation = train, evaluation
         self._media = MediaStore(media_bytes)
         self._ahead: deque[tuple[StoredPrompt, dict[str, Any]]] = deque()
-        """Prompts that were read and not yet taken, each with the cursor behind it."""
+        """Prompts that were read but not taken yet, each with the cursor after it."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._reading: Future[None] | None = None
 
@@ -88,7 +88,7 @@ class DataActor:
         return "data"
 
     def start(self) -> int:
-        """Open the data and return the number of training rows. Raises DataError with all that is wrong."""
+        """Open the data and return the number of training rows. Raises DataError, which lists all problems."""
         adapter = self._load_adapter()
         self._source = PromptSource(self._train, adapter)
         self._eval_source = PromptSource(self._evaluation, adapter) if self._evaluation is not None else None
@@ -96,9 +96,10 @@ class DataActor:
         return len(self._source)
 
     def take(self, n: int) -> list[StoredPrompt]:
-        """The next `n` prompts, in the store, as are their media; as many again are then read in the background.
+        """Return the next `n` prompts. They and their media are in the store. The `n` prompts after them are then read
+        in the background.
 
-        Raises DataError, again at every call, and hands out nothing when too many rows are refused."""
+        If too many rows are refused, every call raises DataError and returns no prompts."""
         if self._reading is not None:
             self._reading.result()
         self._read_ahead(n)
@@ -110,15 +111,15 @@ class DataActor:
         return prompts
 
     def read(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
-        """The prompts of `refs` again, their media put into the store anew: after a resume, or when they were lost."""
+        """Return the prompts of `refs` again and put their media into the store again, after a resume or a loss."""
         self._wait()
         prompts = self._source.read(refs)
         self._media.forget(media for prompt in prompts for media in prompt.media)
         return [self._stored(prompt) for prompt in prompts]
 
     def held_out(self, limit: int | None = None, group_by: str | None = None) -> list[tuple[StoredPrompt, str]]:
-        """The held-out prompts, at most `limit`: the same ones in the same order at every call. Each with what its
-        column `group_by` holds."""
+        """Return at most `limit` held-out prompts, in the same order at every call. Each with what its column
+        `group_by` holds."""
         if self._eval_source is None:
             raise DataError("no held-out data: data.eval is empty")
         self._wait()
@@ -128,23 +129,23 @@ class DataActor:
         ]
 
     def state(self) -> dict[str, Any]:
-        """The cursor behind the last prompt that `take` returned; what was read ahead does not count."""
+        """Return the cursor after the last prompt that `take` returned. Prompts that were read ahead do not count."""
         return self._state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. Raises DataError when the data or their order are others."""
+        """Continue where `state` was taken. Raises DataError if the data or their order differ."""
         self._wait()
         self._source.load_state(state)
         self._ahead.clear()
         self._state, self._reading = self._source.state(), None
 
     def report(self) -> DataActorReport:
-        """Counts include rows that were read ahead until now: a run does not wait for slow files to be told of them."""
+        """Return the counts, which include the rows read ahead so far. This does not wait for slow files."""
         held_out = self._eval_source.report() if self._eval_source is not None else None
         return DataActorReport(self._source.report(), held_out, self._media.puts, self._media.held)
 
     def _wait(self) -> None:
-        """Let the reading thread finish; what it failed with is raised by the next `take`."""
+        """Wait for the reading thread. The next `take` raises its error, if it failed."""
         if self._reading is not None:
             wait([self._reading])
 

@@ -1,4 +1,4 @@
-"""One row of data -> one Prompt, or a refusal that says why.
+"""Build a Prompt from one row of data, or refuse the row with a reason.
 
 columns ──▶ Conversation + bytes of media ──▶ adapter.render ──▶ adapter.tokenize ──▶ counts, lengths checked ──▶ Prompt
                     ▲ the user's text shortened from the left, if that is asked for ◀── too long
@@ -30,28 +30,31 @@ if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter
 
 ANSWER_REFUSALS = ("no answer", "bad answer")
-"""Kinds of refusals of a row for its answer."""
+"""The kinds of refusal that are about the row's answer."""
 CHECKED_KEPT = 100_000
-"""Media whose shape is remembered by digest, so that later epochs need not decode them to check them."""
+"""How many checked media are remembered by digest, so that later epochs need not decode them again."""
 MAX_CHARACTERS = 2**20
-"""Of a row's prompt, and of its answer: tokenizers take hundreds of bytes for each, and abort without them."""
+"""Limit of a row's prompt and of its answer. A tokenizer takes hundreds of bytes for each character, and aborts if it
+does not get them."""
 FORMS_KEPT = 1000
-"""Forms of conversations (roles, places for media) of which it is remembered what the chat template writes."""
+"""How many forms of conversations (roles, places for media) are remembered, with the tokens that the chat template
+writes for them."""
 WORD: Part = {"type": "text", "text": "x"}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a model is given of a conversation."""
+    """A conversation as the model gets it."""
 
     text: str
     token_ids: Sequence[int]
     length: int
-    """In tokens, media expanded."""
+    """Length in tokens, with media expanded."""
 
 
 class PromptBuilder:
-    """Builds prompts for one model under one set of options; remembers nothing but which media were found good."""
+    """Builds prompts for one model under one set of options. It caches only which media are good and what chat
+    templates write."""
 
     def __init__(self, options: DataOptions, columns: Columns, adapter: MultimodalAdapter) -> None:
         self.options = options
@@ -64,12 +67,13 @@ class PromptBuilder:
         placeholders = (m.placeholder for m in adapter.modalities.values())
         self._reserved = tuple(dict.fromkeys((*adapter.placeholder_tokens, *placeholders)))
         self._written: dict[str, Counter[int]] = {}
-        """Control tokens that the chat template writes, by the form of a conversation."""
+        """Form of a conversation -> control tokens that the chat template writes for it."""
         self._checked: dict[tuple[MediaKind, str], Media] = {}
-        """Without their data."""
+        """Checked media, without their data."""
 
     def build(self, row: Mapping[str, Any], ref: PromptRef, directory: Path) -> Prompt:
-        """`directory` is where relative paths of media start without `options.root`. Raises RowRefusedError."""
+        """Build the prompt of a row. Without `options.root`, relative paths of media start at `directory`. Raises
+        RowRefusedError."""
         self._refuse_surprises(row)
         self._refuse_huge(row)
         conversation, answer = self._conversation_and_answer(row)
@@ -95,7 +99,8 @@ class PromptBuilder:
         )
 
     def gold(self, row: Mapping[str, Any], ref: PromptRef) -> Prompt:
-        """What a reward sees of a row without a model: answer, further columns, words. Raises RowRefusedError."""
+        """Return what a reward gets from a row and no model is needed for: answer, further columns, the user's words.
+        Raises RowRefusedError."""
         conversation, answer = self._conversation_and_answer(row)
         columns = {name: value_of(row, name) for name in self.columns.extra}
         words, none = conversation.words, np.zeros(0, np.int32)
@@ -108,8 +113,8 @@ class PromptBuilder:
         if surprises := self.columns.surprises(row):
             raise RowRefusedError(
                 "unexpected column",
-                f"the row has {', '.join(map(shown, surprises))}, which the first rows have not; say in data.columns "
-                "what that is (null in its role: nothing)",
+                f"the row has {', '.join(map(shown, surprises))}, which the first rows do not have; set its role "
+                "in data.columns (null ignores it)",
             )
 
     def _refuse_huge(self, row: Mapping[str, Any]) -> None:
@@ -138,24 +143,24 @@ class PromptBuilder:
         return conversation.compose(counts, self.options.prompt_template, self.options.system_text)
 
     def _refuse_placeholders(self, text: str) -> None:
-        """A placeholder written out in the text would be expanded to an image's tokens, or close one."""
+        """Refuse text that spells out a placeholder: it would be expanded to an image's tokens, or close an image."""
         for token in self._reserved:
             if token in text:
-                raise RowRefusedError("placeholder in text", f"the text holds the model's own {token}")
+                raise RowRefusedError("placeholder in text", f"the text contains the model's own {token}")
 
     # ------------------------------------------------------------------ media
 
     def _read(self, kind: MediaKind, value: Any, directory: Path) -> list[bytes]:
         items = value if isinstance(value, list) else [] if value is None else [value]
         if items and kind not in self.adapter.modalities:
-            raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}(s) for a model that takes none")
+            raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}(s), but the model takes none")
         most = self.options.max_media[kind]
         if len(items) > most:
             raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}s, the limit is {most}")
         return [self.files.read(item, kind, n, directory) for n, item in enumerate(items)]
 
     def _check(self, kind: MediaKind, data: bytes, n: int) -> Media:
-        """Decode it once, and never again while it is remembered."""
+        """Decode and check an item, unless a remembered check applies."""
         identity = (kind, digest(data))
         media = self._checked.get(identity)
         if media is None:
@@ -181,10 +186,10 @@ class PromptBuilder:
     def _fit(
         self, conversation: Conversation, counts: Mapping[MediaKind, int], media: Sequence[Media]
     ) -> tuple[Encoded, int]:
-        """The prompt, and how many characters of the user's text were dropped for it to fit.
+        """Return the prompt, and how many characters of the user's text were dropped to make it fit.
 
-        Only that text is ever shortened, from its left, and the rest is rendered around it anew: places for media, the
-        template's own tokens, the system message and the end, where the assistant speaks, are as they would be."""
+        Only the user's text is shortened, from its left, and the rest is rendered around it again. Places for media,
+        the template's own tokens, the system message and the end, where the assistant speaks, stay unchanged."""
         limit = self.options.max_prompt_length
         whole = self._encode(self._compose(conversation, counts), media)
         if whole.length <= limit:
@@ -199,16 +204,16 @@ class PromptBuilder:
         text = conversation.user_text
         kept = largest(lambda characters: shortened(characters).length <= limit, len(text) - 1)
         if not text[len(text) - kept :].strip():
-            raise RowRefusedError("prompt too long", f"{reason}, and without the user's text it is still too long")
+            raise RowRefusedError("prompt too long", f"{reason}; it is too long even without the user's text")
         return shortened(kept), len(text) - kept
 
     def _encode(self, messages: Sequence[Message], media: Sequence[Media]) -> Encoded:
         text, ids = self._render(messages)
         self._refuse_control_tokens(messages, ids)
         for message in messages:
-            # Templates may cut the reasoning out of assistant turns; of the others every word must arrive.
+            # Templates may cut the reasoning out of assistant turns; every word of the other turns must arrive.
             if message["role"] != "assistant" and any(part.strip() not in text for part in texts_of(message)):
-                raise RowRefusedError("bad prompt", f"the chat template drops or alters text of the {message['role']}")
+                raise RowRefusedError("bad prompt", f"the chat template drops or changes text of the {message['role']}")
         order = self.adapter.media_order(ids)
         if order != [m.kind for m in media]:
             raise RowRefusedError(
@@ -219,7 +224,7 @@ class PromptBuilder:
         return Encoded(text, ids, self._expanded_length(ids, media))
 
     def _render(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        if not self.adapter.modalities:  # templates of text models print a list of parts as it stands
+        if not self.adapter.modalities:  # templates of text models print a list of parts verbatim
             given = [{"role": m["role"], "content": text_of(m)} for m in messages]
         else:
             given = [dict(m) for m in messages]
@@ -228,12 +233,13 @@ class PromptBuilder:
             return text, self.adapter.tokenize(text)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise RowRefusedError(
-                "bad prompt", f"the model's chat template or tokenizer refuses it: {error!s:.120}"
+                "bad prompt", f"the model's chat template or tokenizer refuses the prompt: {error!s:.120}"
             ) from error
 
     def _refuse_control_tokens(self, messages: Sequence[Message], ids: Sequence[int]) -> None:
-        """Text may not become a token that opens or ends a turn, or the like: around other words the template writes
-        as many of them. Ids are counted, since templates trim texts and tokenizers normalise them."""
+        """Refuse text that becomes a control token, such as one that opens or ends a turn. Token ids are counted and
+        compared with those that the template writes around other words, since templates trim texts and tokenizers
+        normalise them."""
         control = self.adapter.control_tokens
         blank = [{**m, "content": [WORD if _says(part) else part for part in m["content"]]} for m in messages]
         form = repr(blank)
@@ -245,13 +251,13 @@ class PromptBuilder:
         if forged:
             tokens = ", ".join(control[i] for i in forged)
             raise RowRefusedError(
-                "control token in text", f"the text holds {tokens}, which only the model's chat template may write"
+                "control token in text", f"the text contains {tokens}, which only the model's chat template may write"
             )
 
     def _expanded_length(self, ids: Sequence[int], media: Sequence[Media]) -> int:
         try:
             return self.adapter.expanded_length(ids, media)
-        except Exception as error:  # processors answer shapes that they cannot take with many kinds of exception
+        except Exception as error:  # processors raise many kinds of exception for shapes that they cannot take
             shapes = ", ".join(f"{m.width} x {m.height}" if m.width else f"{m.samples} samples" for m in media)
             raise RowRefusedError("bad shape", f"the model's processor refuses {shapes:.80}: {error!s:.120}") from error
 
@@ -261,7 +267,7 @@ def _says(part: Part) -> bool:
 
 
 def characters(value: Any) -> int:
-    """Of all texts in a value of a row."""
+    """Count the characters of all texts in a value of a row."""
     if isinstance(value, str):
         return len(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -269,9 +275,9 @@ def characters(value: Any) -> int:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n from 1 to `most` that fits, where whatever is smaller fits too; 0 if none does.
+    """Return the largest n from 1 to `most` that fits, or 0 if none fits. If n fits, everything smaller fits too.
 
-    Tries about 2 log2(n) values, none above 2 n: what it costs depends on the result, not on `most`."""
+    It tries about 2 log2(n) values, none above 2 n, so the cost depends on the result and not on `most`."""
     good, bad = 0, 1
     while bad <= most and fits(bad):
         good, bad = bad, 2 * bad
@@ -286,7 +292,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _gold(column: str, value: Any, as_written: bool) -> str:
-    """The gold of a column's value. Raises RowRefusedError."""
+    """Return the gold of a column's value. Raises RowRefusedError."""
     try:
         return gold_text(value, column, as_written=as_written)
     except GoldError as error:

@@ -1,5 +1,5 @@
-"""Which column of the data files plays which role: as named in `data.columns`, or known by its name. A field of a
-struct is named with dots: `reward_model.ground_truth`.
+"""Choose which column of the data files plays which role: the one that `data.columns` names, or one with a known name.
+Dots name a field of a struct: `reward_model.ground_truth`.
 
 data.columns + names of the files' columns ──choose_columns──▶ Columns, the same for every file
 """
@@ -23,17 +23,17 @@ KNOWN_NAMES: Mapping[Role, tuple[str, ...]] = {
     "audio": ("audio", "audios"),
     "answer": ("answer", "solution", "ground_truth", "reward_model.ground_truth"),
 }
-"""Names of columns from which a role is known that the configuration does not name."""
+"""Role -> column names that play it if the configuration does not name a column."""
 WHOLE_CONVERSATIONS = ("messages", "conversations")
-"""Prompt columns that by custom end with the turn of the assistant that is the expected answer."""
+"""Prompt columns that usually end with the assistant's turn, which is the expected answer."""
 
 MAX_FIELDS, MAX_DEPTH = 50, 4
-"""Of structs whose fields are known by name."""
+"""Limits for structs whose fields are looked up by name."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The column of each role. `answer` may be the prompt's own: the last turn of the conversation is the answer."""
+    """The column of each role. If `answer` is the prompt's column, the last turn of the conversation is the answer."""
 
     prompt: str
     image: str | None = None
@@ -41,19 +41,19 @@ class Columns:
     audio: str | None = None
     answer: str | None = None
     extra: tuple[str, ...] = ()
-    """Handed to rewards as they are."""
+    """Further columns, passed to rewards unchanged."""
     unexpected: tuple[str, ...] = ()
-    """Names that would have been taken for a role, had they been among the columns. In JSON they may come up later."""
+    """Names that would play a role if they were among the columns. In JSON files they may come up later."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All columns that are read, each once."""
+        """Return all columns that are read, each once."""
         named = (self.prompt, *(column for _, column in self.media), self.answer, *self.extra)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
     def media(self) -> tuple[tuple[MediaKind, str], ...]:
-        """The kinds of media that there is a column of, with the column."""
+        """Return kind of media -> its column, for kinds that have one."""
         found = [(kind, getattr(self, kind)) for kind in MEDIA_ROLES]
         return tuple((kind, column) for kind, column in found if column is not None)
 
@@ -62,7 +62,7 @@ class Columns:
         return self.answer == self.prompt
 
     def surprises(self, row: Mapping[str, Any]) -> list[str]:
-        """Columns of a row that nothing is known to be done with, though their names say what they hold."""
+        """Return the columns of a row that would be ignored, although their names say that they play a role."""
         return [name for name in self.unexpected if value_of(row, name) is not None]
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Columns:
 
 
 def value_of(row: Mapping[str, Any], name: str) -> Any:
-    """What a row has in a column, or in a field of one; None where it has none."""
+    """Return a row's value of a column, or of a field of one; None if there is none."""
     if name in row:
         return row[name]
     for dot in (i for i, character in enumerate(name) if character == "."):
@@ -83,18 +83,18 @@ def value_of(row: Mapping[str, Any], name: str) -> Any:
 
 
 def is_read(column: str, names: Sequence[str]) -> bool:
-    """Whether one of `names` is a column, or a field in it."""
+    """Return whether one of `names` is `column`, or a field of it."""
     return any(name == column or name.startswith(f"{column}.") for name in names)
 
 
 def unread(present: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Those columns, without their fields, of which nothing is read."""
+    """Return the columns, without their fields, from which nothing is read."""
     return [column for column in _tops(present) if not is_read(column, names)]
 
 
 def field_names(row: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """The columns of a row, each with the dotted names of its fields if it is a struct of so many that they are names
-    and not contents."""
+    """Return the columns of a row. A struct adds the dotted names of its fields, unless it has so many that they must
+    be contents and not names."""
     for name, value in row.items():
         yield within + name
         if isinstance(value, Mapping) and len(value) <= MAX_FIELDS and within.count(".") < MAX_DEPTH:
@@ -108,11 +108,11 @@ def choose_columns(
     problems: list[str],
     optional: Sequence[str] = (),
 ) -> Columns | None:
-    """The columns of a set of files, from what is named and from the columns, and their fields, that each file has.
+    """Choose the columns of a set of files from the configured names and from the columns and fields of each file.
 
-    `extra`: what is handed on besides; `optional`: the same, where all files have it. A role that is not named gets
-    the one column that is known for it, if there is one. What is missing, what could be
-    meant in two ways, and files that differ are added to `problems`; then the result is None, as it is for no files."""
+    `extra` are further columns to pass on, and `optional` are columns to pass on if all files have them. A role without
+    a configured name gets the one column with a name known for it, if there is one. Missing columns, ambiguous columns,
+    and files that differ are added to `problems`; then the result is None, as it is for no files."""
     chosen: dict[Columns, str] = {}
     before = len(problems)
     extra = (*extra, *(n for n in optional if n not in extra and all(n in present for present in files.values())))
@@ -128,8 +128,8 @@ def choose_columns(
         return None
     first, *others = chosen
     problems += [
-        f"{chosen[other]}: would be read as {other}; {chosen[first]} as {first}. All files of a set must have the same "
-        "columns; name them in data.columns, or bring the files into one form"
+        f"{chosen[other]}: would be read as {other}; {chosen[first]} as {first}. All files of a set must have "
+        "the same columns: name them in data.columns, or give all files the same form"
         for other in others
     ]
     return None if others else first
@@ -154,13 +154,13 @@ def _choose(
         candidates = [name for name in known if name in present and name not in claimed]
         if len(candidates) > 1:
             either = " or ".join(map(repr, candidates))
-            missing.append(f"{file}: the {role} could be {either}; say which: data.columns.{role}")
+            missing.append(f"{file}: the {role} could be {either}; name one with data.columns.{role}")
         roles[role] = candidates[0] if candidates else None
         unexpected += [name for name in known if name not in candidates]
     prompt = roles.pop("prompt")
     if prompt is None:
         missing.append(
-            f"{file}: no column that is known to hold prompts ({', '.join(KNOWN_NAMES['prompt'])}); name it with "
+            f"{file}: no column with a known name for prompts ({', '.join(KNOWN_NAMES['prompt'])}); name it with "
             f"data.columns.prompt. It has {', '.join(_tops(present))}"
         )
     if missing or prompt is None:
@@ -173,7 +173,7 @@ def _choose(
 
 
 def _nearest_first(name: str, known: Sequence[str]) -> list[str]:
-    """The columns, and of their fields those that may be meant."""
+    """Return the columns, nearest names first, with those of their fields that may be meant."""
 
     def likeness(other: str) -> float:
         return max(difflib.SequenceMatcher(None, name, part).ratio() for part in (other, other.rpartition(".")[2]))
@@ -184,5 +184,5 @@ def _nearest_first(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _tops(known: Sequence[str]) -> list[str]:
-    """Those names that are no field of another."""
+    """Return the names that are not a field of another."""
     return [name for name in known if not any(name != k and is_read(k, [name]) for k in known)]

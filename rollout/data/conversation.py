@@ -1,4 +1,4 @@
-"""What a row says, as chat messages whose contents are parts: texts, and places for media.
+"""Read a row as chat messages. The content of a message is a list of parts: texts, and places for media.
 
 a text, {role, content} or {from, value} messages ─▶ Conversation ─▶ compose: template, media, system message ─▶ render
 """
@@ -17,27 +17,27 @@ from vlm.media.types import MediaKind
 Part = Mapping[str, Any]
 """`{"type": "text", "text": ...}`, or `{"type": "image"}`, "video", "audio": the place of one item."""
 Message = Mapping[str, Any]
-"""`{"role": "system" | "user" | "assistant", "content": [parts]}`"""
+"""A message `{"role": "system" | "user" | "assistant", "content": [parts]}`."""
 
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"system": "system", "human": "user", "gpt": "assistant"}
-"""Roles as LLaVA's files call them, in `from`."""
+"""LLaVA's names of the roles, in `from`."""
 _MARKER = re.compile(r"<(image|video|audio)>")
 SLOT = "{prompt}"
-"""Where a template takes the row's text."""
+"""The marker in a template that the row's text replaces."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of one row, as it has them: no template, no system message of the configuration."""
+    """The messages of one row as it has them, without the template and the system message of the configuration."""
 
     messages: tuple[Message, ...]
     plain: bool
-    """All contents are texts. Without a marker in them, the media go before the text of the only user message."""
+    """Whether all contents are texts. If they have no marker, the media go before the text of the only user message."""
 
     @staticmethod
     def read(value: Any) -> Conversation:
-        """From a column's value. Markers `<image>`, `<video>`, `<audio>` become places. Raises RowRefusedError."""
+        """Read a column's value. The markers `<image>`, `<video>`, `<audio>` become places. Raises RowRefusedError."""
         if isinstance(value, str):
             if not value.strip():
                 raise RowRefusedError("bad prompt", "the prompt is empty")
@@ -50,24 +50,27 @@ class Conversation:
         return Conversation(messages, all(isinstance(content, str) for _, content in turns))
 
     def without_last_turn(self) -> tuple[Conversation, str]:
-        """The conversation up to the assistant's last turn, and its text. Raises RowRefusedError if there is none."""
+        """Return the conversation before the assistant's last turn, and the text of that turn. Raises RowRefusedError
+        if there is none."""
         last = self.messages[-1]
         if last["role"] != "assistant":
             raise RowRefusedError(
-                "no answer", f"the last message is to be the answer (data.columns.answer), but is the {last['role']}'s"
+                "no answer",
+                "the last message must be the assistant's, since it is the answer (data.columns.answer), but it "
+                f"is the {last['role']}'s",
             )
         if any(part["type"] != "text" for part in last["content"]):
-            raise RowRefusedError("bad answer", "the last message, which is the answer, holds media")
+            raise RowRefusedError("bad answer", "the last message, which is the answer, contains media")
         return replace(self, messages=self.messages[:-1]), text_of(last)
 
     def check_speaker(self) -> None:
-        """Raises RowRefusedError unless it ends with a user's message, and the user says something."""
+        """Raise RowRefusedError unless the last message is the user's and the user says something."""
         if not self.messages or self.messages[-1]["role"] != "user":
             role = self.messages[-1]["role"] if self.messages else "nobody"
             raise RowRefusedError(
                 "bad prompt",
-                f"the last message is the {role}'s; it must be the user's (if it is the expected answer, name the "
-                "prompt's column as data.columns.answer too)",
+                f"the last message is the {role}'s; it must be the user's (if it is the expected answer, set "
+                "data.columns.answer to the prompt's column)",
             )
         if not any(text_of(m).strip() or places([m]) for m in self.messages if m["role"] == "user"):
             raise RowRefusedError("bad prompt", "the user's messages are empty")
@@ -80,11 +83,12 @@ class Conversation:
 
     @property
     def words(self) -> str:
-        """The user's texts for who reads them: pieces that media or other turns part stand in lines of their own."""
+        """Return the user's texts. Pieces between media or other turns are on lines of their own."""
         return "\n".join(text for m in self.messages if m["role"] == "user" for text in texts_of(m))
 
     def keep_last(self, characters: int) -> Conversation:
-        """Only the last `characters` of the user's text; everything else, places for media among it, as it is."""
+        """Keep only the last `characters` of the user's text. Everything else, including places for media, stays
+        unchanged."""
         messages: list[Message] = []
         for message in reversed(self.messages):
             if message["role"] == "user":
@@ -103,10 +107,11 @@ class Conversation:
     # ------------------------------------------------------------------ the messages a model gets
 
     def compose(self, counts: Mapping[MediaKind, int], template: str | None, system: str | None) -> list[Message]:
-        """The messages a model gets, with a place for each of the row's media, `counts` of each kind.
+        """Return the messages that the model gets, with a place for each of the row's media. `counts` are the items of
+        each kind.
 
-        `template` goes around a text with its markers, or, among parts, from the first text to the last. Raises
-        RowRefusedError where the row does not say where its media go."""
+        `template` goes around a text with its markers, or around the parts from the first text to the last. Raises
+        RowRefusedError if the row does not say where its media go."""
         messages = list(self.messages)
         if template is not None:
             content = messages[-1]["content"]
@@ -124,7 +129,7 @@ class Conversation:
                 has, given = found.count(kind), counts.get(kind, 0)
                 if has != given:
                     raise RowRefusedError(
-                        f"{kind} count", f"the prompt has {has} place(s) for {kind}s, the row {given} {kind}(s)"
+                        f"{kind} count", f"the prompt has {has} place(s) for {kind}s, but the row has {given} {kind}(s)"
                     )
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
@@ -132,7 +137,7 @@ class Conversation:
 
 
 def places(messages: Sequence[Message]) -> list[MediaKind]:
-    """The kinds of the places for media in messages, in order."""
+    """Return the kind of each place for media in the messages, in order."""
     return [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
 
 
@@ -145,7 +150,7 @@ def text_of(message: Message) -> str:
 
 
 def _turn(value: Any, n: int) -> tuple[str, Any]:
-    """Role and content of a message in either form."""
+    """Return role and content of a message in either form."""
     if isinstance(value, dict) and value.get("role") in ROLES:
         return value["role"], value.get("content")
     if isinstance(value, dict) and (role := SPEAKERS.get(str(value.get("from")))) is not None:
@@ -169,8 +174,8 @@ def _parts(content: Any, n: int) -> list[Part]:
 
 
 def _given_part(part: Any, n: int) -> list[Part]:
-    """A part of a row, without the null fields that Parquet adds to every part: templates take a part that merely *has*
-    a key 'image' for an image."""
+    """Read a part without the null fields that Parquet adds to every part. A template takes any part with a key 'image'
+    for an image."""
     given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
     kind = given.get("type")
     if kind in MEDIA_ROLES and given in ({"type": kind}, {"type": kind, "text": ""}):
@@ -185,11 +190,11 @@ def _given_part(part: Any, n: int) -> list[Part]:
 
 
 def _split(text: str) -> list[Part]:
-    """A text as parts: markers are places for media."""
+    """Split a text into parts. Markers become places for media."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RowRefusedError("bad prompt", f"the text is no valid Unicode: {error}") from error
+        raise RowRefusedError("bad prompt", f"the text is not valid Unicode: {error}") from error
     pieces = _MARKER.split(text)  # text, kind, text, kind, ..., text
     parts: list[Part] = []
     for i, piece in enumerate(pieces):
@@ -201,7 +206,7 @@ def _split(text: str) -> list[Part]:
 
 
 def _joined(left: Sequence[Part], right: Sequence[Part]) -> list[Part]:
-    """Parts behind each other; two texts that meet become one, as some chat templates trim every text."""
+    """Join parts. Adjacent texts become one, since some chat templates trim every text."""
     if left and right and left[-1]["type"] == right[0]["type"] == "text":
         seam = {"type": "text", "text": left[-1]["text"] + right[0]["text"]}
         return [*left[:-1], seam, *right[1:]]
@@ -209,6 +214,6 @@ def _joined(left: Sequence[Part], right: Sequence[Part]) -> list[Part]:
 
 
 def _span_of_texts(parts: Sequence[Part]) -> tuple[int, int]:
-    """From the first text to behind the last one; behind all parts if there is none."""
+    """Return the slice from the first text through the last one; an empty slice at the end if there is no text."""
     texts = [n for n, part in enumerate(parts) if part["type"] == "text"]
     return (texts[0], texts[-1] + 1) if texts else (len(parts), len(parts))

@@ -1,4 +1,5 @@
-"""Names of what is not on this machine: URLs, buckets, data sets of the Hugging Face hub; and what to do about them."""
+"""Recognise names of data that are not on this machine (URLs, buckets, data sets of the Hugging Face hub), and say what
+to do."""
 
 from __future__ import annotations
 
@@ -12,31 +13,34 @@ _MAYBE_ON_HUB = re.compile(_ID)
 
 
 def address_problem(name: str) -> str:
-    """Why an address such as `s3://bucket/data` is not used, and what to do; empty for a path."""
+    """Explain why an address such as `s3://bucket/data` cannot be used and what to do; empty for a path."""
     scheme = _SCHEME.match(name)
     if scheme is None:
         return ""
     kind = scheme[1].lower()
     if kind == "file":
-        return f"what is on this machine is given by its path; leave {scheme[0]} out"
-    return f"only what is on this machine is used, and this is a URL ({kind}); download or mount it, and give its path"
+        return f"files on this machine are given by their path; remove {scheme[0]}"
+    return f"this is a URL ({kind}), and only files on this machine can be used; download or mount it and give its path"
 
 
 def not_here(name: str) -> str:
-    """The same for data files, those of the Hugging Face hub told apart; empty for a file that is just missing."""
+    """Explain the same for data files, also for names of the Hugging Face hub; empty for a file that is just
+    missing."""
     if found := _ON_HUB.fullmatch(name):
-        return f"only files of this machine are read, and this is on the Hugging Face hub; {_download(found[1])}"
+        return f"this is on the Hugging Face hub, and only files on this machine can be read; {_download(found[1])}"
     if problem := address_problem(name):
         return problem
     path = Path(name)
     if _MAYBE_ON_HUB.fullmatch(name) and not path.parent.exists() and not re.search("[a-z]", path.suffix.lower()):
-        return f"only files of this machine are read; a data set of the Hugging Face hub: {_download(name)}"
+        return (
+            f"only files on this machine can be read; if this is a data set of the Hugging Face hub, {_download(name)}"
+        )
     return ""
 
 
 def _download(dataset: str) -> str:
     folder = dataset.rpartition("/")[2]
     return (
-        f"download it with `hf download {dataset} --repo-type dataset --local-dir {folder}`, and name the files, as in "
-        f"{folder}/data/train-*.parquet"
+        f"download it with `hf download {dataset} --repo-type dataset --local-dir {folder}` and name the files, "
+        f"as in {folder}/data/train-*.parquet"
     )

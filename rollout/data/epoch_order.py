@@ -1,8 +1,8 @@
-"""The order in which an epoch visits the rows: shuffled by seed and epoch, computed without holding it whole.
+"""The order in which an epoch visits the rows. It is shuffled by seed and epoch, and never held in memory as a whole.
 
     blocks, shuffled ──▶ windows of about 256 MiB ──▶ rows of a window, shuffled
 
-Only one window's blocks are needed in memory at a time. Data smaller than a window are shuffled uniformly.
+Only the blocks of one window are in memory at a time. Data smaller than a window are shuffled uniformly.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class _Plan:
-    """One epoch: which blocks make up which window, and at which position each window starts."""
+    """One epoch: the blocks of each window, and the position at which each window starts."""
 
     windows: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
 
 
 class EpochOrder:
-    """`row(epoch, position)`: a permutation of all rows for each epoch, a pure function of seed and block sizes."""
+    """`row(epoch, position)` is a permutation of all rows for each epoch. It is a pure function of seed and block
+    sizes."""
 
     def __init__(self, rows: Sequence[int], nbytes: Sequence[int], *, seed: int, shuffle: bool, window_bytes: int):
-        """`rows` and `nbytes` of each block, in file order."""
+        """Take `rows` and `nbytes` of each block, in file order."""
         self._rows, self._nbytes = tuple(rows), tuple(nbytes)
         self._first = np.concatenate([[0], np.cumsum(self._rows, dtype=np.int64)])
         self._seed, self._shuffle, self._window_bytes = seed, shuffle, window_bytes
@@ -39,9 +40,9 @@ class EpochOrder:
         return int(self._first[-1])
 
     def row(self, epoch: int, position: int) -> int:
-        """The row at `position` (0 to the number of rows - 1) of epoch `epoch`."""
+        """Return the row at `position` (0 to the number of rows - 1) of epoch `epoch`."""
         if not 0 <= position < len(self):
-            raise IndexError(f"position {position} of an epoch of {len(self)} rows")
+            raise IndexError(f"position {position} is outside of an epoch of {len(self)} rows")
         if not self._shuffle:
             return position
         plan = self._plan(epoch)
@@ -49,7 +50,7 @@ class EpochOrder:
         return int(self._window(epoch, window)[position - plan.starts[window]])
 
     def fingerprint(self) -> str:
-        """Equal exactly when every epoch's order is equal."""
+        """Return a fingerprint. Two are equal exactly if the order of every epoch is equal."""
         layout = (self._rows, self._nbytes, self._window_bytes, self._seed) if self._shuffle else len(self)
         return hashlib.sha256(repr(layout).encode()).hexdigest()[:16]
 

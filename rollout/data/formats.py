@@ -1,6 +1,7 @@
-"""Files as blocks of rows: about 16 MiB each, read one at a time. JSONL and JSON here, Parquet in `parquet_rows.py`.
+"""Read files in blocks of rows of about 16 MiB, one at a time. JSONL and JSON are here, Parquet is in
+`parquet_rows.py`.
 
-A new format is one class with what `RowFile` asks for, and an entry in `rows.FORMATS`.
+A new format is one class that implements `RowFile`, and an entry in `rows.FORMATS`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from rollout.data.json_array import ElementError, array_spans, element_spans
 from vlm.errors import UserError
 
 BLOCK_BYTES = 16 * 2**20
-"""Aimed size of a block, uncompressed."""
+"""Target size of a block, uncompressed."""
 MAX_LINE_BYTES = 256 * 2**20
-"""A JSONL line above this is taken for a file that is no JSONL."""
+"""A file with a longer line is not JSONL."""
 READ_BUFFER = 2**20
-"""Bytes that a Parquet column is read ahead: pages are streamed, a row group is never in memory whole."""
+"""Bytes of a Parquet column that are read ahead. Pages are streamed, so a row group is never in memory as a whole."""
 ROWS_FOR_KEYS = 1000
-"""Rows at the beginning of a JSON or JSONL file whose keys are its columns."""
+"""How many rows at the beginning of a JSON or JSONL file are read for its columns."""
 
 Row = dict[str, Any]
 Loaded = Callable[[int], Row]
-"""Row `i` of a loaded block. Raises ValueError for a row that cannot be decoded."""
+"""Returns row `i` of a loaded block. Raises ValueError if the row cannot be decoded."""
 
 
 class DataError(UserError, ValueError):
-    """Data that cannot be used; says which file, which rows, and why."""
+    """The data cannot be used; the message says which file, which rows, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +49,26 @@ class Block:
     stop: int
     """Parquet: row groups `[start, stop)`. JSONL, JSON: bytes `[start, stop)`."""
     skip: int = 0
-    """Parquet: rows of group `start` that come before this block, where a large group was cut."""
+    """Parquet: how many rows of group `start` come before this block, if a large group was cut."""
 
 
 class RowFile(Protocol):
     path: Path
     columns: tuple[str, ...]
-    """Names that exist in the file; none if it has no rows. Fields of structs follow theirs: `struct.field`."""
+    """Names of the file's columns; empty if it has no rows. Each struct is followed by its fields: `struct.field`."""
 
     def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
-        """From now on read these columns alone, if the format can; returns the file's blocks."""
+        """Read only these columns from now on, if the format can. Returns the file's blocks."""
 
     def load(self, block: Block) -> Loaded:
         """Read one block. Raises DataError."""
 
 
 class _JsonRows(ABC):
-    """What JSONL and JSON files have in common: rows are objects in ranges of bytes. A subclass finds the ranges."""
+    """The common part of JSONL and JSON files: rows are objects in ranges of bytes. A subclass finds the ranges."""
 
     unit = ""
-    """What a row is called in errors."""
+    """The word for rows in error messages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,11 +77,11 @@ class _JsonRows(ABC):
 
     @abstractmethod
     def _cut(self) -> Iterator[Block]:
-        """Raises DataError for a file that is not of the format."""
+        """Cut the file into blocks. Raises DataError if the file is not of the format."""
 
     @abstractmethod
     def _rows(self, data: bytes) -> list[bytes]:
-        """The rows in a block's bytes. Raises ElementError."""
+        """Return the rows in a block's bytes. Raises ElementError."""
 
     def _keys(self) -> tuple[str, ...]:
         found: dict[str, None] = {}
@@ -102,16 +103,18 @@ class _JsonRows(ABC):
                 file.seek(block.start)
                 rows = self._rows(file.read(block.stop - block.start))
         except (OSError, ElementError) as error:
-            raise DataError(f"{self.path}: unreadable: {error}; changed since it was opened?") from error
+            raise DataError(f"{self.path}: unreadable: {error}; did the file change after it was opened?") from error
         if len(rows) != block.rows:
             raise DataError(
-                f"{self.path}: {block.rows} {self.unit} expected, {len(rows)} read: changed since it was opened?"
+                f"{self.path}: expected {block.rows} {self.unit}, read {len(rows)}; did the file change after it "
+                "was opened?"
             )
         return lambda i: _parse(rows[i])
 
 
 class JsonlRows(_JsonRows):
-    """A JSONL file: one object a line, indexed by byte offset every block. Row n is line n, counted from 0."""
+    """A JSONL file: one object per line. The index holds the byte offset of each block. Row n is line n, counted from
+    0."""
 
     unit = "lines"
 
@@ -125,7 +128,9 @@ class JsonlRows(_JsonRows):
                 whole = data.endswith(b"\n")
                 stop = start + len(data)
                 if not whole and stop < end:
-                    raise DataError(f"{self.path}: a line longer than {MAX_LINE_BYTES >> 20} MiB; one object a line?")
+                    raise DataError(
+                        f"{self.path}: a line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one object per line"
+                    )
                 yield Block(data.count(b"\n") + (not whole), len(data), start, stop)
                 start = stop
 
@@ -134,7 +139,8 @@ class JsonlRows(_JsonRows):
 
 
 class JsonArrayRows(_JsonRows):
-    """A JSON file that is one array of objects, indexed by byte offset every block. Row n is element n, from 0."""
+    """A JSON file that is one array of objects. The index holds the byte offset of each block. Row n is element n,
+    counted from 0."""
 
     unit = "elements"
 
@@ -148,7 +154,7 @@ class JsonArrayRows(_JsonRows):
                         rows = 0
                     start, rows, stop = first if not rows else start, rows + 1, last
             except ElementError as error:
-                raise DataError(f"{self.path}: no readable JSON array: {error}") from error
+                raise DataError(f"{self.path}: not a readable JSON array: {error}") from error
         if rows:
             yield Block(rows, stop - start, start, stop)
 
@@ -157,7 +163,7 @@ class JsonArrayRows(_JsonRows):
 
 
 def _content_end(file: BinaryIO) -> int:
-    """Where the last line that is not blank ends."""
+    """Return the end of the last line that is not blank."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - READ_BUFFER))
     tail = file.read()
@@ -170,12 +176,12 @@ def _parse(row: bytes) -> Row:
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a row must be a JSON object, this is {type(value).__name__}")
+        raise ValueError(f"a row must be a JSON object, this is a {type(value).__name__}")
     return value
 
 
 def open_json(path: Path) -> RowFile:
-    """One array of objects, or, as some name JSONL too, one object a line."""
+    """Open a `.json` file: one array of objects, or one object per line, since some JSONL files have this name."""
     with path.open("rb") as file:
         beginning = file.read(READ_BUFFER).removeprefix(b"\xef\xbb\xbf").lstrip()
     return JsonArrayRows(path) if beginning.startswith(b"[") else JsonlRows(path)

@@ -1,7 +1,7 @@
-"""Where the elements of a JSON array stand in a file: found in one pass, in memory for a few megabytes and one element.
+"""Find the elements of a JSON array in a file, in one pass. Memory holds a few megabytes and one element.
 
-The bytes are looked at as Latin-1, one character each: JSON's own signs are ASCII, and no byte of a longer UTF-8
-character is one of them, so positions are byte offsets, and an element with damaged text is still found.
+The bytes are read as Latin-1, one character each. JSON's own signs are ASCII, and no byte of a longer UTF-8 character
+is one of them. So positions are byte offsets, and an element with damaged text is still found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 CHUNK_BYTES = 4 * 2**20
 MAX_ELEMENT_BYTES = 256 * 2**20
-"""An element above this is taken for a file that is damaged."""
+"""A file with a larger element is damaged."""
 
 _DECODER = json.JSONDecoder()
 _BLANKS = frozenset(" \t\r\n")
@@ -21,11 +21,11 @@ _BYTE_ORDER_MARK = "\xef\xbb\xbf"
 
 
 class ElementError(ValueError):
-    """The bytes are no array, or no part of one; says where."""
+    """The bytes are not an array or part of one; the message says where."""
 
 
 def array_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the elements of the array that `file` holds, and nothing else. Raises ElementError."""
+    """Yield the byte ranges of the elements of an array. The file must contain nothing else. Raises ElementError."""
     window = _Window(file)
     at = window.skip_blanks(len(_BYTE_ORDER_MARK) if window.text.startswith(_BYTE_ORDER_MARK) else 0)
     if window.text[at : at + 1] != "[":
@@ -37,11 +37,11 @@ def array_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
         raise window.error(at, "expected , or ]")
     at = window.skip_blanks(at + 1)
     if at < len(window.text):
-        raise window.error(at, "expected nothing behind the array")
+        raise window.error(at, "there is something after the end of the array")
 
 
 def element_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the elements of which `file` holds a list without brackets. Raises ElementError."""
+    """Yield the byte ranges of a list of elements without brackets around it. Raises ElementError."""
     window = _Window(file)
     at = yield from _spans(window, 0)
     if at < len(window.text):
@@ -49,7 +49,7 @@ def element_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _spans(window: _Window, at: int) -> Generator[tuple[int, int], None, int]:
-    """Elements with commas between them from `at` on; returns the position behind where neither follows."""
+    """Yield elements with commas between them, starting at `at`. Returns the position after the last one."""
     while True:
         at = window.forget_before(window.skip_blanks(at))
         stop = window.end_of_value(at)
@@ -61,17 +61,17 @@ def _spans(window: _Window, at: int) -> Generator[tuple[int, int], None, int]:
 
 
 class _Window:
-    """The part of a file that is in memory; positions are those in `text`."""
+    """The part of a file that is in memory. Positions are relative to `text`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.text = ""
         self.offset = file.tell()
-        """Where `text` begins in the file."""
+        """The offset of `text` in the file."""
         self._more(0)
 
     def _more(self, needed_from: int) -> bool:
-        """Read on, as much again as is in use; False at the end of the file."""
+        """Read more: as much again as is in use. Returns False at the end of the file."""
         in_use = len(self.text) - needed_from
         if in_use > MAX_ELEMENT_BYTES:
             raise self.error(needed_from, f"an element longer than {MAX_ELEMENT_BYTES >> 20} MiB")
@@ -80,7 +80,7 @@ class _Window:
         return bool(data)
 
     def skip_blanks(self, at: int) -> int:
-        """The next position that is no blank: the text's end only at the end of the file."""
+        """Return the next position that is not blank. It is the end of the text only at the end of the file."""
         while True:
             while at < len(self.text) and self.text[at] in _BLANKS:
                 at += 1
@@ -88,7 +88,7 @@ class _Window:
                 return at
 
     def forget_before(self, at: int) -> int:
-        """Drop what lies before `at`, now and then; returns the new position of what was at `at`."""
+        """Drop the text before `at` from time to time. Returns the new position of `at`."""
         if at < CHUNK_BYTES:
             return at
         self.text, self.offset = self.text[at:], self.offset + at
@@ -104,7 +104,7 @@ class _Window:
                 if not self._more(at):
                     raise self.error(error.pos, error.msg) from error
             else:
-                # What ends where the text does may go on behind it: 12 is the beginning of 12.3.
+                # A value that ends where the text ends may continue after it: 12 is the beginning of 12.3.
                 if self.text[stop : stop + 1] in _ENDS or not self._more(at):
                     return stop
 

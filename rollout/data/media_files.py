@@ -1,7 +1,7 @@
-"""The encoded bytes of a row's media: from the row itself, as bytes or base64 text, from a file under the data root,
-or, where allowed, from the web.
+"""Read the encoded bytes of a row's media: from the row itself (bytes or base64 text), from a file under the data root,
+or, if allowed, from the web.
 
-Base64 text is told from a path by what it begins with: the signature of an image, video or sound (`iVBORw0KGgo`, PNG).
+Base64 text differs from a path in its beginning: the signature of an image, video or sound (`iVBORw0KGgo` for PNG).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rollout.data.rows import RowRefusedError, shown
 from vlm.media.types import MediaKind
 
 FETCH_SECONDS = 20.0
-"""Longest wait for an answer from the web, and for the whole of one."""
+"""Time limit for the first byte of an answer from the web, and for the whole answer."""
 MIN_BASE64 = 40
-"""Characters of the smallest picture's text."""
+"""Length of the base64 text of the smallest picture."""
 LONGEST_NAME = 255
-"""Characters of a path below the folder of the data; longer ones are hardly paths."""
+"""Longest path below the folder of the data; longer texts are hardly paths."""
 
 _STANDARD = str.maketrans("-_", "+/")
-"""The alphabet of URLs to the usual one."""
+"""Translates the URL-safe base64 alphabet to the usual one."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data):", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
@@ -36,22 +36,22 @@ SIGNATURES = re.compile(
     rb"|\x1aE\xdf\xa3|OggS|ID3|fLaC",
     re.DOTALL,
 )
-"""How the files of images, videos and sounds begin."""
+"""The first bytes of image, video and sound files."""
 
 
 class MediaFiles:
-    """Reads media under one set of rules; remembers nothing."""
+    """Reads media under one set of rules. It has no state."""
 
     def __init__(self, *, root: Path | None, allow_urls: bool, max_bytes: int) -> None:
-        """`root`: where relative paths start and all paths must end up; None: the folder of each data file."""
+        """Relative paths start at `root`, and no path may lead outside of it. None: the folder of each data file."""
         self._root = root.resolve() if root is not None else None
         self._max_bytes = max_bytes
         self._opener = _web_opener() if allow_urls else None
 
     def read(self, item: Any, kind: MediaKind, n: int, directory: Path) -> bytes:
-        """The bytes of item `n` of a row: bytes, base64 text, a path, a URL, or a struct {bytes, path}.
+        """Return the bytes of item `n` of a row, which is bytes, base64 text, a path, a URL, or a struct {bytes, path}.
 
-        `directory`: the data file's folder. Raises RowRefusedError."""
+        `directory` is the data file's folder. Raises RowRefusedError."""
         where = f"{kind} {n}: "
         if isinstance(item, dict):
             data = item.get("bytes")
@@ -85,13 +85,15 @@ class MediaFiles:
             )
 
     def _decode(self, text: str, kind: MediaKind, where: str) -> bytes:
-        """The bytes that base64 text stands for, in either alphabet, with line breaks or without."""
+        """Decode base64 text in either alphabet, with or without line breaks."""
         self._check_size(len(text) * 3 // 4 - 2, kind, where)  # before it is copied
         text = "".join(text.split()).translate(_STANDARD).rstrip("=")
         try:
             data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError as error:  # its message quotes no text
-            raise RowRefusedError(f"bad {kind}", f"{where}no readable base64 text ({error}): {shown(text)}") from error
+            raise RowRefusedError(
+                f"bad {kind}", f"{where}not readable as base64 text ({error}): {shown(text)}"
+            ) from error
         self._check_size(len(data), kind, where)
         return data
 
@@ -107,7 +109,7 @@ class MediaFiles:
             return path.read_bytes()
         except RowRefusedError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:  # no right to read; a NUL in the name; links in a circle
+        except (OSError, ValueError, RuntimeError) as error:  # no permission; a NUL in the name; a cycle of links
             reason = getattr(error, "strerror", None) or error  # the whole message quotes the name
             long = len(name) > LONGEST_NAME
             said = _no_file(name, root) if long else f"{shown(name)} cannot be read: {reason!s:.80}"
@@ -115,12 +117,12 @@ class MediaFiles:
 
     def _fetch(self, url: str, scheme: str, kind: MediaKind, where: str) -> bytes:
         if scheme not in ("http", "https"):
-            only = "; of data URLs, only base64 ones are read" if scheme == "data" else ", which is never read"
+            only = "; data URLs must be base64" if scheme == "data" else "; only http and https URLs can be fetched"
             raise RowRefusedError("URL refused", f"{where}{shown(url)} is a {scheme} URL{only}")
         if self._opener is None:
             raise RowRefusedError(
                 "URL refused",
-                f"{where}{shown(url)} is a URL, none is fetched unless data.media_from has urls",
+                f"{where}{shown(url)} is a URL; download the file, or set data.media_from=urls to fetch it",
             )
         try:
             return self._download(url, kind, where)
@@ -148,7 +150,8 @@ class MediaFiles:
 
 
 def _is_base64(text: str) -> bool:
-    """Whether `text` is that of a file of a known format. A path would have to begin just so: no dot, no extension."""
+    """Return whether `text` is the base64 text of a file of a known format. A path hardly begins like one, without a
+    dot or an extension."""
     if len(text) < MIN_BASE64 or _NOT_BASE64.search(text):
         return False
     head = "".join(text[:64].split())[:24].translate(_STANDARD)
@@ -159,17 +162,18 @@ def _is_base64(text: str) -> bool:
 
 
 def _no_file(name: str, path: Path) -> str:
-    """What is said of a path that leads nowhere, or of a text that is none. Of a long path the end is shown, which
-    tells files of a folder apart."""
+    """Describe a path to a missing file, or a text that is not a path. A long path is cut at its beginning, since its
+    end tells the files of a folder apart."""
     if len(name) > LONGEST_NAME and not _NOT_BASE64.search(name):
-        return f"{shown(name)} is base64 text, but of no known format, and no path ({len(name):,} characters)"
+        return f"{shown(name)} is neither a path nor base64 text of a known format ({len(name):,} characters)"
     if len(name) > LONGEST_NAME:
-        return f"{shown(name)} is a text of {len(name):,} characters, and no path"
+        return f"{shown(name)} is a text of {len(name):,} characters, not a path"
     return f"no file {path}" if len(str(path)) <= 160 else f"no file ...{str(path)[-160:]}"
 
 
 def _web_opener() -> urllib.request.OpenerDirector:
-    """Follows redirects, but to http and https alone: urllib's own would open ftp and local files too."""
+    """Return an opener that follows redirects to http and https only. The default one would also open ftp and local
+    files."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -193,8 +197,8 @@ _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*")
 
 
 def media_kind(value: Any, directory: Path) -> MediaKind | None:
-    """Which kind of media a value plainly is: an encoded image, a struct with one, a path of a file that exists, a URL
-    by its suffix, or a list of such. None for all else."""
+    """Return the kind of media of a value: an encoded image, a struct with one, a path of a file that exists, a URL (by
+    its suffix), or a list of these. None for anything else."""
     if isinstance(value, list):
         return next((kind for item in value if (kind := media_kind(item, directory)) is not None), None)
     if isinstance(value, dict):

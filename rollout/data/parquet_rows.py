@@ -1,4 +1,4 @@
-"""Parquet files as blocks of rows, in bounded memory whatever a file unpacks to.
+"""Read Parquet files in blocks of rows, in bounded memory, whatever size a file unpacks to.
 
 metadata ──▶ blocks ──▶ batches of rows: equal texts stay one ──▶ texts of their own, if that is little ──▶ rows
     └─▶ refused, unread: what unpacks to too much
@@ -21,21 +21,24 @@ from rollout.data.columns import field_names, is_read
 from rollout.data.formats import READ_BUFFER, Block, DataError, Loaded, Row
 
 MIN_ROW_BYTES = 64
-"""A row counts for as many bytes at least: runs of equal values state next to none."""
+"""The least bytes that a row counts: runs of equal values state almost none."""
 UNPACKED_BYTES = 64 * 2**20
 UNPACKED_TIMES = 100
-"""A column of a row group that takes more than so many bytes, and so many times what it takes in the file, is not
-unpacked: data of use never come near both."""
-SMALLER_GROUPS = "good data pass after pq.write_table(pq.read_table(FILE), NEW, row_group_size={})"
-"""What to do about good data that are refused for the size of their row groups; `pq` is pyarrow.parquet."""
+"""A column of a row group that unpacks to more than UNPACKED_BYTES, and to more than UNPACKED_TIMES its size in the
+file, is not unpacked. Useful data never come near both limits."""
+SMALLER_GROUPS = (
+    "if the data are good, rewrite the file with smaller row groups: "
+    "pq.write_table(pq.read_table(FILE), NEW, row_group_size={})"
+)
+"""The advice for good data whose row groups are too large; `pq` is pyarrow.parquet."""
 DECODED_BYTES = 256 * 2**20
-"""What the rows of a block, and one row, may take in memory."""
+"""Memory limit for the rows of a block, and for one row."""
 SHAREABLE = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
-"""Encodings of texts that Arrow can read without making a copy of each."""
+"""Encodings of texts that Arrow can read without copying each text."""
 
 
 class ParquetRows:
-    """A Parquet file: small row groups are joined to a block, large ones cut into several."""
+    """A Parquet file. Small row groups are joined into one block, and large ones are cut into several."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,7 +49,7 @@ class ParquetRows:
             self.columns = tuple(fields) if file.metadata.num_rows else ()
         self._selected: list[str] = []
         self._leaves: list[int] = []
-        """Columns of values behind the selected ones."""
+        """Columns of values that belong to the selected columns."""
         self._shared: list[str] = []
 
     def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
@@ -82,8 +85,8 @@ class ParquetRows:
             yield Block(rows, size, start, metadata.num_row_groups)
 
     def _shareable(self, leaf: int) -> bool:
-        """Whether equal texts of a column can stay one text in memory, as they are in the file, until a row is read.
-        Where they take much, as images do, looking for equal ones costs more than it gives."""
+        """Return whether equal texts of a column can stay one text in memory, as in the file, until a row is read. For
+        large values such as images, the search for equal ones costs more than it saves."""
         column = self._metadata.schema.column(leaf)
         if column.physical_type != "BYTE_ARRAY" or column.converted_type not in ("UTF8", "NONE"):
             return False
@@ -92,7 +95,7 @@ class ParquetRows:
         return small and all(SHAREABLE.issuperset(chunk.encodings) for chunk in chunks)
 
     def _bomb(self, group: int) -> str:
-        """Why a row group is not unpacked; empty for one that is."""
+        """Explain why a row group is not unpacked; empty if it is."""
         rows = self._metadata.row_group(group).num_rows
         for i in self._leaves:
             column = self._metadata.row_group(group).column(i)
@@ -100,8 +103,9 @@ class ParquetRows:
             packed, unpacked = column.total_compressed_size, max(column.total_uncompressed_size, 4 * elements)
             if unpacked > max(UNPACKED_BYTES, UNPACKED_TIMES * packed):
                 reason = (
-                    f"{column.path_in_schema!r} of row group {group} unpacks from {packed:,} to {unpacked:,} bytes; "
-                    f"more than {UNPACKED_BYTES >> 20} MiB and {UNPACKED_TIMES} times as much are not unpacked"
+                    f"{column.path_in_schema!r} of row group {group} unpacks from {packed:,} to {unpacked:,} "
+                    f"bytes, more than the limit of {UNPACKED_BYTES >> 20} MiB and {UNPACKED_TIMES} times the "
+                    "packed size"
                 )
                 fewer = rows * UNPACKED_BYTES // (2 * unpacked)
                 return f"{reason}; {SMALLER_GROUPS.format(fewer)}" if fewer else reason
@@ -119,7 +123,9 @@ class ParquetRows:
         ends = list(accumulate(len(part) for part in parts))
         if ends[-1:] != [block.rows]:
             found = ends[-1] if ends else 0
-            raise DataError(f"{self.path}: {block.rows} rows expected, {found} read: changed since it was opened?")
+            raise DataError(
+                f"{self.path}: expected {block.rows} rows, read {found}; did the file change after it was opened?"
+            )
 
         def row(i: int) -> Row:
             part = bisect_right(ends, i)
@@ -128,7 +134,7 @@ class ParquetRows:
         return row
 
     def _read(self, block: Block) -> list[pa.RecordBatch] | None:
-        """The rows of a block; None if they take too much memory."""
+        """Read the rows of a block; None if they take too much memory."""
         first, last, seen, held = block.skip, block.skip + block.rows, 0, 0
         groups = list(range(block.start, block.stop))
         parts: list[pa.RecordBatch] = []
@@ -146,7 +152,8 @@ class ParquetRows:
         return parts
 
     def _unshared(self, batch: pa.RecordBatch, held: int) -> tuple[pa.RecordBatch, int]:
-        """`batch` with texts of its own where they take less than the shared ones, or little; and what it takes."""
+        """Return `batch` with its own copy of each text, if that is smaller than the shared texts or small anyway; and
+        its size."""
         columns, nbytes = [], 0
         for column, name in zip(batch.columns, batch.schema.names, strict=True):
             size = _decoded_bytes(column)
@@ -158,7 +165,8 @@ class ParquetRows:
         return pa.RecordBatch.from_arrays(columns, names=batch.schema.names), nbytes
 
     def _batch_rows(self, block: Block) -> int:
-        """Rows to decode at once: few where each may be a copy of a large text, or of most of the one before."""
+        """Return how many rows to decode at once: few if each may be a copy of a large text, or of most of the text
+        before it."""
         rows = min(block.rows, 4096)
         for g in range(block.start, block.stop):
             for leaf in self._leaves:
@@ -171,7 +179,7 @@ class ParquetRows:
 
 
 def _fields(schema: pa.Schema | pa.StructType) -> dict[str, Any]:
-    """Names of columns -> their fields, if they are structs."""
+    """Return column -> its fields, for columns that are structs."""
     return {field.name: _fields(field.type) if pa.types.is_struct(field.type) else None for field in _each(schema)}
 
 
@@ -180,8 +188,8 @@ def _each(schema: pa.Schema | pa.StructType) -> list[pa.Field]:
 
 
 def dictionary_bytes(path: Path, chunk: Any) -> int:
-    """Unpacked size of the texts that a column of a row group refers to by number. The page's header begins with three
-    integers in Thrift's compact form: the kind of the page, its unpacked, and its packed size."""
+    """Return the unpacked size of the dictionary of a column of a row group. The page's header begins with three
+    integers in Thrift's compact form: the kind of the page, its unpacked size, and its packed size."""
     with path.open("rb") as file:
         file.seek(chunk.dictionary_page_offset)
         header = file.read(64)
@@ -203,7 +211,8 @@ def _refusing(reason: str) -> Loaded:
 
 
 def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """`array` as it is where Arrow has no way to another kind (texts as views), or a wrong one (columns of nulls)."""
+    """Cast `array`. It stays unchanged if Arrow cannot cast it (texts as views), or casts it wrongly (columns of
+    nulls)."""
     if array.type == kind:
         return array
     try:
@@ -215,7 +224,7 @@ def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _row(batch: pa.RecordBatch, i: int) -> Row:
-    """Raises ValueError for a value that is too large to be made one of Python."""
+    """Convert a row to Python values. Raises ValueError if a value is too large."""
     values = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if (size := _decoded_bytes(column.slice(i, 1))) > DECODED_BYTES:
@@ -225,7 +234,7 @@ def _row(batch: pa.RecordBatch, i: int) -> Row:
 
 
 def _decoded_bytes(array: pa.Array) -> int:
-    """What an array takes with a text of its own for each value."""
+    """Return the size of an array in which each value has its own copy of its text."""
     if isinstance(array, pa.DictionaryArray):
         try:
             lengths = pc.binary_length(array.dictionary)

@@ -1,4 +1,4 @@
-"""What is said of a data set: rows refused and truncated, and how it differs from that of a saved cursor."""
+"""Report on a data set: refused and truncated rows, and differences from the data set of a saved cursor."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WHAT_TO_DO = (
-    "Resume with the data that the run began with, or start a run on these in another output_dir, with the weights of "
-    "a checkpoint of this one (saccade merge) as model.path"
+    "Resume with the data that the run began with. To train on the new data, start a run in another output_dir, "
+    "with a merged checkpoint of this run (saccade merge) as model.path"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One row that was not used, and why."""
+    """A row that was not used, and the reason."""
 
     file: str
     row: int
     kind: str
-    """A few fixed words, to count by."""
+    """A short fixed phrase; refusals are counted by it."""
     reason: str
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a source has seen since it was made. A row that comes up in several epochs counts once."""
+    """Everything a source has seen since it was made. A row that comes up in several epochs counts once."""
 
     rows: int
     """Rows of the data set, over all files."""
@@ -37,7 +37,7 @@ class DataReport:
     """Refused rows by kind."""
     first_refusals: tuple[Refusal, ...] = ()
     truncated: int = 0
-    """Rows whose user's text was shortened to fit."""
+    """Rows whose user text was shortened to fit."""
 
     @property
     def refused_total(self) -> int:
@@ -45,7 +45,7 @@ class DataReport:
 
     @property
     def remark(self) -> str:
-        """What a user should know of it, in one line: nothing where all rows were used as they are."""
+        """Return one line for the user; empty if all rows were used unchanged."""
         first = f"; the first: {self.first_refusals[0]}" if self.first_refusals else ""
         return f"{self}{first}" if self.refused or self.truncated else ""
 
@@ -56,15 +56,17 @@ class DataReport:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, how the identity of a data set, and of the order of its rows, differs from a saved one."""
+    """Describe how the identity of a data set, and of the order of its rows, differs from a saved one."""
     found = []
     if then.get("files") != now["files"]:
-        found.append(f"files: {_files(then.get('files', []))} then, {_files(now['files'])} now")
+        found.append(f"files: they were {_files(then.get('files', []))}, now {_files(now['files'])}")
     for key, knob in (("seed", "seed"), ("shuffle", "data.shuffle")):
         if then.get(key) != now[key]:
-            found.append(f"{knob}: {then.get(key)} then, {now[key]} now")
+            found.append(f"{knob}: it was {then.get(key)}, now {now[key]}")
     if not found and then.get("order") != now["order"]:
-        found.append("order of the rows: other columns are read, or the same files were written anew in other parts")
+        found.append(
+            "order of the rows: other columns are read, or the same files were rewritten with other row groups"
+        )
     return found
 
 

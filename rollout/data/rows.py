@@ -1,8 +1,8 @@
-"""Rows of several files under one numbering, with bounded memory.
+"""Number the rows of several files consecutively, and read them in bounded memory.
 
     file ──▶ blocks (about 16 MiB of consecutive rows) ──▶ loaded one at a time, the latest ones cached ──▶ row
 
-Only the index of blocks is held for the whole data set: a few numbers per 16 MiB.
+Only the index of blocks is in memory for the whole data set: a few numbers per 16 MiB.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ FORMATS: dict[str, Callable[[Path], RowFile]] = {
 }
 
 SHOWN = 80
-"""Characters of a value that a message quotes."""
+"""The most characters of a value that a message quotes."""
 MAX_REASON = 300
-"""Characters of a reason: a row may hold megabytes, and what is said of it stays a line."""
+"""The most characters of a reason. A row may contain megabytes, but a message about it stays one line."""
 
 
 def shown(value: object) -> str:
-    """What a row holds, as far as a message quotes it."""
+    """Return a value of a row, shortened for a message."""
     text = repr(value if not isinstance(value, str) else value[:SHOWN])
     whole = len(text) <= SHOWN + 2 and (not isinstance(value, str) or len(value) <= SHOWN)
     return text if whole else f"{text[:SHOWN]}..."
 
 
 class RowRefusedError(ValueError):
-    """One row that cannot be used. `kind` is a few fixed words to count by, the message tells the rest."""
+    """A row cannot be used. `kind` is a short fixed phrase to count by; the message has the details."""
 
     def __init__(self, kind: str, reason: str) -> None:
         if len(reason) > MAX_REASON:
@@ -50,8 +50,8 @@ class RowRefusedError(ValueError):
 
 
 def open_files(patterns: Sequence[str], problems: list[str]) -> list[RowFile]:
-    """The files behind paths and glob patterns, in their order. What cannot be opened is added to `problems`, as is
-    that there is no row in any of them."""
+    """Open the files behind paths and glob patterns, in order. Files that cannot be opened are added to `problems`, and
+    so are files that have no rows altogether."""
     before = len(problems)
     opened = [_open(path, problems) for path in _resolve(patterns, problems)]
     files = [file for file in opened if file is not None]
@@ -61,10 +61,10 @@ def open_files(patterns: Sequence[str], problems: list[str]) -> list[RowFile]:
 
 
 class RowStore:
-    """All rows of several files under one numbering, in the order of the files."""
+    """All rows of several files, numbered consecutively in the order of the files."""
 
     def __init__(self, files: Sequence[RowFile], columns: Sequence[str], cache_bytes: int) -> None:
-        """`columns`: those that are read; `cache_bytes`: what the latest blocks may take together."""
+        """Read the columns `columns`. The cached blocks take at most `cache_bytes`."""
         self.files = tuple(files)
         self.names = _short_names([file.path for file in self.files])
         blocks = [file.select(columns) for file in self.files]
@@ -76,15 +76,15 @@ class RowStore:
         self._cache: OrderedDict[int, Loaded] = OrderedDict()
         self._cached_bytes, self._cache_bytes = 0, cache_bytes
         self.blocks_loaded = 0
-        """Blocks read from disk so far; re-reads count again."""
+        """Blocks read from disk so far. A block that is read again counts again."""
 
     def __len__(self) -> int:
         return self._file_starts[-1]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """`(file number, row within the file)`."""
+        """Return `(file number, row within the file)`."""
         if not 0 <= row < len(self):
-            raise DataError(f"row {row} asked for, the data have {len(self)} rows")
+            raise DataError(f"there is no row {row}: the data have {len(self)} rows")
         file = bisect_right(self._file_starts, row) - 1
         return file, row - self._file_starts[file]
 
@@ -93,7 +93,8 @@ class RowStore:
         return f"{self.names[file]}:{within}"
 
     def read(self, row: int) -> Row:
-        """The row's columns as Python values. Raises RowRefusedError for a damaged row, DataError for its file."""
+        """Return the row's columns as Python values. Raises RowRefusedError if the row is damaged, and DataError if its
+        file is."""
         number = bisect_right(self._block_starts, row) - 1
         loaded = self._cache.get(number)
         if loaded is None:
@@ -117,7 +118,8 @@ class RowStore:
 
 
 def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
-    """Files behind paths and globs, in order; what matches nothing or twice is added to `problems`."""
+    """Return the files behind paths and globs, in order. Patterns without a match and files named twice are added to
+    `problems`."""
     found: dict[Path, str] = {}
     named: list[Path] = []
     for pattern in patterns:
@@ -129,7 +131,7 @@ def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
             matching = " (nothing matches)" if glob.has_magic(name) and not why else ""
             problems.append(f"{pattern}: no such file{matching}" + (f"; {why}" if why else ""))
         for match in matches:
-            path = Path(match).absolute()  # links not followed: it is the name that tells the format
+            path = Path(match).absolute()  # links are not resolved: the name tells the format
             if path.resolve() in found:
                 problems.append(f"{match}: named twice, by {found[path.resolve()]!r} and {pattern!r}")
                 continue
@@ -140,7 +142,7 @@ def _resolve(patterns: Sequence[str], problems: list[str]) -> list[Path]:
 
 def _open(path: Path, problems: list[str]) -> RowFile | None:
     if path.is_dir():
-        problems.append(f"{path}: is a directory; name its files, as in {path}/*.parquet")
+        problems.append(f"{path}: this is a directory; name its files, as in {path}/*.parquet")
         return None
     opener = FORMATS.get(path.suffix.lower())
     if opener is None:
@@ -156,7 +158,7 @@ def _open(path: Path, problems: list[str]) -> RowFile | None:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """File names, with as many parent folders as it takes to tell them apart."""
+    """Return the file names, each with as many parent folders as are needed to tell them apart."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

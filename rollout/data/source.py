@@ -1,4 +1,4 @@
-"""Rows of Parquet, JSONL and JSON files -> Prompts: endless, shuffled by seed and epoch, resumable to the row.
+"""Read prompts from Parquet, JSONL and JSON files: endlessly, shuffled by seed and epoch, and resumable at any row.
 
     files ──▶ columns ──▶ rows.RowStore ──▶ epoch_order.EpochOrder ──▶ builder.PromptBuilder ──▶ Prompt
                                   ▲ (epoch, position)          └─▶ refused: file, row, reason; counted, capped
@@ -39,55 +39,55 @@ SYSTEM_PROMPTS: Mapping[str, str] = {
         "and nothing else, inside <answer> </answer>."
     ),
 }
-"""Shipped system prompts, selected by the word."""
+"""Name -> shipped system prompt."""
 
 MIN_ROWS_FOR_SHARE = 1000
-"""The refused share is judged as if at least this many rows had been seen (or all rows of smaller data)."""
+"""The share of refused rows is taken of at least this many rows (or of all rows of smaller data)."""
 REFUSALS_KEPT = 10
 ROWS_FOR_MEDIA = 20
-"""Rows that are looked at for media in columns that no role is for."""
+"""How many rows are searched for media in columns without a role."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which files, which columns, under which limits."""
+    """The files, the columns and the limits."""
 
     files: tuple[str, ...]
     """Parquet, JSONL and JSON files, or glob patterns of them."""
     columns: Mapping[Role, str | None] = field(default_factory=dict)
-    """Role -> column; None: nothing plays it. Roles that are not here are known by the names of the columns."""
+    """Role -> column, or None for a role that no column plays. Other roles go to columns with known names."""
     extra_columns: tuple[str, ...] = ()
-    """Further columns, handed to rewards untouched."""
+    """Further columns, passed to rewards unchanged."""
     optional_columns: tuple[str, ...] = ()
-    """The same, where all files have them."""
+    """Further columns that are passed to rewards if all files have them."""
     answers_as_written: bool = False
-    """Answers are programs or tests: nothing in them marks an answer."""
+    """Whether answers are programs or tests, in which nothing marks an answer."""
     system_prompt: str | None = None
-    """Put before every prompt that has no system message; a key of SYSTEM_PROMPTS stands for its text."""
+    """System message for every prompt that has none. A key of SYSTEM_PROMPTS stands for its text."""
     prompt_template: str | None = None
-    """What the last user message becomes: {prompt} in it stands for the row's text."""
+    """Template of the last user message; {prompt} stands for the row's text."""
     shuffle: bool = True
     seed: int = 0
     """Seed of the shuffle."""
     max_prompt_length: int = 4096
-    """In tokens, media expanded."""
+    """Limit in tokens, with media expanded."""
     overlong_prompts: Literal["refuse", "truncate"] = "refuse"
-    """truncate: the user's text loses its beginning, and nothing else does."""
+    """truncate: cut the beginning of the user's text, and nothing else."""
     max_media: Mapping[MediaKind, int] = field(default_factory=lambda: dict(MEDIA_PER_PROMPT))
-    """Items of each kind in one prompt."""
+    """The most items of each kind in one prompt."""
     max_video_frames: int = 8
     max_image_bytes: int = 20 * 2**20
-    """Of an encoded image, video or sound."""
+    """The most bytes of an encoded image, video or sound."""
     max_image_pixels: int = 50_000_000
-    """Of an image, or of a frame."""
+    """The most pixels of an image, or of a frame."""
     root: str | None = None
-    """Folder in which paths of media start, and out of which none may lead. None: that of each data file."""
+    """Folder at which paths of media start, and out of which none may lead. None: the folder of each data file."""
     allow_urls: bool = False
-    """Fetch media by http and https."""
+    """Whether to fetch media by http and https."""
     max_refused_share: float = 0.01
-    """Share of rows that may be refused before DataError."""
+    """The largest share of refused rows. Beyond it, DataError is raised."""
     window_bytes: int = 256 * 2**20
-    """Memory for rows: what one shuffle window holds and the block cache keeps."""
+    """Memory for rows: the size of a shuffle window and of the block cache."""
 
     @property
     def system_text(self) -> str | None:
@@ -99,7 +99,7 @@ class DataOptions:
 
 
 def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:
-    """The files, and which column plays which role. Raises DataError with all that is missing at once."""
+    """Open the files and choose the column of each role. Raises DataError, which lists everything that is missing."""
     problems: list[str] = []
     if options.root_folder is not None and not options.root_folder.is_dir():
         why = address_problem(str(options.root))
@@ -115,17 +115,17 @@ def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:
 
 
 class PromptSource:
-    """Prompts of a data set, endlessly: `take(n)` moves a cursor that `state()` saves and `load_state()` restores."""
+    """An endless sequence of prompts. `take(n)` moves a cursor that `state()` saves and `load_state()` restores."""
 
     def __init__(self, options: DataOptions, adapter: MultimodalAdapter) -> None:
-        """Reads the files' indexes. Raises DataError with all missing files and columns at once."""
+        """Read the indexes of the files. Raises DataError, which lists all missing files and columns."""
         self.options = options
         files, columns = open_data(options)
         present = {str(file.path): file.columns for file in files if file.columns}
         self.columns = columns
-        """Which column plays which role."""
+        """The column of each role."""
         self.unused = tuple(dict.fromkeys(n for names in present.values() for n in unread(names, columns.names)))
-        """Columns that nothing is done with."""
+        """Columns that are not used."""
         self._store = RowStore(files, columns.names, options.window_bytes)
         self._builder = PromptBuilder(options, columns, adapter)
         blocks = self._store.blocks
@@ -139,18 +139,18 @@ class PromptSource:
         self._epoch = self._position = 0
         self._tried = 0
         self._refused: dict[int, str] = {}
-        """Kind by row."""
+        """Row -> kind of its refusal."""
         self._refusals: list[Refusal] = []
         self._truncated: set[int] = set()
 
     def __len__(self) -> int:
-        """Rows, refused ones included."""
+        """Return the number of rows, including refused ones."""
         return len(self._store)
 
     # ------------------------------------------------------------------ reading
 
     def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts; refused rows are passed over. Raises DataError when too many are refused."""
+        """Return the next `n` prompts and skip refused rows. Raises DataError if too many are refused."""
         return [self._next() for _ in range(n)]
 
     def _next(self) -> Prompt:
@@ -163,10 +163,10 @@ class PromptSource:
                 self._epoch, self._position = self._epoch + 1, 0
             if prompt is not None:
                 return prompt
-        raise DataError(f"no usable row in a whole epoch of {len(self)}. {self._refusals_text()}")
+        raise DataError(f"none of the {len(self)} rows of an epoch can be used. {self._refusals_text()}")
 
     def one_epoch(self, limit: int | None = None) -> Iterator[Prompt]:
-        """The usable rows of epoch 0, at most `limit` of them, without moving the cursor."""
+        """Return at most `limit` usable rows of epoch 0. The cursor does not move."""
         found = 0
         for prompt in self.look(len(self)):
             self._check_refused()
@@ -179,12 +179,13 @@ class PromptSource:
             raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
 
     def look(self, rows: int) -> Iterator[Prompt | None]:
-        """The first `rows` rows of epoch 0, None for each that is refused, however many are; the cursor stays."""
+        """Yield the first `rows` rows of epoch 0, with None for each refused one, however many there are. The cursor
+        does not move."""
         for position in range(min(rows, len(self))):
             yield self.attempt(self._order.row(0, position))
 
     def try_rows(self, rows: int) -> None:
-        """Look at the first `rows` rows of epoch 0. Raises DataError if a run would stop at them."""
+        """Try the first `rows` rows of epoch 0. Raises DataError if a run would stop at them."""
         usable = 0
         for prompt in self.look(rows):
             self._check_refused()
@@ -194,8 +195,8 @@ class PromptSource:
             raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
 
     def overlooked(self) -> dict[str, MediaKind]:
-        """Columns that nothing is done with though the first rows hold media in them, of kinds that no role is for, and
-        that the configuration does not leave out."""
+        """Return unused columns that contain media in the first rows. Kinds of media that have a column, or that the
+        configuration leaves out, do not count."""
         missing = [k for k in MEDIA_ROLES if getattr(self.columns, k) is None and k not in self.options.columns]
         files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
         store = RowStore(files, self.unused, self.options.window_bytes)
@@ -209,8 +210,9 @@ class PromptSource:
         return found
 
     def golds(self, rows: int) -> Iterator[tuple[str, Prompt | Refusal]]:
-        """Up to `rows` rows at random, some of every file, with that file's name: the answer, further columns and the
-        user's words, without media and tokens; or why the answer is refused. Rows with a bad prompt are left out."""
+        """Return up to `rows` random rows, some from every file, with the file's name. Each has the answer, further
+        columns and the user's words, without media and tokens, or the reason why the answer is refused. Rows with a bad
+        prompt are left out."""
         names = [name for name in self.columns.names if name not in dict(self.columns.media).values()]
         files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
         store, draw, first = RowStore(files, names, self.options.window_bytes), random.Random(self.options.seed), 0
@@ -225,21 +227,22 @@ class PromptSource:
             first += count
 
     def read(self, refs: Sequence[PromptRef]) -> list[Prompt]:
-        """The same prompts again, by row, in the order given: after a resume, or when their media were lost.
+        """Read the same prompts again, in the given order, after a resume or a loss of their media.
 
-        Raises DataError when a row is not what it was: these prompts were usable once, so the data have changed."""
+        Raises DataError if a row differs: these prompts were usable before, so the data have changed."""
         return [self._build(ref) for ref in refs]
 
     def _build(self, ref: PromptRef) -> Prompt:
         if ref.uid != self._store.uid(ref.row):
-            raise DataError(f"row {ref.row} is {self._store.uid(ref.row)}, not {ref.uid}: other files than before?")
+            raise DataError(f"row {ref.row} is {self._store.uid(ref.row)}, not {ref.uid}; have the files changed?")
         try:
             return self._build_row(ref)
         except RowRefusedError as error:
             raise DataError(f"{ref} cannot be read again: {error.reason}; have the files changed?") from error
 
     def attempt(self, row: int, epoch: int = 0) -> Prompt | None:
-        """The prompt of a row, by its number over all files; None if it is refused, which is counted."""
+        """Return the prompt of a row, by its number over all files. None if the row is refused; the refusal is
+        counted."""
         self._tried += 1
         try:
             prompt = self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))
@@ -260,20 +263,20 @@ class PromptSource:
     # ------------------------------------------------------------------ refusals
 
     def report(self) -> DataReport:
-        refused = dict(Counter(list(self._refused.values())))  # the list at once: another thread may be reading rows
+        refused = dict(Counter(list(self._refused.values())))  # copy the list first: another thread may be reading rows
         return DataReport(len(self), self._seen, refused, tuple(self._refusals), len(self._truncated))
 
     @property
     def _seen(self) -> int:
-        """Distinct rows, but for those that a resumed first epoch leaves to the second."""
+        """Return how many distinct rows were seen, except those that a resumed first epoch leaves to the second."""
         return min(self._tried, len(self))
 
     def excess(self) -> str:
-        """Why a run stops at what was refused so far; empty if it goes on."""
+        """Explain why a run stops at the refusals so far; empty if it continues."""
         share = self.options.max_refused_share
         counted = max(self._seen, min(len(self), MIN_ROWS_FOR_SHARE))
         too_many = len(self._refused) > share * counted
-        return f"more than {share:.2%} of the rows refused (data.max_refused_share)" if too_many else ""
+        return f"more than {share:.2%} of the rows were refused (data.max_refused_share)" if too_many else ""
 
     def _check_refused(self) -> None:
         if excess := self.excess():
@@ -285,11 +288,11 @@ class PromptSource:
     # ------------------------------------------------------------------ cursor
 
     def state(self) -> dict[str, Any]:
-        """Where `take` goes on: plain JSON values, with what the order depends on."""
+        """Return the position of `take` as plain JSON values, with everything that the order depends on."""
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. Raises DataError when this source has another order of rows."""
+        """Continue where `state` was taken. Raises DataError if this source has another order of rows."""
         identity = self._identity()
         if differing := differences(state, identity):
             what = "the saved position belongs to other data, or to another order of them:"

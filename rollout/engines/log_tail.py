@@ -1,6 +1,6 @@
-"""The last lines that a library and its child processes print, kept while they also go where they always went.
+"""Keep the last lines that a library and its child processes print. The output still goes to standard error.
 
-A child that dies leaves its reason on its standard error and nowhere else; children inherit descriptors 1 and 2.
+A child that dies writes the reason only to its standard error. Children inherit descriptors 1 and 2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _REDIRECT = threading.Lock()
 
 
 class LogTail:
-    """Keeps the last `lines` lines written by children started inside `capture`, for as long as they live."""
+    """Keeps the last `lines` lines of children that were started inside `capture`, as long as they live."""
 
     def __init__(self, lines: int = 60) -> None:
         self._lines: deque[str] = deque(maxlen=lines)
@@ -24,8 +24,8 @@ class LogTail:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Send descriptors 1 and 2 of this process, and of children started meanwhile, through a pipe that is copied
-        to the former standard error. One capture at a time in a process."""
+        """Send descriptors 1 and 2 of this process, and of children started meanwhile, through a pipe, which is copied
+        to the original standard error. Only one capture at a time is possible in a process."""
         with _REDIRECT:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -56,6 +56,6 @@ class LogTail:
         self._ended.set()
 
     def text(self, wait: float = 0.0) -> str:
-        """The lines kept so far. `wait`: at most so many seconds until every child has closed its end."""
+        """Return the lines kept so far. Wait at most `wait` seconds until every child has closed its end."""
         self._ended.wait(wait)
         return "\n".join(self._lines)

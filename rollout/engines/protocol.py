@@ -1,4 +1,4 @@
-"""What a rollout engine must do. `VLLMEngine` is the real one; `SimulatedEngine` serves scale and fault tests.
+"""The Protocol of rollout engines. `VLLMEngine` is the real one; `SimulatedEngine` is for scale and fault tests.
 
 RolloutActor ──▶ RolloutEngine.generate(prompt, sampling) ──▶ EngineOutput
 """
@@ -21,20 +21,20 @@ BAN = -100.0
 """Added to the logit of a banned token, by the engine and by the learner (learner.model.logprobs.BAN) alike."""
 
 DEFAULT_MAX_SEQS, DEFAULT_GPU_SHARE = 256, 0.85
-"""Of `EngineOptions.max_num_seqs` and `.gpu_memory_utilization`."""
+"""Defaults of `EngineOptions.max_num_seqs` and `.gpu_memory_utilization`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions are drawn. Training uses temperature alone, so that the learner can reproduce the distribution:
-    softmax(logits / temperature) with the banned tokens' logits lowered by `BAN`."""
+    """Options for sampling completions. Training uses only the temperature, so that the learner can reproduce the
+    distribution: softmax(logits / temperature), with the logits of banned tokens lowered by `BAN`."""
 
     n: int = 1
-    """K, completions per prompt."""
+    """K, the number of completions per prompt."""
     max_tokens: int = 512
     """Maximum new tokens of each completion."""
     temperature: float = 1.0
-    """0 decodes greedily (evaluation only: its log-probabilities are not the policy's)."""
+    """0 decodes greedily. This is for evaluation only, since its log-probabilities are not the policy's."""
     seed: int | None = None
     """Seed of completion 0; completion k uses `seed + k`."""
     ignore_eos: bool = False
@@ -42,7 +42,7 @@ class SamplingParams:
     banned_token_ids: tuple[int, ...] = ()
     """Tokens that must never be sampled: the adapter's media placeholders."""
     max_tokens_each: tuple[int, ...] = ()
-    """Per-completion maxima (benchmarks with forced lengths); empty: `max_tokens` for all."""
+    """A maximum for each completion, for benchmarks with forced lengths. Empty: `max_tokens` for all."""
 
 
 class EngineDeadError(RuntimeError):
@@ -50,7 +50,7 @@ class EngineDeadError(RuntimeError):
 
 
 class PromptRefusedError(ValueError):
-    """The engine refuses this prompt (too long, unreadable media): the prompt is at fault, not the engine."""
+    """The engine refuses this prompt (too long, unreadable media). The fault is in the prompt, not in the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine is started with."""
+    """Options with which an engine starts."""
 
     model: str
     dtype: str = "bfloat16"
@@ -73,40 +73,40 @@ class EngineOptions:
     device: str = "cuda"
     """"cuda" or "cpu"; an engine refuses to start on a machine that lacks it."""
     threads: int = 1
-    """OpenMP threads: of everything on CPU; beside a GPU, of what prepares images."""
+    """OpenMP threads: for everything on CPU, or, with a GPU, for the preparation of images."""
     kv_cache_gib: float | None = None
-    """KV cache in GiB; None: what is left of the engine's share of a GPU, or 1 GiB (CPU)."""
+    """Size of the KV cache in GiB. None: the rest of the engine's share of a GPU, or 1 GiB (CPU)."""
     max_media_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 8})
-    """By kind."""
+    """Kind -> the most items in one prompt."""
     weight_transfer_backend: str | None = None
     """"nccl", "gloo", ...; None for an engine whose weights never change (evaluation from disk)."""
     seed: int = 0
     trust_remote_code: bool = False
     start_timeout: float = 600.0
-    """Seconds in which the engine must be ready."""
+    """Seconds within which the engine must be ready."""
     control_timeout: float = 300.0
-    """Seconds that any call but `start` and `generate` may take, receiving weights included."""
+    """Seconds that any call except `start` and `generate` may take, including the receipt of weights."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of vLLM's `AsyncEngineArgs`, as they are."""
+    """Further keyword arguments of vLLM's `AsyncEngineArgs`, passed unchanged."""
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that run at once."""
+        """Return how many sequences run at once."""
         return int(self.extra.get("max_num_seqs", DEFAULT_MAX_SEQS))
 
     @property
     def gpu_memory_utilization(self) -> float:
-        """GPU: share of its memory that must be free at the start, and that the engine takes if `kv_cache_gib` is
+        """GPU: the share of its memory that must be free at the start, and that the engine takes if `kv_cache_gib` is
         None."""
         return float(self.extra.get("gpu_memory_utilization", DEFAULT_GPU_SHARE))
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """One policy server. Every method may be awaited concurrently; none may wait without a limit."""
+    """One policy server. All methods may be awaited concurrently, and none may wait without a limit."""
 
     async def start(self) -> None:
-        """Load the model. Raises RuntimeError with the engine's own log tail when it cannot."""
+        """Load the model. If that fails, raises RuntimeError with the end of the engine's log."""
 
     async def generate(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
         """Sample K completions. `media` is `prompt.media` with `data` resolved to bytes.
@@ -114,26 +114,27 @@ class RolloutEngine(Protocol):
         Raises EngineDeadError or PromptRefusedError."""
 
     async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Join the weight-transfer group described by `init_info`; joining again replaces the former group."""
+        """Join the weight-transfer group that `init_info` describes. Joining again replaces the previous group."""
 
     async def pause(self) -> None:
-        """Freeze running requests (they are kept) and drop every cache computed from the weights."""
+        """Freeze running requests without losing them, and drop every cache that was computed from the weights."""
 
     async def receive_weights(self, update_info: Mapping[str, Any]) -> WeightReport:
-        """Receive and load one full set of weights while paused; says what arrived and whether all of it was used."""
+        """Receive and load one full set of weights while paused. Returns what arrived and whether all of it was
+        used."""
 
     async def commit(self, version: int) -> None:
-        """Name the weights just received; tokens sampled from now on carry `version`."""
+        """Set the version of the received weights. Tokens sampled from now on carry `version`."""
 
     async def resume(self) -> None: ...
 
     def queued(self) -> int:
-        """Completions asked for and not finished: waiting, frozen or running."""
+        """Completions that are requested and not finished: waiting, frozen or running."""
         ...
 
     async def version(self) -> int: ...
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError when the engine is gone."""
+        """Raise EngineDeadError if the engine is gone."""
 
     async def shutdown(self) -> None: ...

@@ -1,9 +1,10 @@
-"""SimulatedEngine: the latency of an engine without a model, for scale benchmarks and fault tests. Never a default.
+"""SimulatedEngine: simulates the latency of an engine without a model, for scale benchmarks and fault tests. It is
+never a default.
 
     waiting ──(max_num_seqs slots)──▶ running ──one token each per step──▶ finished        one loop, as in a real engine
     step time = decode + per_sequence x running + prompt tokens admitted / prefill rate
 
-Tokens and lengths follow from the seeds alone. Weights are really received over gloo and digested, then dropped.
+Tokens and lengths depend only on the seeds. Weights are really received over gloo and digested, and then dropped.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ Fault = Literal["none", "die", "hang", "slow"]
 
 @dataclass(frozen=True, slots=True)
 class Behavior:
-    """How fast, how long, and what goes wrong when."""
+    """The simulated speed, lengths and faults."""
 
     decode_seconds: float = 0.001
-    """One step of one sequence."""
+    """Seconds of one step of one sequence."""
     per_sequence_seconds: float = 0.0
-    """What each further running sequence adds to a step."""
+    """Seconds that each running sequence adds to a step."""
     prefill_tokens_per_second: float = 1e6
     start_seconds: float = 0.0
     mean_tokens: float = 64.0
@@ -44,9 +45,9 @@ class Behavior:
     """Standard deviation of the logarithm of lengths (log-normal)."""
     fault: Fault = "none"
     fault_after_groups: int = 0
-    """Groups finished before `fault` strikes."""
+    """The number of groups after which `fault` occurs."""
     slowdown: float = 10.0
-    """Factor on every step once the fault "slow" struck."""
+    """Factor on the time of every step after the fault "slow"."""
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class _Sequence:
 
 
 class SimulatedEngine:
-    """See `RolloutEngine` for the contract, and `Behavior` for what it pretends."""
+    """A simulated engine. See `RolloutEngine` for the contract, and `Behavior` for the simulation."""
 
     def __init__(self, options: EngineOptions, adapter: MultimodalAdapter, behavior: Behavior | None = None) -> None:
         self._options, self._adapter = options, adapter
@@ -90,7 +91,7 @@ class SimulatedEngine:
         self._leave_group()
 
     def fail(self, fault: Fault) -> None:
-        """Strike now."""
+        """Let the fault occur now."""
         if fault == "die":
             self._state = "dead"
             if self._loop is not None:
@@ -113,11 +114,11 @@ class SimulatedEngine:
             raise EngineDeadError("the simulated engine is not running: it was not started, was shut down, or died")
 
     async def _answer(self, question: str) -> None:
-        """Returns at once while running; a hung engine is given up after `options.control_timeout`."""
+        """Return at once while the engine runs. A hanging engine is given up after `options.control_timeout`."""
         self._alive()
         if self._state == "hung":
             await asyncio.sleep(self._options.control_timeout)
-            raise EngineDeadError(f"the engine did not {question} within {self._options.control_timeout:g} s: it hangs")
+            raise EngineDeadError(f"the engine did not {question} within {self._options.control_timeout:g} s; it hangs")
 
     # ------------------------------------------------------------------ generation
 
@@ -128,8 +129,9 @@ class SimulatedEngine:
             raise ValueError(f"max_tokens_each has {len(limits)} entries for n={sampling.n} completions")
         if prompt.expanded_length + max(limits) > self._options.max_model_len:
             raise PromptRefusedError(
-                f"prompt {prompt.ref} has {prompt.expanded_length} tokens with its images; with {max(limits)} new ones "
-                f"that is more than the engine's max_model_len of {self._options.max_model_len}"
+                f"prompt {prompt.ref} has {prompt.expanded_length} tokens including its images; with "
+                f"{max(limits)} new ones, that exceeds the engine's max_model_len of "
+                f"{self._options.max_model_len}"
             )
         seeds = [None if sampling.seed is None else sampling.seed + k for k in range(sampling.n)]
         draws = [self._draw(seed, limit, sampling) for seed, limit in zip(seeds, limits, strict=True)]
@@ -153,8 +155,8 @@ class SimulatedEngine:
         return len(self._waiting) + len(self._running)
 
     def _draw(self, seed: int | None, limit: int, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Tokens, log-probabilities and whether it stopped by itself: a function of the seed (uniform over the tokens
-        that are not banned)."""
+        """Draw tokens, log-probabilities and whether the completion stopped by itself. The result is a function of the
+        seed, uniform over the tokens that are not banned."""
         rng = np.random.default_rng(seed)
         length = max(1, round(self._behavior.mean_tokens * float(np.exp(rng.normal() * self._behavior.length_sigma))))
         stopped = length <= limit and not sampling.ignore_eos
@@ -175,14 +177,14 @@ class SimulatedEngine:
         return Completion((segment,), text, "stop" if stopped else "length", -1 if seed is None else seed)
 
     def _expanded(self, prompt: Prompt, media: Sequence[Media]) -> np.ndarray:
-        """Each placeholder repeated as often as its item has tokens."""
+        """Return the ids with each placeholder repeated as often as its item has tokens."""
         lengths = iter(self._adapter.media_lengths(media))
         places = set(self._adapter.placeholder_ids.values())
         repeats = [next(lengths) if token in places else 1 for token in prompt.token_ids]
         return np.repeat(prompt.token_ids, repeats).astype(np.int32)
 
     async def _run(self) -> None:
-        """The engine's loop: one step gives every running sequence one token."""
+        """Run the engine's loop: each step gives every running sequence one token."""
         behavior = self._behavior
         while True:
             await self._runnable.wait()

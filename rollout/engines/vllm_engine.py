@@ -42,17 +42,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WORKER_EXTENSION = "weight_sync.vllm_worker.PolicyWorker"
-"""Imported in every worker process of vLLM: registers our transports and receives weights."""
-CPU_BATCH_TOKENS = 16384  # of one forward pass: a whole batch of short prompts at once
+"""A class that every worker process of vLLM imports. It registers our transports and receives weights."""
+CPU_BATCH_TOKENS = 16384  # tokens of one forward pass: a whole batch of short prompts at once
 HEALTH_TIMEOUT = 30.0  # seconds in which a living engine answers a question between two of its steps
 LAST_WORDS_SECONDS = 0.5
-"""How long a dead engine's output is waited for, which arrives through a pipe; it ends as soon as its processes do."""
+"""Seconds to wait for the output of a dead engine, which arrives through a pipe. The output ends when its processes
+end."""
 SHUTDOWN_SECONDS = 2.0
-"""Then the engine core is killed: it has nothing to save, and its process lingers after its own clean-up."""
+"""Seconds after which the engine core is killed. It has nothing to save, and its process lingers after its own
+clean-up."""
 
 
 class VLLMEngine:
-    """Start it with `start()`, inside a running event loop. See `RolloutEngine` for the contract."""
+    """The engine of vLLM. Start it with `start()`, inside a running event loop. See `RolloutEngine` for the
+    contract."""
 
     def __init__(self, options: EngineOptions, adapter: MultimodalAdapter) -> None:
         self._options = options
@@ -66,7 +69,7 @@ class VLLMEngine:
     # ------------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Blocks the event loop while vLLM starts, at most `options.start_timeout` seconds."""
+        """Start vLLM. This blocks the event loop for at most `options.start_timeout` seconds."""
         options = self._options
         check_device(options)
         set_environment(options)
@@ -84,20 +87,20 @@ class VLLMEngine:
     def _explain_start(self, error: Exception) -> str:
         lines = self._log.text().splitlines()
         tail = "\n".join(f"  | {line}" for line in lines)
-        # The exception here often only says that a child process failed; the child's own is the last one in the log.
+        # The exception often only says that a child process failed; the child's own exception is the last one in the log.
         causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
         cause = causes[-1] if causes else f"{type(error).__name__}: {error}"
         return (
-            f"the vLLM engine for {self._options.model!r} did not start: {cause}\n"
-            f"Check the path, the memory it may take (rollout.kv_cache_gib, gpu_memory_utilization) and the "
-            f"other rollout.engine_options. The end of its own log:\n{tail or '  | (nothing)'}"
+            f"the vLLM engine for {self._options.model!r} did not start: {cause}\nCheck the path, the memory "
+            "settings (rollout.kv_cache_gib, gpu_memory_utilization) and the other rollout.engine_options. The "
+            f"end of its own log:\n{tail or '  | (nothing)'}"
         )
 
     async def shutdown(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
             if engine.output_handler is not None:
-                engine.output_handler.cancel()  # it would take the end of the engine core for a failure
+                engine.output_handler.cancel()  # it would treat the end of the engine core as a failure
             await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
 
     async def check_health(self) -> None:
@@ -122,7 +125,7 @@ class VLLMEngine:
         engine = self._alive()
         self._check_length(prompt, sampling)
         try:
-            # Decoding images takes milliseconds each, in which other requests' events would wait.
+            # Decoding an image takes milliseconds, in which the events of other requests would wait.
             engine_prompt = await asyncio.to_thread(self._adapter.engine_prompt, prompt.token_ids.tolist(), media)
         except (MediaError, AdapterError) as error:
             raise PromptRefusedError(f"prompt {prompt.ref}: {error}") from error
@@ -140,8 +143,8 @@ class VLLMEngine:
         )
 
     async def processed_media(self, prompt: Prompt, media: Sequence[Media]) -> dict[str, Tensor]:
-        """What vLLM's processor makes of the media, by the model's input names, items concatenated: to be compared with
-        what the learner computes on. Needs an engine whose processor keeps nothing (`mm_processor_cache_gb=0`)."""
+        """Return the output of vLLM's processor for the media, by the model's input names, with items concatenated. It
+        is compared with the learner's inputs. The engine's processor must have no cache (`mm_processor_cache_gb=0`)."""
         from vllm import SamplingParams as VLLMSamplingParams
 
         engine = self._alive()
@@ -160,14 +163,14 @@ class VLLMEngine:
         new = max(sampling.max_tokens_each, default=sampling.max_tokens)
         if prompt.expanded_length + new > self._options.max_model_len:
             raise PromptRefusedError(
-                f"prompt {prompt.ref} has {prompt.expanded_length} tokens with its images; with {new} new ones that is "
-                f"more than the engine's max_model_len of {self._options.max_model_len}"
+                f"prompt {prompt.ref} has {prompt.expanded_length} tokens including its images; with {new} new "
+                f"ones, that exceeds the engine's max_model_len of {self._options.max_model_len}"
             )
 
     def _requests(self, sampling: SamplingParams) -> list[Any]:
-        """vLLM's sampling parameters: one request for all K, or one for each run of equal lengths.
+        """Return vLLM's sampling parameters: one request for all K, or one for each run of equal lengths.
 
-        Child k of a request with n=K samples with `seed + k` in vLLM too, so both ways draw the same tokens."""
+        In vLLM, child k of a request with n=K also samples with `seed + k`, so both ways draw the same tokens."""
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -230,7 +233,7 @@ class VLLMEngine:
         await self._control("join the transfer group", engine.init_weight_transfer_engine(request))
 
     async def pause(self) -> None:
-        # Unlike clear_cache=True, this leaves the cache of *processed images* alone, which no weight has touched.
+        # Unlike clear_cache=True, this keeps the cache of *processed images*, which does not depend on weights.
         engine = self._alive()
         await self._control("pause", engine.pause_generation(mode="keep", clear_cache=False))
         await self._control("clear its prefix cache", engine.reset_prefix_cache(reset_running_requests=True))
@@ -257,8 +260,8 @@ class VLLMEngine:
         return int(await self._control("tell its version", self._alive().get_weight_version()))
 
     async def _control(self, what: str, call: Awaitable[T], timeout: float | None = None) -> T:
-        """Await a control call, but no longer than the engine lives, nor than `timeout` (`options.control_timeout`):
-        a call pending on a dead engine core never returns by itself."""
+        """Await a control call, for at most `timeout` (`options.control_timeout`) and only while the engine lives. A
+        call to a dead engine core never returns by itself."""
         engine = self._engine
         assert engine is not None
         limit = self._options.control_timeout if timeout is None else timeout
@@ -269,18 +272,18 @@ class VLLMEngine:
             try:
                 return task.result()
             except Exception:
-                self._alive()  # a dead engine is reported as such, whatever the call said
+                self._alive()  # a dead engine is reported as dead, whatever the call returned
                 raise
         task.cancel()
         self._alive()
-        raise EngineDeadError(f"the vLLM engine did not {what} within {limit:g} s: it hangs")
+        raise EngineDeadError(f"the vLLM engine did not {what} within {limit:g} s; it hangs")
 
 
 # ---------------------------------------------------------------------------------------------------- starting vLLM
 
 
 def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict[str, Any]:
-    """Keyword arguments of `AsyncEngineArgs`; `options.extra` has the last word."""
+    """Return the keyword arguments of `AsyncEngineArgs`. `options.extra` overrides all others."""
     arguments: dict[str, Any] = {
         "model": options.model,
         "dtype": options.dtype,
@@ -290,7 +293,7 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         "seed": options.seed,
         "trust_remote_code": options.trust_remote_code,
         "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",  # sampling is what `SamplingParams` says, whatever comes with the model
+        "generation_config": "vllm",  # `SamplingParams` alone decides the sampling, not the files of the model
     }
     if adapter.modalities:
         # vLLM leaves out a tower of which nothing is to come, whose weights would then find no place. Videos share that
@@ -310,7 +313,7 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=options.weight_transfer_backend)
         arguments["worker_extension_cls"] = WORKER_EXTENSION
     if options.device == "cuda":
-        # Also beside kv_cache_memory_bytes: vLLM refuses to start where less than this share of the GPU is free.
+        # Needed also with kv_cache_memory_bytes: vLLM refuses to start if less than this share of the GPU is free.
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
     if options.device == "cpu":
         arguments.setdefault("kv_cache_memory_bytes", 2**30)
@@ -335,7 +338,7 @@ def engine_config(options: EngineOptions, adapter: MultimodalAdapter) -> Any:
     if options.weight_transfer_backend is not None and adapter.has_vision and not config.use_v2_model_runner:
         # vLLM's first model runner (all CPUs, some GPU models) forgets the pixels of a request whose image it found in
         # the prefix cache. Once an update has emptied the caches under a running request it needs them again, and ends
-        # the engine. The second runner gets them anew.
+        # the engine. The second runner gets them again.
         config.cache_config.enable_prefix_caching = False
     return config
 
@@ -346,5 +349,5 @@ def _check_build(options: EngineOptions) -> None:
     if (options.device == "cpu") != current_platform.is_cpu():
         raise RuntimeError(
             f"the rollout engine was asked for device {options.device!r}, but the installed vLLM is built for "
-            f"{current_platform.device_type!r}: install the extra '{'cpu' if options.device == 'cpu' else 'gpu'}'"
+            f"{current_platform.device_type!r}; install the extra '{'cpu' if options.device == 'cpu' else 'gpu'}'"
         )

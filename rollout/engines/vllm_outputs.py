@@ -1,4 +1,4 @@
-"""What vLLM returns, as this project's types."""
+"""Convert the results of vLLM to this project's types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def completion_of(output: CompletionOutput, text: str, seed: int, version: int) -> Completion:
-    """One completion of vLLM as ours. Every token has exactly one log-probability and one version."""
+    """Convert one completion of vLLM. Every token has exactly one log-probability and one version."""
     token_ids = np.asarray(output.token_ids, np.int32)
     flat: Any = output.logprobs
     if flat.token_ids != list(output.token_ids):
@@ -33,7 +33,7 @@ def completion_of(output: CompletionOutput, text: str, seed: int, version: int) 
 
 
 async def all_or_none(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """Await all; when one fails, cancel the others (which aborts their requests) and raise its error."""
+    """Await all. If one fails, cancel the others, which aborts their requests, and raise the error."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""What vLLM finds in a process before it is imported there: environment variables, and whether there is a device."""
+"""Prepare a process before vLLM is imported: set environment variables, and check the device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def set_environment(options: EngineOptions) -> None:
     ours_first()
     os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout))
-    # Its warnings repeat at every start and synchronisation; what they warn of is checked here.
+    # Its warnings repeat at every start and sync, and this project checks their causes itself.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.device == "cpu":
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size asked for here
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the requested size
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several engines and learners share the cores
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer: the worker lives in the engine core
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer: the worker runs in the engine core
         # Threads that spin while they wait take the cores from learners and other engines: seven times slower.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled here but a sampler's helper, for half a minute
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # only a helper of the sampler would be compiled, for half a minute
 
 
 def check_device(options: EngineOptions) -> None:

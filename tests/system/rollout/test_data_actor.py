@@ -171,6 +171,6 @@ def test_too_many_refused_rows_stop_every_take_and_lose_nothing(make: Callable[.
     actor = make(DataOptions((str(path),), shuffle=False))
     assert len(actor.take(4)) == 4
     for _ in range(2):
-        with pytest.raises(DataError, match=r"more than 1\.00% of the rows refused"):
+        with pytest.raises(DataError, match=r"more than 1\.00% of the rows were refused"):
             actor.take(10)
     assert actor.state()["position"] == 4

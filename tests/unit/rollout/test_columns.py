@@ -65,8 +65,8 @@ def test_extra_columns_are_read_and_must_exist() -> None:
 def test_two_columns_of_one_role_are_a_question_not_a_guess() -> None:
     text = choose("prompt problem image answer solution")
     assert text == (
-        "file0: the prompt could be 'prompt' or 'problem'; say which: data.columns.prompt\n"
-        "file0: the answer could be 'answer' or 'solution'; say which: data.columns.answer"
+        "file0: the prompt could be 'prompt' or 'problem'; name one with data.columns.prompt\n"
+        "file0: the answer could be 'answer' or 'solution'; name one with data.columns.answer"
     )
     assert str(choose("prompt problem solution answer", prompt="problem", answer="solution")) == (
         "prompt: problem, answer: solution"
@@ -78,7 +78,7 @@ def test_what_is_missing_is_said_with_what_there_is() -> None:
     assert text == (
         "file0: no column 'pictures' (data.columns.image); it has picture, caption\n"
         "file0: no column 'box' (data.columns.answer); it has caption, picture\n"
-        f"file0: no column that is known to hold prompts ({', '.join(KNOWN_NAMES['prompt'])}); name it with "
+        f"file0: no column with a known name for prompts ({', '.join(KNOWN_NAMES['prompt'])}); name it with "
         "data.columns.prompt. It has caption, picture"
     )
 
@@ -106,7 +106,7 @@ def test_a_row_with_a_column_that_was_not_there_before_is_refused(tmp_path: Path
     data = source(path, shuffle=False)
     assert [p.ref.row for p in data.one_epoch()] == [*range(1000), 1001]
     assert [(r.row, r.kind) for r in data.report().first_refusals] == [(n, "unexpected column") for n in (1000, 1002)]
-    assert "the row has 'images', which the first rows have not" in data.report().first_refusals[0].reason
+    assert "the row has 'images', which the first rows do not have" in data.report().first_refusals[0].reason
     named = source(path, shuffle=False, columns={"image": "image", "answer": None})
     assert len(list(named.one_epoch())) == 1003
 

@@ -200,10 +200,10 @@ def test_a_conversation_must_end_with_the_answer_where_it_holds_it_and_only_ther
     data = source(write_rows(tmp_path / "a.json", [LLAVA[1], asked]), max_refused_share=1.0)
     assert len(list(data.one_epoch())) == 1
     assert data.report().refused == {"no answer": 1}
-    assert "the last message is to be the answer" in data.report().first_refusals[0].reason
+    assert "the last message must be the assistant's, since it is the answer" in data.report().first_refusals[0].reason
     bare = source(tmp_path / "a.json", max_refused_share=1.0, columns={"answer": None})
     assert [(p.ref.row, p.answer) for p in bare.one_epoch()] == [(1, None)]
-    assert "name the prompt's column as data.columns.answer too" in bare.report().first_refusals[0].reason
+    assert "set data.columns.answer to the prompt's column" in bare.report().first_refusals[0].reason
 
 
 # ---------------------------------------------------------------------- videos and sounds

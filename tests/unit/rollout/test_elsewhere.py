@@ -24,7 +24,7 @@ ADDRESSES = {
     "hf://datasets/BytedTsinghua-SIA/DAPO-Math-17k": FETCH,
     "BytedTsinghua-SIA/DAPO-Math-17k": FETCH,
     "lmms-lab/OneVision-1.5": "download it with `hf download lmms-lab/OneVision-1.5 --repo-type dataset",
-    "file:///data/train.parquet": "by its path; leave file:// out",
+    "file:///data/train.parquet": "by their path; remove file://",
 }
 
 
@@ -50,7 +50,7 @@ def test_paths_that_lead_nowhere_are_no_addresses(tmp_path: Path, monkeypatch: p
 def test_folders_of_a_run_are_no_addresses_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a path, the address of a bucket would be made a folder of the working directory."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AdapterError, match="loaded from a folder of this machine, or by its name on the Hugging Face"):
+    with pytest.raises(AdapterError, match="give a folder on this machine or a name on the Hugging Face hub"):
         load_adapter("s3://bucket/model")
     tree = {**MINIMAL, "output_dir": "s3://bucket/run", "model": {"path": "gs://bucket/model"}}
     tree["data"] = {"train": ["s3://bucket/train.parquet"], "media_from": "gs://bucket/images"}
@@ -58,9 +58,9 @@ def test_folders_of_a_run_are_no_addresses_either(tmp_path: Path, monkeypatch: p
         open_run(parse_config(tree), resume=False, address=None, display=None).__enter__()
     text = str(caught.value)
     for said in (
-        "output_dir=s3://bucket/run: only what is on this machine is used",
-        "data.media_from: no folder gs://bucket/images; only what is on this machine is used",
-        "s3://bucket/train.parquet: no such file; only what",
+        "output_dir=s3://bucket/run: this is a URL",
+        "data.media_from: no folder gs://bucket/images; this is a URL",
+        "s3://bucket/train.parquet: no such file; this is a URL",
         "no usable model at 'gs://bucket/model'",
     ):
         assert said in text

@@ -133,11 +133,11 @@ def test_videos_and_sounds_are_refused_the_same_way(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     cases: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         ({"video": "half.mp4"}, {}, "bad video", "video 0: not a readable video"),
-        ({"video": "s.wav"}, {}, "bad video", "no video in the file"),
+        ({"video": "s.wav"}, {}, "bad video", "the file has no video"),
         ({"video": ["v.mp4", "gone.mp4"]}, {}, "missing video", "video 1: no file"),
         ({"video": ["v.mp4"] * 3}, {}, "video count", "3 videos, the limit is 2"),
         ({"video": "v.mp4"}, {"max_image_pixels": 84 * 56 - 1}, "video too large", "pixels a frame"),
-        ({"video": "v.mp4"}, {"adapter": FakeImageAdapter()}, "video count", "1 video(s) for a model that takes none"),
+        ({"video": "v.mp4"}, {"adapter": FakeImageAdapter()}, "video count", "1 video(s), but the model takes none"),
         ({"audio": "x.wav"}, {}, "bad audio", "not a readable video or sound"),
         ({"audio": "../x.wav"}, {}, "outside root", "audio 0"),
         ({"audio": {"path": None, "bytes": None}}, {}, "missing audio", "neither 'bytes' nor 'path'"),
@@ -179,7 +179,7 @@ class BlindTemplate(FakeAdapter):
 def test_no_sample_is_trained_without_its_image_by_a_template_that_drops_it(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.parquet", [{"prompt": "q", "image": RED}] * 3)
     data = source(path, adapter=BlindTemplate(), max_refused_share=1.0)
-    with pytest.raises(DataError, match="no usable row"):
+    with pytest.raises(DataError, match="can be used"):
         data.take(1)
     assert data.report().refused == {"image count": 3}
     assert "does the model's chat template take them?" in data.report().first_refusals[0].reason
@@ -197,7 +197,7 @@ def test_a_real_model_whose_template_knows_no_images(tiny_model: Path, tmp_path:
     ):
         adapter.processor.chat_template = adapter.tokenizer.chat_template = template
         data = PromptSource(options, adapter)
-        with pytest.raises(DataError, match="no usable row"):
+        with pytest.raises(DataError, match="can be used"):
             data.take(1)
         assert data.report().refused_total == 1
 
@@ -255,7 +255,7 @@ def test_urls_are_fetched_where_that_is_allowed(web: str, tmp_path: Path) -> Non
     prompts = list(source(path, allow_urls=True).one_epoch())
     assert [p.media[0].data for p in prompts] == [RED] * 4
     kind, reason = refusal(tmp_path, {"image": urls[0]})
-    assert (kind, "none is fetched unless data.media_from has urls" in reason) == ("URL refused", True)
+    assert (kind, "set data.media_from=urls to fetch it" in reason) == ("URL refused", True)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_urls_are_fetched_where_that_is_allowed(web: str, tmp_path: Path) -> Non
         ("http://127.0.0.1:1/a.png", "failed fetch", "refused"),
         ("http://[broken/a.png", "failed fetch", "http://[broken"),
         ("http:///a.png", "failed fetch", "no host given"),
-        ("file:///etc/hostname", "URL refused", "is a file URL, which is never read"),
+        ("file:///etc/hostname", "URL refused", "is a file URL; only http and https"),
         ("FTP://127.0.0.1/a.png", "URL refused", "is a ftp URL"),
         ("s3://bucket/a.png", "URL refused", "is a s3 URL"),
         ("data:text/plain,aGk=", "URL refused", "is a data URL"),

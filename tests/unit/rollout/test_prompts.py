@@ -43,7 +43,7 @@ def only(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **options:
 def refusal(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **options: Any) -> tuple[str, str]:
     """Kind and reason for which `row` is refused."""
     data = source(write_rows(folder / f"data{suffix}", [row]), max_refused_share=1.0, **options)
-    with pytest.raises(DataError, match="no usable row in a whole epoch of 1"):
+    with pytest.raises(DataError, match="none of the 1 rows of an epoch can be used"):
         data.take(1)
     report = data.report()
     assert (report.rows, report.seen, report.refused_total) == (1, 1, 1)
@@ -167,14 +167,14 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"image": "gone.png"}, "missing image", "image 0: no file"),
         ({"image": {"bytes": None, "path": None}}, "missing image", "neither 'bytes' nor 'path'"),
         ({"image": {"bytes": "aGk=", "path": None}}, "bad image", "image 0: not a readable image"),
-        ({"image": {"bytes": "no/text!", "path": None}}, "bad image", "no readable base64 text"),
+        ({"image": {"bytes": "no/text!", "path": None}}, "bad image", "not readable as base64 text"),
         ({"image": {"bytes": 7, "path": None}}, "bad image", "'bytes' holds int"),
-        ({"image": "https://example.org/a.png"}, "URL refused", "is a URL, none is fetched"),
+        ({"image": "https://example.org/a.png"}, "URL refused", "is a URL; download the file"),
         ({"image": "data:image/png;base64,aGk="}, "bad image", "image 0: not a readable image"),
-        ({"image": "data:image/png;base64,a%20Gk="}, "bad image", "no readable base64 text"),
-        ({"image": "data:,hello"}, "URL refused", "is a data URL; of data URLs, only base64 ones are read"),
-        ({"image": "a" * 100_000}, "missing image", "is base64 text, but of no known format, and no path (100,000"),
-        ({"image": "a? " * 100_000}, "missing image", "is a text of 300,000 characters, and no path"),
+        ({"image": "data:image/png;base64,a%20Gk="}, "bad image", "not readable as base64 text"),
+        ({"image": "data:,hello"}, "URL refused", "is a data URL; data URLs must be base64"),
+        ({"image": "a" * 100_000}, "missing image", "is neither a path nor base64 text of a known format (100,000"),
+        ({"image": "a? " * 100_000}, "missing image", "is a text of 300,000 characters, not a path"),
         ({"image": base64.b64encode(png(size=(400, 300))).decode()}, "image too large", "120,000 pixels"),
         ({"image": base64.b64encode(png() + b"\x00" * 5000).decode()}, "image too large", "the limit is 5,000"),
         ({"image": 7}, "bad image", "found int"),
@@ -189,7 +189,7 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"answer": [b"a"]}, "bad answer", "cannot be written as JSON"),
         ({"answer": "<answer> </answer>"}, "no answer", "the row has no answer"),
         ({"answer": [None, ""]}, "no answer", "column 'answer': the row has no answer"),
-        ({"answer": "<think>x</think>"}, "no answer", "thoughts, and no answer behind </think>: '<think>x'"),
+        ({"answer": "<think>x</think>"}, "no answer", "thoughts without an answer after </think>: '<think>x'"),
         ({"answer": "<answer>1</answer> or <answer>2</answer>"}, "bad answer", "marks 2 answers, '1' and '2'; name a"),
         ({"answer": {"style": "rule", "ground_truth": "4"}}, "bad answer", "data.columns.answer=answer.ground_truth"),
         ({"prompt": None}, "bad prompt", "found nothing"),
@@ -202,13 +202,13 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"prompt": [user(image_part(), text_part("<im"), text_part("g>"))]}, "placeholder in text", "own <img>"),
         ({"prompt": "long " * 200}, "prompt too long", "the limit is 300 (data.max_prompt_length)"),
         ({"image": png(size=(310, 310))}, "prompt too long", "161 tokens"),
-        ({"prompt": [user(text_part("q"))]}, "image count", "0 place(s) for images, the row 1 image(s)"),
+        ({"prompt": [user(text_part("q"))]}, "image count", "0 place(s) for images, but the row has 1 image(s)"),
         ({"prompt": [user(image_part(), image_part(), text_part("q"))]}, "image count", "2 place(s) for"),
         ({"prompt": [user(image_part(), text_part("q"))], "image": None}, "image count", "1 place(s) for"),
         ({"prompt": [user("a"), {"role": "assistant", "content": "b"}, user("c")]}, "image count", "0 place(s) for"),
-        ({"prompt": "<image> or <image>"}, "image count", "2 place(s) for images, the row 1 image(s)"),
-        ({"prompt": "<image>", "image": None}, "image count", "1 place(s) for images, the row 0 image(s)"),
-        ({"prompt": "<image> and <video>"}, "video count", "1 place(s) for videos, the row 0 video(s)"),
+        ({"prompt": "<image> or <image>"}, "image count", "2 place(s) for images, but the row has 1 image(s)"),
+        ({"prompt": "<image>", "image": None}, "image count", "1 place(s) for images, but the row has 0 image(s)"),
+        ({"prompt": "<image> and <video>"}, "video count", "1 place(s) for videos, but the row has 0 video(s)"),
         ({"prompt": "a <im<image>g>"}, "placeholder in text", "the model's own <img>"),
         ({"prompt": [{"from": "robot", "value": "q"}]}, "bad prompt", "found 'robot'"),
         ({"prompt": [{"from": ["human"], "value": "q"}]}, "bad prompt", "found ['human']"),
@@ -252,14 +252,14 @@ def test_a_template_that_fails_or_drops_text_refuses_the_row(tmp_path: Path) -> 
             return "assistant:"
 
     row = {"prompt": "q"}
-    assert "chat template or tokenizer refuses it: 'tools'" in refusal(tmp_path, row, adapter=Fails())[1]
-    assert "drops or alters text of the user" in refusal(tmp_path, row, adapter=Drops())[1]
+    assert "chat template or tokenizer refuses the prompt: 'tools'" in refusal(tmp_path, row, adapter=Fails())[1]
+    assert "drops or changes text of the user" in refusal(tmp_path, row, adapter=Drops())[1]
 
 
 def test_images_for_a_text_model_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, GOOD, adapter=FakeTextAdapter()) == (
         "image count",
-        "1 image(s) for a model that takes none",
+        "1 image(s), but the model takes none",
     )
 
 
@@ -278,7 +278,7 @@ def test_too_many_refused_rows_stop_with_the_first_of_them(tmp_path: Path) -> No
     with pytest.raises(DataError) as caught:
         data.take(2000)
     message = str(caught.value)
-    assert "more than 10.00% of the rows refused (data.max_refused_share). 101 of" in message
+    assert "more than 10.00% of the rows were refused (data.max_refused_share). 101 of" in message
     assert f"{tmp_path / 'a.parquet'} row 0: expected a text or a list of chat messages, found nothing" in message
     assert f"{tmp_path / 'a.parquet'} row 7: column 'answer': the row has no answer" in message
     assert message.count("a.parquet row ") == 10
@@ -376,7 +376,7 @@ def test_reading_again_what_is_not_there_is_an_error(numbered: list[Path]) -> No
     data = open_numbered(numbered)
     with pytest.raises(DataError, match=r"row 6 is b\.jsonl:0, not a\.parquet:6"):
         data.read([PromptRef("a.parquet:6", row=6)])
-    with pytest.raises(DataError, match="row 17 asked for, the data have 17 rows"):
+    with pytest.raises(DataError, match="there is no row 17: the data have 17 rows"):
         data.read([PromptRef("c.parquet:4", row=17)])
     with pytest.raises(DataError, match=r"a\.parquet:3 .* cannot be read again: expected a text"):
         data.read([PromptRef("a.parquet:3", row=3)])
@@ -384,12 +384,15 @@ def test_reading_again_what_is_not_there_is_an_error(numbered: list[Path]) -> No
 
 def test_a_cursor_of_other_data_is_refused(numbered: list[Path]) -> None:
     state = open_numbered(numbered).state()
-    with pytest.raises(DataError, match="seed: 0 then, 1 now"):
+    with pytest.raises(DataError, match="seed: it was 0, now 1"):
         open_numbered(numbered, seed=1).load_state(state)
     files = (
-        r"files: a\.parquet with 6 rows, b\.jsonl with 7 rows, c\.parquet with 4 rows then, a\.parquet with 6 rows now"
+        r"they were a\.parquet with 6 rows, b\.jsonl with 7 rows, c\.parquet with 4 rows, now a\.parquet with 6 rows"
     )
-    with pytest.raises(DataError, match=files + r"\n  - Resume with the data that the run began with, or start a run"):
+    with pytest.raises(
+        DataError,
+        match=files + r"\n  - Resume with the data that the run began with. To train on the new data, start a run",
+    ):
         open_numbered(numbered[:1]).load_state(state)
     with pytest.raises(DataError, match="order of the rows: other columns"):
         open_numbered(numbered, window_bytes=100).load_state(state)
@@ -415,7 +418,7 @@ def test_missing_files_folders_and_columns_are_reported_at_construction(tmp_path
     assert "4 problem(s)" in message
     assert f"data.media_from: no folder {tmp_path / 'no'}" in message
     assert "b.jsonl: no such file" in message
-    assert "a.parquet: no column that is known to hold prompts (prompt, problem, " in message
+    assert "a.parquet: no column with a known name for prompts (prompt, problem, " in message
     assert "no column 'pictures' (data.columns.image); it has picture, " in message
 
 

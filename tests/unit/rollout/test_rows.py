@@ -74,7 +74,7 @@ def test_jsonl_without_line_ends_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_bytes(b"x" * 5000)
     monkeypatch.setattr(row_files, "BLOCK_BYTES", 100)
-    with pytest.raises(DataError, match="one object a line"):
+    with pytest.raises(DataError, match="expected one object per line"):
         store(tmp_path / "a.jsonl")
 
 
@@ -137,7 +137,7 @@ def test_a_file_that_shrank_is_an_error_not_a_wrong_row(tmp_path: Path) -> None:
     reader = store(jsonl, parquet)
     write_jsonl(jsonl, [{"text": "abc"}] * 4)
     parquet.write_bytes(parquet.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"a\.jsonl: 9 lines expected, 4 read"):
+    with pytest.raises(DataError, match=r"a\.jsonl: expected 9 lines, read 4"):
         reader.read(0)
     with pytest.raises(DataError, match=r"a\.parquet: row groups 0 to 0 unreadable"):
         reader.read(9)
@@ -195,11 +195,11 @@ def test_json_lines_under_the_other_name_are_read_as_such(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[{"text": "x"}, {"text": ]', "no readable JSON array: byte 25: Expecting value"),
-        ('[{"text": "x"}', "no readable JSON array: byte 14: expected , or ]"),
+        ('[{"text": "x"}, {"text": ]', "not a readable JSON array: byte 25: Expecting value"),
+        ('[{"text": "x"}', "not a readable JSON array: byte 14: expected , or ]"),
         ('[{"text": "x"} {"text": "y"}]', "byte 15: expected , or ]"),
         ('[{"text": "x"},]', "byte 15: Expecting value"),
-        ('[{"text": "x"}] []', "byte 16: expected nothing behind the array"),
+        ('[{"text": "x"}] []', "byte 16: there is something after the end of the array"),
         ("[" * 100_000, "nested too deeply"),
         ('{\n  "data": [{"text": "x"}]\n}', "no JSON object with keys among the first lines"),
         ("[1, 2]", "no JSON object with keys among the first elements"),
@@ -260,7 +260,7 @@ def test_all_problems_with_files_are_reported_at_once(tmp_path: Path) -> None:
     message = "\n".join(problems)
     for expected in (
         "named twice",
-        f"{tmp_path}: is a directory",
+        f"{tmp_path}: this is a directory",
         "bad.parquet: unreadable",
         "no.jsonl: no such file",
         "*.xyz: no such file (nothing matches)",
@@ -297,7 +297,7 @@ def test_globs_come_in_sorted_order_and_names_tell_files_apart(tmp_path: Path) -
     reader = store(tmp_path / "*" / "x.jsonl")
     assert [reader.uid(i) for i in range(4)] == ["a/x.jsonl:0", "a/x.jsonl:1", "b/x.jsonl:0", "b/x.jsonl:1"]
     assert [reader.read(i)["text"] for i in range(4)] == ["a", "a", "b", "b"]
-    with pytest.raises(DataError, match="row 4 asked for, the data have 4 rows"):
+    with pytest.raises(DataError, match="there is no row 4: the data have 4 rows"):
         reader.uid(4)
 
 
@@ -358,7 +358,7 @@ def test_epochs_and_seeds_differ_and_small_data_are_shuffled_uniformly() -> None
 def test_without_shuffle_rows_come_as_they_stand() -> None:
     order = epoch_order([(3, 1), (2, 1)], shuffle=False)
     assert [order.row(7, p) for p in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(IndexError, match="position 5 of an epoch of 5 rows"):
+    with pytest.raises(IndexError, match="position 5 is outside of an epoch of 5 rows"):
         order.row(0, 5)
 
 
