@@ -48,7 +48,7 @@ class TowerOutputs:
         return tuple(layers) if isinstance(layers, list | tuple) else (layers,)
 
     def join_tower_outputs(self, rows: Sequence[FeatureRow]) -> FeatureRow:
-        """The tower outputs (`TowerEnd.collecting`) of several items together, from those of each alone."""
+        """Join the tower outputs (`TowerEnd.collecting`) of single items into those of all items together."""
         return tuple(torch.cat(parts, self.tower_dimension) for parts in zip(*rows, strict=True))
 
     def feature_rows(self, prompt: EncodedPrompt, kind: MediaKind) -> int:

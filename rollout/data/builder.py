@@ -34,11 +34,9 @@ ANSWER_REFUSALS = ("no answer", "bad answer")
 CHECKED_KEPT = 100_000
 """How many checked media are remembered by digest, so that later epochs need not decode them again."""
 MAX_CHARACTERS = 2**20
-"""Limit of a row's prompt and of its answer. A tokenizer takes hundreds of bytes for each character, and aborts if it
-does not get them."""
+"""Limit of a row's prompt and of its answer. A tokenizer takes hundreds of bytes for each character."""
 FORMS_KEPT = 1000
-"""How many forms of conversations (roles, places for media) are remembered, with the tokens that the chat template
-writes for them."""
+"""How many forms of conversations (roles, places for media) are remembered, with their template's tokens."""
 WORD: Part = {"type": "text", "text": "x"}
 
 
@@ -53,8 +51,7 @@ class Encoded:
 
 
 class PromptBuilder:
-    """Builds prompts for one model under one set of options. It caches only which media are good and what chat
-    templates write."""
+    """Builds prompts for one model under one set of options. It caches checks of media and tokens of chat templates."""
 
     def __init__(self, options: DataOptions, columns: Columns, adapter: MultimodalAdapter) -> None:
         self.options = options
@@ -72,8 +69,7 @@ class PromptBuilder:
         """Checked media, without their data."""
 
     def build(self, row: Mapping[str, Any], ref: PromptRef, directory: Path) -> Prompt:
-        """Build the prompt of a row. Without `options.root`, relative paths of media start at `directory`. Raises
-        RowRefusedError."""
+        """Build the prompt of a row. Paths of media start at `options.root` or `directory`. Raises RowRefusedError."""
         self._refuse_surprises(row)
         self._refuse_huge(row)
         conversation, answer = self._conversation_and_answer(row)
@@ -99,8 +95,7 @@ class PromptBuilder:
         )
 
     def gold(self, row: Mapping[str, Any], ref: PromptRef) -> Prompt:
-        """Return what a reward gets from a row and no model is needed for: answer, further columns, the user's words.
-        Raises RowRefusedError."""
+        """Return what a reward gets of a row without a model: answer, columns, words. Raises RowRefusedError."""
         conversation, answer = self._conversation_and_answer(row)
         columns = {name: value_of(row, name) for name in self.columns.extra}
         words, none = conversation.words, np.zeros(0, np.int32)

@@ -179,8 +179,7 @@ class PromptSource:
             raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
 
     def look(self, rows: int) -> Iterator[Prompt | None]:
-        """Yield the first `rows` rows of epoch 0, with None for each refused one, however many there are. The cursor
-        does not move."""
+        """Yield the first `rows` rows of epoch 0, with None for each refused one. The cursor does not move."""
         for position in range(min(rows, len(self))):
             yield self.attempt(self._order.row(0, position))
 
@@ -212,7 +211,7 @@ class PromptSource:
     def golds(self, rows: int) -> Iterator[tuple[str, Prompt | Refusal]]:
         """Return up to `rows` random rows, some from every file, with the file's name. Each has the answer, further
         columns and the user's words, without media and tokens, or the reason why the answer is refused. Rows with a bad
-        prompt are left out."""
+        prompt are omitted."""
         names = [name for name in self.columns.names if name not in dict(self.columns.media).values()]
         files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
         store, draw, first = RowStore(files, names, self.options.window_bytes), random.Random(self.options.seed), 0
@@ -241,8 +240,7 @@ class PromptSource:
             raise DataError(f"{ref} cannot be read again: {error.reason}; have the files changed?") from error
 
     def attempt(self, row: int, epoch: int = 0) -> Prompt | None:
-        """Return the prompt of a row, by its number over all files. None if the row is refused; the refusal is
-        counted."""
+        """Return the prompt of a row, by its number over all files. None if the row is refused, which is counted."""
         self._tried += 1
         try:
             prompt = self._build_row(PromptRef(self._store.uid(row), epoch, 0, row))

@@ -46,16 +46,13 @@ WORKER_EXTENSION = "weight_sync.vllm_worker.PolicyWorker"
 CPU_BATCH_TOKENS = 16384  # tokens of one forward pass: a whole batch of short prompts at once
 HEALTH_TIMEOUT = 30.0  # seconds in which a living engine answers a question between two of its steps
 LAST_WORDS_SECONDS = 0.5
-"""Seconds to wait for the output of a dead engine, which arrives through a pipe. The output ends when its processes
-end."""
+"""Seconds to wait for the output of a dead engine, which arrives through a pipe and ends with its processes."""
 SHUTDOWN_SECONDS = 2.0
-"""Seconds after which the engine core is killed. It has nothing to save, and its process lingers after its own
-clean-up."""
+"""Seconds after which the engine core is killed. It has nothing to save, and lingers after its own clean-up."""
 
 
 class VLLMEngine:
-    """The engine of vLLM. Start it with `start()`, inside a running event loop. See `RolloutEngine` for the
-    contract."""
+    """The engine of vLLM. Call `start()` inside a running event loop. See `RolloutEngine` for the contract."""
 
     def __init__(self, options: EngineOptions, adapter: MultimodalAdapter) -> None:
         self._options = options

@@ -11,7 +11,8 @@ from vlm.import_path import ours_first
 
 
 def set_environment(options: EngineOptions) -> None:
-    """What vLLM and its child processes read from the environment; they get this process's import path too."""
+    """Set the environment variables that vLLM and its child processes read, and give them this process's import
+    path."""
     ours_first()
     os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout))

@@ -161,7 +161,8 @@ def smolvlm(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
 
 
 def aria(words: Sequence[str] | None, sizes: TinySizes) -> TinyModel:
-    """A mixture of experts; eight tokens an image, which is always padded to 490 x 490 pixels, in 14 x 14 patches."""
+    """Make an Aria: a mixture of experts with eight tokens per image, which is padded to 490 x 490 pixels, in 14 x 14
+    patches."""
     template = chat_template("<|img|>")
     tokenizer = chat_tokenizer(words, ["<|img|>"], template, image_token="<|img|>")
     tokenizer.unk_token = tokenizer.pad_token

@@ -388,5 +388,5 @@ def test_a_model_that_nobody_knows_is_answered_with_those_that_are_known(tmp_pat
         (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
         with pytest.raises(AdapterError, match=r"qwen2_5_vl.*package.module:Class.*docs/adapters.md"):
             load_adapter(str(tmp_path))
-    with pytest.raises(AdapterError, match="no subclass"):
+    with pytest.raises(AdapterError, match="not a subclass"):
         load_adapter(str(tmp_path), "pathlib:Path")

@@ -80,5 +80,5 @@ def test_a_layer_behind_the_one_whose_features_are_used_is_not_sent_but_saved(ll
 
 def test_an_expanded_prompt_is_not_given_to_the_engine(llava_next: MultimodalAdapter) -> None:
     image = llava_next.placeholder_ids["image"]
-    with pytest.raises(AdapterError, match=r"image, image, image, but its media are image: already expanded"):
+    with pytest.raises(AdapterError, match=r"image, image, image, but its media are image; was it expanded already"):
         llava_next.engine_prompt([1, image, image, image, 2], [Media("image", "d", b"", 1, 1)])
