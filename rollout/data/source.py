@@ -176,7 +176,7 @@ class PromptSource:
             if limit is not None and found >= limit:
                 return
         if not found:
-            raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
+            raise DataError(f"none of the {len(self)} rows can be used. {self._refusals_text()}")
 
     def look(self, rows: int) -> Iterator[Prompt | None]:
         """Yield the first `rows` rows of epoch 0, with None for each refused one. The cursor does not move."""
@@ -191,7 +191,7 @@ class PromptSource:
             usable += prompt is not None
         self._check_refused()
         if not usable and rows >= len(self):
-            raise DataError(f"no usable row of {len(self)}. {self._refusals_text()}")
+            raise DataError(f"none of the {len(self)} rows can be used. {self._refusals_text()}")
 
     def overlooked(self) -> dict[str, MediaKind]:
         """Return unused columns that contain media in the first rows. Kinds of media that have a column, or that the

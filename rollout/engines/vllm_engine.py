@@ -84,7 +84,7 @@ class VLLMEngine:
     def _explain_start(self, error: Exception) -> str:
         lines = self._log.text().splitlines()
         tail = "\n".join(f"  | {line}" for line in lines)
-        # The exception often only says that a child process failed; the child's own exception is the last one in the log.
+        # The exception often only says that a child process failed; the child's own is the last one in the log.
         causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
         cause = causes[-1] if causes else f"{type(error).__name__}: {error}"
         return (
