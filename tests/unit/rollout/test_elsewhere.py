@@ -16,9 +16,9 @@ from vlm.families.registry import load_adapter
 
 FETCH = "download it with `hf download BytedTsinghua-SIA/DAPO-Math-17k --repo-type dataset --local-dir DAPO-Math-17k`"
 ADDRESSES = {
-    "s3://bucket/train.parquet": "this is a URL (s3); download or mount it, and give its path",
-    "gs://bucket/*.parquet": "this is a URL (gs); download or mount it",
-    "https://example.com/train.jsonl": "this is a URL (https); download or mount it",
+    "s3://bucket/train.parquet": "this is a URL (s3), and only files on this machine can be used; download or mount it",
+    "gs://bucket/*.parquet": "this is a URL (gs), and only files on this machine",
+    "https://example.com/train.jsonl": "this is a URL (https), and only files on this machine",
     "https://huggingface.co/datasets/BytedTsinghua-SIA/DAPO-Math-17k/resolve/main/data/train.parquet": FETCH,
     "hf://datasets/BytedTsinghua-SIA/DAPO-Math-17k@main/data/*.parquet": FETCH,
     "hf://datasets/BytedTsinghua-SIA/DAPO-Math-17k": FETCH,
