@@ -21,6 +21,7 @@ CEILINGS = {
     "saccade/config": 30,
     "saccade/fleet": 10,
     "saccade/pipeline": 12,
+    "saccade/trainer": 6,
     "rollout": 4,
     "learner": 80,
     "vlm": 3,
