@@ -23,7 +23,8 @@ from rich.table import Table
 from bench.common import median, report
 from rewards.actor import RewardActor
 from rewards.base import ScoringRequest
-from rewards.registry import RewardSpec, build_rewards
+from rewards.config import RewardSpec
+from rewards.registry import build_rewards
 from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment
 
 SPECS = (RewardSpec("format", 0.5), RewardSpec("accuracy"))

@@ -24,8 +24,9 @@ from typing import Any
 from rich.table import Table
 
 from bench.common import images, median, report, write_parquet
+from saccade.config.load import parse_config
 from saccade.config.options import threads_of
-from saccade.config.run_config import RunConfig, parse_config
+from saccade.config.run_config import RunConfig
 from saccade.loop import step
 from saccade.observe.metrics import read_metrics
 from saccade.run import open_run
@@ -65,7 +66,7 @@ def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int
                 "engine_options": {"max_num_seqs": PROMPTS * K * (1 + staleness)},
             },
             "reward": {"functions": [{"name": "bench.vs_trl:reward_color"}]},
-            "algorithm": {"beta": 0.04},
+            "algorithm": {"kl": 0.04},
             "learner": {
                 "prompts_per_step": PROMPTS,
                 "learning_rate": 1e-4,

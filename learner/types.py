@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from learner.config import DEFAULT_TOKENS, Aggregation, Offload
 from rollout.types import PromptRef
 from vlm.errors import UserError
 from vlm.media.types import MediaKind
 from vlm.parameter_names import DEFAULT_LORA_TARGETS, role_problems
 
-DEFAULT_TOKENS = 8192
-"""Of a micro-batch, if no limit is given."""
 UNLIMITED = 2**62
 
-Aggregation = Literal["token", "sequence", "constant"]
-Offload = Literal["none", "optimizer", "parameters"]
 MOST_NAMED = 8
 """Prompts that a description names."""
 
@@ -60,11 +57,9 @@ class EncodingMismatchError(UserError, ValueError):
     """Learner and engine expand a prompt to different tokens; names the family and the first position that differs."""
 
 
-def quantization_problems(quantize: str, lora_rank: int, zero_stage: int, offload: str) -> list[str]:
+def quantization_problems(quantize: str, zero_stage: int, offload: str) -> list[str]:
     """Combinations with quantized weights that do not work, or that nobody has seen work."""
     found = []
-    if quantize != "none" and not lora_rank:
-        found.append(f"quantize={quantize} needs a lora_rank: weights in 4 bits are not trained themselves")
     if quantize != "none" and zero_stage == 3:
         found.append(
             f"quantize={quantize} with zero_stage=3 was never verified: ZeRO-3 partitions weights, and would have to "
@@ -187,7 +182,7 @@ class LearnerOptions:
         if self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError("zero_stage=0 keeps no float32 master weights: with bfloat16 use zero_stage 1, 2 or 3")
         problems = role_problems(self.freeze, self.lora_rank, self.lora_targets)
-        problems += quantization_problems(self.quantize, self.lora_rank, self.zero_stage, self.offload)
+        problems += quantization_problems(self.quantize, self.zero_stage, self.offload)
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -20,9 +20,9 @@ import ray
 
 from rewards.base import ScoringRequest, Service
 from rewards.compose import Scores
+from rewards.config import RewardSpec
 from rewards.functions.format import Trace, shown
 from rewards.process.worker import RewardWorker
-from rewards.registry import RewardSpec
 from rollout.types import GroupSummary, RolloutFailure, RolloutGroup, Verdict
 from vlm.media.types import Media
 

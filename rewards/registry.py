@@ -11,11 +11,11 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.base import RewardFunction
-from rewards.compose import Combine, Composite, Term, compose
+from rewards.compose import Composite, Term, compose
+from rewards.config import RewardSpec
 from rewards.functions.accuracy import AccuracyReward
 from rewards.functions.code_tests import CodeTestsReward
 from rewards.functions.counting import CountingReward
@@ -58,16 +58,6 @@ COLUMN_OPTIONS = ("column", "choices", "question")
 """Options of shipped rewards that name a data column."""
 UNBOUNDED = frozenset({"reward_model"})
 """Rewards whose best score is not 1.0."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewardSpec:
-    """One reward as configured."""
-
-    name: str
-    weight: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    combine: Combine = "sum"
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:

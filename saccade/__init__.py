@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rewards.base import RewardFunction, ScoringRequest, TransientError
     from rollout.types import Verdict
+    from saccade.config.load import load_config, parse_config
     from saccade.config.messages import ConfigError
-    from saccade.config.run_config import RunConfig, load_config, parse_config
+    from saccade.config.run_config import RunConfig
     from saccade.errors import RunError
     from saccade.finished import RunResult
     from saccade.loop import evaluate, train
@@ -45,7 +46,8 @@ _MODULES = {
     "rewards.base": "RewardFunction ScoringRequest TransientError",
     "rollout.types": "Verdict",
     "saccade.config.messages": "ConfigError",
-    "saccade.config.run_config": "RunConfig load_config parse_config",
+    "saccade.config.load": "load_config parse_config",
+    "saccade.config.run_config": "RunConfig",
     "saccade.errors": "RunError",
     "saccade.loop": "evaluate train",
     "saccade.finished": "RunResult",

@@ -16,14 +16,10 @@ from saccade.commands.help import QUIET, App, ConfigFile, Overrides, knob_text
 from saccade.commands.merge_source import check_source
 from saccade.commands.rewards import app as rewards
 from saccade.config.demands import asked_for
+from saccade.config.knobs import knobs
+from saccade.config.load import dump_config, load_config, require_evaluation
 from saccade.config.messages import ConfigError
-from saccade.config.run_config import (
-    RunConfig,
-    dump_config,
-    iter_knobs,
-    load_config,
-    require_evaluation,
-)
+from saccade.config.run_config import RunConfig
 from saccade.errors import RunStopped
 from saccade.observe.screen import say
 from vlm.errors import UserError
@@ -131,15 +127,17 @@ def plan(
 def show_config(
     config: Annotated[Path | None, typer.Argument(help="YAML file.", metavar="[CONFIG]")] = None,
     overrides: Overrides = None,
-    knobs: Annotated[bool, typer.Option(help="List every knob with its default and meaning instead.")] = False,
+    list_all: Annotated[
+        bool, typer.Option("--knobs", help="List every knob with its default and meaning instead.")
+    ] = False,
 ) -> None:
     """Print a configuration with every default filled in, or list all knobs.
 
     Examples:  saccade config examples/shapes.yaml learner.learning_rate=1e-3      saccade config --knobs
     """
-    if knobs or config is None:
-        for name, info in iter_knobs():
-            typer.echo(knob_text(name, info))
+    if list_all or config is None:
+        for knob in knobs().values():
+            typer.echo(knob_text(knob))
         return
     settings = load_config(config, overrides or [])
     typer.echo(dump_config(settings), nl=False)

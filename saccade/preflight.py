@@ -27,7 +27,7 @@ from saccade.checks.memory import memory_problems, planned_device
 from saccade.checks.references import WHERE, DataSet, file_problems, load_model, open_set, set_files
 from saccade.config.idle_knobs import Facts, data_idle_problems
 from saccade.config.messages import ConfigError
-from saccade.config.options import learner_options, reward_specs
+from saccade.config.options import learner_options
 from saccade.config.run_config import RunConfig
 from saccade.observe.metrics import read_metrics
 from vlm.adapter import MultimodalAdapter
@@ -177,7 +177,7 @@ def _parts(found: References) -> list[str]:
     model = found.config.model
     # If the data cannot be used, their media are not known.
     reached = tuple(found.adapter.modalities) if found.unusable else found.media_kinds
-    targets = model.lora_targets if model.lora_rank else ()
+    targets = model.lora.targets if model.lora else ()
     return [f"model.{text}" for text in found.adapter.part_problems(model.freeze, targets, reached)]
 
 
@@ -198,7 +198,7 @@ def _memory(found: References) -> list[str]:
 
 
 def _rewards(config: RunConfig) -> list[str]:
-    return [f"reward.functions: {problem}" for problem in check_rewards(reward_specs(config))]
+    return [f"reward.functions: {problem}" for problem in check_rewards(config.reward.functions)]
 
 
 def earlier_run(config: RunConfig) -> list[str]:

@@ -18,8 +18,9 @@ from learner.types import LearnerError, UpdateStats
 from rollout.data.elsewhere import address_problem
 from rollout.engines.protocol import SamplingParams
 from saccade import checkpoints
+from saccade.config.load import config_tree, dump_config, require_evaluation
 from saccade.config.options import evaluation_sampling, require_trainable, sampling_params
-from saccade.config.run_config import RunConfig, config_tree, dump_config, require_evaluation
+from saccade.config.run_config import RunConfig
 from saccade.config.saved_paths import absolute
 from saccade.errors import MismatchError
 from saccade.finished import RunResult
@@ -212,7 +213,7 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
         with closing(run.log):
             if saved is not None:
                 restore(run, *saved)
-            elif config.model.quantize != "none":
+            elif config.model.lora is not None and config.model.lora.quantize != "none":
                 run.sync_weights()  # the engines have loaded the weights that the learner has rounded
             yield run
 

@@ -30,11 +30,11 @@ def role_problems(freeze: Sequence[str], lora_rank: int, lora_targets: Sequence[
     if set(freeze) == set(get_args(Part)):
         found.append("freeze names every part of a model: nothing would be trained")
     if lora_rank and not lora_targets:
-        found.append(f"lora_targets is empty with lora_rank={lora_rank}: nothing would be trained")
+        found.append("lora.targets is empty: nothing would be trained")
     both = [role for role in lora_targets if part_of(role) in freeze]
     if lora_rank and both:
         found.append(
-            f"lora_targets names {', '.join(both)}, which freeze={', '.join(freeze)} rules out; take one of them away "
+            f"lora.targets names {', '.join(both)}, which freeze={', '.join(freeze)} rules out; take one of them away "
             "(with LoRA everything that is no target stays as it is)"
         )
     return found
@@ -141,15 +141,15 @@ class ParameterNames:
         if absent := [part for part in freeze if part not in parts]:
             found.append(f"freeze: {family} has no {' and no '.join(absent)}; it has {', '.join(parts)}")
         if absent := [role for role in lora_targets if part_of(role) not in parts]:
-            found.append(f"lora_targets: {family} has no {' and no '.join(absent)}; {self._targets()}")
+            found.append(f"lora.targets: {family} has no {' and no '.join(absent)}; {self._targets()}")
         for role in lora_targets:
             if role in self.not_adapted:
-                found.append(f"lora_targets: {family}, {role}: {self.not_adapted[role]}; {self._targets()}")
+                found.append(f"lora.targets: {family}, {role}: {self.not_adapted[role]}; {self._targets()}")
         wanted = [part_of(role) for role in lora_targets] or parts
         if not found and not [part for part in self.reached(kinds) if part in wanted and part not in freeze]:
             left = f"LoRA is on {', '.join(lora_targets)}" if lora_targets else f"frozen: {', '.join(freeze)}"
             media = ", ".join(kinds) or "none"
-            found.append(f"freeze or lora_targets: nothing would be trained: {left}; media of the data: {media}")
+            found.append(f"freeze or lora.targets: nothing would be trained: {left}; media of the data: {media}")
         return found
 
     def _targets(self) -> str:

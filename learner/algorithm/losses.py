@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.types import Aggregation
+from learner.config import Aggregation
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learner.algorithm.divergence import CORRECTIONS, KL_ESTIMATORS, k3
 from learner.algorithm.losses import LOSSES, Clip, Sequences, ratio_of, token_weights
-from learner.types import Aggregation
+from learner.config import Aggregation
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from typing import Any
 
 from rewards.base import ServiceError, TransientError
 from rewards.compose import describe
+from rewards.config import RewardSpec
 from rewards.process.channel import Channel
-from rewards.registry import RewardSpec, build_rewards
+from rewards.registry import build_rewards
 
 _PR_SET_PDEATHSIG = 1
 

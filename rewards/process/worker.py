@@ -24,10 +24,10 @@ from pathlib import Path
 
 from rewards.base import ScoringRequest, Service, TransientError
 from rewards.compose import Scores, describe
+from rewards.config import RewardSpec
 from rewards.functions.user import RewardSetupError
 from rewards.process.channel import Channel
 from rewards.process.child import Setup, Traits
-from rewards.registry import RewardSpec
 from rollout.types import Verdict
 from vlm.import_path import ours_first
 

@@ -27,7 +27,6 @@ from rollout.data.builder import ANSWER_REFUSALS
 from rollout.data.rows import shown
 from rollout.data.source import DataError, PromptSource, Refusal
 from rollout.types import Prompt, Verdict
-from saccade.config.options import reward_specs
 from saccade.config.run_config import RunConfig
 from vlm.media.types import Media
 
@@ -136,7 +135,7 @@ def _asked(config: RunConfig, source: PromptSource) -> tuple[Tally, dict[str, Ta
 
 def _rewards(config: RunConfig, has_answers: bool) -> Iterator[tuple[str, RewardFunction]]:
     """Load the rewards that can be asked. Another check reports those that cannot be loaded."""
-    for spec in reward_specs(config):
+    for spec in config.reward.functions:
         if spec.name in ASKED and spec.weight != 0 and (has_answers or spec.options.get("column") is not None):
             try:
                 yield spec.name, load_reward(spec.name, spec.options)
@@ -146,7 +145,7 @@ def _rewards(config: RunConfig, has_answers: bool) -> Iterator[tuple[str, Reward
 
 def wrapper(config: RunConfig) -> Callable[[str], str]:
     """Return a function that puts an answer into the format that the run asks for."""
-    spec = next((s for s in reward_specs(config) if s.name == "format"), None)
+    spec = next((s for s in config.reward.functions if s.name == "format"), None)
     options = {"trace": "visible", **(spec.options if spec else {})}
     line = "\n" if options.get("style") == "newline" else ""
     think = "" if options["trace"] == "stripped" else f"<think>{line}I look at it.{line}</think>{line}"

@@ -33,8 +33,9 @@ def missing_weights(config: RunConfig) -> list[str]:
 
 
 def quantization(config: RunConfig) -> list[str]:
-    if config.model.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        return [f"model.quantize={config.model.quantize} needs bitsandbytes: pip install -e '.[qlora]'"]
+    quantize = config.model.lora.quantize if config.model.lora else "none"
+    if quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        return [f"model.lora.quantize={quantize} needs bitsandbytes: pip install -e '.[qlora]'"]
     return []
 
 

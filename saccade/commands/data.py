@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from saccade.commands.help import App, ConfigFile, Overrides
-from saccade.config.run_config import data_config, load_config
+from saccade.config.load import data_config, load_config
 
 app = App(help="Look at a data set, check it, or make the shapes data set.")
 

@@ -4,15 +4,18 @@ Also define the arguments that several commands take."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 import yaml
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
+
+from saccade.config.idle_knobs import plain
+from saccade.config.knobs import Knob
+from saccade.config.presets import PRESETS
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,35 +41,26 @@ def unwrapped(text: str) -> str:
     return "\n\n".join(joined)
 
 
-def knob_text(name: str, info: FieldInfo) -> str:
-    """Describe a knob: its default as YAML, its allowed values, and its meaning. Defaults of the algorithm are those of
-    the default preset."""
-    from saccade.config.algorithm import AlgorithmConfig
-
-    if name.startswith("algorithm."):
-        default = getattr(AlgorithmConfig(), name.removeprefix("algorithm."))
-    else:
-        default = None if info.is_required() else info.get_default(call_default_factory=True)
-    written = (
-        "(required)" if info.is_required() else yaml.safe_dump(_plain(default), default_flow_style=True, width=1e6)
-    )
-    choices = _choices(info.annotation)
-    allowed = f"  # {', '.join(map(str, choices))}" if choices else ""
-    meaning = " ".join((info.description or "").split())
-    return f"{name}: {written.removesuffix(chr(10)).removesuffix(chr(10) + '...')}{allowed}\n    {meaning}"
+def knob_text(knob: Knob) -> str:
+    """A knob with its default as YAML (of the algorithm: with the default preset), what it may be, and its meaning."""
+    node: Any = PRESETS["grpo"] if knob.name.startswith("algorithm.") else {}
+    for part in knob.name.split(".")[1:]:
+        node = node.get(part, knob.default) if isinstance(node, Mapping) else knob.default
+    default = node if knob.name.startswith("algorithm.") else knob.default
+    written = "(required)"
+    if default is not MISSING:
+        written = yaml.safe_dump(_brief(default), default_flow_style=True, width=1e6).strip().removesuffix("\n...")
+    allowed = f"  # {', '.join(map(str, knob.choices))}" if knob.choices else ""
+    return f"{knob.name}: {written}{allowed}\n    {knob.text}"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_defaults=True)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """Return the values of all literals in a type."""
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    return tuple(value for part in get_args(annotation) for value in _choices(part))
+def _brief(value: Any) -> Any:
+    """A default as YAML can write it; of sections, what differs from their own defaults."""
+    if is_dataclass(value):
+        given = {each.name: getattr(value, each.name) for each in fields(value)}
+        usual = {each.name: each.default for each in fields(value) if each.default is not MISSING}
+        return {name: plain(own) for name, own in given.items() if own != usual.get(name, {})}
+    return [_brief(each) for each in value] if isinstance(value, list | tuple) else plain(value)
 
 
 class Command(TyperCommand):

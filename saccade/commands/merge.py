@@ -19,9 +19,9 @@ from learner.types import LearnerOptions
 from saccade.checkpoints import DamagedError, read_state
 from saccade.commands.merge_source import MergeError, adapter_in, check_source, is_checkpoint
 from saccade.commands.peft_fields import field_problems
+from saccade.config.load import parse_config
 from saccade.config.messages import ConfigError
 from saccade.config.options import config_adapter, learner_options
-from saccade.config.run_config import parse_config
 from vlm.adapter import MultimodalAdapter
 from vlm.families.registry import load_adapter
 
@@ -99,8 +99,8 @@ def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[P
     except DamagedError as error:
         raise MergeError(f"{error}; use an earlier checkpoint") from error
     config = parse_config(saved, str(directory / "run.json"))
-    changes = {"trust_remote_code": trust, **({"path": model} if model else {})}
-    config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    base = replace(config.model, trust_remote_code=trust, path=model or config.model.path)
+    config = config.model_copy(update={"model": base})
     family = config_adapter(config)
     # Every part is loaded as if it were reached: adapters that the run did not have stay a change of zero.
     options = replace(learner_options(config, "cpu", tuple(family.modalities)), ranks=1, zero_stage=2, offload="none")

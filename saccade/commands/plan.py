@@ -225,7 +225,7 @@ def _remedy(kind: str, plan: Plan, options: LearnerOptions) -> str:
         return (
             "learner.zero_stage=3 with more learner.ranks" if options.ranks == 1 or options.zero_stage < 3 else smaller
         )
-    knobs = [] if options.lora_rank else ["model.lora_rank"]
+    knobs = [] if options.lora_rank else ["model.lora"]
     if options.device == "cuda" and options.offload == "none" and options.zero_stage:
         knobs.append("learner.offload=optimizer")
     return f"{', '.join([*knobs, 'more learner.ranks'])} (each ZeRO stage divides it further)"

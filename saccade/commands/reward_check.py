@@ -15,17 +15,18 @@ from rich.table import Table
 
 from rewards.answers.golds import gold_forms
 from rewards.base import ScoringRequest
+from rewards.config import RewardSpec
 from rewards.functions.format import shown
 from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
-from rewards.registry import REWARDS, UNBOUNDED, RewardSpec, check_rewards, load_reward
+from rewards.registry import REWARDS, UNBOUNDED, check_rewards, load_reward
 from rollout.data.source import DataError
 from rollout.engines.protocol import DEFAULT_MAX_SEQS
 from rollout.types import Verdict
 from saccade.checks.gold_check import with_completions, wrapper
 from saccade.checks.references import WHERE, load_model, open_set
 from saccade.config.messages import ConfigError
-from saccade.config.options import reward_specs, trace_shown
+from saccade.config.options import trace_shown
 from saccade.config.run_config import RunConfig
 from saccade.observe.screen import say, show
 
@@ -181,7 +182,7 @@ def generation_seconds(config: RunConfig, token_ms: float) -> float:
 def probe_rewards(config: RunConfig, rows: int, token_ms: float, console: Console) -> bool:
     """Print the scores of the configured rewards and their problems. Return whether there are any. Raises
     ConfigError."""
-    specs = reward_specs(config)
+    specs = config.reward.functions
     if problems := check_rewards(specs):
         raise ConfigError([f"reward.functions: {problem}" for problem in problems])
     try:

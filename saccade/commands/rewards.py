@@ -17,15 +17,16 @@ from rich.console import Console
 
 from rewards.answers.golds import GoldError, gold_text, is_number
 from rewards.base import ScoringRequest, as_completion
+from rewards.config import RewardSpec
 from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
-from rewards.registry import RewardSpec, answers_are_programs, check_rewards
+from rewards.registry import answers_are_programs, check_rewards
 from rollout.data.conversation import Conversation
 from rollout.data.rows import RowRefusedError
 from rollout.types import FinishReason, Verdict
 from saccade.commands.help import App, ConfigFile, Overrides
+from saccade.config.load import apply_overrides, load_config
 from saccade.config.messages import ConfigError
-from saccade.config.run_config import apply_overrides, load_config
 from saccade.observe.screen import say
 from vlm.user_code import short
 

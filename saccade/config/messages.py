@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
+from rewards.config import RewardSpec
+from saccade.config.knobs import knobs, unions
 from saccade.config.renamed import renamed
-from saccade.config.sections import RewardSpec
 from saccade.config.synonyms import REFUSED, VALUES, synonym_of
 from vlm.errors import UserError
 
@@ -22,6 +23,7 @@ IN_WORDS = {
     "tuple_type": "should be a list",
     "list_type": "should be a list",
     "dict_type": "should be a mapping of names to values",
+    "dataclass_type": "should be a mapping of names to values",
     "model_type": "should be a mapping of names to values",
     "model_attributes_type": "should be a mapping of names to values",
     "string_type": "should be a text",
@@ -52,37 +54,58 @@ class ConfigError(UserError, ValueError):
         super().__init__(f"{count} in {source}:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
-def problems_of(error: ValidationError, knobs: Mapping[str, FieldInfo]) -> list[str]:
-    """One text for each violation that pydantic found. `knobs`: all, by dotted name."""
+def problems_of(error: ValidationError) -> list[str]:
+    """One text for each violation that pydantic found."""
     found: list[str] = []
     for detail in error.errors():
         inner = detail.get("ctx", {}).get("error")
-        found += inner.problems if isinstance(inner, ConfigError) else [_explain(detail, knobs)]
+        found += inner.problems if isinstance(inner, ConfigError) else [_explain(detail)]
     return found
 
 
 def location(detail: Any) -> tuple[Any, ...]:
-    """Where a pydantic error is; a wrong key of a dictionary is where its value stands."""
-    return tuple(part for part in detail["loc"] if part != "[key]")
+    """Where a pydantic error is; a wrong key of a dictionary is where its value stands, and the name by which a union
+    was chosen is no part of it."""
+    found: list[Any] = []
+    for part in detail["loc"]:
+        if part != "[key]" and not (found and part in unions().get(".".join(map(str, found)), ())):
+            found.append(part)
+    return tuple(found)
 
 
-def _explain(detail: Any, knobs: Mapping[str, FieldInfo]) -> str:
+def _explain(detail: Any) -> str:
     where = ".".join(str(part) for part in location(detail))
-    if detail["type"] == "extra_forbidden":
-        return renamed(where, detail["input"]) or _unknown(where, knobs)
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return renamed(where, detail["input"]) or _misplaced(where, detail) or _unknown(where)
     if detail["type"] == "missing":
         is_item = isinstance(detail["loc"][-1], int)
         return f"{where}: a value is missing there" if is_item else f"{where}: required, but not given"
     if "[key]" in detail["loc"]:
         return f"{where}: unknown role; there are {detail['ctx']['expected']}"
     if detail["type"] == "literal_error":
-        allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        meant = _meant(str(detail["input"]), allowed)
-        hint = f"did you mean {meant}? " if meant else ""
-        return f"{where}={_shown(detail['input'])}: {hint}should be {detail['ctx']['expected']}"
+        return _not_among(where, detail["input"], detail["ctx"]["expected"])
+    if detail["type"] == "union_tag_invalid":
+        *first, last = detail["ctx"]["expected_tags"].split(", ")
+        return _not_among(where, detail["ctx"]["tag"], f"{', '.join(first)} or {last}")
     message = IN_WORDS.get(detail["type"], detail["msg"].removeprefix("Value error, "))
     message = message.format_map(detail.get("ctx", {})) if detail["type"] in IN_WORDS else message
     return f"{where}={_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _not_among(where: str, value: Any, expected: str) -> str:
+    """A value that is none of those that there are."""
+    meant = _meant(str(value), re.findall(r"'([^']*)'", expected))
+    hint = f"did you mean {meant}? " if meant else ""
+    return f"{where}={_shown(value)}: {hint}should be {expected}"
+
+
+def _misplaced(where: str, detail: Any) -> str | None:
+    """A knob of another member of the union."""
+    union = where.rpartition(".")[0]
+    if where not in knobs() or union not in unions():
+        return None
+    chosen = detail["loc"][-2]
+    return f"{where}: {union}={chosen} has none; leave it out, or choose another {union.rpartition('.')[2]}"
 
 
 def _shown(value: Any) -> str:
@@ -106,21 +129,21 @@ def _meant(given: str, allowed: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)), None)
 
 
-def _unknown(where: str, knobs: Mapping[str, FieldInfo]) -> str:
+def _unknown(where: str) -> str:
     """A key that there is not: refused on purpose, known elsewhere, another program's name, or mistyped."""
     if where in REFUSED:
         return f"{where}: {REFUSED[where]}"
     parent, _, leaf = where.rpartition(".")
     if re.fullmatch(r"reward\.functions\.\d+", parent):
-        names = list(RewardSpec.model_fields)
+        names = [field.name for field in fields(RewardSpec)]
         meant = _meant(leaf, names)
         return f"{where}: unknown key; " + (f"did you mean {meant}?" if meant else f"there are {', '.join(names)}")
-    if matches := [name for name in knobs if leaf == name.split(".")[-1]]:
+    if matches := [name for name in knobs() if leaf == name.split(".")[-1]]:
         return f"{where}: unknown key; did you mean {matches[0]}?"
     if known := synonym_of(leaf):
         return f"{where}: unknown key; here it is called {known}"
     # A dotted name is compared with knobs, another with the sections too.
-    names = [*knobs] if "." in where else [*knobs, *dict.fromkeys(name.split(".")[0] for name in knobs)]
+    names = [*knobs()] if "." in where else [*knobs(), *dict.fromkeys(name.split(".")[0] for name in knobs())]
     nearest = difflib.get_close_matches(where, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "`saccade config --knobs` lists all"
     return f"{where}: unknown key; {hint}"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from learner.config import Behavior, Clipped, Current, DualClipped, Falling
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.functions.format import Trace
-from rewards.registry import RewardSpec, answers_are_programs, columns_read
+from rewards.registry import answers_are_programs, columns_read
+from rollout.data.config import URLS
 from rollout.data.source import MEDIA_PER_PROMPT, DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from saccade.config.demands import Device
 from saccade.config.run_config import RunConfig
-from saccade.config.sections import URLS, ActorRole
+from saccade.config.sections import ActorRole
 from saccade.errors import RunError
 from vlm.adapter import MultimodalAdapter
 from vlm.errors import AdapterError
@@ -37,11 +39,6 @@ def model_problem(error: AdapterError) -> str:
     return text if text.startswith("model.") else f"model.path: {text}"
 
 
-def reward_specs(config: RunConfig) -> tuple[RewardSpec, ...]:
-    """The configured rewards."""
-    return tuple(RewardSpec(f.name, f.weight, f.options, f.combine) for f in config.reward.functions)
-
-
 def trace_shown(config: RunConfig) -> Trace:
     """What `format` asks of the <think> trace, by which reports show completions."""
     return next((f.options.get("trace", "visible") for f in config.reward.functions if f.name == "format"), "visible")
@@ -53,7 +50,7 @@ PIXELS_PER_BYTE = 50_000_000 / (20 * 2**20)
 
 def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True) -> DataOptions:
     """How rows become prompts. Held-out rows are shuffled too: evaluation.max_prompts then draws a fair sample."""
-    data, specs = config.data, reward_specs(config)
+    data, specs = config.data, config.reward.functions
     needed, known = columns_read(specs)
     folders = [place for place in data.media_from if place != URLS]
     return DataOptions(
@@ -163,6 +160,8 @@ def engine_options(
 
 def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[MediaKind]) -> LearnerOptions:
     model, learner, algorithm = config.model, config.learner, config.algorithm
+    lora, loss, kl, off_policy = model.lora, algorithm.loss, algorithm.kl, config.off_policy
+    clip = loss if isinstance(loss, Clipped) else Clipped("none")
     return LearnerOptions(
         model=model.path,
         total_steps=config.steps * algorithm.optimizer_steps,
@@ -171,10 +170,10 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         adapter=model.adapter,
         trust_remote_code=model.trust_remote_code,
         max_image_tokens=model.max_image_tokens,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        lora_targets=model.lora_targets,
-        quantize=model.quantize,
+        lora_rank=lora.rank if lora else 0,
+        lora_alpha=lora.alpha if lora else 1.0,
+        lora_targets=lora.targets if lora else (),
+        quantize=lora.quantize if lora else "none",
         freeze=model.freeze,
         media_kinds=tuple(media_kinds),
         temperature=config.rollout.temperature,
@@ -185,25 +184,25 @@ def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[Med
         overlong_buffer=round(algorithm.overlong_share * config.rollout.max_completion_length),
         mask_truncated=algorithm.overlong == "mask",
         max_completion_length=config.rollout.max_completion_length,
-        loss=algorithm.loss,
-        clip_eps_low=algorithm.clip_eps_low,
-        clip_eps_high=algorithm.clip_eps_high,
-        clip_dual=algorithm.clip_dual,
+        loss=loss.name,
+        clip_eps_low=clip.low,
+        clip_eps_high=clip.high,
+        clip_dual=clip.dual if isinstance(clip, DualClipped) else None,
         aggregation=algorithm.aggregation,
-        beta=algorithm.beta,
-        kl_estimator=algorithm.kl_estimator,
-        kl_in=algorithm.kl_in,
-        reference_every=algorithm.reference_every,
-        old_policy=config.old_policy,
-        correction=algorithm.correction,
-        correction_range=algorithm.correction_range,
+        beta=kl.weight if kl else 0.0,
+        kl_estimator=kl.estimator if kl else "k3",
+        kl_in=kl.where if kl else "loss",
+        reference_every=kl.refresh if kl else 0,
+        old_policy="behavior" if isinstance(off_policy, Behavior) else "current",
+        correction="none" if isinstance(off_policy, Behavior | Current) else off_policy.name,
+        correction_range=off_policy.bounds,
         entropy_bonus=algorithm.entropy_bonus,
         optimizer_steps=algorithm.optimizer_steps,
         max_staleness=config.rollout.max_staleness,
         learning_rate=learner.learning_rate,
-        lr_schedule=learner.lr_schedule,
+        lr_schedule=learner.lr_schedule.name,
         warmup_steps=learner.warmup_steps,
-        min_lr_ratio=learner.min_lr_ratio,
+        min_lr_ratio=learner.lr_schedule.min_ratio if isinstance(learner.lr_schedule, Falling) else 0.0,
         betas=learner.betas,
         weight_decay=learner.weight_decay,
         max_grad_norm=learner.max_grad_norm,

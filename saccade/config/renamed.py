@@ -33,6 +33,10 @@ def _where(condition: Callable[[Any], bool], result: Callable[[Any], Any]) -> Ca
 
 
 RENAMED: Mapping[str, Now] = {
+    "model.lora_rank": Now("model.lora.rank", lambda value: value or None, "model.lora=null trains all weights"),
+    "model.lora_alpha": Now("model.lora.alpha"),
+    "model.lora_targets": Now("model.lora.targets"),
+    "model.quantize": Now("model.lora.quantize"),
     "data.extra_columns": Now(
         None,
         remark="columns that a reward's parameters (or its option `column`) name are read, and data.columns.group",
@@ -52,9 +56,20 @@ RENAMED: Mapping[str, Now] = {
         "it is an option of the reward `format`",
     ),
     "algorithm.normalize_parts": Now("algorithm.advantage", _where(bool, lambda value: "gdpo")),
+    "algorithm.clip_eps_low": Now("algorithm.loss.low"),
+    "algorithm.clip_eps_high": Now("algorithm.loss.high"),
+    "algorithm.clip_dual": Now("algorithm.loss.dual"),
+    "algorithm.beta": Now("algorithm.kl.weight", lambda value: value or None, "algorithm.kl=null loads no reference"),
+    "algorithm.kl_estimator": Now("algorithm.kl.estimator"),
+    "algorithm.kl_in": Now("algorithm.kl.where"),
+    "algorithm.reference_every": Now("algorithm.kl.refresh"),
+    "algorithm.old_policy": Now("algorithm.off_policy"),
+    "algorithm.correction": Now("algorithm.off_policy", lambda value: "auto" if value == "none" else value),
+    "algorithm.correction_range": Now("algorithm.off_policy.max", lambda pair: pair[1], "and .min for the smallest"),
     "algorithm.overlong_buffer": Now("algorithm.overlong", lambda value: value or "keep"),
     "algorithm.mask_truncated": Now("algorithm.overlong", lambda value: "mask" if value else "keep"),
     "learner.lr": Now("learner.learning_rate"),
+    "learner.min_lr_ratio": Now("learner.lr_schedule.min_ratio"),
     "learner.micro_batch_tokens": Now("learner.micro_batch"),
     "learner.micro_batch_gib": Now("learner.micro_batch", lambda value: f"{value} GiB"),
     "learner.micro_batch_patches": Now("learner.micro_batch", _nothing, "a limit of memory counts patches too"),
@@ -78,7 +93,7 @@ def renamed(where: str, value: Any) -> str | None:
         return f"{where}: there is no such knob any more; leave it out{remark}"
     try:
         carried = now.value(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, IndexError):
         carried = None
     if carried is None:
         return f"{where}: this knob is now {now.knob}{remark}"

@@ -10,11 +10,13 @@ import glob
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rewards.config import RewardSpec
+from rollout.data.config import URLS
 from saccade.config.run_config import RunConfig
-from saccade.config.sections import URLS, RewardSpec
 from vlm.user_code import located
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -33,12 +35,12 @@ def absolute(config: RunConfig) -> RunConfig:
         return config
     model, data = config.model, config.data
     adapter = None if model.adapter is None else located(model.adapter)
-    model = model.model_copy(update={"path": _folder(model.path), "adapter": adapter})
-    files = {"train": tuple(map(_pattern, data.train)), "eval": tuple(map(_pattern, data.eval))}
+    model = replace(model, path=_folder(model.path), adapter=adapter)
+    train, held_out = tuple(map(_pattern, data.train)), tuple(map(_pattern, data.eval))
     places = tuple(place if place == URLS else _path(place) for place in data.media_from)
-    data = data.model_copy(update={**files, "media_from": places})
+    data = replace(data, train=train, eval=held_out, media_from=places)
     functions = tuple(map(_reward, config.reward.functions))
-    reward = config.reward.model_copy(update={"functions": functions})
+    reward = replace(config.reward, functions=functions)
     return config.model_copy(update={"model": model, "data": data, "reward": reward})
 
 
@@ -46,7 +48,7 @@ def _reward(spec: RewardSpec) -> RewardSpec:
     options = dict(spec.options)
     if spec.name == "reward_model" and isinstance(options.get("model"), str):
         options["model"] = _folder(options["model"])
-    return spec.model_copy(update={"name": located(spec.name), "options": options})
+    return replace(spec, name=located(spec.name), options=options)
 
 
 def _path(path: str) -> str:

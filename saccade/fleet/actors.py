@@ -25,7 +25,6 @@ from saccade.config.options import (
     engine_options,
     learner_environment,
     learner_options,
-    reward_specs,
     trace_shown,
     weight_transfer_options,
 )
@@ -156,7 +155,7 @@ def _create(
     for i in range(config.reward.actors):
         reward = ray.remote(RewardActor).options(**placement.options("reward", i))
         actor = reward.remote(
-            reward_specs(config),
+            config.reward.functions,
             timeout=config.reward.timeout,
             services=services.by_name,
             trace=trace_shown(config),

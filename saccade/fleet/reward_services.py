@@ -19,7 +19,6 @@ from rewards.model_actor import RewardModelActor, RewardModelService
 from rewards.registry import load_reward
 from rollout.engines.protocol import SamplingParams
 from rollout.types import Prompt, PromptRef, RolloutFailure
-from saccade.config.options import reward_specs
 from saccade.config.run_config import RunConfig
 from saccade.fleet.placement import Placement
 from saccade.fleet.protocols import Engine
@@ -82,7 +81,7 @@ def create_services(
 ) -> Services:
     """Creates what the configured rewards need; the models still have to be started."""
     services = Services()
-    for spec in reward_specs(config):
+    for spec in config.reward.functions:
         if spec.name == "judge":
             services.by_name["generate"] = EngineJudge(engines, adapter)
         if spec.name == "reward_model":

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.durable import make_folder, storage_errors
+from saccade.config.load import config_tree, parse_config
 from saccade.config.messages import ConfigError
-from saccade.config.run_config import RunConfig, config_tree, parse_config
+from saccade.config.run_config import RunConfig
 from saccade.trainer import peft, trl
 from saccade.trainer.functions import GivenRewards, given_rewards, importable_name
 from saccade.trainer.rows import Rows, RowsError, is_files

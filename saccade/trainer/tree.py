@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from saccade.config.run_config import iter_knobs
-
 Tree = dict[str, Any]
 SECTIONS = frozenset(name.partition(".")[0] for name, _ in iter_knobs() if "." in name)
 

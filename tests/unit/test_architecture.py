@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from saccade.config.run_config import iter_knobs
-from saccade.config.sections import Section
+from saccade.config.knobs import knobs
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("rollout", "learner", "rewards", "weight_sync", "vlm", "saccade", "deploy")
@@ -28,7 +27,8 @@ MAY_IMPORT = {
     "rollout": ("rollout.types", "rewards.answers.golds", "vlm", "weight_sync"),
     "learner": ("rollout.types", "vlm", "weight_sync"),
     "rewards": (
-        *("rollout.types", "vlm.user_code", "vlm.import_path", "vlm.control_tokens", "vlm.errors", "vlm.media.types"),
+        *("rollout.types", "vlm.section", "vlm.user_code", "vlm.import_path", "vlm.control_tokens", "vlm.errors"),
+        "vlm.media.types",
     ),
     "vlm": (),
     "weight_sync": ("rollout.types", "vlm.errors"),
@@ -72,14 +72,24 @@ ORDERS = {
         *("deaths", "durable", "types", "__init__"),
     ),
     "rewards": (
-        *("actor", "model_actor", "process", "registry", "functions", "compose", "sandbox", "answers", "base"),
-        "__init__",
+        *("actor", "model_actor", "process", "registry", "config", "functions", "compose", "sandbox", "answers"),
+        *("base", "__init__"),
     ),
-    "rollout": ("actor", "data", "engines", "types", "__init__"),
+    "rollout": ("actor", "data", "engines", "config", "types", "__init__"),
     "vlm": (
         *("tiny", "families", "publish", "media_cost", "adapter", "media_tokens", "tower_outputs", "tower_end"),
-        *("parameter_names", "batch", "encoding", "media", "end_tokens", "control_tokens", "user_code", "import_path"),
-        *("errors", "__init__"),
+        *(
+            "config",
+            "section",
+            "parameter_names",
+            "batch",
+            "encoding",
+            "media",
+            "end_tokens",
+            "control_tokens",
+            "user_code",
+        ),
+        *("import_path", "errors", "__init__"),
     ),
 }
 SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "fleet", "observe")
@@ -375,13 +385,19 @@ def test_configuration_loads_without_torch() -> None:
 
 
 def test_knobs_are_few_and_documented() -> None:
-    names = [name for name, _ in iter_knobs()]
-    assert len(names) <= MAX_KNOBS, f"{len(names)} knobs, the limit is {MAX_KNOBS}"
-    sections, todo = [], [Section]
-    while todo:
-        sections += (children := todo.pop().__subclasses__())
-        todo += children
-    undocumented = [f"{s.__name__}.{n}" for s in sections for n, f in s.model_fields.items() if not f.description]
-    bare = [n for n, f in iter_knobs() if not f.description and not n.count(".")]
+    assert len(knobs()) <= MAX_KNOBS, f"{len(knobs())} knobs, the limit is {MAX_KNOBS}"
+    bare = [knob.name for knob in knobs().values() if not knob.text]
     assert not bare, f"knobs without a docstring: {bare}"
-    assert not [u for u in undocumented if not u.startswith("RunConfig.")], undocumented
+
+
+def test_files_of_the_configuration_do_not_import_each_other_in_a_circle() -> None:
+    """What is imported for types alone counts."""
+    needs: dict[str, set[str]] = {}
+    for path, source in source_files():
+        if path.parts[:2] == ("saccade", "config"):
+            modules = {item.module.removeprefix("saccade.config.") for item in find_imports(path, source)}
+            needs[path.stem] = modules
+    left = set(needs)
+    while free := {name for name in left if not needs[name] & left - {name}}:
+        left -= free
+    assert not left, f"a circle within {sorted(left)}"

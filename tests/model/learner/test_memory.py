@@ -23,7 +23,7 @@ from learner.plan.zero_states import element_bytes, zero_states
 from learner.types import LearnerOptions
 from saccade.cli import app
 from saccade.commands.plan import make_plan
-from saccade.config.run_config import load_config
+from saccade.config.load import load_config
 from tests.helpers.learner_cases import adapter_of
 from vlm.adapter import MultimodalAdapter
 from vlm.media.video_audio import decode

@@ -22,8 +22,9 @@ from learner.engines.torch_engine import TorchEngine
 from saccade import cli
 from saccade.checkpoints import FORMAT
 from saccade.commands.merge import MergeError, merge
+from saccade.config.load import config_tree, parse_config
+from saccade.config.messages import ConfigError
 from saccade.config.options import learner_options
-from saccade.config.run_config import ConfigError, config_tree, parse_config
 from tests.helpers.learner_cases import adapter_of, options
 from tests.model.learner.test_quantize import QLORA
 from vlm.errors import AdapterError
@@ -151,15 +152,15 @@ def checkpoint(model: Path, directory: Path, **settings: Any) -> TorchEngine:
 
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "lora": {"lora_rank": 2, "lora_targets": ["vision", "language.mlp"]},
-    "qlora": {"lora_rank": 2, "quantize": "nf4"},
+    "lora": {"lora": {"rank": 2, "targets": ["vision", "language.mlp"]}},
+    "qlora": {"lora": {"rank": 2, "quantize": "nf4"}},
     "full": {"freeze": ["projector"]},
 }
 
 
 @pytest.mark.parametrize("settings", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
 def test_a_checkpoint_of_a_run_that_never_ended(tiny_model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    if "quantize" in settings:
+    if "quantize" in settings.get("lora", {}):
         pytest.importorskip("bitsandbytes")
     engine = checkpoint(tiny_model, tmp_path / "step-000001", **settings)
     engine.save_pretrained(tmp_path / "model")
@@ -209,10 +210,10 @@ def test_what_cannot_be_merged_is_said(saved: Path, tiny_model: Path, tmp_path: 
     (cut / "adapter_config.json").write_text("{")
     assert "cannot be read" in message(cut)
 
-    checkpoint(tiny_model, tmp_path / "step", lora_rank=2)
+    checkpoint(tiny_model, tmp_path / "step", lora=2)
     assert "run.json" in message_of_config(tmp_path / "step", tmp_path / "out")
     shutil.rmtree(tmp_path / "step/learner")
-    checkpoint(tiny_model, tmp_path / "wider", lora_rank=3)
+    checkpoint(tiny_model, tmp_path / "wider", lora=3)
     shutil.move(tmp_path / "wider/learner", tmp_path / "step/learner")
     assert "learner/digests.json has other content than was written; use an earlier checkpoint" in message(
         tmp_path / "step"

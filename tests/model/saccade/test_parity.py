@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from saccade import cli
 from saccade.commands.parity import TOLERANCES, CaseResult
-from saccade.config.run_config import ConfigError
+from saccade.config.messages import ConfigError
 from vlm.families.qwen_vl import QwenVLAdapter
 
 TOLERANCE = TOLERANCES["float32"]

@@ -18,7 +18,7 @@ from learner.model.load import load_base
 from learner.types import LearnerOptions
 from saccade.checkpoints import FORMAT
 from saccade.commands.merge import merge
-from saccade.config.run_config import config_tree, parse_config
+from saccade.config.load import config_tree, parse_config
 from tests.helpers.learner_cases import adapter_of, options
 from tests.helpers.ranks import run_ranks
 from tests.model.learner.test_quantize import QLORA, update
@@ -85,7 +85,8 @@ def test_bfloat16_keeps_the_base_in_four_bits(
     assert all(torch.equal(p, sent[name]) for name, p in saved.named_parameters())
     # A checkpoint has the adapters in float32; merged is what the engines got.
     save_checkpoint(engine, tmp_path / "step/learner")
-    tree = {"output_dir": "x", "steps": 2, "model": {"path": str(tiny_model), **QLORA}, "data": {"train": ["a"]}}
+    lora = {name.removeprefix("lora_"): value for name, value in QLORA.items()}
+    tree = {"output_dir": "x", "steps": 2, "model": {"path": str(tiny_model), "lora": lora}, "data": {"train": ["a"]}}
     state = {"format": FORMAT, "config": config_tree(parse_config(tree))}
     (tmp_path / "step/run.json").write_text(json.dumps(state))
     seal(tmp_path / "step")

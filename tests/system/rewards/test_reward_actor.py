@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rewards.registry import RewardSpec
+from rewards.config import RewardSpec
 from rollout.types import GroupSummary, PromptRef, RolloutFailure, RolloutGroup
 from tests.unit.rewards.test_reward_actor import PATIENCE, make_group
 from tests.unit.rewards.test_reward_actor import source as source

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rewards.base import ServiceError, TransientError
+from rewards.config import RewardSpec
 from rewards.functions.judge import Question
 from rewards.functions.reward_model import ModelOptions, RewardModel
-from rewards.registry import RewardSpec
 from rollout.actor import RayEngineHandle
 from rollout.engines.protocol import SamplingParams
 from rollout.types import Completion, Prompt, RolloutFailure, RolloutGroup, Segment

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rewards.base import ScoringRequest
+from rewards.config import RewardSpec
 from rewards.process.worker import RewardWorker
-from rewards.registry import RewardSpec
 from tests.unit.rewards.test_rewards_worker import TIMEOUT
 
 SEPARABLE = """

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from learner.durable import seal
 from rollout.data.source import PromptSource
 from saccade.commands.merge import merge
+from saccade.config.load import parse_config
+from saccade.config.messages import ConfigError
 from saccade.config.options import config_adapter, data_options
-from saccade.config.run_config import ConfigError, parse_config
 from saccade.demo.shapes import make_shapes
 from saccade.loop import evaluate, train
 from saccade.observe.metrics import read_metrics
@@ -61,7 +62,7 @@ def settings(tiny_model, shapes) -> dict:
         },
         # Random weights never give the expected answer; the length of the text does vary.
         "reward": {"functions": [{"name": "tests.helpers.rewards_for_tests:letters"}]},
-        "algorithm": {"beta": 0.1},
+        "algorithm": {"kl": 0.1},
         "learner": {
             "prompts_per_step": 4,
             "learning_rate": 1e-3,
@@ -163,7 +164,7 @@ def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_pat
         {
             **settings,
             "output_dir": str(tmp_path / "overlap"),
-            "algorithm": {"name": "dapo", "correction": "tis", "optimizer_steps": 2, "entropy_bonus": 0.001},
+            "algorithm": {"name": "dapo", "off_policy": "tis", "optimizer_steps": 2, "entropy_bonus": 0.001},
             "rollout": {**settings["rollout"], "max_staleness": 1, "engines": 2},
             "learner": {**settings["learner"], "ranks": 2, "zero_stage": 3},
             "reward": {**settings["reward"], "actors": 2},
@@ -187,7 +188,7 @@ def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(setti
                 **settings,
                 "output_dir": str(tmp_path / "lora"),
                 "steps": 3,
-                "model": {**settings["model"], "lora_rank": 4, "lora_targets": ["language.mlp", "vision"]},
+                "model": {**settings["model"], "lora": {"rank": 4, "targets": ["language.mlp", "vision"]}},
                 "learner": {**settings["learner"], "learning_rate": 0.05},
             }
         )
@@ -214,7 +215,7 @@ def test_qlora_engines_sample_from_the_rounded_base_from_the_first_token_on(sett
                 **settings,
                 "output_dir": str(tmp_path / "qlora"),
                 "steps": 2,
-                "model": {**settings["model"], "lora_rank": 4, "quantize": "nf4"},
+                "model": {**settings["model"], "lora": {"rank": 4, "quantize": "nf4"}},
                 "learner": {**settings["learner"], "ranks": 2, "zero_stage": 2, "learning_rate": 0.05},
             }
         )

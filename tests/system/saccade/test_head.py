@@ -17,7 +17,7 @@ from tests.unit.saccade.test_head import WAIT, all_end
 RUN = """
 import json, os, signal, subprocess, sys, psutil, ray
 from saccade.fleet.connect import connect
-from saccade.config.run_config import parse_config
+from saccade.config.load import parse_config
 from saccade.observe.display import SilentDisplay
 from saccade.fleet.head import HeadLostError
 

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from ray.util import placement_group_table
 
-from saccade.config.run_config import parse_config
+from saccade.config.load import parse_config
 from saccade.fleet.placement import PlacementError, place
 from tests.unit.saccade.test_placement import ROOT, config
 
 SEEN = """
 import os, sys, yaml, ray
-from saccade.config.run_config import load_config
+from saccade.config.load import load_config
 from saccade.config.demands import local_resources
 from saccade.fleet.placement import place
 config = load_config(sys.argv[1], ["cluster.timeout=90"])

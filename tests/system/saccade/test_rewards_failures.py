@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from rewards.actor import RewardActor
-from rewards.registry import RewardSpec
+from rewards.config import RewardSpec
 from saccade.errors import RunError
 from saccade.fleet.handles import RayRewards
 from tests.helpers.fake_fleet import make_pipeline

@@ -25,7 +25,9 @@ from rewards.base import ScoringRequest
 from rewards.registry import load_reward
 from saccade import __version__
 from saccade.cli import app
-from saccade.config.run_config import RunConfig, iter_knobs, load_config, parse_config
+from saccade.config.knobs import choices, knobs
+from saccade.config.load import load_config, parse_config
+from saccade.config.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -346,10 +348,10 @@ def test_texts_name_files_knobs_and_metrics_that_exist(path: Path) -> None:
     }
     assert not missing, "no such file"
 
-    knobs = {name for name, _ in iter_knobs()}
-    sections = {name.split(".")[0] for name in knobs if "." in name}
+    names = set(knobs()) | set(choices())
+    sections = {name.split(".")[0] for name in names if "." in name}
     named = {k for k in re.findall(r"`(\w+\.\w+)", text) if k.split(".")[0] in sections}
-    assert named <= knobs | {"rollout.types", "cluster.yaml"}, "no such knob"
+    assert named <= names | {"rollout.types", "cluster.yaml"}, "no such knob"
 
     source = ast.parse((ROOT / "saccade/observe/gauges.py").read_text())
     tables = [

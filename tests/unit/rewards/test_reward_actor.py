@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewards.registry import RewardSpec
+from rewards.config import RewardSpec
 from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment
 from vlm.media.types import Media
 

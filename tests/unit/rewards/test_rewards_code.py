@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from rewards.base import ScoringRequest
+from rewards.config import RewardSpec
 from rewards.functions import code_tests
 from rewards.functions.code_tests import CodeTestsReward
 from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
-from rewards.registry import RewardSpec
 from rewards.sandbox import sandbox
 from rewards.sandbox.sandbox import Limits, Outcome, SandboxError, isolation_problem, run
 

@@ -12,13 +12,14 @@ import pytest
 
 from rewards.answers.golds import GoldError, gold_forms, gold_text
 from rewards.base import RewardFunction, ScoringRequest
+from rewards.config import RewardSpec
 from rewards.functions.accuracy import AccuracyReward
 from rewards.functions.multiple_choice import MultipleChoiceReward
 from rewards.functions.text import ContainsReward, EditDistanceReward, ExactMatchReward
 from rewards.functions.tool_call import ToolCallReward
-from rewards.registry import RewardSpec, answers_are_programs, load_reward
+from rewards.registry import answers_are_programs, load_reward
+from saccade.config.load import parse_config
 from saccade.config.options import data_options
-from saccade.config.run_config import parse_config
 from tests.helpers.data_helpers import source, write_rows
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from rewards.base import ScoringRequest
+from rewards.config import RewardSpec
 from rewards.functions.judge import JudgeReward, Question
 from rewards.functions.reward_model import ModelOptions, RewardModel, RewardModelReward
 from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
-from rewards.registry import RewardSpec, check_rewards
+from rewards.registry import check_rewards
 from vlm.media.types import Media
 
 PATIENCE = 180.0

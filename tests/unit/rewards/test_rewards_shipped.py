@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.base import RewardFunction, ScoringRequest
+from rewards.config import RewardSpec
 from rewards.functions.boxes import Box, Item, giou, iou, mean_f1, write_items
 from rewards.functions.grounding import GroundingReward
 from rewards.functions.json_schema import JsonSchemaReward
@@ -18,7 +19,7 @@ from rewards.functions.length import LengthReward
 from rewards.functions.repetition import RepetitionReward
 from rewards.functions.text import EditDistanceReward, edit_distance
 from rewards.functions.tool_call import ToolCallReward
-from rewards.registry import RewardSpec, check_rewards
+from rewards.registry import check_rewards
 from vlm.media.types import Media
 
 

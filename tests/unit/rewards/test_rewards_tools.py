@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from rewards.base import ScoringRequest
-from rewards.registry import RewardSpec
+from rewards.config import RewardSpec
 from saccade.cli import app
 from saccade.commands.reward_check import Probe, findings, generation_seconds, probe
 from saccade.commands.rewards import _request, score_file
-from saccade.config.run_config import ConfigError, parse_config
+from saccade.config.load import parse_config
+from saccade.config.messages import ConfigError
 
 PATIENCE = 180.0
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from rewards.base import ScoringRequest, TransientError
 from rewards.compose import Combine, Term, compose
+from rewards.config import RewardSpec
 from rewards.functions.user import ColumnReward, RewardSetupError
-from rewards.registry import RewardSpec, build_rewards, check_rewards, columns_read, load_reward
+from rewards.registry import build_rewards, check_rewards, columns_read, load_reward
 from rollout.types import Completion, Segment, Verdict
 
 REQUEST = ScoringRequest("what colour?", ("red", "blue!", ""), answer="red", columns={"level": 2, "tags": ["a", "b"]})

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from rewards.base import ScoringRequest, TransientError
+from rewards.config import RewardSpec
 from rewards.functions.user import RewardSetupError
 from rewards.process.child import Traits
 from rewards.process.worker import RewardWorker
-from rewards.registry import RewardSpec
 
 TIMEOUT = 3.0
 PATIENCE = 180.0
@@ -166,7 +166,7 @@ def test_a_computing_child_dies_with_its_killed_parent(source: str, fifo: tuple[
     code = """
 import sys
 from rewards.base import ScoringRequest
-from rewards.registry import RewardSpec
+from rewards.config import RewardSpec
 from rewards.process.worker import RewardWorker
 worker = RewardWorker([RewardSpec(sys.argv[1])], 10_000)
 worker.score(ScoringRequest("", ("hold pipe and spin",), columns={"fifo": sys.argv[2]}))

@@ -9,8 +9,8 @@ import pytest
 
 from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_engine import engine_arguments
+from saccade.config.load import parse_config
 from saccade.config.options import engine_options
-from saccade.config.run_config import parse_config
 
 ADAPTER: Any = SimpleNamespace(modalities={"image": None}, has_vision=True, engine_processor={})
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import pytest
 import yaml
 
-from saccade.config.algorithm import PRESETS, AlgorithmConfig
-from saccade.config.idle_knobs import idle
+from learner.config import AlgorithmConfig, Behavior, Cispo, Gspo, Kl, PpoClip, Reinforce, Tis
+from saccade.config.load import dump_config, load_config, parse_config
+from saccade.config.messages import ConfigError
 from saccade.config.options import learner_options
-from saccade.config.run_config import ConfigError, dump_config, load_config, parse_config
+from saccade.config.presets import PRESETS
 from tests.unit.saccade.test_config import MINIMAL
 
 
@@ -16,41 +20,75 @@ from tests.unit.saccade.test_config import MINIMAL
 def test_a_preset_sets_its_knobs_and_is_printed_with_all_that_count(preset, tmp_path):
     config = parse_config({**MINIMAL, "algorithm": preset})
     for name, value in PRESETS[preset].items():
-        assert getattr(config.algorithm, name) == value
+        chosen = getattr(config.algorithm, name)
+        if name == "kl":
+            assert chosen is None  # it counts where a KL is asked for
+        elif isinstance(value, dict):
+            assert {each: getattr(chosen, each) for each in value} == value
+        else:
+            assert chosen == value
     printed = yaml.safe_load(dump_config(config))["algorithm"]
-    counting = {name for name in AlgorithmConfig.model_fields if f"algorithm.{name}" not in idle(config)}
-    assert printed["name"] == preset and set(printed) == counting
+    assert printed["name"] == preset and set(printed) == {field.name for field in fields(AlgorithmConfig)}
     (tmp_path / "full.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "full.yaml") == config
 
 
 def test_what_is_given_goes_before_the_preset(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**MINIMAL, "algorithm": "dapo"}))
-    config = load_config(tmp_path / "run.yaml", ["algorithm.beta=0.5", "algorithm.clip_eps_high=0.4"])
-    assert (config.algorithm.name, config.algorithm.beta, config.algorithm.clip_eps_high) == ("dapo", 0.5, 0.4)
-    assert config.algorithm.refill == PRESETS["dapo"]["refill"]
+    config = load_config(tmp_path / "run.yaml", ["algorithm.kl=0.5", "algorithm.loss.high=0.4"])
+    assert (config.algorithm.name, config.algorithm.loss) == ("dapo", PpoClip(high=0.4))
+    assert config.algorithm.kl == Kl(0.5) and config.algorithm.refill == PRESETS["dapo"]["refill"]
+    low = load_config(tmp_path / "run.yaml", ["algorithm.loss.low=0.1"])
+    assert low.algorithm.loss == PpoClip(low=0.1, high=0.28)
     other = load_config(tmp_path / "run.yaml", ["algorithm=gspo"])
-    assert other.algorithm.loss == "gspo" and other.algorithm.refill == 0.0
+    assert other.algorithm.loss == Gspo(low=3e-4, high=4e-4) and other.algorithm.refill == 0.0
+
+
+def test_what_a_preset_says_of_the_kl_counts_where_there_is_one():
+    def kl(preset: str, given: Any) -> Kl | None:
+        return parse_config({**MINIMAL, "algorithm": {"name": preset, "kl": given}}).algorithm.kl
+
+    assert kl("rloo", 0.1) == Kl(0.1, estimator="k1", where="reward")
+    assert kl("rloo", {"weight": 0.1, "estimator": "k3"}) == Kl(0.1, estimator="k3", where="reward")
+    assert kl("rloo", None) is None and kl("grpo", {"weight": 0.1}) == Kl(0.1)
+
+
+def test_a_choice_is_written_in_short_and_has_no_knobs_of_others(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({**MINIMAL, "algorithm": {"loss": "cispo", "off_policy": "tis", "optimizer_steps": 2}})
+    )
+    config = load_config(tmp_path / "run.yaml", ["algorithm.off_policy.max=3", "algorithm.loss.high=4"])
+    assert (config.algorithm.loss, config.algorithm.off_policy) == (Cispo(high=4.0), Tis(max=3.0))
+    with pytest.raises(ConfigError, match=r"algorithm.loss.dual: algorithm.loss=cispo has none; leave it out"):
+        load_config(tmp_path / "run.yaml", ["algorithm.loss.dual=3"])
+    with pytest.raises(ConfigError, match=r"algorithm.off_policy.min: algorithm.off_policy=tis has none"):
+        load_config(tmp_path / "run.yaml", ["algorithm.off_policy.min=0.5"])
+    with pytest.raises(ConfigError, match=r"algorithm.kl.weight: required, but not given"):
+        load_config(tmp_path / "run.yaml", ["algorithm.kl.estimator=k2"])
+    with pytest.raises(ConfigError, match=r"algorithm.loss=3: should be a mapping"):
+        load_config(tmp_path / "run.yaml", ["algorithm.loss=3"])
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"algorithm": {"correction": "tis", "old_policy": "behavior"}}, "already compares with the engine's policy"),
-        ({"algorithm": {"beta": 0.1, "kl_estimator": "k1"}}, "gradient of k1 is zero in expectation"),
-        ({"algorithm": {"reference_every": 5}}, "needs algorithm.beta > 0"),
-        ({"algorithm": {"reference_every": 5, "beta": 0.1}, "model": {"path": "m", "lora_rank": 4}}, "never changes"),
-        ({"algorithm": {"correction_range": [2.0, 0.5]}}, "0 <= low < high"),
+        (
+            {"algorithm": {"loss": "reinforce", "off_policy": "behavior"}},
+            "is about a ratio, and",
+        ),
+        ({"algorithm": {"kl": {"weight": 0.1, "estimator": "k1"}}}, "gradient of k1 is zero in expectation"),
+        ({"algorithm": {"kl": {"weight": 1, "refresh": 5}}, "model": {"path": "m", "lora": 4}}, "never changes"),
+        ({"algorithm": {"off_policy": {"name": "icepop", "min": 2.0, "max": 0.5}}}, "min=2 must be less than"),
         ({"algorithm": {"reward_range": [0.9, 0.1]}}, "the first must be less"),
         ({"algorithm": {"optimizer_steps": 3}, "learner": {"prompts_per_step": 64}}, "cannot be dealt out evenly"),
         ({"algorithm": "grpp"}, "algorithm.name"),
-        ({"algorithm": {"correction_range": [0.5, float("inf")]}}, "algorithm.correction_range.*finite"),
-        ({"algorithm": {"loss": "reinforce"}}, "no ratio.*older weights.*correction=tis.*max_staleness=0"),
-        ({"algorithm": {"name": "rloo", "correction": "none"}}, "no ratio.*older weights"),
+        ({"algorithm": {"off_policy": {"name": "tis", "max": float("inf")}}}, "algorithm.off_policy.max.*finite"),
+        ({"algorithm": {"loss": "reinforce"}}, "no ratio.*older weights.*off_policy=tis.*max_staleness=0"),
+        ({"algorithm": {"name": "rloo", "off_policy": "auto"}}, "no ratio.*older weights"),
         ({"algorithm": {"name": "rloo", "optimizer_steps": 4}}, "no ratio.*before the first step.*optimizer_steps=1"),
         ({"algorithm": {"advantage": "maxrl", "overlong": 0.9}}, "maxrl takes.*overlong=0.9"),
         ({"algorithm": {"name": "dapo", "advantage": "maxrl"}}, "maxrl takes.*overlong=0.2"),
-        ({"algorithm": {"advantage": "maxrl", "kl_in": "reward", "beta": 0.1}}, "maxrl takes.*kl_in=reward"),
+        ({"algorithm": {"advantage": "maxrl", "kl": {"weight": 1, "where": "reward"}}}, "maxrl takes.*kl.where=reward"),
         (
             {"algorithm": {"advantage": "maxrl"}, "reward": {"functions": [{"name": "length", "weight": -0.5}]}},
             "maxrl takes.*weight of reward length is -0.5",
@@ -67,10 +105,10 @@ def test_parts_of_an_algorithm_that_do_not_go_together_are_named(changes, compla
 
 
 def test_what_goes_together_is_taken():
-    for algorithm in ("rloo", {"name": "rloo", "beta": 0.1}, {"advantage": "maxrl", "beta": 0.1}):
+    for algorithm in ("rloo", {"name": "rloo", "kl": 0.1}, {"advantage": "maxrl", "kl": 0.1}):
         parse_config({**MINIMAL, "algorithm": algorithm})
-    alone = {**MINIMAL, "rollout": {"max_staleness": 0}, "algorithm": {"name": "rloo", "correction": "none"}}
-    assert parse_config(alone).algorithm.loss == "reinforce"
+    alone = {**MINIMAL, "rollout": {"max_staleness": 0}, "algorithm": {"name": "rloo", "off_policy": "auto"}}
+    assert parse_config(alone).algorithm.loss == Reinforce()
     # A gate or a cap of a negative weight counts as one of any other.
     gate = {"functions": [{"name": "accuracy"}, {"name": "format", "weight": -1.0, "combine": "product"}]}
     parse_config({**MINIMAL, "algorithm": {"advantage": "maxrl"}, "reward": gate})
@@ -78,37 +116,32 @@ def test_what_goes_together_is_taken():
 
 def test_a_correction_makes_the_ratio_that_of_the_learner():
     stale = {**MINIMAL, "rollout": {"max_staleness": 2}}
-    assert parse_config(stale).old_policy == "behavior"
-    assert parse_config({**stale, "algorithm": {"correction": "tis"}}).old_policy == "current"
+    assert parse_config(stale).off_policy == Behavior()
+    assert parse_config({**stale, "algorithm": {"off_policy": "tis"}}).off_policy == Tis()
 
 
 def test_every_knob_of_the_algorithm_reaches_the_learner_or_the_driver():
     """A value unlike the default, for each."""
     given = {
         "advantage": "rloo",
-        "loss": "gspo",
-        "clip_eps_low": 0.1,
-        "clip_eps_high": 0.3,
-        "clip_dual": 3.0,
+        "loss": {"name": "gspo", "low": 0.1, "high": 0.3, "dual": 3.0},
         "aggregation": "constant",
-        "beta": 0.2,
-        "kl_estimator": "k2",
-        "kl_in": "reward",
-        "reference_every": 4,
-        "old_policy": "current",
-        "correction": "icepop",
-        "correction_range": (0.1, 3.0),
+        "kl": {"weight": 0.2, "estimator": "k2", "where": "reward", "refresh": 4},
+        "off_policy": {"name": "icepop", "min": 0.1, "max": 3.0},
         "entropy_bonus": 0.01,
         "optimizer_steps": 2,
         "overlong": 0.5,
     }
     config = parse_config({**MINIMAL, "algorithm": given, "rollout": {"max_completion_length": 100}, "steps": 10})
     options = learner_options(config, "cpu", ["image"])
-    named = {name: value for name, value in given.items() if hasattr(options, name)}
-    assert {name: getattr(options, name) for name in named} == named
+    assert (options.advantage, options.aggregation) == ("rloo", "constant")
+    clip = (options.clip_eps_low, options.clip_eps_high, options.clip_dual)
+    assert (options.loss, *clip) == ("gspo", 0.1, 0.3, 3.0)
+    assert (options.beta, options.kl_estimator, options.kl_in, options.reference_every) == (0.2, "k2", "reward", 4)
+    assert (options.old_policy, options.correction, options.correction_range) == ("current", "icepop", (0.1, 3.0))
+    assert (options.entropy_bonus, options.optimizer_steps) == (0.01, 2)
     assert options.total_steps == 20 and options.overlong_buffer == 50 and not options.mask_truncated
-    elsewhere = {"name", "refill", "reward_range", "overlong"}
-    assert set(AlgorithmConfig.model_fields) - elsewhere == set(named)
+    assert {field.name for field in fields(AlgorithmConfig)} == {*given, "name", "refill", "reward_range"}
     masking = learner_options(parse_config({**MINIMAL, "algorithm": {"overlong": "mask"}}), "cpu", ["image"])
     assert masking.mask_truncated and not masking.overlong_buffer
 

@@ -23,7 +23,7 @@ from saccade.observe.display import TerminalDisplay
 from saccade.observe.screen import show
 
 HEAVY = ["deepspeed", "ray", "torch", "transformers", "vllm"]
-WRONG = "learner.lrr=1"
+WRONG = "learner.rankz=1"
 MISTAKES = {
     f"train CONFIG {WRONG}": "did you mean learner.ranks?",
     f"eval CONFIG {WRONG}": "did you mean learner.ranks?",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import yaml
 
+from learner.config import Behavior, Current
 from saccade.commands.help import knob_text
+from saccade.config.knobs import knobs
+from saccade.config.load import dump_config, load_config, parse_config
+from saccade.config.messages import ConfigError
 from saccade.config.options import data_options
-from saccade.config.run_config import ConfigError, dump_config, iter_knobs, load_config, parse_config
 
 MINIMAL = {"output_dir": "runs/x", "steps": 10, "model": {"path": "m"}, "data": {"train": ["a.parquet"]}}
 
@@ -26,7 +31,7 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
             "model": {"path": "m", "dtyp": "float32"},
             "data": {"train": ["a"]},
             "rollout": {"top_p": 0.9, "num_generations": 1, "max_staleness": 1},
-            "algorithm": {"old_policy": "current"},
+            "algorithm": {"off_policy": "current"},
             "learner": {"learing_rate": 1e-5},
         }
     )
@@ -38,7 +43,7 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         "learner.learing_rate: unknown key; did you mean learner.learning_rate?",
         "rollout.top_p: the learner cannot reproduce",
         "rollout.num_generations=1",
-        "algorithm.old_policy=current with rollout.max_staleness=1",
+        "algorithm.off_policy=current with rollout.max_staleness=1",
     ):
         assert expected in text
     assert text.startswith("8 problems")
@@ -57,7 +62,7 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         ({"data": {"train": ["a"], "media_from": ["/a", "urls", "/b"]}}, "media have one folder"),
         ({"reward": {"functions": []}}, "nothing would be learned"),
         ({"num_generations": 4}, "did you mean rollout.num_generations?"),
-        ({"learner": {"rank": 1}}, "did you mean learner.ranks?"),
+        ({"learner": {"rankz": 1}}, "did you mean learner.ranks?"),
         (
             {"data": {"train": ["a"], "prompt_template": "Q:"}},
             "data.prompt_template='Q:': {prompt} must stand in it once",
@@ -75,28 +80,30 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
             "model.freeze.0='visoin': did you mean vision? should be",
         ),
         (
-            {"model": {"path": "m", "lora_targets": ["language.mpl"]}},
-            "model.lora_targets.0='language.mpl': did you mean language.mlp? should be 'language.attention', ",
+            {"model": {"path": "m", "lora": {"targets": ["language.mpl"]}}},
+            "model.lora.targets.0='language.mpl': did you mean language.mlp? should be 'language.attention', ",
         ),
         (
             {"model": {"path": "m", "freeze": ["vision", "projector", "audio", "language"]}},
             "model.freeze names every part of a model",
         ),
         (
-            {"model": {"path": "m", "lora_rank": 4, "freeze": ["language"]}},
-            "model.lora_targets names language.attention, language.mlp, which freeze=language rules out",
+            {"model": {"path": "m", "lora": 4, "freeze": ["language"]}},
+            "model.lora.targets names language.attention, language.mlp, which freeze=language rules out",
         ),
-        ({"model": {"path": "m", "lora_rank": 4, "lora_targets": []}}, "model.lora_targets is empty"),
-        ({"model": {"path": "m", "quantize": "nf4"}}, "model.quantize=nf4 needs a lora_rank"),
+        ({"model": {"path": "m", "lora": {"targets": []}}}, "model.lora.targets is empty"),
         (
-            {"model": {"path": "m", "quantize": "nf4", "lora_rank": 4}, "learner": {"zero_stage": 3}},
-            "model.quantize=nf4 with zero_stage=3 was never verified",
+            {"model": {"path": "m", "lora": {"quantize": "nf4"}}, "learner": {"zero_stage": 3}},
+            "model.lora.quantize=nf4 with zero_stage=3 was never verified",
         ),
         (
-            {"model": {"path": "m", "quantize": "nf4", "lora_rank": 4}, "learner": {"offload": "parameters"}},
-            "model.quantize=nf4 with offload=parameters was never verified",
+            {"model": {"path": "m", "lora": {"quantize": "nf4"}}, "learner": {"offload": "parameters"}},
+            "model.lora.quantize=nf4 with offload=parameters was never verified",
         ),
-        ({"model": {"path": "m", "quantize": "int3"}}, "model.quantize='int3': should be 'none' or 'nf4'"),
+        (
+            {"model": {"path": "m", "lora": {"quantize": "int3"}}},
+            "model.lora.quantize='int3': should be 'none' or 'nf4'",
+        ),
         ({"cluster": {"resources": {"rolout": {}}}}, "cluster.resources.rolout: unknown role; there are 'rollout', "),
         ({"cluster": {"resources": {"reward": {"CPU": -1}}}}, "cluster.resources.reward.CPU=-1: should be"),
     ],
@@ -165,7 +172,7 @@ def test_every_knob_of_the_data_reaches_those_who_read_them():
         "max_refused_share": 0.5,
     }
     config = parse_config({**MINIMAL, "seed": 5, "data": {"train": ["a"], **changed}})
-    assert {"train", "eval", *changed} == set(type(config.data).model_fields)
+    assert {"train", "eval", *changed} == {field.name for field in fields(config.data)}
     options = data_options(config, ["b"])
     assert (options.files, options.seed) == (("b",), 5)
     assert (options.columns, options.extra_columns) == ({"prompt": "q"}, ("kind",))
@@ -183,14 +190,13 @@ def test_resources_that_are_not_named_keep_their_defaults(tmp_path):
 
 
 def test_old_policy_follows_staleness():
-    assert parse_config({**MINIMAL, "rollout": {"max_staleness": 0}}).old_policy == "current"
-    assert parse_config({**MINIMAL, "rollout": {"max_staleness": 1}}).old_policy == "behavior"
+    assert parse_config({**MINIMAL, "rollout": {"max_staleness": 0}}).off_policy == Current()
+    assert parse_config({**MINIMAL, "rollout": {"max_staleness": 1}}).off_policy == Behavior()
 
 
 def test_knobs_are_few_and_documented():
-    knobs = list(iter_knobs())
-    assert len(knobs) <= 80
-    assert [name for name, info in knobs if not info.description] == []
+    assert len(knobs()) <= 80
+    assert [knob.name for knob in knobs().values() if not knob.text] == []
 
 
 def test_momenta_of_one_and_more_are_refused():
@@ -199,9 +205,9 @@ def test_momenta_of_one_and_more_are_refused():
 
 def test_knobs_are_listed_as_yaml_with_what_they_may_be() -> None:
     """The algorithm's are those of its default preset."""
-    texts = [knob_text(name, info) for name, info in iter_knobs()]
+    texts = [knob_text(knob) for knob in knobs().values()]
     listed = yaml.safe_load("\n".join(text.split("\n")[0] for text in texts))
     assert listed["algorithm.aggregation"] == parse_config(MINIMAL).algorithm.aggregation == "sequence"
-    assert listed["model.lora_targets"] == ["language.attention", "language.mlp"]
+    assert listed["model.lora.targets"] == ["language.attention", "language.mlp"]
     assert listed["reward.functions"] == [{"name": "format", "weight": 0.5}, {"name": "accuracy"}]
     assert any("ppo_clip  # ppo_clip, gspo, cispo, sapo, reinforce" in text for text in texts)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saccade.config.run_config import ConfigError
+from saccade.config.messages import ConfigError
 from saccade.demo.demo import demo_config, prepare_folder
 from saccade.demo.shapes import ShapesFiles
 

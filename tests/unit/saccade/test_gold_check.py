@@ -15,8 +15,10 @@ from saccade.checks import gold_check
 from saccade.checks.gold_check import gold_problems
 from saccade.commands.check_data import check_data
 from saccade.commands.inspect_data import PlainText
+from saccade.config.load import parse_config
+from saccade.config.messages import ConfigError
 from saccade.config.options import data_options
-from saccade.config.run_config import ConfigError, RunConfig, parse_config
+from saccade.config.run_config import RunConfig
 from saccade.preflight import resolve
 from tests.helpers.data_helpers import png, write_rows
 from vlm.adapter import MultimodalAdapter

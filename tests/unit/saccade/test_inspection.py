@@ -12,7 +12,8 @@ from rich.console import Console
 from rollout.data.source import DataError
 from saccade.commands.check_data import check_data
 from saccade.commands.inspect_data import BARS, bars, inspect_data
-from saccade.config.run_config import ConfigError, data_config, parse_config
+from saccade.config.load import data_config, parse_config
+from saccade.config.messages import ConfigError
 from saccade.preflight import resolve
 from tests.helpers.data_helpers import png, write_rows
 from vlm.tiny.noise import noise_sound, noise_video

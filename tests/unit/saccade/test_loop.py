@@ -12,7 +12,7 @@ from learner.types import LearnerError
 from rollout.data.actor import DataActorReport
 from rollout.data.source import DataReport
 from saccade import checkpoints
-from saccade.config.run_config import parse_config
+from saccade.config.load import parse_config
 from saccade.loop import step
 from saccade.observe.display import SilentDisplay
 from saccade.run import Run, restore

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from saccade.config.run_config import ConfigError, RunConfig, load_config, parse_config
+from saccade.config.load import load_config, parse_config
+from saccade.config.messages import ConfigError
+from saccade.config.run_config import RunConfig
 
 MINIMAL = "{output_dir: runs/x, steps: 10, model: {path: m}, data: {train: a.parquet}}"
 CHOICES = "should be 'grpo', 'rloo', 'dr_grpo', 'dapo', 'gspo', 'cispo' or 'reinforce_pp'"
@@ -26,7 +28,7 @@ TOLD = {
     "learner.betas=[0.9]": "learner.betas.1: a value is missing there",
     "learner.betas=[0.9, 0.9, 0.9]": "should have 2 values, not 3",
     "learner.betas=[0.9, 2]": "learner.betas.1=2: should be less than 1",
-    "learner.min_lr_ratio=2": "should be at most 1",
+    "data.max_refused_share=2": "should be at most 1",
     "data.shuffle=maybe": "data.shuffle='maybe': should be true or false",
     "data.columns=3": "data.columns=3: should be a mapping of names to values",
     "data.train=3": "data.train=3: should be a list",
@@ -37,21 +39,21 @@ TOLD = {
     "learner=3": "learner=3: should be a mapping of names to values",
     "reward.functions=3": "reward.functions=3: should be a list",
     "reward.functions=[{nme: accuracy}]": "reward.functions.0.nme: unknown key; did you mean name?",
-    "reward.functions=[{name: accuracy, tolerance: 1}]": "there are name, weight, combine, options",
+    "reward.functions=[{name: accuracy, tolerance: 1}]": "there are name, weight, options, combine",
     # values
     "algorithm=gpro": f"algorithm.name='gpro': did you mean grpo? {CHOICES}",
     "algorithm.loss=ppo": "did you mean ppo_clip?",
-    "algorithm.kl_estimator=low_var_kl": "did you mean k3?",
+    "algorithm.kl={weight: 1.0, estimator: low_var_kl}": "did you mean k3?",
     "algorithm.aggregation=seq-mean-token-mean": "did you mean sequence?",
     "cluster.device=gpu": "did you mean cuda?",
     "model.dtype=bf16": "did you mean bfloat16?",
     "learner.zero_stage=4": "learner.zero_stage=4: should be 0, 1, 2 or 3",
     # keys
-    "learner.rank=1": "learner.rank: unknown key; did you mean learner.ranks?",
+    "learner.rankz=1": "learner.rankz: unknown key; did you mean learner.ranks?",
     "learner.batch_size=8": "here it is called learner.prompts_per_step",
     "num_epochs=8": "here it is called steps (epochs x rows / learner.prompts_per_step)",
     "num_train_epochs=8": "here it is called steps (epochs x rows / learner.prompts_per_step)",
-    "algorithm.kl_coef=0.1": "here it is called algorithm.beta",
+    "algorithm.kl_coef=0.1": "here it is called algorithm.kl.weight",
     "rollout.max_tokens=8": "here it is called rollout.max_completion_length",
     "max_new_tokens=8": "here it is called rollout.max_completion_length",
     "data.train_batch_size=8": "here it is called learner.prompts_per_step",
@@ -69,7 +71,7 @@ TAKEN = {
     "data.eval=b.parquet": ("data.eval", ("b.parquet",)),
     "data.media_from=urls": ("data.media_from", ("urls",)),
     "model.freeze=vision": ("model.freeze", ("vision",)),
-    "model.lora_targets=vision model.lora_rank=4": ("model.lora_targets", ("vision",)),
+    "model.lora.targets=vision": ("model.lora.targets", ("vision",)),
     "learner.gradient_checkpointing=vision": ("learner.gradient_checkpointing", ("vision",)),
 }
 

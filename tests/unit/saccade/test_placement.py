@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from saccade.config.demands import asked_for, demands, local_resources
-from saccade.config.run_config import ConfigError, RunConfig, parse_config
+from saccade.config.load import parse_config
+from saccade.config.messages import ConfigError
+from saccade.config.run_config import RunConfig
 from saccade.fleet.placement import remedies, shortages
 
 ROOT = Path(__file__).resolve().parents[3]

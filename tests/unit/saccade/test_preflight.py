@@ -20,8 +20,10 @@ from rollout.data.formats import RowFile
 from saccade.checks.machine import missing_weights
 from saccade.commands.check_data import check_data
 from saccade.commands.plan import make_plan
+from saccade.config.load import parse_config
+from saccade.config.messages import ConfigError
 from saccade.config.options import require_trainable, sampling_params, transfer_backend
-from saccade.config.run_config import ConfigError, RunConfig, parse_config
+from saccade.config.run_config import RunConfig
 from saccade.demo.shapes import make_shapes
 from saccade.errors import RunError
 from saccade.preflight import idle_ranks, resolve
@@ -104,11 +106,11 @@ def test_parts_and_roles_that_the_family_does_not_have_are_refused_by_name(setti
 
     assert "model.freeze: QwenVLAdapter has no audio; it has language, vision, projector" in problems(freeze=["audio"])
     assert "model.nothing would" not in problems(freeze=["audio"])
-    assert "model.lora_targets: QwenVLAdapter has no audio; there are language.attention, language.mlp, vision, " in (
-        problems(lora_rank=4, lora_targets=["audio"])
+    assert "model.lora.targets: QwenVLAdapter has no audio; there are language.attention, language.mlp, vision, " in (
+        problems(lora={"targets": ["audio"]})
     )
     everything = {"freeze": ["vision", "projector", "language"]}
-    assert "model.freeze or lora_targets: nothing would be trained: frozen: vision, projector, language" in problems(
+    assert "model.freeze or lora.targets: nothing would be trained: frozen: vision, projector, language" in problems(
         **everything
     )
     both = problems(**everything, path=str(build_tiny("llama", tmp_path / "llama")))
@@ -146,7 +148,7 @@ def test_ranks_that_have_nothing_to_train_are_said(settings: dict, tmp_path: Pat
 def test_quantization_without_its_package_is_refused(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = {**settings["model"], "lora_rank": 4, "quantize": "nf4"}
+    model = {**settings["model"], "lora": {"quantize": "nf4"}}
     config = parse_config({**settings, "model": model, "output_dir": str(tmp_path / "out")})
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else there(name))

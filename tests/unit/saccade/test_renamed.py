@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from saccade.config.knobs import choices, knobs
+from saccade.config.load import apply_overrides, parse_config
+from saccade.config.messages import ConfigError
 from saccade.config.renamed import RENAMED
-from saccade.config.run_config import ConfigError, apply_overrides, iter_knobs, parse_config
 from tests.unit.saccade.test_config import MINIMAL
 
 FORMER: dict[str, tuple[Any, str]] = {
@@ -27,6 +29,21 @@ FORMER: dict[str, tuple[Any, str]] = {
         "reward.functions=[{name: format, options: {trace: internal}, weight: 0.5}, {name: accuracy}]",
     ),
     "algorithm.normalize_parts": (True, "algorithm.advantage=gdpo"),
+    "model.lora_rank": (8, "model.lora.rank=8"),
+    "model.lora_alpha": (16.0, "model.lora.alpha=16.0"),
+    "model.lora_targets": (["vision"], "model.lora.targets=[vision]"),
+    "model.quantize": ("nf4", "model.lora.quantize=nf4"),
+    "algorithm.clip_eps_low": (0.1, "algorithm.loss.low=0.1"),
+    "algorithm.clip_eps_high": (0.28, "algorithm.loss.high=0.28"),
+    "algorithm.clip_dual": (3.0, "algorithm.loss.dual=3.0"),
+    "algorithm.beta": (0.1, "algorithm.kl.weight=0.1"),
+    "algorithm.kl_estimator": ("k2", "algorithm.kl.estimator=k2"),
+    "algorithm.kl_in": ("reward", "algorithm.kl.where=reward"),
+    "algorithm.reference_every": (5, "algorithm.kl.refresh=5"),
+    "algorithm.old_policy": ("behavior", "algorithm.off_policy=behavior"),
+    "algorithm.correction": ("tis", "algorithm.off_policy=tis"),
+    "algorithm.correction_range": ([0.1, 3.0], "algorithm.off_policy.max=3.0"),
+    "learner.min_lr_ratio": (0.1, "learner.lr_schedule.min_ratio=0.1"),
     "algorithm.overlong_buffer": (0.2, "algorithm.overlong=0.2"),
     "algorithm.mask_truncated": (True, "algorithm.overlong=mask"),
     "learner.lr": (1e-6, "learner.learning_rate=1.0e-06"),
@@ -42,6 +59,14 @@ FORMER: dict[str, tuple[Any, str]] = {
     "cluster.placement_timeout": (120, "cluster.timeout=360"),
 }
 """Former knob -> a value of it, and what to write instead where that can be said."""
+
+
+BESIDE = {
+    "algorithm.kl.": "algorithm.kl=0.1",
+    "algorithm.off_policy.max": "algorithm.off_policy=tis",
+    "learner.lr_schedule.min_ratio": "learner.lr_schedule=linear",
+}
+"""What the knobs of a choice are written beside: the choice."""
 
 
 def told(knob: str, value: Any) -> str:
@@ -62,7 +87,7 @@ def test_every_former_knob_is_tried() -> None:
 def test_a_former_knob_says_what_to_write_and_that_is_taken(knob: str) -> None:
     value, instead = FORMER[knob]
     problem = told(knob, value)
-    names = {name for name, _ in iter_knobs()}
+    names = set(knobs()) | set(choices())
     if (now := RENAMED[knob].knob) is None:
         assert "there is no such knob any more" in problem
         return
@@ -70,11 +95,13 @@ def test_a_former_knob_says_what_to_write_and_that_is_taken(knob: str) -> None:
     written = re.search(r"write (.*?)(?: \(|$)", problem)
     assert (written[1] if written else "") == instead
     if instead:
+        beside = [part for start, part in BESIDE.items() if instead.startswith(start)]
         tree = {name: dict(v) if isinstance(v, dict) else v for name, v in MINIMAL.items()}
-        assert apply_overrides(tree, [instead]) == []
+        assert apply_overrides(tree, [*beside, instead]) == []
         parse_config(tree)
 
 
 def test_a_value_that_cannot_be_carried_over_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told("rollout.start_timeout", "long").startswith("rollout.start_timeout: this knob is now cluster.timeout")
     assert "write" not in told("algorithm.normalize_parts", False)
+    assert "(algorithm.kl=null loads no reference)" in (none := told("algorithm.beta", 0.0)) and "write" not in none

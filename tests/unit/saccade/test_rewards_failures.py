@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rollout.types import GroupSummary, PromptRef
-from saccade.config.options import reward_specs, trace_shown
-from saccade.config.run_config import ConfigError, load_config, parse_config
+from saccade.config.load import load_config, parse_config
+from saccade.config.messages import ConfigError
+from saccade.config.options import trace_shown
 from saccade.errors import RunError
 from saccade.observe.metrics import group_statistics
 from saccade.pipeline.reward_failures import check_failures
@@ -84,6 +85,6 @@ def test_the_trace_of_the_run_is_that_of_its_format_reward(tmp_path: Path) -> No
     assert trace_shown(load_config(path, ["reward.functions=accuracy"])) == "visible"
     functions = "reward.functions=[{name: format, combine: product, options: {trace: internal, style: newline}}]"
     config = load_config(path, [functions])
-    (spec,) = reward_specs(config)
+    (spec,) = config.reward.functions
     assert (spec.combine, dict(spec.options)) == ("product", {"trace": "internal", "style": "newline"})
     assert trace_shown(config) == "internal"

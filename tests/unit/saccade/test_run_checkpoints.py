@@ -23,7 +23,8 @@ from rollout.data.actor import DataActorReport
 from rollout.data.source import DataReport, Refusal
 from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade import checkpoints
-from saccade.config.run_config import ConfigError, parse_config
+from saccade.config.load import parse_config
+from saccade.config.messages import ConfigError
 from saccade.demo.demo import prepare_folder
 from saccade.errors import MismatchError, RunError
 from saccade.finished import finished

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from rewards.base import ScoringRequest
-from rewards.registry import RewardSpec, build_rewards
-from saccade.config.run_config import RunConfig, dump_config, parse_config
+from rewards.config import RewardSpec
+from rewards.registry import build_rewards
+from saccade.config.load import dump_config, parse_config
+from saccade.config.run_config import RunConfig
 from saccade.config.saved_paths import JOB_CONFIG, absolute
 from vlm.user_code import UserCodeError, find, located, name_of, short
 

@@ -23,7 +23,7 @@ import saccade
 import saccade.loop
 from rewards.base import ScoringRequest
 from rewards.registry import load_reward
-from saccade.config.run_config import config_tree, parse_config
+from saccade.config.load import config_tree, parse_config
 from saccade.trainer.trainer import Trainer
 from tests.helpers import rewards_for_tests
 

@@ -11,8 +11,8 @@ import pytest
 
 from rollout.data.source import PromptSource
 from rollout.engines.vllm_engine import engine_arguments
+from saccade.config.load import parse_config
 from saccade.config.options import config_adapter, data_options, engine_options, learner_options
-from saccade.config.run_config import parse_config
 from tests.helpers.data_helpers import png, write_rows
 from vlm.adapter import MultimodalAdapter
 from vlm.errors import AdapterError

@@ -1,0 +1,33 @@
+"""The section `rollout`: engines, and how completions are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt
+
+from vlm.section import section
+
+
+@section
+class RolloutConfig:
+    engines: Annotated[int, Ge(1)] = 1
+    """Number of rollout actors, each with an engine of its own."""
+    tensor_parallel_size: Annotated[int, Ge(1)] = 1
+    """GPUs of one engine."""
+    num_generations: Annotated[int, Ge(1)] = 8
+    """K, completions per prompt."""
+    max_completion_length: Annotated[int, Ge(1)] = 512
+    """Maximum new tokens per completion."""
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """Sampling temperature; the learner divides its logits by it too."""
+    max_staleness: Annotated[int, Ge(0)] = 1
+    """Policy versions that a token may lag behind the weights it trains; 0 is strictly on-policy, 1 overlaps generation
+    of the next batch with training of this one."""
+    kv_cache_gib: Annotated[float, Gt(0)] | None = None
+    """KV cache in GiB; default: what is left of the engine's share of a GPU (engine_options.gpu_memory_utilization),
+    on CPU 1 GiB."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Further options of vLLM's AsyncEngineArgs, by vLLM's names: max_num_seqs (256 here), gpu_memory_utilization (0.85
+    here: the share of a GPU that must be free when an engine starts, and that it takes), enforce_eager, ..."""

@@ -1,0 +1,47 @@
+"""The section `data`: which files, which columns, under which limits."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from rollout.data.columns import Role
+from vlm.section import ListOfOne, section
+
+URLS = "urls"
+"""The word in data.media_from that allows to fetch."""
+
+
+@section
+class DataConfig:
+    train: Annotated[tuple[str, ...], ListOfOne]
+    """Parquet, JSONL or JSON files (or glob patterns) of training prompts."""
+    eval: Annotated[tuple[str, ...], ListOfOne] = ()
+    """Files of held-out prompts; empty: no evaluation."""
+    columns: dict[Role, str | None] = field(default_factory=dict)
+    """Which column is the prompt, image, video, audio and answer. A role that is not named goes to a column whose name
+    tells (docs/data.md lists them), null to none. The prompt's own column as answer: its last turn is the answer.
+    group: the column whose values evaluation reports apart."""
+    system_prompt: str | None = None
+    """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
+    prompt_template: str | None = None
+    """What the last user message becomes, {prompt} standing for the row's text; markers <image>, <video>, <audio> in it
+    are places for media."""
+    shuffle: bool = True
+    """Shuffle each epoch with the run's seed."""
+    max_prompt_length: Annotated[int, Ge(1)] = 4096
+    """Longest prompt in tokens, images expanded."""
+    overlong_prompts: Literal["refuse", "truncate"] = "refuse"
+    """What becomes of longer ones. truncate: the user's text loses its beginning; media, system message and the chat
+    template's tokens stay."""
+    max_media_bytes: Annotated[int, Ge(1)] = 20 * 2**20
+    """Largest encoded image, video or sound in bytes. The largest image or frame in pixels is 2.4 times this number."""
+    max_video_frames: Annotated[int, Ge(1)] = 8
+    """Frames that a model is shown of a video, evenly spaced."""
+    media_from: Annotated[tuple[str, ...], ListOfOne] = ()
+    """Where media may come from: the folder in which their paths start and must stay (without one: the data file's),
+    and the word 'urls' to fetch http and https URLs, each time their row comes up."""
+    max_refused_share: Annotated[float, Ge(0), Le(1)] = 0.01
+    """Share of rows that may be refused (unreadable image, no answer, too long) before the run stops."""
