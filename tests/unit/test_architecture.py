@@ -69,7 +69,7 @@ ORDERS = {
     ),
     "learner": (
         *("plan", "group", "worker", "update", "refusal", "features", "engines", "model", "batching", "algorithm"),
-        *("deaths", "durable", "types", "__init__"),
+        *("deaths", "durable", "types", "config", "__init__"),
     ),
     "rewards": (
         *("actor", "model_actor", "process", "registry", "config", "functions", "compose", "sandbox", "answers"),
