@@ -8,7 +8,7 @@ from saccade.trainer.fields import Fields
 from saccade.trainer.trl import Knobs
 from vlm.parameter_names import LoraRole
 
-SAME = {"r": "model.lora_rank", "lora_alpha": "model.lora_alpha"}
+SAME = {"r": "model.lora.rank", "lora_alpha": "model.lora.alpha"}
 """Field -> the knob that takes its value."""
 HONOURED = frozenset(
     ["task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"]
@@ -27,5 +27,5 @@ def carry_over(given: Any) -> tuple[Knobs, list[str]]:
             problems.append(
                 f"peft_config.target_modules={unknown}: name parts of the model in place of modules: {', '.join(roles)}"
             )
-        knobs["model.lora_targets"] = [role for role in roles if role in targets]
+        knobs["model.lora.targets"] = [role for role in roles if role in targets]
     return knobs, [*problems, *fields.refused(HONOURED)]

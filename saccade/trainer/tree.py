@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from saccade.config.knobs import choices, knobs
+
 Tree = dict[str, Any]
-SECTIONS = frozenset(name.partition(".")[0] for name, _ in iter_knobs() if "." in name)
+SECTIONS = frozenset(name.partition(".")[0] for name in knobs() if "." in name)
 
 
 def put(tree: Tree, dotted: str, value: Any) -> None:
     """Set a knob. A value where a section should be stays, for the configuration to refuse."""
     *parents, leaf = dotted.split(".")
     node = tree
-    for parent in parents:
-        if isinstance(node.get(parent), str):
-            node[parent] = {"name": node[parent]}  # the short form of an algorithm
+    for depth, parent in enumerate(parents, 1):
+        short = choices().get(".".join(parents[:depth]))
+        if short is not None and isinstance(node.get(parent), str | int | float):
+            node[parent] = {short: node[parent]}
         inner = node.setdefault(parent, {})
         if not isinstance(inner, dict):
             return

@@ -28,7 +28,6 @@ SAME = {
     "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
     "shuffle_dataset": "data.shuffle",
     "trust_remote_code": "model.trust_remote_code",
-    "beta": "algorithm.beta",
 }
 """Field -> the knob that takes its value."""
 
@@ -222,7 +221,8 @@ def _advantage(fields: Fields) -> Knobs:
 def _kl(fields: Fields) -> Knobs:
     """With ratios of 1, TRL's k3 times the ratio has the gradient of k2."""
     unbiased = fields["use_bias_correction_kl"]
-    return {"algorithm.kl_estimator": "k2" if unbiased else "k3"} if fields["beta"] else {}
+    weight = fields["beta"]
+    return {"algorithm.kl": {"weight": weight, "estimator": "k2" if unbiased else "k3"}} if weight else {}
 
 
 CORRECTIONS = {"token_truncate": "tis", "token_mask": "icepop", "sequence_truncate": "tis_sequence"}
@@ -240,7 +240,8 @@ def _correction(fields: Fields) -> Knobs:
             f"vllm_importance_sampling_mode={mode!r} within {low} and {high}: here it can be {', '.join(CORRECTIONS)}, "
             "with an upper limit, and a lower one for token_mask alone"
         )
-    return {"algorithm.correction": CORRECTIONS[mode], "algorithm.correction_range": [low or 0.0, high]}
+    bounds = {"max": high, **({"min": low or 0.0} if mode == "token_mask" else {})}
+    return {"algorithm.off_policy": {"name": CORRECTIONS[mode], **bounds}}
 
 
 def _optimizer(fields: Fields) -> Knobs:

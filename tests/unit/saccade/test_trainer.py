@@ -21,6 +21,7 @@ from PIL import Image
 
 import saccade
 import saccade.loop
+from learner.config import Kl
 from rewards.base import ScoringRequest
 from rewards.registry import load_reward
 from saccade.config.load import config_tree, parse_config
@@ -89,8 +90,7 @@ def test_lora_is_taken_from_peft() -> None:
     config = Trainer(MODEL, "format", BASE, "x.parquet", peft_config=given).config
     targets = ["language.mlp", "vision"]
     assert (
-        config.model
-        == yaml_run({"model": {"path": MODEL, "lora_rank": 4, "lora_alpha": 16, "lora_targets": targets}}).model
+        config.model == yaml_run({"model": {"path": MODEL, "lora": {"rank": 4, "alpha": 16, "targets": targets}}}).model
     )
     refused = peft.LoraConfig(r=4, target_modules=["vision"], use_dora=True, lora_dropout=0.1)
     assert len(problems_of(peft_config=refused)) == 2
@@ -167,7 +167,7 @@ def test_fields_of_trl_become_knobs() -> None:
     assert (config.learner.prompts_per_step, config.learner.ranks, config.learner.warmup_steps) == (4, 2, 2)
     assert config.model.dtype == "float32"
     assert (config.algorithm.advantage, config.algorithm.aggregation) == ("dr_grpo", "constant")
-    assert (config.algorithm.beta, config.algorithm.kl_estimator) == (0.1, "k2")
+    assert config.algorithm.kl == Kl(0.1, estimator="k2")
     assert [spec.weight for spec in config.reward.functions] == [0.5, 2]
 
 
