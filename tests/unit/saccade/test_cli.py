@@ -149,7 +149,7 @@ USER_ERRORS = {
     "learner.types": ("LearnerError", "LearnerTimeoutError", "NothingToLearnError", "NotFiniteError", "RewardError"),
     "rollout.data.formats": ("DataError",),
     "rewards.functions.user": ("RewardSetupError",),
-    "vlm.encoding": ("AdapterError",),
+    "vlm.errors": ("AdapterError",),
     "vlm.user_code": ("UserCodeError",),
     "weight_sync.verify": ("WeightSyncError",),
 }
@@ -178,6 +178,7 @@ CAUGHT = {
     *("TransientError", "ServiceError", "SandboxError", "LinkEndedError", "UnsupportedError"),  # a verdict says so
     *("_UnjudgeableError", "NotJSONError", "_SlowPatternError"),
     *("EngineDeadError", "PromptRefusedError", "BroadcastError"),  # named by the driver, or by the sync
+    "_RefusedError",  # the trainer lists it with the others
 }
 """Errors that are caught where they arise, and become something else."""
 DEFECTS = {"LedgerError", "StalenessError"}
