@@ -190,8 +190,8 @@ class AlgorithmConfig:
     """Dynamic sampling: groups whose scores are all equal are replaced by new prompts, at most this many times the
     batch; 0: they stay."""
     overlong: Annotated[float | str, Parsed(_overlong)] = "keep"
-    """What becomes of completions near or beyond the length limit. keep: nothing. mask: those that were cut off are
-    left out of the loss. A share such as 0.2: in that last part of the limit a penalty of the reward grows to 1."""
+    """Treatment of completions near or beyond the length limit. keep: none. mask: those that were cut off are left out
+    of the loss. A share such as 0.2: in that last part of the limit a penalty of the reward grows to 1."""
     reward_range: tuple[float, float] | None = None
     """Difficulty filter: prompts whose mean reward so far lies outside are passed over in later epochs."""
 
@@ -260,7 +260,7 @@ class LearnerConfig:
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradient norm to which gradients are clipped."""
     micro_batch: Annotated[int | str, Parsed(_micro_batch)] = DEFAULT_TOKENS
-    """What one micro-batch may hold: language positions (8192), or memory beside the model's states, as `saccade plan`
+    """Limit of one micro-batch: language positions (8192), or memory beside the model's states, as `saccade plan`
     predicts it (12 GiB)."""
     feature_cache_gib: Annotated[float, Ge(0)] = 1.0
     """Memory of a rank in which features (or tower outputs) of frozen towers are cached, so that they run once for each
@@ -268,7 +268,7 @@ class LearnerConfig:
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     offload: Offload = "none"
-    """What a rank keeps in CPU memory beside its GPU: the optimizer's state, or that and the parameters (ZeRO-3)."""
+    """A rank keeps this in CPU memory beside its GPU: the optimizer's state, or that and the parameters (ZeRO-3)."""
     gradient_checkpointing: Annotated[tuple[Literal["language", "vision", "audio"], ...], ListOfOne] = (
         "language",
         "vision",

@@ -27,15 +27,15 @@ class DataConfig:
     system_prompt: str | None = None
     """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
     prompt_template: str | None = None
-    """What the last user message becomes, {prompt} standing for the row's text; markers <image>, <video>, <audio> in it
-    are places for media."""
+    """The last user message is made of this text, in which {prompt} stands for the row's text; markers <image>,
+    <video>, <audio> in it are places for media."""
     shuffle: bool = True
     """Shuffle each epoch with the run's seed."""
     max_prompt_length: Annotated[int, Ge(1)] = 4096
     """Longest prompt in tokens, images expanded."""
     overlong_prompts: Literal["refuse", "truncate"] = "refuse"
-    """What becomes of longer ones. truncate: the user's text loses its beginning; media, system message and the chat
-    template's tokens stay."""
+    """Longer prompts are refused. truncate: the user's text loses its beginning instead; media, system message and the
+    chat template's tokens stay."""
     max_media_bytes: Annotated[int, Ge(1)] = 20 * 2**20
     """Largest encoded image, video or sound in bytes. The largest image or frame in pixels is 2.4 times this number."""
     max_video_frames: Annotated[int, Ge(1)] = 8
