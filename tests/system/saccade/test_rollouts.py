@@ -50,6 +50,7 @@ def fleet(local_ray) -> Iterator[tuple]:
     slow = {"reason": "no answer in time", "retryable": True}
     made = [local_ray.remote(c).options(num_cpus=0) for c in (Data, Engine, rewards)]
     actors = made[0].remote(), made[1].remote({1: [slow]}), made[2].remote()
+    local_ray.get([actor.__ray_ready__.remote() for actor in actors])  # on a busy machine that takes a while
     yield actors
     for actor in actors:
         local_ray.kill(actor)
