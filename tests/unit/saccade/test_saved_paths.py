@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_paths_are_saved_absolute_and_mean_the_same(config: RunConfig, home: Pat
 
 
 def test_names_of_hubs_stay(config: RunConfig) -> None:
-    hub = config.model_copy(update={"model": config.model.model_copy(update={"path": "Qwen/Qwen2.5-VL-3B-Instruct"})})
+    hub = config.model_copy(update={"model": replace(config.model, path="Qwen/Qwen2.5-VL-3B-Instruct")})
     assert absolute(hub).model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
