@@ -77,7 +77,7 @@ def test_it_says_what_of_the_media_is_computed_once(settings: dict, tmp_path: Pa
     (tower,) = said(freeze=["vision"])
     outputs = f"tower outputs are computed once per run and cached {limit}; the projector runs in every pass"
     assert tower == f"learner: image: {outputs}"
-    assert said(lora_rank=2) == [features]
+    assert said(lora=2) == [features]
 
 
 def test_a_reward_that_compares_with_answers_needs_their_column(settings: dict, tmp_path: Path) -> None:
