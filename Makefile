@@ -1,6 +1,6 @@
 # make demo        train a tiny model on this machine's CPU and show that it learned to see (3 to 6 minutes)
 # make demo-seeds  the same for seeds 0, 1 and 2
-# make test        the tests (20 to 30 minutes on 2 cores); make test-all adds the slow ones
+# make test        the tests; make test-all adds the slow ones
 # make lint        style, format and types
 # Each of them first creates .venv and installs the pinned versions, if that has not been done (see deploy/venv.sh).
 
@@ -23,16 +23,16 @@ demo: venv
 demo-seeds: venv
 	for seed in 0 1 2; do $(VENV)/bin/saccade demo --seed $$seed --output-dir runs/demo-seed-$$seed $(ARGS) || exit 1; done
 
-# One thread per process: the system tests run several processes on few cores. The quick tests come first, so that
-# a slip shows within seconds.
-test: export OMP_NUM_THREADS := 1
+# One thread per process, and as many processes as there are cores: two tests of whole systems at a time, each of which
+# starts several processes, and as many of the others as there are cores. These come first: a slip shows within minutes.
+test test-all: export OMP_NUM_THREADS := 1
 test: venv
-	$(PYTEST) -q -m "not slow" tests/unit tests/model $(ARGS)
-	$(PYTEST) -q -m "not slow" --durations=10 tests/system $(ARGS)
+	$(PYTEST) -q -m "not slow" -n auto --maxprocesses 8 tests/unit tests/model $(ARGS)
+	$(PYTEST) -q -m "not slow" -n 2 --dist loadfile --durations=10 tests/system $(ARGS)
 
-test-all: export OMP_NUM_THREADS := 1
 test-all: venv
-	$(PYTEST) -q --durations=20 $(ARGS)
+	$(PYTEST) -q -n auto --maxprocesses 8 tests/unit tests/model $(ARGS)
+	$(PYTEST) -q -n 2 --dist loadfile --durations=20 tests/system $(ARGS)
 
 lint: venv
 	$(VENV)/bin/ruff check .

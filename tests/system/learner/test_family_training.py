@@ -20,7 +20,7 @@ from tests.helpers.ranks import run_ranks
 from vlm.adapter import MultimodalAdapter
 from vlm.tiny import TINY, build_tiny
 
-REPRESENTATIVE = ("internvl", "llava_next", "qwen2_5_omni", "qwen2_5_vl", "smolvlm")
+REPRESENTATIVE = ("internvl", "qwen2_5_omni", "qwen2_5_vl")
 """One of each way to lay out pixels; the others are slow. The last group of a case is text alone."""
 OTHERS = sorted(set(TINY) - set(REPRESENTATIVE))
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in OTHERS]

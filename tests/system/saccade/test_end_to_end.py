@@ -127,6 +127,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(settings, tmp
     assert again == whole.evaluations[4]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_before_or_behind_a_step_that_was_not_taken_ends_as_the_undisturbed_one(
     settings, tmp_path, local_ray
 ):
@@ -181,6 +182,7 @@ def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(settings, tiny_model, tmp_path, local_ray):
     result = train(
         parse_config(
@@ -207,6 +209,7 @@ def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(setti
     assert changed == adapted and any("visual" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_qlora_engines_sample_from_the_rounded_base_from_the_first_token_on(settings, tiny_model, tmp_path, local_ray):
     pytest.importorskip("bitsandbytes")
     result = train(

@@ -149,7 +149,7 @@ def scored(group: RolloutGroup, rng: np.random.Generator) -> RolloutGroup:
     return replace(group, verdicts=tuple(Verdict.scored(float(r)) for r in rewards))
 
 
-@pytest.mark.parametrize("cluster", ["nccl", "gloo"], indirect=True)
+@pytest.mark.parametrize("cluster", [pytest.param("nccl", marks=pytest.mark.slow), "gloo"], indirect=True)
 def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Path) -> None:
     ray, learner, handles = cluster.ray, cluster.learner, cluster.handles
     rng = np.random.default_rng(0)

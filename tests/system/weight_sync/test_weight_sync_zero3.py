@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LAYERS, WIDTH = 6, 32
 WORLD = 2
 
@@ -64,6 +66,7 @@ def main() -> None:
     sys.stdout.write(f"rank {rank} agrees\n")
 
 
+@pytest.mark.slow
 def test_lora_under_zero3_is_merged_bucket_by_bucket(repository: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
