@@ -27,6 +27,7 @@ from rollout.engines.protocol import (
     RolloutEngine,
     SamplingParams,
 )
+from rollout.joint_start import JointStart
 from rollout.types import Prompt, RolloutFailure, RolloutGroup, Together
 from vlm.adapter import MultimodalAdapter
 from vlm.media.types import Media
@@ -210,44 +211,6 @@ class RolloutActor:
 
     async def resume(self) -> None:
         await self._running().resume()
-
-
-class JointStart:
-    """Groups that start together: the engine stays paused until each of them waits in its queue, or has ended before.
-
-    A batch that starts whole is scheduled alike in every rerun, so that its log-probabilities have the same bits."""
-
-    def __init__(self, engine: RolloutEngine, size: int, n: int, limit: float) -> None:
-        """Wait for `size` groups of `n` completions; the engine resumes after `limit` seconds in any case."""
-        self._engine, self._size, self._n, self._limit = engine, size, n, limit
-        self.arrived = 0
-        self._ended = 0
-        self._paused = asyncio.ensure_future(engine.pause())
-        self._resumed = asyncio.ensure_future(self._resume_when_all_wait())
-
-    async def run(self, generate: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
-        """Call `generate` while the engine is paused, and return its output. It raises what went wrong with the start
-        itself too, since the group would wait in a paused engine."""
-        output, _ = await asyncio.gather(self._one(generate), asyncio.shield(self._resumed))
-        return output
-
-    async def _one(self, generate: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
-        try:
-            await asyncio.shield(self._paused)
-            return await generate()
-        finally:
-            self._ended += 1
-
-    async def _resume_when_all_wait(self) -> None:
-        await self._paused
-        try:
-            await asyncio.wait_for(self._all_wait(), self._limit)
-        finally:
-            await self._engine.resume()
-
-    async def _all_wait(self) -> None:
-        while self._engine.queued() < self._n * (self._size - self._ended):
-            await asyncio.sleep(0.001)
 
 
 def _alone(sampling: SamplingParams, k: int) -> SamplingParams:

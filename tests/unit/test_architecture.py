@@ -75,7 +75,7 @@ ORDERS = {
         *("actor", "model_actor", "process", "registry", "config", "functions", "compose", "sandbox", "answers"),
         *("base", "__init__"),
     ),
-    "rollout": ("actor", "data", "engines", "config", "types", "__init__"),
+    "rollout": ("actor", "joint_start", "data", "engines", "config", "types", "__init__"),
     "vlm": (
         *("tiny", "families", "publish", "media_cost", "adapter", "media_tokens", "tower_outputs", "tower_end"),
         *(

@@ -202,7 +202,7 @@ def ask_together(adapter: MultimodalAdapter, engine: Any, texts: Sequence[str], 
 
 def test_groups_that_start_together_run_when_all_wait_or_were_refused(adapter: MultimodalAdapter) -> None:
     engine = Queue()
-    answers = ask_together(adapter, engine, ["a", "refused", "b"], 3, 5.0)
+    answers = ask_together(adapter, engine, ["a", "refused", "b"], 3, 60.0)
     assert [type(a) for a in answers] == [RolloutGroup, RolloutFailure, RolloutGroup]
     assert engine.journal == ["pause", "resume with 6"]
 
@@ -213,7 +213,7 @@ def test_a_joint_start_that_misses_a_group_or_fails_is_the_failure_of_its_groups
     assert all(isinstance(a, RolloutFailure) and a.retryable for a in answers)
     assert engine.journal[0] == "pause" and engine.running.is_set(), "the engine must not stay paused"
     for call in ("pause", "resume with 6"):
-        answers = ask_together(adapter, Queue(fail=call), ["a", "b"], 2, 5.0)
+        answers = ask_together(adapter, Queue(fail=call), ["a", "b"], 2, 60.0)
         assert all(isinstance(a, RolloutFailure) and a.engine_dead and call in a.reason for a in answers)
 
 
