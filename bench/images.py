@@ -29,7 +29,7 @@ from bench.common import images, report, write_parquet
 from learner.batching.rows import encode_prompts
 from rollout.actor import RolloutActor
 from rollout.data.actor import DataActor
-from rollout.data.source import DataOptions
+from rollout.data.options import DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import RolloutGroup
 from vlm.adapter import MultimodalAdapter

@@ -120,7 +120,7 @@ def trl(model: Path, lengths: tuple[int, ...], steps: int, warmup: int, work: Pa
     import torch
     from datasets import Dataset
     from transformers import LogitsProcessor, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     class ForcedLengths(LogitsProcessor):
         """Ends row r after exactly `lengths[r % K]` tokens."""
@@ -151,25 +151,13 @@ def trl(model: Path, lengths: tuple[int, ...], steps: int, warmup: int, work: Pa
 
     message = [{"role": "user", "content": "What color?"}]
     rows = [{"prompt": message, "image": image, "answer": name} for image, name in images(IMAGES)]
-    config = GRPOConfig(
-        output_dir=str(work / "trl"),
-        per_device_train_batch_size=PROMPTS * K,
-        num_generations=K,
-        max_completion_length=max(lengths),
-        learning_rate=1e-4,
-        max_steps=warmup + steps,
-        beta=0.04,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        logging_steps=1000,
-    )
     clock = Clock()
     trainer = GRPOTrainer(
-        model=str(model), args=config, train_dataset=Dataset.from_list(rows), reward_funcs=reward, callbacks=[clock]
+        model=str(model),
+        args=_trl_config(max(lengths), warmup + steps, work),
+        train_dataset=Dataset.from_list(rows),
+        reward_funcs=reward,
+        callbacks=[clock],
     )
     generate = trainer.model.generate
 
@@ -183,6 +171,27 @@ def trl(model: Path, lengths: tuple[int, ...], steps: int, warmup: int, work: Pa
     assert set(seen) == {expected}, f"lengths were not forced: {set(seen)} tokens a step, expected {expected}"
     seconds = [b - a for a, b in itertools.pairwise(clock.ends)][warmup - 1 :]
     return {"seconds_per_step": median(seconds), "samples_per_second": PROMPTS * K / median(seconds)}
+
+
+def _trl_config(max_length: int, steps: int, work: Path) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(work / "trl"),
+        per_device_train_batch_size=PROMPTS * K,
+        num_generations=K,
+        max_completion_length=max_length,
+        learning_rate=1e-4,
+        max_steps=steps,
+        beta=0.04,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        logging_steps=1000,
+    )
 
 
 def run_side(side: str, model: Path, scenario: str, steps: int, warmup: int) -> dict[str, Any]:

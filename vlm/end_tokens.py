@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 def end_tokens(path: str, model_config: Any) -> tuple[int, ...]:
     """The `eos_token_id` of the model's generation_config.json, or of its config.json if that is missing. vLLM stops at
-    these in any case, and takes nothing else from these files (`rollout.engines.vllm_engine.engine_arguments`)."""
+    these in any case, and takes nothing else from these files (`rollout.engines.vllm_config.engine_arguments`)."""
     try:
         generation = GenerationConfig.from_pretrained(path)
     except OSError:

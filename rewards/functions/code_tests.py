@@ -47,7 +47,7 @@ _LISTS = {part + s: part for part in ("input", "output", "code") for s in ("", "
 [..]}`."""
 _FUNCTION = ("fn_name", "func_name", "entry_point")
 _SANDBOX = Path(__file__).parents[1] / "sandbox"
-_MODULES = ("remote_program.py", "remote_object.py")
+_MODULES = ("remote_program.py", "remote_link.py", "remote_object.py")
 
 
 class _UnjudgeableError(Exception):

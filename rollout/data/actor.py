@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rollout.data.source import DataError, DataOptions, DataReport, PromptSource
+from rollout.data.options import DataOptions
+from rollout.data.source import DataError, DataReport, PromptSource
 from rollout.types import Prompt, PromptRef, StoredPrompt
 from vlm.media.types import Media
 

@@ -26,7 +26,7 @@ from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import check_sound, check_video
 
 if TYPE_CHECKING:
-    from rollout.data.source import DataOptions
+    from rollout.data.options import DataOptions
     from vlm.adapter import MultimodalAdapter
 
 ANSWER_REFUSALS = ("no answer", "bad answer")

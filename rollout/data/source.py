@@ -1,6 +1,6 @@
 """Read prompts from Parquet, JSONL and JSON files: endlessly, shuffled by seed and epoch, and resumable at any row.
 
-    files ──▶ columns ──▶ rows.RowStore ──▶ epoch_order.EpochOrder ──▶ builder.PromptBuilder ──▶ Prompt
+    files ──▶ columns ──▶ rows.RowStore ──▶ rows.EpochOrder ──▶ builder.PromptBuilder ──▶ Prompt
                                   ▲ (epoch, position)          └─▶ refused: file, row, reason; counted, capped
 
 Row numbers count from 0 everywhere; in JSONL row n is line n.
@@ -13,89 +13,29 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rollout.data.builder import ANSWER_REFUSALS, PromptBuilder
-from rollout.data.columns import MEDIA_ROLES, Columns, Role, choose_columns, unread
+from rollout.data.columns import MEDIA_ROLES, Columns, choose_columns, unread
 from rollout.data.elsewhere import address_problem
-from rollout.data.epoch_order import EpochOrder
 from rollout.data.formats import DataError, RowFile
 from rollout.data.media_files import media_kind
+from rollout.data.options import DataOptions
 from rollout.data.report import WHAT_TO_DO, DataReport, Refusal, differences
-from rollout.data.rows import RowRefusedError, RowStore, open_files
-from rollout.types import MEDIA_PER_PROMPT, Prompt, PromptRef
+from rollout.data.rows import EpochOrder, RowRefusedError, RowStore, open_files
+from rollout.types import Prompt, PromptRef
 from vlm.media.types import MediaKind
 
 if TYPE_CHECKING:
     from vlm.adapter import MultimodalAdapter
 
-__all__ = ["SYSTEM_PROMPTS", "DataError", "DataOptions", "DataReport", "PromptSource", "Refusal"]
-
-SYSTEM_PROMPTS: Mapping[str, str] = {
-    "think_answer": (
-        "Look at what is shown and asked. First think it through inside <think> </think>, then give the final answer, "
-        "and nothing else, inside <answer> </answer>."
-    ),
-}
-"""Name -> shipped system prompt."""
+__all__ = ["DataError", "DataReport", "PromptSource", "Refusal"]
 
 MIN_ROWS_FOR_SHARE = 1000
 """The share of refused rows is taken of at least this many rows (or of all rows of smaller data)."""
 REFUSALS_KEPT = 10
 ROWS_FOR_MEDIA = 20
 """How many rows are searched for media in columns without a role."""
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """The files, the columns and the limits."""
-
-    files: tuple[str, ...]
-    """Parquet, JSONL and JSON files, or glob patterns of them."""
-    columns: Mapping[Role, str | None] = field(default_factory=dict)
-    """Role -> column, or None for a role that no column plays. Other roles go to columns with known names."""
-    extra_columns: tuple[str, ...] = ()
-    """Further columns, passed to rewards unchanged."""
-    optional_columns: tuple[str, ...] = ()
-    """Further columns that are passed to rewards if all files have them."""
-    answers_as_written: bool = False
-    """Whether answers are programs or tests, in which nothing marks an answer."""
-    system_prompt: str | None = None
-    """System message for every prompt that has none. A key of SYSTEM_PROMPTS stands for its text."""
-    prompt_template: str | None = None
-    """Template of the last user message; {prompt} stands for the row's text."""
-    shuffle: bool = True
-    seed: int = 0
-    """Seed of the shuffle."""
-    max_prompt_length: int = 4096
-    """Limit in tokens, with media expanded."""
-    overlong_prompts: Literal["refuse", "truncate"] = "refuse"
-    """truncate: cut the beginning of the user's text, and nothing else."""
-    max_media: Mapping[MediaKind, int] = field(default_factory=lambda: dict(MEDIA_PER_PROMPT))
-    """The most items of each kind in one prompt."""
-    max_video_frames: int = 8
-    max_image_bytes: int = 20 * 2**20
-    """The most bytes of an encoded image, video or sound."""
-    max_image_pixels: int = 50_000_000
-    """The most pixels of an image, or of a frame."""
-    root: str | None = None
-    """Folder at which paths of media start, and out of which none may lead. None: the folder of each data file."""
-    allow_urls: bool = False
-    """Whether to fetch media by http and https."""
-    max_refused_share: float = 0.01
-    """The largest share of refused rows. Beyond it, DataError is raised."""
-    window_bytes: int = 256 * 2**20
-    """Memory for rows: the size of a shuffle window and of the block cache."""
-
-    @property
-    def system_text(self) -> str | None:
-        return None if self.system_prompt is None else SYSTEM_PROMPTS.get(self.system_prompt, self.system_prompt)
-
-    @property
-    def root_folder(self) -> Path | None:
-        return None if self.root is None else Path(self.root).expanduser()
 
 
 def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:

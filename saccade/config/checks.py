@@ -6,7 +6,7 @@ from learner.types import quantization_problems
 from rollout.data.config import URLS
 from rollout.engines.protocol import DEFAULT_GPU_SHARE
 from saccade.config.algorithm_checks import algorithm_problems
-from saccade.config.engine_fields import engine_option_problems
+from saccade.config.engine_checks import engine_option_problems
 from saccade.config.idle_knobs import idle_problems
 from saccade.config.run_fields import RunFields
 from vlm.parameter_names import role_problems

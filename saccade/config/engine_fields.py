@@ -6,10 +6,6 @@ every option of the pinned vLLM is in one of the three lists.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from typing import Any
-
 ALLOWED = frozenset(
     [
         "download_dir",
@@ -285,26 +281,3 @@ REFUSED = frozenset(
     ]
 )
 """Options that would change what the engine computes, or how it is reached, with no counterpart here."""
-
-
-def engine_option_problems(options: Mapping[str, Any]) -> list[str]:
-    """One text for each option that may not stand in `rollout.engine_options`."""
-    found = []
-    for name in options:
-        where = f"rollout.engine_options.{name}"
-        if name in INSTEAD:
-            found.append(f"{where}: it would reach the engine alone, and nothing else know of it; use {INSTEAD[name]}")
-        elif name in REFUSED:
-            found.append(
-                f"{where}: it changes what the engine computes or how it is reached; the learner would not follow"
-            )
-        elif name in RENDERED_HERE:
-            found.append(
-                f"{where}: the engine is given tokens and renders nothing; the template is chat_template.jinja in the "
-                "folder of model.path"
-            )
-        elif name not in ALLOWED:
-            nearest = difflib.get_close_matches(name, [*ALLOWED, *INSTEAD], n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            found.append(f"{where}: vLLM has no such option{hint}")
-    return found

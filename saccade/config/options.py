@@ -9,8 +9,9 @@ from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.functions.format import Trace
 from rewards.registry import answers_are_programs, columns_read
 from rollout.data.config import URLS
-from rollout.data.source import MEDIA_PER_PROMPT, DataOptions
+from rollout.data.options import DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
+from rollout.types import MEDIA_PER_PROMPT
 from saccade.config.demands import Device
 from saccade.config.run_config import RunConfig
 from saccade.config.sections import ActorRole

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from rollout.data.source import DataOptions, PromptSource
+from rollout.data.options import DataOptions
+from rollout.data.source import PromptSource
 from vlm.media.types import Media, MediaKind
 
 if TYPE_CHECKING:

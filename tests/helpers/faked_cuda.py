@@ -61,7 +61,7 @@ def fake() -> None:
 
 def configured(model: str) -> dict[str, Any]:
     from rollout.engines.protocol import EngineOptions
-    from rollout.engines.vllm_engine import engine_config
+    from rollout.engines.vllm_config import engine_config
     from vlm.families.registry import load_adapter
 
     options = EngineOptions(

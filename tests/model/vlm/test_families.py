@@ -24,7 +24,7 @@ from learner.batching.collate import collate, collate_packed, collate_padded
 from learner.batching.rows import Row, Sample, encode_prompts, shares_prompts, to_sample
 from learner.model.load import load_policy
 from rollout.engines.protocol import EngineOptions
-from rollout.engines.vllm_engine import engine_arguments
+from rollout.engines.vllm_config import engine_arguments
 from tests.helpers.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.encoding import counts_of

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rollout.data.source import DataError, DataOptions, PromptSource
+from rollout.data.options import DataOptions
+from rollout.data.source import DataError, PromptSource
 from rollout.types import Prompt, StoredPrompt
 from tests.helpers.data_helpers import fake_adapter, png, write_rows
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rollout.engines.protocol import EngineOptions
-from rollout.engines.vllm_engine import engine_arguments
+from rollout.engines.vllm_config import engine_arguments
 from rollout.engines.vllm_process import set_environment
 from tests.unit.rollout.test_vllm_arguments import ADAPTER
 from vlm.families.registry import load_adapter

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rollout.engines.protocol import EngineOptions
-from rollout.engines.vllm_engine import engine_arguments
+from rollout.engines.vllm_config import engine_arguments
 from tests.unit.vlm.test_image_tokens import SHAPES, Limited, prompt_of
 from tests.unit.vlm.test_image_tokens import limited as limited
 from vlm.encoding import concatenate_padded

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rewards.functions.code_tests import _lines, _tests, program_of
-from rewards.sandbox.remote_program import LinkEndedError, ProgramEnd, UnsupportedError, run_test
+from rewards.sandbox.remote_link import LinkEndedError
+from rewards.sandbox.remote_program import ProgramEnd, UnsupportedError, run_test
 from tests.helpers.data_helpers import source
 
 X = "x = 1\nprint(x)"

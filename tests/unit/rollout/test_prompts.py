@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollout.data.source import SYSTEM_PROMPTS, DataError, PromptSource
+from rollout.data.options import SYSTEM_PROMPTS
+from rollout.data.source import DataError, PromptSource
 from rollout.types import Prompt, PromptRef
 from tests.helpers.data_helpers import FakeTextAdapter, fake_adapter, png, source, write_rows
 from vlm.media.types import Media

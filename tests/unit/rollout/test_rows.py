@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 
 from rollout.data import formats as row_files
 from rollout.data import json_array as json_elements
-from rollout.data.epoch_order import EpochOrder
 from rollout.data.formats import DataError
-from rollout.data.rows import RowRefusedError, RowStore, open_files
+from rollout.data.rows import EpochOrder, RowRefusedError, RowStore, open_files
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER_IS_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -99,8 +98,7 @@ READ_SHUFFLED = """
 import sys
 import pyarrow as pa
 from rollout.data import formats as row_files
-from rollout.data.epoch_order import EpochOrder
-from rollout.data.rows import RowStore, open_files
+from rollout.data.rows import EpochOrder, RowStore, open_files
 
 row_files.BLOCK_BYTES = 2**19
 for path in sys.argv[1:]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rollout.engines.protocol import EngineOptions
-from rollout.engines.vllm_engine import engine_arguments
+from rollout.engines.vllm_config import engine_arguments
 from saccade.config.load import parse_config
 from saccade.config.options import engine_options
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rollout.data.source import PromptSource
-from rollout.engines.vllm_engine import engine_arguments
+from rollout.engines.vllm_config import engine_arguments
 from saccade.config.load import parse_config
 from saccade.config.options import config_adapter, data_options, engine_options, learner_options
 from tests.helpers.data_helpers import png, write_rows
