@@ -29,7 +29,7 @@ def refused_step(
 
 
 def joined(ranks: Sequence[Sequence[RefusedStep]], prompts: Sequence[Sequence[PromptRef]]) -> tuple[RefusedStep, ...]:
-    """What all ranks saw of the same steps. `prompts`: of each of the update's steps, over all ranks."""
+    """Join what all ranks saw of the same steps. `prompts` are those of each step of the update, over all ranks."""
     return tuple(
         replace(
             seen[0],

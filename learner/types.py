@@ -1,4 +1,4 @@
-"""What goes in and out of the learner: its options, what an update did, how it fails. Plain data, quick to import."""
+"""The inputs and outputs of the learner: options, results of updates, failures. Plain data, quick to import."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_NAMED = 8
 
 
 class Size(NamedTuple):
-    """What a group, or a micro-batch, takes; or may take."""
+    """The size of a group or a micro-batch, or its limit."""
 
     tokens: int
     """Language positions: each prompt once, and all completions."""
@@ -72,7 +72,7 @@ def quantization_problems(quantize: str, zero_stage: int, offload: str) -> list[
 
 @dataclass(frozen=True, slots=True)
 class LearnerOptions:
-    """What a LearnerGroup is started with. The same on every rank."""
+    """The options of a LearnerGroup. They are the same on every rank."""
 
     model: str
     """Directory in Hugging Face format or hub name: the initial policy, and the frozen reference."""
@@ -101,7 +101,7 @@ class LearnerOptions:
     pass."""
 
     temperature: float = 1.0
-    """What the completions were sampled with: logits are divided by it, as in the engine."""
+    """The completions were sampled with it. Logits are divided by it, as in the engine."""
     advantage: str = "grpo"
     """A key of `learner.algorithm.advantages.ADVANTAGES`."""
     part_weights: Mapping[str, float] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class LearnerOptions:
     """Rows of the vocabulary projection computed at once; None: see `learner.model.logprobs.rows_per_chunk`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Offload = "none"
-    """What is kept in CPU memory: the optimizer's state, or that and the parameters."""
+    """Keep in CPU memory the optimizer's state, or that and the parameters."""
     gradient_checkpointing: tuple[str, ...] = ("language", "vision", "audio")
     """Parts of the model whose layers are recomputed in the backward pass instead of kept."""
 
@@ -188,7 +188,7 @@ class LearnerOptions:
 
     @property
     def micro_batch(self) -> Size:
-        """What one micro-batch may take."""
+        """Return the limit of one micro-batch."""
         limits = (self.tokens_limit, self.micro_batch_patches, self.micro_batch_logits, self.micro_batch_bytes)
         tokens, patches, logits, held = (UNLIMITED if limit is None else limit for limit in limits)
         return Size(tokens, patches, logits, held - math.ceil(self.unit_bytes[3]))
@@ -266,7 +266,7 @@ class RankStats:
     grad_norm: float
     """Before clipping."""
     learning_rate: float
-    """Of the last step."""
+    """Learning rate of the last step."""
     staleness_max: int
     """Policy versions that the stalest trained token lagged behind."""
     metrics: Mapping[str, float] = field(default_factory=dict)

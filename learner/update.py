@@ -61,7 +61,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What one rank trains in one optimizer step."""
+    """The work of one rank in one optimizer step."""
 
     batches: Sequence[MultimodalBatch]
     prompts: Sequence[Sequence[PromptRef]]

@@ -1,4 +1,4 @@
-"""What a user imports and starts: `import saccade`, or `python -m saccade train CONFIG`.
+"""The public API: `import saccade`, or `python -m saccade train CONFIG`.
 
 Nothing heavy is imported before it is asked for: a name is looked up in its module on first use.
 """

@@ -1,4 +1,4 @@
-"""What can end a run early, in words for the user."""
+"""The errors that end a run early, in words for the user."""
 
 from __future__ import annotations
 

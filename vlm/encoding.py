@@ -50,8 +50,8 @@ class EncodedPrompt:
     inputs are not included: `MultimodalAdapter.token_inputs` derives them from the padded ids."""
     counts: Counts = field(default_factory=dict)
     cached: Mapping[MediaKind, tuple[FeatureRow, ...]] = field(default_factory=dict)
-    """What is cached of the prompt's media, by kind of tower, in the order of the items: features, which take the place
-    of the inputs that they were computed from, or tower outputs, which come with these inputs."""
+    """Cached values of the prompt's media, by kind of tower, in the order of the items: features, which replace the
+    inputs that they were computed from, or tower outputs, which come with these inputs."""
 
 
 def kind_of(item: Decoded) -> MediaKind:

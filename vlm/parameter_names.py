@@ -1,4 +1,4 @@
-"""What the names of a model's parameters say: which part they belong to, and what the engine calls them.
+"""Find the part of the model that a parameter belongs to, and its name in the engine, from the parameter's name.
 
 The configuration reads the names of the parts here, so this module loads without torch.
 """

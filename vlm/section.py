@@ -1,4 +1,4 @@
-"""What the sections of a configuration are made of.
+"""The building blocks of a configuration's sections.
 
 A section is a frozen dataclass that stands in the room which reads it. Pydantic validates it, and no room imports
 pydantic: it asks a class for `__pydantic_config__`, and what stands in `Annotated` for a schema. Docstrings of fields

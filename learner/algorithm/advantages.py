@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Advantage = Callable[[Floats, Bools], Floats]
-"""(rewards `[G, K]`, valid `[G, K]`) -> advantages `[G, K]`"""
+"""(rewards `[G, K]`, valid `[G, K]`) -> advantages `[G, K]`."""
 
 STD_EPSILON = 1e-4
 """Added to a standard deviation or mean that is divided by, so that a tiny one does not blow advantages up."""

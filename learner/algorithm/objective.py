@@ -17,7 +17,7 @@ from learner.config import Aggregation
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised: names of parts, and their numbers."""
+    """The loss that is minimised: the names of its parts, and their numbers."""
 
     loss: str = "ppo_clip"
     """A key of LOSSES."""
@@ -40,7 +40,7 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class GlobalCounts:
-    """Of what is trained in one optimizer step, over all micro-batches and ranks."""
+    """Numbers of trained tokens and completions in one optimizer step, over all micro-batches and ranks."""
 
     tokens: float
     completions: float
@@ -48,7 +48,7 @@ class GlobalCounts:
 
 @dataclass(frozen=True, slots=True)
 class TokenTerms:
-    """What a policy update needs of a micro-batch; every tensor is shaped like `mask`."""
+    """The values of a micro-batch that a policy update needs. Every tensor has the shape of `mask`."""
 
     logprobs: Tensor
     entropy: Tensor

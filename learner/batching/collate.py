@@ -24,7 +24,7 @@ from vlm.media.types import MediaKind
 
 @dataclass(frozen=True)
 class CachedMedia:
-    """What all batches of a run have from the cache."""
+    """The cached values that all batches of a run use."""
 
     features: Sequence[MediaKind] = ()
     """Kinds whose features are cached."""

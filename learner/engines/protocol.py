@@ -1,4 +1,4 @@
-"""What a training engine must do. `DeepSpeedEngine` is the real one; `TorchEngine` is the readable reference.
+"""The contract of a training engine. `DeepSpeedEngine` is the real one; `TorchEngine` is the readable reference.
 
 LearnerWorker ──▶ learner/update.py ──▶ TrainEngine.logprobs / train_step ──▶ PolicyModule.forward
 """
@@ -61,15 +61,16 @@ class TrainEngine(Protocol):
         Raises RuntimeError if a reference is asked for that the options did not load."""
 
     def run_towers(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
-        """What will be cached of the batch's media, by kind and row by row, on the CPU; the language model does not
-        run. The tensors have a gradient if something in the tower is trained, which `cached` denies. A batch whose
-        tower outputs are wanted must hold exactly one item."""
+        """Compute the values of the batch's media that will be cached, by kind and row, on the CPU. The language model
+        does not run. The tensors have a gradient if something in the tower is trained, which `cached` excludes. If
+        tower outputs are wanted, the batch must hold exactly one item."""
 
     def cached(self) -> Mapping[MediaKind, Cached]:
-        """What is cached of the media that the run may hold, by kind of tower (`learner.model.cached`)."""
+        """Say what is cached of the media that the run may hold, by kind of tower (`learner.model.cached`)."""
 
     def media_cost(self) -> float:
-        """What the towers take for a token of media, in tokens through the language model; cached ones take nothing."""
+        """Return the cost of the towers for a token of media, in tokens of the language model. Cached towers cost
+        nothing."""
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
         """Forward and backward over every micro-batch, one optimizer step. Gradients are *summed* over micro-batches

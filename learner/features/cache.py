@@ -102,7 +102,7 @@ class CacheCounts:
 
 
 class FeatureCache:
-    """What is cached of items, by key, for one rank. Not thread-safe."""
+    """The cached values of items, by key, for one rank. Not thread-safe."""
 
     def __init__(self, limit: int, store: Store | None = None) -> None:
         """`limit` is in bytes of the rank's memory."""

@@ -53,7 +53,7 @@ def make_towers(
 
 
 def describe_caching(adapter: MultimodalAdapter, options: LearnerOptions) -> list[str]:
-    """What is cached of the run's media, one line for the user; nothing is said of towers that are trained."""
+    """Say in one line for the user what is cached of the run's media. Trained towers are not mentioned."""
     lora = {part_of(role) for role in options.lora_targets}
     trained = lora if options.lora_rank else {*adapter.parts} - {*options.freeze}
     limit = f"(up to {options.feature_cache_gib:g} GiB per rank)"
@@ -100,7 +100,7 @@ class FrozenTowers:
 
     @property
     def cached(self) -> CachedMedia:
-        """What every batch has from the cache, for `collate`."""
+        """Return the cached values that every batch uses, for `collate`."""
         return CachedMedia(self._with_features, self._dummy_outputs)
 
     def encode(self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes]) -> list[EncodedPrompt]:
@@ -251,7 +251,7 @@ class FrozenTowers:
 
 
 def _key(item: Media) -> tuple[str, str, tuple[int, ...]]:
-    """What the features of an item depend on: for a video also which of its frames are shown."""
+    """Return everything that the features of an item depend on; for a video, also which of its frames are shown."""
     return item.kind, item.digest, item.frames
 
 

@@ -1,4 +1,4 @@
-"""What is cached of media, in Ray's object store, where all ranks find it; a small actor knows the references.
+"""Share cached values of media between the ranks in Ray's object store. A small actor holds the references.
 
 rank ── ray.put(features) ──▶ object store ◀── ray.get ── another rank, or the same one later
    └── put(key, reference, size) ──▶ FeatureDirectory ◀── find(keys) ──┘

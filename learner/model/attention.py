@@ -40,7 +40,7 @@ AttentionBackend = Literal["auto", "blocks", "flex", "mask"]
 IMPLEMENTATION = "saccade_groups"
 """The name under which transformers' language models find `_forward`."""
 CALL_OVERHEAD = 2**14
-"""What one more call of the kernel costs, in pairs of tokens."""
+"""Cost of one more call of the kernel, in pairs of tokens."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -51,7 +51,7 @@ class Places:
     """Where N sequences of up to L tokens lie in the row."""
 
     index: Tensor
-    """int64 `[N, L]`"""
+    """int64 `[N, L]`."""
     start: int | None
     """The first, where they are one run: what stands there is then taken as it lies, without a copy."""
     filled: Tensor | None
@@ -93,7 +93,7 @@ class GroupAttention:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """Of the row filled up to `flex_length` with tokens that see themselves alone."""
+        """Return the mask of the row, filled up to `flex_length` with tokens that see only themselves."""
         length = sum(prompt + sum(own) for prompt, own in self.groups)
         fill = (0, (1,) * (flex_length(length) - length))
         segment, group = (x.to(self.device) for x in labels((*self.groups, fill)))
@@ -138,7 +138,7 @@ def _forward(
 
 
 def packed_kwargs(groups: Sequence[GroupLengths], device: torch.device, backend: AttentionBackend) -> dict[str, Any]:
-    """What the model is called with for a packed row. The mask of one entry only keeps it from making one itself."""
+    """Return the arguments of the model for a packed row. The mask of one entry only keeps it from making its own."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return {"attention_mask": mask, "group_attention": GroupAttention(groups, device, backend)}
 
@@ -204,7 +204,7 @@ def _inputs(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 
 
 def _take(x: Tensor, places: Places) -> Tensor:
-    """`[T, ...]` -> `[N, L, ...]`"""
+    """Read `[N, L, ...]` from `[T, ...]`."""
     count = places.index.numel()
     taken = x.index_select(0, places.index.flatten()) if places.start is None else x.narrow(0, places.start, count)
     return taken.unflatten(0, places.index.shape)

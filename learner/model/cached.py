@@ -19,7 +19,7 @@ Cached = Literal["features", "tower outputs"]
 
 
 def what_is_cached(*, tower_trained: bool, projector_trained: bool, knows_tower_end: bool) -> Cached | None:
-    """What is cached of a tower according to the table; None: nothing."""
+    """Return what is cached of a tower according to the table. None: nothing."""
     if tower_trained:
         return None
     if not projector_trained:

@@ -59,7 +59,7 @@ class PolicyModule(nn.Module):
         # Read now because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.
         self._dtype = head.weight.dtype
         self.cached: Mapping[MediaKind, Cached] = self._what_is_cached()
-        """What is cached of the media that the run may hold, by kind of tower."""
+        """Kind of cached values for the media that the run may hold, by kind of tower."""
 
     @property
     def base(self) -> Any:
@@ -112,7 +112,7 @@ class PolicyModule(nn.Module):
         return end.standing_in(self.adapter.join_tower_outputs(outputs))
 
     def _run_towers(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
-        """What will be cached of the batch's media."""
+        """Compute the values of the batch's media that will be cached."""
         kinds = [kind for kind, what in self.cached.items() if what == "tower outputs"]
         if wanted := [kind for kind in kinds if self._inputs_of(kind, batch)]:
             return {kind: [self._tower_outputs(batch)] for kind in wanted}
@@ -120,7 +120,7 @@ class PolicyModule(nn.Module):
         return {kind: self.adapter.cut_features(of_kind) for kind, of_kind in features.items()}
 
     def _inputs_of(self, kind: MediaKind, batch: MultimodalBatch) -> dict[str, Any]:
-        """What the tower of a kind takes; empty if the batch has none of that kind."""
+        """Return the inputs of the tower of a kind; empty if the batch has none of that kind."""
         given, names = batch.model_kwargs(), self.adapter.modalities[kind].inputs
         return {name: given[name] for name in names} if names[0] in given else {}
 
@@ -134,8 +134,8 @@ class PolicyModule(nn.Module):
 
     @cached_property
     def media_cost(self) -> float:
-        """What the towers take for a token of media, in tokens through the language model, by the elements of their
-        linear layers; of the costliest kind that the run may hold. Towers that are cached count nothing."""
+        """Return the cost of the towers for a token of media, in tokens of the language model. It is estimated from the
+        elements of their linear layers, for the costliest kind that the run may hold. Cached towers cost nothing."""
         passed: Counter[str] = Counter()
         for name, module in self.base.named_modules():
             if isinstance(module, nn.Linear) and module is not self.base.get_output_embeddings():
@@ -145,7 +145,7 @@ class PolicyModule(nn.Module):
         return max(costs, default=0.0)
 
     def _what_is_cached(self) -> dict[MediaKind, Cached]:
-        """What is cached of the kinds of media that the run may hold, by what is trained of the model."""
+        """Decide what is cached of each kind of media that the run may hold, from what is trained of the model."""
         trained: dict[str, bool] = {}
         for name, parameter in self.base.named_parameters():
             part = self.adapter.role(name)
@@ -174,7 +174,7 @@ class PolicyModule(nn.Module):
         return batch
 
     def _model_kwargs(self, batch: MultimodalBatch) -> dict[str, Any]:
-        """What the model's forward takes, with media encoded once each and with shared prompts laid out.
+        """Return the inputs of the model's forward, with each item of media encoded once and shared prompts laid out.
 
         The towers always run first and apart: the order of modules must not differ between ranks either."""
         features = self.media_features(batch)

@@ -37,7 +37,7 @@ class TowerBytes:
     saved: float
     """Held from the forward to the backward pass."""
     recomputed: float
-    """Of one layer, while it is recomputed; 0 without checkpointing."""
+    """Held for one layer, while it is recomputed; 0 without checkpointing."""
     passing: float
     """Gradients of one layer, while it is passed backward."""
 

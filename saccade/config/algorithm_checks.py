@@ -1,4 +1,4 @@
-"""What of the algorithm does not go together, or with the rest of the run."""
+"""Find settings of the algorithm that contradict each other, or the rest of the run."""
 
 from __future__ import annotations
 

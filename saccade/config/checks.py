@@ -1,4 +1,4 @@
-"""What sections violate together; each by itself is valid."""
+"""Find sections that contradict each other, although each by itself is valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run asks of a cluster, from the configuration alone: no cluster is asked, and Ray is not imported."""
+"""Compute the resources that a run needs from the configuration alone. No cluster is asked, and Ray is not imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Demand:
-    """What one kind of actor asks for: `count` bundles of `resources`."""
+    """One kind of actor needs `count` bundles of `resources`."""
 
     role: str
     resources: Mapping[str, float]
@@ -53,8 +53,8 @@ def reward_models(config: RunConfig) -> list[Demand]:
 
 
 def local_resources(config: RunConfig) -> dict[str, float]:
-    """What a local Ray must offer for the whole configuration, but for GPUs, which it finds itself: logical CPUs,
-    and the custom resources of cluster.resources, which name groups of nodes where there is more than one."""
+    """Return what a local Ray must offer for the whole configuration: logical CPUs, and the custom resources of
+    cluster.resources, which name groups of nodes in larger clusters. Ray finds GPUs itself."""
     wanted: dict[str, float] = {"CPU": 0.0}
     for demand in demands(config, "cpu"):
         for name, amount in demand.resources.items():

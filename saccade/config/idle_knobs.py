@@ -25,10 +25,10 @@ NEUTRAL = (None, False, 0, (), "none", "auto")
 
 @dataclass(frozen=True)
 class Facts:
-    """What the model and the data files say, as far as idle knobs depend on it."""
+    """The facts about the model and the data files that decide which knobs are idle."""
 
     rows: int
-    """Of data.train."""
+    """Number of rows in data.train."""
     kinds: tuple[str, ...]
     """Media that the prompts may hold."""
     cached: bool
@@ -121,7 +121,7 @@ IDLE_FOR_DATA = (
 
 
 def _usual(config: RunFields, knob: str) -> tuple[Any, ...]:
-    """What a knob is where nobody gives it: its default, and what the algorithm's preset sets."""
+    """Return the values that a knob has if nobody sets it: its default, and the value in the algorithm's preset."""
     default = default_of(config, knob)
     node: Any = PRESETS[config.algorithm.name] if knob.startswith("algorithm.") else {}
     for part in knob.split(".")[1:]:
@@ -150,7 +150,8 @@ def data_idle_problems(config: RunFields, facts: Facts) -> list[str]:
 
 
 def _complaints(config: RunFields, reasons: dict[str, str]) -> list[str]:
-    """What a knob has by default or from its preset asks for nothing: a saved configuration gives every knob."""
+    """Return one text for each idle knob that was set. A value from the default or the preset does not count, because a
+    saved configuration contains every knob."""
     found = []
     for knob in sorted(reasons):
         value = value_of(config, knob)

@@ -25,9 +25,9 @@ class Knob:
     default: Any
     """MISSING where one must be given."""
     text: str
-    """What it means."""
+    """The meaning of the knob."""
     choices: tuple[Any, ...] = ()
-    """What it may be, where that can be listed."""
+    """The allowed values, if they can be listed."""
 
 
 @cache
@@ -50,7 +50,7 @@ def unions() -> dict[str, tuple[str, ...]]:
 
 
 def value_of(config: RunFields, knob: str) -> Any:
-    """What a knob is; None where its section is not there, or has another name."""
+    """Return the value of a knob; None if its section is missing, or is another member of its union."""
     node: Any = config
     for part in knob.split("."):
         node = getattr(node, part, None)
@@ -129,7 +129,7 @@ def literals(hint: Any) -> tuple[Any, ...]:
 
 
 def docstrings(kind: type[Any]) -> dict[str, str]:
-    """What stands below each field of a class, and of those it builds on."""
+    """Return the docstring below each field of a class and of its base classes."""
     found: dict[str, str] = {}
     for base in reversed([each for each in kind.__mro__ if is_dataclass(each) or each is kind]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]

@@ -73,8 +73,8 @@ def parse_config(tree: Mapping[str, Any], source: str = "the configuration", fou
 
 
 def _hidden(tree: Mapping[str, Any], error: ValidationError) -> list[str]:
-    """What several fields violate together, which faults of single fields hide: looked for with faulty values at their
-    defaults."""
+    """Find the problems between several fields that faults of single fields hide. The check replaces faulty values by
+    their defaults."""
     if not any(detail["loc"] for detail in error.errors()):
         return []  # they are what was found
     mended = copy.deepcopy(dict(tree))

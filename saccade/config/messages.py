@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in its own words: where, what, and what to do."""
+"""Say what is wrong with a configuration, where, and what to do."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ def config_adapter(config: RunConfig) -> MultimodalAdapter:
 
 
 def model_problem(error: AdapterError) -> str:
-    """What is wrong with the configured model, behind the knob that it is about: one that is named, or the path."""
+    """Say what is wrong with the configured model, and name the knob: the one in the error, or else the path."""
     text = str(error)
     return text if text.startswith("model.") else f"model.path: {text}"
 
 
 def trace_shown(config: RunConfig) -> Trace:
-    """What `format` asks of the <think> trace, by which reports show completions."""
+    """Return the form of the <think> trace that `format` asks for. Reports show completions accordingly."""
     return next((f.options.get("trace", "visible") for f in config.reward.functions if f.name == "format"), "visible")
 
 
@@ -98,7 +98,7 @@ def evaluation_sampling(config: RunConfig, adapter: MultimodalAdapter) -> Sampli
 
 
 BUCKET_MIB = {"nccl": 256, "gloo": 8}
-"""What is gathered and sent at once: NCCL is fast in large pieces, gloo is fastest in small ones."""
+"""MiB that are gathered and sent at once: NCCL is fast with large pieces, gloo is fastest with small ones."""
 
 
 def transfer_backend(config: RunConfig, device: Device) -> str:
@@ -139,7 +139,7 @@ def learner_environment(config: RunConfig, device: Device) -> dict[str, str]:
 def engine_options(
     config: RunConfig, device: Device, media_kinds: Sequence[MediaKind], *, weights_change: bool = True
 ) -> EngineOptions:
-    """What every engine is started with; `weights_change=False` for evaluation of a model as it lies on disk."""
+    """Return the options of every engine. `weights_change=False` is for evaluating a model as it is on disk."""
     rollout = config.rollout
     return EngineOptions(
         model=config.model.path,

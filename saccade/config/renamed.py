@@ -17,7 +17,7 @@ class Now(NamedTuple):
     value: Callable[[Any], Any] = lambda value: value
     """The former value -> the present one; None: it cannot be carried over."""
     remark: str = ""
-    """What else there is to say."""
+    """A further remark for the user."""
 
 
 def _nothing(value: Any) -> None:
@@ -85,7 +85,8 @@ RENAMED: Mapping[str, Now] = {
 
 
 def renamed(where: str, value: Any) -> str | None:
-    """What to write in place of a former knob, with its value if that can be carried over; None for what never was."""
+    """Say what to write in place of a former knob, with its value if that can be carried over. None if there never was
+    such a knob."""
     if (now := RENAMED.get(where)) is None:
         return None
     remark = f" ({now.remark})" if now.remark else ""

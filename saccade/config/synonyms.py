@@ -78,7 +78,7 @@ SYNONYMS = {
     "cluster.device": "use_cpu no_cuda",
     "cluster.timeout": "ddp_timeout timeout_seconds",
 }
-"""What it is called here -> what TRL, verl, OpenRLHF, prime-rl and the like call it."""
+"""Name here -> names in TRL, verl, OpenRLHF, prime-rl and similar programs."""
 
 VALUES = {
     theirs: ours
@@ -98,7 +98,7 @@ VALUES = {
     }.items()
     for theirs in names.split()
 }
-"""What other programs call a value -> what it is called here."""
+"""Name of a value in other programs -> its name here."""
 
 REFUSED = {
     f"rollout.{name}": "the learner cannot reproduce a filtered distribution, so training samples with temperature only"

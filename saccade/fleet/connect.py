@@ -28,7 +28,7 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "V
 """Environment of the driver that its actors need too. Nothing prints it: a gated model's HF_TOKEN is a secret."""
 
 HOOK_KEY, HOOK = "worker_process_setup_hook", "saccade.keep_names"
-"""What Ray calls in every worker before it imports anything of a run."""
+"""Ray calls this function in every worker before it imports anything of a run."""
 
 
 @contextmanager

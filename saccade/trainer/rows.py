@@ -23,7 +23,7 @@ MEDIA_COLUMNS = tuple(name for role in MEDIA_ROLES for name in KNOWN_NAMES[role]
 
 
 class RowsError(UserError, ValueError):
-    """What is wrong with rows."""
+    """Rows cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Rows:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What TRL hands to a reward by its column's name."""
+        """Return the columns that TRL passes to rewards by name."""
         return tuple(name for name in self.table.column_names if name not in (self.prompt, *self.media))
 
     @property

@@ -44,7 +44,7 @@ class Trainer:
         adapter: str | type[MultimodalAdapter] | None = None,
         peft_config: Any = None,
     ) -> None:
-        """What is None is as `args` has it.
+        """Arguments that are None are taken from `args`.
 
         Args:
             model: a folder or a hub name.
@@ -127,7 +127,7 @@ class Trainer:
 
 
 def _settings(args: Any, data: Any, problems: list[str]) -> tuple[Tree, Rows | None, Sequence[float] | None]:
-    """What `args` says, the training rows where they are no files, and the weights of the rewards."""
+    """Return the settings in `args`, the training rows if they are no files, and the weights of the rewards."""
     several = list(args) if isinstance(args, list | tuple) else [] if args is None else [args]
     ours: Tree = {}
     for one in several:

@@ -37,7 +37,7 @@ def put_all(tree: Tree, settings: Mapping[str, Any]) -> None:
 
 
 def columns(tree: Tree) -> Mapping[str, Any]:
-    """What is said of data.columns so far."""
+    """Return the settings of data.columns so far."""
     section = tree.get("data")
     named = section.get("columns") if isinstance(section, dict) else None
     return named if isinstance(named, Mapping) else {}
