@@ -167,7 +167,7 @@ REFUSED = {
         {"freeze": ("language",), "lora_rank": 2},
         "language.attention, language.mlp, which",
     ),
-    "no targets": ({"lora_rank": 2, "lora_targets": ()}, "lora_targets is empty"),
+    "no targets": ({"lora_rank": 2, "lora_targets": ()}, "lora.targets is empty"),
     "everything frozen": ({"freeze": ("vision", "projector", "audio", "language")}, "names every part"),
     "all that is there frozen": ({"freeze": ("vision", "projector", "language")}, "nothing would be trained: frozen"),
     "no such part": ({"freeze": ("audio",)}, "QwenVLAdapter has no audio; it has language, vision, projector"),
@@ -179,7 +179,6 @@ REFUSED = {
         {"lora_rank": 2, "lora_targets": ("vision",), "media_kinds": ()},
         "nothing would be trained: LoRA is on vision; media of the data: none",
     ),
-    "4 bits trained in full": ({"quantize": "nf4"}, "needs a lora_rank"),
     "4 bits under ZeRO-3": ({"quantize": "nf4", "lora_rank": 2, "zero_stage": 3}, "zero_stage=3 was never verified"),
     "4 bits offloaded": (
         {"quantize": "nf4", "lora_rank": 2, "offload": "parameters"},

@@ -15,10 +15,9 @@ FILES = ShapesFiles(*(Path(f"{name}.parquet") for name in ("train", "test", "uns
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 120])
 def test_the_recipe_is_valid_for_any_number_of_steps(steps: int) -> None:
-    config = demo_config(FILES, Path("warm"), Path("run"), seed=0, steps=steps)
+    config = demo_config(FILES, Path("warm"), Path("run"), seed=0, steps=steps)  # raises if it is not valid
     assert config.steps == steps
-    assert config.problems() == []
-    assert config.old_policy == "behavior", "the demo samples ahead, so the ratio must know what sampled"
+    assert config.off_policy.name == "behavior", "the demo samples ahead, so the ratio must know what sampled"
     assert {Path(file).stem for file in config.data.eval} == {"test", "unseen", "blank"}
 
 
