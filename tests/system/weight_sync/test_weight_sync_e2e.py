@@ -192,7 +192,8 @@ def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path:
     model = cluster.model(tmp_path / "model")
     assert cluster.difference(cluster.generate(pair), model) < TOLERANCE
 
-    ray.get(single.actor.restart.remote(), timeout=START_TIMEOUT)
+    ray.get(single.actor.shutdown.remote(), timeout=CALL_TIMEOUT)
+    ray.get(single.actor.start.remote(), timeout=START_TIMEOUT)
     learner.form_weight_group([single, pair])
     sync_weights(learner, [single, pair], 11, timeout=CALL_TIMEOUT)
     for handle in (single, pair):
