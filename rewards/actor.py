@@ -22,7 +22,7 @@ from rewards.base import ScoringRequest, Service
 from rewards.compose import Scores
 from rewards.config import RewardSpec
 from rewards.functions.format import Trace, shown
-from rewards.process.worker import RewardWorker
+from rewards.process.worker import START_TIMEOUT, RewardWorker
 from rollout.types import GroupSummary, RolloutFailure, RolloutGroup, Verdict
 from vlm.media.types import Media
 
@@ -38,6 +38,7 @@ class RewardActor:
         specs: Sequence[RewardSpec],
         timeout: float,
         *,
+        start_timeout: float = START_TIMEOUT,
         services: Mapping[str, Service] | None = None,
         trace: Trace = "visible",
         name: str = "reward",
@@ -46,11 +47,12 @@ class RewardActor:
 
         Args:
             timeout: seconds that one call on one group may take.
+            start_timeout: seconds that importing the rewards and warming them up may take.
             services: what rewards may call upon, by name (rewards/base.py).
             trace: how completions are shown in reports.
             name: in the dashboard and in front of what is printed here.
         """
-        self._worker = RewardWorker(specs, timeout, services=services)
+        self._worker = RewardWorker(specs, timeout, start_timeout=start_timeout, services=services)
         self._timeout = timeout
         self._trace = trace
         self._name = name

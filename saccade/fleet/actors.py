@@ -157,6 +157,7 @@ def _create(
         actor = reward.remote(
             config.reward.functions,
             timeout=config.reward.timeout,
+            start_timeout=config.cluster.start_timeout,
             services=services.by_name,
             trace=trace_shown(config),
             name=f"reward-{i}",
