@@ -31,7 +31,8 @@ from rewards.process.child import Setup, Traits
 from rollout.types import Verdict
 from vlm.import_path import ours_first
 
-START_TIMEOUT = 120.0
+START_TIMEOUT = 600.0
+"""Seconds for importing the rewards and warming them up: on a machine that is busy this takes minutes."""
 _EXIT_TIMEOUT = 30.0
 """Seconds in which the kernel must end a process, including the time to write its core."""
 _BOOT = """
