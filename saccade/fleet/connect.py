@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -78,7 +79,9 @@ def _init(config: RunConfig, target: str | None) -> None:
     # Ray refuses a variable that the submitted job's own environment names already, even with the same value.
     given = job_environment().get("env_vars", {})
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ and name not in given}
-    runtime_env = {"env_vars": environment, HOOK_KEY: HOOK}
+    runtime_env: dict[str, Any] = {"env_vars": environment}
+    if hiding():  # Ray runs the hook before it knows the driver's path: it needs saccade to be installed
+        runtime_env[HOOK_KEY] = HOOK
     try:
         if target:
             ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
