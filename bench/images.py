@@ -28,11 +28,13 @@ from rich.table import Table
 from bench.common import images, report, write_parquet
 from learner.batching.rows import encode_prompts
 from rollout.actor import RolloutActor
+from rollout.config import RolloutConfig
 from rollout.data.actor import DataActor
 from rollout.data.options import DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import RolloutGroup
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
@@ -68,7 +70,8 @@ def counting(name: Callable[[], str], counts: Counter[str]) -> Iterator[None]:
 
 
 async def measure(model: Path, data: Path) -> list[dict[str, Any]]:
-    options = EngineOptions(str(model), dtype="float32", device="cpu", max_model_len=256, kv_cache_gib=0.25)
+    section = ModelConfig(str(model), dtype="float32")
+    options = EngineOptions(section, RolloutConfig(kv_cache_gib=0.25), device="cpu", max_model_len=256)
     adapter = load_adapter(str(model))
     actor = RolloutActor("engine", options, partial(load_adapter, str(model)))
     await actor.start()

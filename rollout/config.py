@@ -31,3 +31,14 @@ class RolloutConfig:
     engine_options: dict[str, Any] = field(default_factory=dict)
     """Further options of vLLM's AsyncEngineArgs, by vLLM's names: max_num_seqs (256 here), gpu_memory_utilization (0.85
     here: the share of a GPU that must be free when an engine starts, and that it takes), enforce_eager, ..."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Return how many sequences an engine runs at once."""
+        return int(self.engine_options.get("max_num_seqs", 256))
+
+    @property
+    def gpu_memory_utilization(self) -> float:
+        """Return the share of a GPU's memory that must be free when an engine starts, and that it takes if
+        `kv_cache_gib` is None."""
+        return float(self.engine_options.get("gpu_memory_utilization", 0.85))

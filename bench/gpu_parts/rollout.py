@@ -14,10 +14,12 @@ import numpy as np
 
 from bench.gpu_parts.common import Setting, shapes
 from bench.learner_work import Shape, make_groups
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Prompt, PromptRef
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 
 WORK = Shape({"3B": 64}, edge=896, words=40, new=256)
@@ -51,11 +53,10 @@ async def _measure(
     setting: Setting, path: Path, adapter: MultimodalAdapter, prompts: list[Prompt], work: Shape
 ) -> dict[str, Any]:
     options = EngineOptions(
-        str(path),
-        dtype="bfloat16" if setting.cuda else "float32",
+        ModelConfig(str(path), dtype="bfloat16" if setting.cuda else "float32"),
+        RolloutConfig(kv_cache_gib=None if setting.cuda else 0.25),
         device=setting.device,
         max_model_len=2048,
-        kv_cache_gib=None if setting.cuda else 0.25,
     )
     engine = VLLMEngine(options, adapter)
     start = time.perf_counter()

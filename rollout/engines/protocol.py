@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from rollout.config import RolloutConfig
 from rollout.types import Completion, Prompt
+from vlm.config import ModelConfig
 from vlm.media.types import Media
 
 if TYPE_CHECKING:
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 BAN = -100.0
 """Added to the logit of a banned token, by the engine and by the learner (learner.model.logprobs.BAN) alike."""
-
-DEFAULT_MAX_SEQS, DEFAULT_GPU_SHARE = 256, 0.85
-"""Defaults of `EngineOptions.max_num_seqs` and `.gpu_memory_utilization`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,41 +63,25 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options with which an engine starts."""
+    """The options with which an engine starts: two sections, and what follows from several."""
 
-    model: str
-    dtype: str = "bfloat16"
+    model: ModelConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     max_model_len: int = 4096
-    tensor_parallel_size: int = 1
+    """Most tokens of a prompt and its completion together."""
     device: str = "cuda"
     """"cuda" or "cpu"; an engine refuses to start on a machine that lacks it."""
     threads: int = 1
     """OpenMP threads: for everything on CPU, or, with a GPU, for the preparation of images."""
-    kv_cache_gib: float | None = None
-    """Size of the KV cache in GiB. None: the rest of the engine's share of a GPU, or 1 GiB (CPU)."""
     max_media_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 8})
     """Kind -> the most items in one prompt."""
     weight_transfer_backend: str | None = None
     """"nccl", "gloo", ...; None for an engine whose weights never change (evaluation from disk)."""
     seed: int = 0
-    trust_remote_code: bool = False
     start_timeout: float = 600.0
     """Seconds within which the engine must be ready."""
     control_timeout: float = 300.0
     """Seconds that any call except `start` and `generate` may take, including the receipt of weights."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of vLLM's `AsyncEngineArgs`, passed unchanged."""
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Return how many sequences run at once."""
-        return int(self.extra.get("max_num_seqs", DEFAULT_MAX_SEQS))
-
-    @property
-    def gpu_memory_utilization(self) -> float:
-        """GPU: the share of its memory that must be free at the start, and that the engine takes if `kv_cache_gib` is
-        None."""
-        return float(self.extra.get("gpu_memory_utilization", DEFAULT_GPU_SHARE))
 
 
 @runtime_checkable

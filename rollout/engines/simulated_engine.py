@@ -189,7 +189,7 @@ class SimulatedEngine:
         while True:
             await self._runnable.wait()
             admitted = 0
-            while self._waiting and len(self._running) < self._options.max_num_seqs:
+            while self._waiting and len(self._running) < self._options.rollout.max_num_seqs:
                 self._running.append(self._waiting.popleft())
                 admitted += self._running[-1].prompt_length
             step = behavior.decode_seconds + behavior.per_sequence_seconds * len(self._running)

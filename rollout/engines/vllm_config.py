@@ -13,15 +13,16 @@ CPU_BATCH_TOKENS = 16384  # tokens of one forward pass: a whole batch of short p
 
 
 def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict[str, Any]:
-    """Return the keyword arguments of `AsyncEngineArgs`. `options.extra` overrides all others."""
+    """Return the keyword arguments of `AsyncEngineArgs`. `rollout.engine_options` overrides all others."""
+    model, rollout = options.model, options.rollout
     arguments: dict[str, Any] = {
-        "model": options.model,
-        "dtype": options.dtype,
+        "model": model.path,
+        "dtype": model.dtype,
         "max_model_len": options.max_model_len,
-        "max_num_seqs": options.max_num_seqs,
-        "tensor_parallel_size": options.tensor_parallel_size,
+        "max_num_seqs": rollout.max_num_seqs,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
         "seed": options.seed,
-        "trust_remote_code": options.trust_remote_code,
+        "trust_remote_code": model.trust_remote_code,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # `SamplingParams` alone decides the sampling, not the files of the model
     }
@@ -33,9 +34,9 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         # vLLM would normalise inside the model, videos with the statistics of images; the learner's processor does not.
         arguments["mm_device_do_normalize"] = False
         arguments["mm_processor_kwargs"] = dict(adapter.engine_processor) or None
-    if options.kv_cache_gib is not None:
-        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
-    if options.tensor_parallel_size > 1:
+    if rollout.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
+    if rollout.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would ask Ray for more actors
     if options.weight_transfer_backend is not None:
         from vllm.config import WeightTransferConfig
@@ -44,7 +45,7 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         arguments["worker_extension_cls"] = WORKER_EXTENSION
     if options.device == "cuda":
         # Needed also with kv_cache_memory_bytes: vLLM refuses to start if less than this share of the GPU is free.
-        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+        arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
     if options.device == "cpu":
         arguments.setdefault("kv_cache_memory_bytes", 2**30)
         arguments |= {
@@ -55,7 +56,7 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
             "max_num_batched_tokens": max(CPU_BATCH_TOKENS, options.max_model_len),
             "skip_mm_profiling": True,
         }
-    return {**arguments, **options.extra}
+    return {**arguments, **rollout.engine_options}
 
 
 def engine_config(options: EngineOptions, adapter: MultimodalAdapter) -> Any:

@@ -86,7 +86,7 @@ class VLLMEngine:
         causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
         cause = causes[-1] if causes else f"{type(error).__name__}: {error}"
         return (
-            f"the vLLM engine for {self._options.model!r} did not start: {cause}\nCheck the path, the memory "
+            f"the vLLM engine for {self._options.model.path!r} did not start: {cause}\nCheck the path, the memory "
             "settings (rollout.kv_cache_gib, gpu_memory_utilization) and the other rollout.engine_options. The "
             f"end of its own log:\n{tail or '  | (nothing)'}"
         )

@@ -24,6 +24,7 @@ from learner.durable import strict_json
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from learner.update import Updater
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Completion, Prompt, RolloutGroup
@@ -33,6 +34,7 @@ from saccade.config.messages import ConfigError
 from saccade.errors import RunError
 from saccade.observe.screen import say, show
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.errors import AdapterError
 from vlm.families.registry import load_adapter
 from vlm.media.types import Media
@@ -110,20 +112,20 @@ def parity(
     chosen = cases(family, images, video)
     prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
     options = EngineOptions(
-        model,
-        dtype=dtype,
+        ModelConfig(model, dtype=dtype, trust_remote_code=trust_remote_code),
+        # With a cache of images it would not say again what it made of one; graphs are not worth capturing here.
+        RolloutConfig(
+            kv_cache_gib=kv_cache_gib,
+            engine_options={
+                "mm_processor_cache_gb": 0,
+                "enforce_eager": True,
+                "max_num_seqs": COMPLETIONS,
+                "gpu_memory_utilization": ENGINE_SHARE,
+            },
+        ),
         max_model_len=max(p.expanded_length for p in prompts) + NEW_TOKENS,
         device=device,
-        kv_cache_gib=kv_cache_gib,
         max_media_per_prompt={kind: max(parts.count(kind) for parts in chosen.values()) for kind in family.modalities},
-        trust_remote_code=trust_remote_code,
-        # With a cache of images it would not say again what it made of one; graphs are not worth capturing here.
-        extra={
-            "mm_processor_cache_gb": 0,
-            "enforce_eager": True,
-            "max_num_seqs": COMPLETIONS,
-            "gpu_memory_utilization": ENGINE_SHARE,
-        },
     )
     sampled = asyncio.run(_generate(VLLMEngine(options, family), family, prompts))
     learner_options = LearnerOptions(

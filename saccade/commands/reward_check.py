@@ -21,7 +21,6 @@ from rewards.functions.user import RewardSetupError
 from rewards.process.worker import RewardWorker
 from rewards.registry import REWARDS, UNBOUNDED, check_rewards, load_reward
 from rollout.data.source import DataError
-from rollout.engines.protocol import DEFAULT_MAX_SEQS
 from rollout.types import Verdict
 from saccade.checks.gold_check import with_completions, wrapper
 from saccade.checks.references import WHERE, load_model, open_set
@@ -174,8 +173,7 @@ def generation_seconds(config: RunConfig, token_ms: float) -> float:
     """Return the share of engine time that one group takes on fully loaded engines: L steps for K of the `max_num_seqs`
     sequences that run side by side, divided by the number of engines."""
     rollout = config.rollout
-    places = rollout.engine_options.get("max_num_seqs", DEFAULT_MAX_SEQS)
-    share = rollout.num_generations / max(places, rollout.num_generations)
+    share = rollout.num_generations / max(rollout.max_num_seqs, rollout.num_generations)
     return float(rollout.max_completion_length * token_ms / 1000 * share / rollout.engines)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from learner.types import quantization_problems
 from rollout.data.config import URLS
-from rollout.engines.protocol import DEFAULT_GPU_SHARE
 from saccade.config.algorithm_checks import algorithm_problems
 from saccade.config.engine_checks import engine_option_problems
 from saccade.config.idle_knobs import idle_problems
@@ -67,7 +66,7 @@ def _shared_gpu_problems(config: RunFields) -> list[str]:
         found.append(f"{where}: learner ranks may share a GPU, and NCCL refuses that; use learner.ranks=1")
     if "rollout" in shares and rollout.tensor_parallel_size > 1:
         found.append(f"{where}: an engine on a share of a GPU needs rollout.tensor_parallel_size=1")
-    taken = rollout.engine_options.get("gpu_memory_utilization", DEFAULT_GPU_SHARE)
+    taken = rollout.gpu_memory_utilization
     if taken > shares.get("rollout", 1.0):
         found.append(
             f"{where}: rollout.engine_options.gpu_memory_utilization={taken:g} is more than the engine's share; "

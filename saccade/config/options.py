@@ -140,22 +140,17 @@ def engine_options(
     config: RunConfig, device: Device, media_kinds: Sequence[MediaKind], *, weights_change: bool = True
 ) -> EngineOptions:
     """Return the options of every engine. `weights_change=False` is for evaluating a model as it is on disk."""
-    rollout = config.rollout
     return EngineOptions(
-        model=config.model.path,
-        dtype=config.model.dtype,
-        max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
-        tensor_parallel_size=rollout.tensor_parallel_size,
+        config.model,
+        config.rollout,
+        max_model_len=config.data.max_prompt_length + config.rollout.max_completion_length,
         device=device,
         threads=threads_of(config, "rollout"),
-        kv_cache_gib=rollout.kv_cache_gib,
         max_media_per_prompt={kind: MEDIA_PER_PROMPT[kind] for kind in media_kinds},
         weight_transfer_backend=transfer_backend(config, device) if weights_change else None,
         seed=config.seed,
-        trust_remote_code=config.model.trust_remote_code,
         start_timeout=config.cluster.start_timeout,
         control_timeout=config.cluster.sync_timeout,
-        extra=rollout.engine_options,
     )
 
 

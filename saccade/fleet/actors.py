@@ -149,7 +149,7 @@ def _create(
         )
         name = f"rollout-{i}"
         actor = engine.remote(name, options, adapter, group_timeout=config.cluster.group_timeout)
-        actors.pool.add(RayEngineHandle(name, actor, options.tensor_parallel_size))
+        actors.pool.add(RayEngineHandle(name, actor, config.rollout.tensor_parallel_size))
     services = create_services(config, placement, actors.pool.members, adapter)
     actors.models = services.models
     for i in range(config.reward.actors):

@@ -60,17 +60,17 @@ def fake() -> None:
 
 
 def configured(model: str) -> dict[str, Any]:
+    from rollout.config import RolloutConfig
     from rollout.engines.protocol import EngineOptions
     from rollout.engines.vllm_config import engine_config
+    from vlm.config import ModelConfig
     from vlm.families.registry import load_adapter
 
     options = EngineOptions(
-        model,
-        dtype="bfloat16",
+        ModelConfig(model),
+        RolloutConfig(tensor_parallel_size=2, engine_options={"max_num_seqs": 64, "gpu_memory_utilization": 0.4}),
         device="cuda",
         max_model_len=3072,
-        extra={"max_num_seqs": 64, "gpu_memory_utilization": 0.4},
-        tensor_parallel_size=2,
         weight_transfer_backend="nccl",
     )
     config = engine_config(options, load_adapter(model))

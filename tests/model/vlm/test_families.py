@@ -27,6 +27,7 @@ from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_config import engine_arguments
 from tests.helpers.learner_cases import make_case, make_group, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.encoding import counts_of
 from vlm.errors import AdapterError
 from vlm.families.idefics3 import patch_places
@@ -221,13 +222,13 @@ def test_videos_of_different_lengths_in_one_prompt_are_refused_by_name() -> None
 
 def test_an_engine_loads_every_tower_whose_weights_it_will_be_sent() -> None:
     """vLLM leaves out the tower of a kind of which no item may come."""
-    none = EngineOptions("m", device="cpu", max_media_per_prompt={})
+    none = EngineOptions(ModelConfig("m"), device="cpu", max_media_per_prompt={})
     assert engine_arguments(none, adapter_of("qwen2_5_omni"))["limit_mm_per_prompt"] == {
         "image": 1,
         "video": 0,
         "audio": 1,
     }
-    some = EngineOptions("m", device="cpu", max_media_per_prompt={"image": 8, "video": 2})
+    some = EngineOptions(ModelConfig("m"), device="cpu", max_media_per_prompt={"image": 8, "video": 2})
     assert engine_arguments(some, adapter_of("llava"))["limit_mm_per_prompt"] == {"image": 8, "video": 2}
     assert "limit_mm_per_prompt" not in engine_arguments(some, adapter_of("llama"))
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 from torch import nn
 
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_config import engine_arguments
 from rollout.engines.vllm_process import set_environment
 from tests.unit.rollout.test_vllm_arguments import ADAPTER
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 from weight_sync.sender import WeightSender
@@ -29,22 +31,26 @@ from weight_sync.source import PolicySource
 from weight_sync.verify import WeightSyncError
 
 OTHER: dict[str, Any] = {
-    "model": "other",
-    "dtype": "float32",
     "max_model_len": 1234,
-    "tensor_parallel_size": 2,
     "device": "cpu",
     "threads": 3,
-    "kv_cache_gib": 0.5,
     "max_media_per_prompt": {"image": 2},
     "weight_transfer_backend": "nccl",
     "seed": 5,
-    "trust_remote_code": True,
     "start_timeout": 77.0,
-    "extra": {"max_num_batched_tokens": 999},
 }
-
-
+MODEL: dict[str, Any] = {"path": "other", "dtype": "float32", "trust_remote_code": True}
+ROLLOUT: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "kv_cache_gib": 0.5,
+    "engine_options": {"max_num_batched_tokens": 999},
+}
+BASE = EngineOptions(ModelConfig("model"), device="cuda")
+CHANGED = {
+    **{name: replace(BASE, **{name: value}) for name, value in OTHER.items()},
+    **{f"model.{name}": replace(BASE, model=replace(BASE.model, **{name: value})) for name, value in MODEL.items()},
+    **{f"rollout.{name}": replace(BASE, rollout=RolloutConfig(**{name: value})) for name, value in ROLLOUT.items()},
+}
 HERE = {"control_timeout"}
 """What VLLMEngine itself goes by, with every control call; tests/unit/rollout/test_vllm_engine.py holds it."""
 
@@ -57,10 +63,13 @@ def reaches(options: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> tuple[di
         return engine_arguments(options, ADAPTER), dict(os.environ)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(EngineOptions) if f.name not in HERE])
+def test_every_option_of_an_engine_has_another_value_here() -> None:
+    assert {f.name for f in fields(EngineOptions)} == {"model", "rollout", *OTHER, *HERE}
+
+
+@pytest.mark.parametrize("name", CHANGED)
 def test_no_option_of_an_engine_is_dead_on_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = EngineOptions("model", device="cuda")
-    assert reaches(base, monkeypatch) != reaches(replace(base, **{name: OTHER[name]}), monkeypatch)
+    assert reaches(BASE, monkeypatch) != reaches(CHANGED[name], monkeypatch)
 
 
 def test_names_of_arguments_are_those_of_the_pinned_vllm() -> None:
@@ -71,8 +80,8 @@ def test_names_of_arguments_are_those_of_the_pinned_vllm() -> None:
 
     known = {f.name for f in fields(AsyncEngineArgs)}
     for device in ("cuda", "cpu"):
-        options = EngineOptions("m", device=device, kv_cache_gib=1, tensor_parallel_size=2)
-        options = replace(options, weight_transfer_backend="nccl")
+        rollout = RolloutConfig(kv_cache_gib=1, tensor_parallel_size=2)
+        options = EngineOptions(ModelConfig("m"), rollout, device=device, weight_transfer_backend="nccl")
         assert engine_arguments(options, ADAPTER).keys() <= known
     assert {"usage_context"} <= inspect.signature(AsyncEngineArgs.create_engine_config).parameters.keys()
     assert {"mode", "clear_cache"} <= inspect.signature(AsyncLLM.pause_generation).parameters.keys()

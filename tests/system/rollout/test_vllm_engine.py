@@ -15,6 +15,7 @@ import psutil
 import pytest
 from torch import nn
 
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Prompt
@@ -35,6 +36,7 @@ from tests.contracts.engine_contract import (
 )
 from tests.unit.rollout.test_vllm_engine import adapter as adapter
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
 
@@ -51,17 +53,15 @@ def policy(tiny_model: Path) -> nn.Module:
     return small_policy(str(tiny_model))
 
 
-def options(model: Path | str, **changes: object) -> EngineOptions:
-    fixed = EngineOptions(
-        str(model),
-        dtype="float32",
+def options(model: Path, **engine_options: object) -> EngineOptions:
+    return EngineOptions(
+        ModelConfig(str(model), dtype="float32"),
+        RolloutConfig(kv_cache_gib=0.125, engine_options=engine_options),
         device="cpu",
         max_model_len=MAX_MODEL_LEN,
-        kv_cache_gib=0.125,
         weight_transfer_backend="gloo",
         control_timeout=60.0,
     )
-    return replace(fixed, **changes)  # type: ignore[arg-type]
 
 
 def difference(harness: Harness, policy: nn.Module, prompt: Prompt, sampling: SamplingParams) -> float:
@@ -235,7 +235,7 @@ def test_nccl_gives_every_engine_ranks_of_its_own(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failed_start_shows_the_engines_own_log(tiny_model: Path, adapter: MultimodalAdapter) -> None:
-    engine = VLLMEngine(options(tiny_model, extra={"kv_cache_memory_bytes": 1}), adapter)
+    engine = VLLMEngine(options(tiny_model, kv_cache_memory_bytes=1), adapter)
     with pytest.raises(
         RuntimeError, match=r"(?s)did not start: ValueError: No available memory.*rollout\.kv_cache_gib"
     ) as caught:

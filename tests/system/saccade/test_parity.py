@@ -11,6 +11,7 @@ from rich.console import Console
 
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import RolloutGroup
@@ -18,6 +19,7 @@ from saccade.commands.parity import TOLERANCES, CaseResult, Sampled, compare, pa
 from saccade.commands.parity_cases import case_prompt, cases
 from tests.contracts.engine_contract import Harness, LocalLearner, move
 from tests.model.saccade.test_parity import TOLERANCE
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.tiny import TINY, build_tiny
 
@@ -60,14 +62,12 @@ def test_engine_and_learner_agree_before_and_after_updates(family: str, tmp_path
     model = str(build_tiny(family, tmp_path))
     adapter = load_adapter(model)
     options = EngineOptions(
-        model,
-        dtype="float32",
+        ModelConfig(model, dtype="float32"),
+        RolloutConfig(kv_cache_gib=0.25, engine_options={"mm_processor_cache_gb": 0}),
         device="cpu",
         max_model_len=512,
-        kv_cache_gib=0.25,
         weight_transfer_backend="gloo",
         max_media_per_prompt=dict.fromkeys(adapter.modalities, 3),
-        extra={"mm_processor_cache_gb": 0},
     )
     chosen = LearnerOptions(model, total_steps=1, device="cpu", dtype="float32", gradient_checkpointing=())
     learner = TorchEngine(chosen, adapter)

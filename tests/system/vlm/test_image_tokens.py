@@ -26,7 +26,7 @@ def test_vllms_processor_makes_the_same_of_every_image(limited: Limited) -> None
     from vllm.multimodal.processing.context import TimingContext
 
     _, path, adapter = limited
-    told = engine_arguments(EngineOptions(str(path), dtype="float32", device="cpu"), adapter)
+    told = engine_arguments(EngineOptions(ModelConfig(str(path), dtype="float32"), device="cpu"), adapter)
     names = ("model", "dtype", "mm_processor_kwargs", "mm_device_do_normalize", "generation_config")
     processor = MULTIMODAL_REGISTRY.create_processor(ModelConfig(**{name: told[name] for name in names}))
     for shape in SHAPES:
@@ -57,7 +57,7 @@ def test_generation_config_gives_ends_to_both_sides_and_nothing_else_to_either(t
     (path / "generation_config.json").write_text(json.dumps(content))
     adapter = load_adapter(str(path))
     assert adapter.stop_token_ids == (own, 5, 7)
-    told = engine_arguments(EngineOptions(str(path), dtype="float32", device="cpu"), adapter)
+    told = engine_arguments(EngineOptions(ModelConfig(str(path), dtype="float32"), device="cpu"), adapter)
     engine = ModelConfig(**{name: told[name] for name in ("model", "dtype", "generation_config")})
     assert engine.get_diff_sampling_param() == {}
     assert {*engine.try_get_generation_config()["eos_token_id"]} == {*adapter.stop_token_ids}

@@ -25,12 +25,14 @@ from torch import nn
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import GroupSummary, Prompt, RolloutFailure, RolloutGroup, StoredGroup, Verdict
 from saccade.commands.parity import TOLERANCES
 from tests.conftest import REPOSITORY
 from tests.contracts.engine_contract import image_media, make_prompt, reference_logprobs, segment
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.media.types import Media
 from weight_sync.sync import sync_weights
@@ -102,13 +104,10 @@ def cluster(local_ray: ModuleType, tiny_model: Path, request: pytest.FixtureRequ
     handles = []
     for name, workers in (("single", 1), ("pair", 2)):
         options = EngineOptions(
-            str(tiny_model),
-            dtype="float32",
+            ModelConfig(str(tiny_model), dtype="float32"),
+            RolloutConfig(tensor_parallel_size=workers, kv_cache_gib=0.125, engine_options={"max_num_seqs": 32}),
             device="cpu",
             max_model_len=512,
-            extra={"max_num_seqs": 32},
-            tensor_parallel_size=workers,
-            kv_cache_gib=0.125,
             weight_transfer_backend=backend,
             control_timeout=CALL_TIMEOUT,
         )

@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 from learner.model.logprobs import BAN as LEARNER_BAN
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import BAN, EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
 from rollout.engines.simulated_engine import Behavior, SimulatedEngine
 from tests.contracts.engine_contract import (
@@ -24,7 +25,10 @@ from tests.contracts.engine_contract import (
     small_policy,
 )
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
+
+MODEL = ModelConfig("simulated")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def policy(tiny_model: Path) -> nn.Module:
 
 
 class Simulate(Protocol):
-    def __call__(self, behavior: Behavior | None = None, **options: Any) -> Harness: ...
+    def __call__(self, behavior: Behavior | None = None, **engine_options: Any) -> Harness: ...
 
 
 @pytest.fixture
@@ -46,10 +50,10 @@ def simulate(adapter: MultimodalAdapter) -> Iterator[Simulate]:
     """Starts simulated engines, and ends them after the test."""
     started: list[Harness] = []
 
-    def start(behavior: Behavior | None = None, **options: Any) -> Harness:
-        fixed = {"model": "simulated", "device": "cpu", "max_model_len": MAX_MODEL_LEN, "control_timeout": 0.3}
-        options_ = EngineOptions(**(fixed | options))
-        harness = Harness(SimulatedEngine(options_, adapter, behavior or Behavior(decode_seconds=1e-4)), adapter)
+    def start(behavior: Behavior | None = None, **engine_options: Any) -> Harness:
+        rollout = RolloutConfig(engine_options=engine_options)
+        options = EngineOptions(MODEL, rollout, device="cpu", max_model_len=MAX_MODEL_LEN, control_timeout=0.3)
+        harness = Harness(SimulatedEngine(options, adapter, behavior or Behavior(decode_seconds=1e-4)), adapter)
         started.append(harness)
         harness.run(harness.engine.start())
         return harness
@@ -71,7 +75,7 @@ class TestSimulatedEngine(EngineContract):
 
 
 def test_it_is_a_rollout_engine(adapter: MultimodalAdapter) -> None:
-    engine = SimulatedEngine(EngineOptions("x"), adapter)
+    engine = SimulatedEngine(EngineOptions(MODEL), adapter)
     assert isinstance(engine, RolloutEngine)
 
 
@@ -85,7 +89,7 @@ def test_latency_is_steps_times_step_time(adapter: MultimodalAdapter, simulate: 
     prompt, sampling = make_prompt(adapter, "?"), SamplingParams(n=8, max_tokens=20, ignore_eos=True)
 
     def seconds(slots: int) -> float:
-        harness = simulate(behavior, extra={"max_num_seqs": slots})
+        harness = simulate(behavior, max_num_seqs=slots)
         start = time.perf_counter()
         harness.generate(prompt, sampling)
         return time.perf_counter() - start
@@ -148,5 +152,5 @@ def test_slow_engine(adapter: MultimodalAdapter, simulate: Simulate) -> None:
 
 
 def test_an_engine_that_was_not_started_is_dead(adapter: MultimodalAdapter) -> None:
-    harness = Harness(SimulatedEngine(EngineOptions("x", device="cpu"), adapter), adapter)
+    harness = Harness(SimulatedEngine(EngineOptions(MODEL, device="cpu"), adapter), adapter)
     assert_dead(harness, make_prompt(adapter, "?"), SamplingParams())

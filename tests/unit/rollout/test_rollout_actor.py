@@ -17,9 +17,10 @@ from rollout.engines.simulated_engine import Behavior, SimulatedEngine
 from rollout.types import Completion, Prompt, RolloutFailure, RolloutGroup, Segment, Together
 from tests.contracts.engine_contract import make_prompt
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 
-OPTIONS = EngineOptions("simulated", device="cpu", max_model_len=512, control_timeout=0.5)
+OPTIONS = EngineOptions(ModelConfig("simulated"), device="cpu", max_model_len=512, control_timeout=0.5)
 SAMPLING = SamplingParams(n=3, max_tokens=5, seed=1, ignore_eos=True)
 
 

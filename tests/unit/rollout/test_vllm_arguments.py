@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
+from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_config import engine_arguments
 from saccade.config.load import parse_config
 from saccade.config.options import engine_options
+from vlm.config import ModelConfig
 
 ADAPTER: Any = SimpleNamespace(modalities={"image": None}, has_vision=True, engine_processor={})
 
 
 def test_memory_knobs_arrive_as_they_are() -> None:
-    options = EngineOptions("m", device="cuda", kv_cache_gib=2, extra={"gpu_memory_utilization": 0.4})
-    arguments = engine_arguments(options, ADAPTER)
+    rollout = RolloutConfig(kv_cache_gib=2, engine_options={"gpu_memory_utilization": 0.4})
+    arguments = engine_arguments(EngineOptions(ModelConfig("m"), rollout, device="cuda"), ADAPTER)
     assert (arguments["gpu_memory_utilization"], arguments["kv_cache_memory_bytes"]) == (0.4, 2 * 2**30)
     assert "enforce_eager" not in arguments and "max_num_batched_tokens" not in arguments
 

@@ -15,6 +15,7 @@ from rollout.engines.log_tail import LogTail
 from rollout.engines.protocol import EngineOptions, RolloutEngine
 from rollout.engines.vllm_engine import VLLMEngine
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 
 
@@ -24,7 +25,7 @@ def adapter(tiny_model: Path) -> MultimodalAdapter:
 
 
 def test_it_is_a_rollout_engine(adapter: MultimodalAdapter) -> None:
-    assert isinstance(VLLMEngine(EngineOptions("x"), adapter), RolloutEngine)
+    assert isinstance(VLLMEngine(EngineOptions(ModelConfig("x")), adapter), RolloutEngine)
 
 
 def test_log_tail_keeps_what_children_say_and_passes_it_on(capfd: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +44,6 @@ def test_log_tail_keeps_what_children_say_and_passes_it_on(capfd: pytest.Capture
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_on_a_machine_without_one_is_refused(adapter: MultimodalAdapter) -> None:
-    engine = VLLMEngine(EngineOptions("x", device="cuda"), adapter)
+    engine = VLLMEngine(EngineOptions(ModelConfig("x"), device="cuda"), adapter)
     with pytest.raises(RuntimeError, match=r"no CUDA GPU here.*cluster\.device=cpu"):
         asyncio.run(engine.start())
