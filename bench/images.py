@@ -30,6 +30,7 @@ from learner.batching.rows import encode_prompts
 from rollout.actor import RolloutActor
 from rollout.config import RolloutConfig
 from rollout.data.actor import DataActor
+from rollout.data.config import DataConfig
 from rollout.data.options import DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import RolloutGroup
@@ -85,7 +86,8 @@ async def measure(model: Path, data: Path) -> list[dict[str, Any]]:
 async def one(actor: RolloutActor, adapter: MultimodalAdapter, file: Path, k: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     side = "processed for the engine"
-    source = DataActor(lambda: adapter, DataOptions((str(file),), shuffle=False))
+    data = DataConfig((str(file),), shuffle=False)
+    source = DataActor(lambda: adapter, DataOptions(data, data.train, shuffle=data.shuffle))
     start = time.perf_counter()
     with counting(lambda: side, counts):
         source.start()

@@ -102,7 +102,7 @@ def _open(config: RunConfig, adapter: MultimodalAdapter) -> References:
 def _first_rows(data: DataSet) -> list[str]:
     """Find rows that would stop the run at its first step (too long, unreadable) before engines are started."""
     try:
-        if not data.source.options.allow_urls:  # fetching takes a while
+        if not data.source.options.data.allow_urls:  # fetching takes a while
             data.source.try_rows(ROWS_TRIED)
     except DataError as error:
         return [f"{data.key}: {error}"]

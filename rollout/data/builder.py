@@ -20,7 +20,7 @@ from rollout.data.columns import Columns, value_of
 from rollout.data.conversation import Conversation, Message, Part, places, text_of, texts_of
 from rollout.data.media_files import MediaFiles
 from rollout.data.rows import RowRefusedError, shown
-from rollout.types import Prompt, PromptRef
+from rollout.types import MEDIA_PER_PROMPT, Prompt, PromptRef
 from vlm.media.images import ImageLimits, MediaError, MediaTooLargeError, check_image, digest
 from vlm.media.types import Media, MediaKind
 from vlm.media.video_audio import check_sound, check_video
@@ -55,12 +55,11 @@ class PromptBuilder:
 
     def __init__(self, options: DataOptions, columns: Columns, adapter: MultimodalAdapter) -> None:
         self.options = options
+        self.data = data = options.data
         self.columns = columns
         self.adapter = adapter
-        self.limits = ImageLimits(options.max_image_bytes, options.max_image_pixels)
-        self.files = MediaFiles(
-            root=options.root_folder, allow_urls=options.allow_urls, max_bytes=options.max_image_bytes
-        )
+        self.limits = ImageLimits(data.max_media_bytes, data.max_image_pixels)
+        self.files = MediaFiles(root=data.root, allow_urls=data.allow_urls, max_bytes=data.max_media_bytes)
         placeholders = (m.placeholder for m in adapter.modalities.values())
         self._reserved = tuple(dict.fromkeys((*adapter.placeholder_tokens, *placeholders)))
         self._written: dict[str, Counter[int]] = {}
@@ -69,7 +68,7 @@ class PromptBuilder:
         """Checked media, without their data."""
 
     def build(self, row: Mapping[str, Any], ref: PromptRef, directory: Path) -> Prompt:
-        """Build the prompt of a row. Paths of media start at `options.root` or `directory`. Raises RowRefusedError."""
+        """Build the prompt of a row. Paths of media start at the root or `directory`. Raises RowRefusedError."""
         self._refuse_surprises(row)
         self._refuse_huge(row)
         conversation, answer = self._conversation_and_answer(row)
@@ -135,7 +134,7 @@ class PromptBuilder:
         return conversation, answer
 
     def _compose(self, conversation: Conversation, counts: Mapping[MediaKind, int]) -> list[Message]:
-        return conversation.compose(counts, self.options.prompt_template, self.options.system_text)
+        return conversation.compose(counts, self.data.prompt_template, self.data.system_text)
 
     def _refuse_placeholders(self, text: str) -> None:
         """Refuse text that spells out a placeholder: it would be expanded to an image's tokens, or close an image."""
@@ -149,7 +148,7 @@ class PromptBuilder:
         items = value if isinstance(value, list) else [] if value is None else [value]
         if items and kind not in self.adapter.modalities:
             raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}(s), but the model takes none")
-        most = self.options.max_media[kind]
+        most = MEDIA_PER_PROMPT[kind]
         if len(items) > most:
             raise RowRefusedError(f"{kind} count", f"{len(items)} {kind}s, the limit is {most}")
         return [self.files.read(item, kind, n, directory) for n, item in enumerate(items)]
@@ -173,7 +172,7 @@ class PromptBuilder:
         if kind == "image":
             return Media("image", digest(data), data, *check_image(data, self.limits))
         if kind == "video":
-            return check_video(data, self.limits, self.options.max_video_frames)
+            return check_video(data, self.limits, self.data.max_video_frames)
         return check_sound(data, self.limits)
 
     # ------------------------------------------------------------------ tokens
@@ -185,12 +184,12 @@ class PromptBuilder:
 
         Only the user's text is shortened, from its left, and the rest is rendered around it again. Places for media,
         the template's own tokens, the system message and the end, where the assistant speaks, stay unchanged."""
-        limit = self.options.max_prompt_length
+        limit = self.data.max_prompt_length
         whole = self._encode(self._compose(conversation, counts), media)
         if whole.length <= limit:
             return whole, 0
         reason = f"{whole.length} tokens with media expanded, the limit is {limit} (data.max_prompt_length)"
-        if self.options.overlong_prompts == "refuse":
+        if self.data.overlong_prompts == "refuse":
             raise RowRefusedError("prompt too long", reason)
 
         def shortened(characters: int) -> Encoded:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
@@ -12,6 +14,15 @@ from vlm.section import ListOfOne, section
 
 URLS = "urls"
 """The word in data.media_from that allows to fetch."""
+PIXELS_PER_BYTE = 50_000_000 / (20 * 2**20)
+"""Limit of an image's pixels for each byte of data.max_media_bytes: what is small on disk must not fill the memory."""
+SYSTEM_PROMPTS: Mapping[str, str] = {
+    "think_answer": (
+        "Look at what is shown and asked. First think it through inside <think> </think>, then give the final answer, "
+        "and nothing else, inside <answer> </answer>."
+    ),
+}
+"""Name -> shipped system prompt."""
 
 
 @section
@@ -45,3 +56,34 @@ class DataConfig:
     and the word 'urls' to fetch http and https URLs, each time their row comes up."""
     max_refused_share: Annotated[float, Ge(0), Le(1)] = 0.01
     """Share of rows that may be refused (unreadable image, no answer, too long) before the run stops."""
+
+    @property
+    def prompt_columns(self) -> dict[Role, str | None]:
+        """Return the columns that prompts are made of: all but the one by which evaluation groups them."""
+        return {role: column for role, column in self.columns.items() if role != "group"}
+
+    @property
+    def system_text(self) -> str | None:
+        """Return the text of the system message."""
+        return None if self.system_prompt is None else SYSTEM_PROMPTS.get(self.system_prompt, self.system_prompt)
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Return the most pixels of an image, or of a frame."""
+        return round(self.max_media_bytes * PIXELS_PER_BYTE)
+
+    @property
+    def allow_urls(self) -> bool:
+        """Return whether media are fetched by http and https."""
+        return URLS in self.media_from
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Return the folders in `media_from`. A run has one at most."""
+        return tuple(place for place in self.media_from if place != URLS)
+
+    @property
+    def root(self) -> Path | None:
+        """Return the folder at which paths of media start, and out of which none may lead. None: that of each data
+        file."""
+        return Path(self.folders[0]).expanduser() if self.folders else None

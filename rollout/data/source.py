@@ -41,13 +41,14 @@ ROWS_FOR_MEDIA = 20
 def open_data(options: DataOptions) -> tuple[list[RowFile], Columns]:
     """Open the files and choose the column of each role. Raises DataError, which lists everything that is missing."""
     problems: list[str] = []
-    if options.root_folder is not None and not options.root_folder.is_dir():
-        why = address_problem(str(options.root))
-        problems.append(f"data.media_from: no folder {options.root}" + (f"; {why}" if why else ""))
+    data = options.data
+    if data.root is not None and not data.root.is_dir():
+        why = address_problem(data.folders[0])
+        problems.append(f"data.media_from: no folder {data.folders[0]}" + (f"; {why}" if why else ""))
     files = open_files(options.files, problems)
     present = {str(file.path): file.columns for file in files if file.columns}
     columns = choose_columns(
-        options.columns, options.extra_columns, present, problems, optional=options.optional_columns
+        data.prompt_columns, options.extra_columns, present, problems, optional=options.optional_columns
     )
     if problems or columns is None:
         raise DataError("\n  - ".join([f"{len(problems)} problem(s) with the data:", *problems]))
@@ -136,14 +137,14 @@ class PromptSource:
     def overlooked(self) -> dict[str, MediaKind]:
         """Return unused columns that contain media in the first rows. Kinds of media that have a column, or that the
         configuration leaves out, do not count."""
-        missing = [k for k in MEDIA_ROLES if getattr(self.columns, k) is None and k not in self.options.columns]
+        missing = [k for k in MEDIA_ROLES if getattr(self.columns, k) is None and k not in self.options.data.columns]
         files = [copy.copy(file) for file in self._store.files]  # files remember the columns that are read
         store = RowStore(files, self.unused, self.options.window_bytes)
         found: dict[str, MediaKind] = {}
         for row in range(min(ROWS_FOR_MEDIA, len(store)) if missing and self.unused else 0):
             with suppress(RowRefusedError):
                 values = store.read(row)
-                directory = self.options.root_folder or files[store.locate(row)[0]].path.parent
+                directory = self.options.data.root or files[store.locate(row)[0]].path.parent
                 kinds = {name: media_kind(values.get(name), directory) for name in self.unused}
                 found |= {name: kind for name, kind in kinds.items() if kind in missing}
         return found
@@ -211,7 +212,7 @@ class PromptSource:
 
     def excess(self) -> str:
         """Explain why a run stops at the refusals so far; empty if it continues."""
-        share = self.options.max_refused_share
+        share = self.options.data.max_refused_share
         counted = max(self._seen, min(len(self), MIN_ROWS_FOR_SHARE))
         too_many = len(self._refused) > share * counted
         return f"more than {share:.2%} of the rows were refused (data.max_refused_share)" if too_many else ""

@@ -87,8 +87,9 @@ def inspect_data(config: RunConfig, model: str | None, rows: int, console: Conso
 
     Raises AdapterError, DataError."""
     adapter = config_adapter(config) if model is not None else cast("MultimodalAdapter", PlainText())
-    options = replace(data_options(config, config.data.train, train=False), max_refused_share=1.0)
-    unlimited = PromptSource(replace(options, max_prompt_length=sys.maxsize), adapter)
+    options = data_options(config, config.data.train, train=False)
+    options = replace(options, data=replace(options.data, max_refused_share=1.0))
+    unlimited = PromptSource(replace(options, data=replace(options.data, max_prompt_length=sys.maxsize)), adapter)
     limited = PromptSource(options, adapter) if model is not None else unlimited
     findings = look(unlimited, limited, rows, "tokens" if model is not None else "characters")
     for line in [*_summary(unlimited, findings), *_table(findings.figures), *_rest(findings, config, model)]:
@@ -104,7 +105,7 @@ def look(unlimited: PromptSource, limited: PromptSource, rows: int, unit: str) -
             continue
         found.add(prompt, unit)
         usable: Prompt | None = prompt
-        if prompt.expanded_length > limited.options.max_prompt_length:
+        if prompt.expanded_length > limited.options.data.max_prompt_length:
             usable = limited.attempt(prompt.ref.row)
         if usable is not None and len(found.samples) < SAMPLES:
             found.samples.append(usable)

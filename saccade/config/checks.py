@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from learner.types import quantization_problems
-from rollout.data.config import URLS
 from saccade.config.algorithm_checks import algorithm_problems
 from saccade.config.engine_checks import engine_option_problems
 from saccade.config.idle_knobs import idle_problems
@@ -43,8 +42,8 @@ def problems(config: RunFields) -> list[str]:
             f"learner.warmup_steps={learner.warmup_steps} leaves nothing of steps={config.steps} to decay over"
         )
     found += _shared_gpu_problems(config)
-    if len(folders := [place for place in config.data.media_from if place != URLS]) > 1:
-        found.append(f"data.media_from={folders}: media have one folder; name the one that all paths start in")
+    if len(folders := config.data.folders) > 1:
+        found.append(f"data.media_from={list(folders)}: media have one folder; name the one that all paths start in")
     if "prompt" in config.data.columns and config.data.columns["prompt"] is None:
         found.append("data.columns.prompt=null: without prompts there is nothing to do; name their column")
     template = config.data.prompt_template

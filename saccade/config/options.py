@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from learner.config import Behavior, Clipped, Current, DualClipped, Falling
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.functions.format import Trace
 from rewards.registry import answers_are_programs, columns_read
-from rollout.data.config import URLS
 from rollout.data.options import DataOptions
 from rollout.engines.protocol import EngineOptions, SamplingParams
 from rollout.types import MEDIA_PER_PROMPT
@@ -45,38 +45,22 @@ def trace_shown(config: RunConfig) -> Trace:
     return next((f.options.get("trace", "visible") for f in config.reward.functions if f.name == "format"), "visible")
 
 
-PIXELS_PER_BYTE = 50_000_000 / (20 * 2**20)
-"""Limit of an image's pixels for each byte of data.max_media_bytes: what is small on disk must not fill the memory."""
-
-
 def data_options(config: RunConfig, files: Sequence[str], *, train: bool = True) -> DataOptions:
-    """How rows become prompts. Held-out rows are shuffled too: evaluation.max_prompts then draws a fair sample."""
-    data, specs = config.data, config.reward.functions
-    needed, known = columns_read(specs)
-    folders = [place for place in data.media_from if place != URLS]
+    """Return the options of a source of `files`, which hold training prompts or held-out ones."""
+    needed, known = columns_read(config.reward.functions)
     return DataOptions(
-        files=tuple(files),
-        columns={role: column for role, column in data.columns.items() if role != "group"},
-        extra_columns=tuple(dict.fromkeys(filter(None, (*needed, data.columns.get("group"))))),
+        config.data,
+        tuple(files),
+        extra_columns=tuple(dict.fromkeys(filter(None, (*needed, config.data.columns.get("group"))))),
         optional_columns=known,
-        answers_as_written=answers_are_programs(specs),
-        system_prompt=data.system_prompt,
-        prompt_template=data.prompt_template,
-        shuffle=data.shuffle or not train,
+        answers_as_written=answers_are_programs(config.reward.functions),
+        shuffle=config.data.shuffle or not train,
         seed=config.seed,
-        max_prompt_length=data.max_prompt_length,
-        overlong_prompts=data.overlong_prompts,
-        max_video_frames=data.max_video_frames,
-        max_image_bytes=data.max_media_bytes,
-        max_image_pixels=round(data.max_media_bytes * PIXELS_PER_BYTE),
-        root=next(iter(folders), None),
-        allow_urls=URLS in data.media_from,
-        max_refused_share=data.max_refused_share,
     )
 
 
 def sampling_params(config: RunConfig, adapter: MultimodalAdapter) -> SamplingParams:
-    """How training samples: temperature and banned placeholders only."""
+    """Return how training samples: with a temperature and banned placeholders only."""
     return SamplingParams(
         n=config.rollout.num_generations,
         max_tokens=config.rollout.max_completion_length,
@@ -87,14 +71,8 @@ def sampling_params(config: RunConfig, adapter: MultimodalAdapter) -> SamplingPa
 
 
 def evaluation_sampling(config: RunConfig, adapter: MultimodalAdapter) -> SamplingParams:
-    """One completion per prompt, greedy by default."""
-    return SamplingParams(
-        n=1,
-        max_tokens=config.rollout.max_completion_length,
-        temperature=config.evaluation.temperature,
-        stop_token_ids=adapter.stop_token_ids,
-        banned_token_ids=adapter.banned_token_ids,
-    )
+    """Return how evaluation samples: as training, but one completion per prompt, greedily by default."""
+    return replace(sampling_params(config, adapter), n=1, temperature=config.evaluation.temperature)
 
 
 BUCKET_MIB = {"nccl": 256, "gloo": 8}

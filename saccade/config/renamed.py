@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from rollout.data.config import PIXELS_PER_BYTE
+
 
 class Now(NamedTuple):
     """Where a former knob is now."""
@@ -42,7 +44,7 @@ RENAMED: Mapping[str, Now] = {
         remark="columns that a reward's parameters (or its option `column`) name are read, and data.columns.group",
     ),
     "data.max_image_bytes": Now("data.max_media_bytes"),
-    "data.max_image_pixels": Now("data.max_media_bytes", lambda pixels: round(pixels / 50e6 * 20 * 2**20)),
+    "data.max_image_pixels": Now("data.max_media_bytes", lambda pixels: round(pixels / PIXELS_PER_BYTE)),
     "data.root": Now("data.media_from"),
     "data.allow_urls": Now("data.media_from", _where(bool, lambda value: "urls")),
     "rollout.max_num_seqs": Now("rollout.engine_options.max_num_seqs"),

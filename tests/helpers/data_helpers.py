@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from rollout.data.config import DataConfig
 from rollout.data.options import DataOptions
 from rollout.data.source import PromptSource
 from vlm.media.types import Media, MediaKind
@@ -96,5 +97,12 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], **options: Any) ->
     return path
 
 
+def options_of(*files: Path, options: Mapping[str, Any] = MappingProxyType({}), **data: Any) -> DataOptions:
+    """Options for training prompts. `data` is the section of that name, and `options` what DataOptions has beside
+    it."""
+    section = DataConfig(tuple(map(str, files)), **data)
+    return DataOptions(section, section.train, shuffle=section.shuffle, **options)
+
+
 def source(*files: Path, adapter: Any = None, **options: Any) -> PromptSource:
-    return PromptSource(DataOptions(tuple(map(str, files)), **options), adapter or fake_adapter())
+    return PromptSource(options_of(*files, **options), adapter or fake_adapter())

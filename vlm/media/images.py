@@ -34,8 +34,8 @@ class MediaTooLargeError(MediaError):
 class ImageLimits:
     """Limits of one image. A larger image is refused before its pixels are decoded."""
 
-    max_bytes: int = 20 * 2**20
-    max_pixels: int = 50_000_000
+    max_bytes: int
+    max_pixels: int
     """Width x height of the decoded image."""
 
     def check_bytes(self, size: int) -> None:

@@ -14,6 +14,8 @@ from vlm.media.images import ImageLimits, digest
 from vlm.media.types import Media
 from vlm.media.video_audio import SOUND_RATE, check_sound, check_video
 
+ANY_SIZE = ImageLimits(2**62, 2**62)
+
 
 def noise_image(seed: int, width: int = 84, height: int = 56) -> Media:
     """Make a PNG image of noise."""
@@ -34,7 +36,7 @@ def noise_video(
                 av.VideoFrame.from_ndarray(_pixels(seed + 1000 * n, height, width), format="rgb24")
             )
 
-    return check_video(_container("mp4", "mpeg4", fps, encode), ImageLimits(), shown or frames)
+    return check_video(_container("mp4", "mpeg4", fps, encode), ANY_SIZE, shown or frames)
 
 
 def noise_sound(seed: int, seconds: float = 1.0) -> Media:
@@ -46,7 +48,7 @@ def noise_sound(seed: int, seconds: float = 1.0) -> Media:
         frame.sample_rate = SOUND_RATE
         yield from stream.encode(frame)
 
-    return check_sound(_container("wav", "pcm_s16le", SOUND_RATE, encode), ImageLimits())
+    return check_sound(_container("wav", "pcm_s16le", SOUND_RATE, encode), ANY_SIZE)
 
 
 def noise(kind: str, seed: int, **shape: Any) -> Media:

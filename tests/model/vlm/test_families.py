@@ -134,7 +134,7 @@ def test_odd_images_work_or_are_refused_before_they_are_used(family: str) -> Non
     refused = []
     for name, data in odd_images().items():
         try:
-            media = Media("image", "", data, *check_image(data, ImageLimits()))
+            media = Media("image", "", data, *check_image(data, ImageLimits(2**20, 10**6)))
             length = adapter.expanded_length(adapter.tokenize(text), [media])
         except ValueError:
             refused.append(name)
@@ -147,12 +147,12 @@ def test_odd_images_work_or_are_refused_before_they_are_used(family: str) -> Non
 
 
 def test_a_turned_photograph_has_its_sides_exchanged() -> None:
-    assert check_image(odd_images()["turned"], ImageLimits()) == (60, 90)
+    assert check_image(odd_images()["turned"], ImageLimits(2**20, 10**6)) == (60, 90)
 
 
 def test_a_cut_image_is_refused() -> None:
     with pytest.raises(MediaError):
-        check_image(odd_images()["RGBA"][:-40], ImageLimits())
+        check_image(odd_images()["RGBA"][:-40], ImageLimits(2**20, 10**6))
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)

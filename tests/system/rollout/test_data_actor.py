@@ -13,7 +13,7 @@ import pytest
 from rollout.data.options import DataOptions
 from rollout.data.source import DataError, PromptSource
 from rollout.types import Prompt, StoredPrompt
-from tests.helpers.data_helpers import fake_adapter, png, write_rows
+from tests.helpers.data_helpers import fake_adapter, options_of, png, write_rows
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -23,7 +23,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
     """20 rows over 4 distinct images; row 9 is refused."""
     path = tmp_path_factory.mktemp("data") / "a.parquet"
     rows = [{"prompt": f"row {n}", "image": png(COLOURS[n % 4]), "answer": "a" if n != 9 else None} for n in range(20)]
-    return DataOptions((str(write_rows(path, rows)),), max_refused_share=0.05)
+    return options_of(write_rows(path, rows), max_refused_share=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +82,7 @@ def test_an_image_crosses_the_store_once_and_outlives_its_place_in_the_cache(
 def test_data_errors_reach_the_driver_as_what_they_are(local_ray: ModuleType, tmp_path: Path) -> None:
     from rollout.data.actor import DataActor
 
-    actor = (
-        local_ray.remote(DataActor).options(num_cpus=0).remote(fake_adapter, DataOptions((str(tmp_path / "no.jsonl"),)))
-    )
+    actor = local_ray.remote(DataActor).options(num_cpus=0).remote(fake_adapter, options_of(tmp_path / "no.jsonl"))
     with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
         local_ray.get(actor.start.remote(), timeout=120)
     local_ray.kill(actor)
@@ -109,7 +107,7 @@ def test_equal_images_share_one_reference(
 def test_prompts_carry_no_pixels(make: Callable[..., Any], tmp_path: Path, local_ray: ModuleType) -> None:
     noise = bytes(range(256)) * 4000
     path = write_rows(tmp_path / "a.parquet", [{"prompt": "q", "image": png() + noise, "answer": "a"}])
-    (prompt,) = contents(make(DataOptions((str(path),))).take(1))
+    (prompt,) = contents(make(options_of(path)).take(1))
     assert local_ray.get(prompt.media[0].data) == png() + noise
     bare = local_ray.cloudpickle.dumps(prompt.media[0].data)
     assert len(local_ray.cloudpickle.dumps(prompt)) < len(bare) + 2000
@@ -169,7 +167,7 @@ def test_eval_prompts_are_the_same_at_every_call(make: Callable[..., Any], optio
 def test_too_many_refused_rows_stop_every_take_and_lose_nothing(make: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}", "answer": "a" if n < 10 else None} for n in range(50)]
     path = write_rows(tmp_path / "a.parquet", rows)
-    actor = make(DataOptions((str(path),), shuffle=False))
+    actor = make(options_of(path, shuffle=False))
     assert len(actor.take(4)) == 4
     for _ in range(2):
         with pytest.raises(DataError, match=r"more than 1\.00% of the rows were refused"):

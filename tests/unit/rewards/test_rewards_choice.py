@@ -231,7 +231,7 @@ def test_a_number_counts_the_choices_from_0_where_it_can_mean_nothing_else(
     tmp_path: Path, answer: Any, options: Any, letter: str
 ) -> None:
     row = {"prompt": "Which?", "answer": answer, "options": options}
-    data = source(write_rows(tmp_path / "a.jsonl", [row]), extra_columns=("options",))
+    data = source(write_rows(tmp_path / "a.jsonl", [row]), options={"extra_columns": ("options",)})
     prompt = data.attempt(0)
     assert prompt is not None
     of_run = ScoringRequest.of_row(prompt)

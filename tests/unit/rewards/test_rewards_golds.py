@@ -175,7 +175,7 @@ def test_a_run_hands_tests_to_their_reward_uncut_and_texts_cut(tmp_path: Path) -
     for given, expected in ((functions, CODES[:1]), ([{"name": "accuracy"}], ["b') == 'b'"])):
         config = parse_config({**base, "reward": {"functions": given}})
         options = data_options(config, config.data.train)
-        prompt = source(path, answers_as_written=options.answers_as_written).attempt(0)
+        prompt = source(path, options={"answers_as_written": options.answers_as_written}).attempt(0)
         assert prompt is not None and json.loads(prompt.answer or "") == expected
         assert gold_forms(prompt.answer) == ("b') == 'b'",)  # what a reward of texts beside it compares with
 

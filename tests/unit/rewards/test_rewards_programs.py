@@ -130,7 +130,7 @@ def test_tests_of_a_parquet_file_are_those_that_were_written(tmp_path: Path) -> 
     rows = [[*ONE, None], [{"code": "f(1)"}]]
     table = pa.Table.from_pylist([{"prompt": "q", "answer": "1", "tests": row} for row in rows])
     pq.write_table(table, tmp_path / "a.parquet")
-    data = source(tmp_path / "a.parquet", extra_columns=("tests",), shuffle=False)
+    data = source(tmp_path / "a.parquet", options={"extra_columns": ("tests",)}, shuffle=False)
     prompts = [data.attempt(row) for row in range(2)]
     assert [_tests(prompt.columns["tests"]) for prompt in prompts if prompt] == [ONE, rows[1]]
 

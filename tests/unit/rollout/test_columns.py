@@ -113,11 +113,11 @@ def test_a_row_with_a_column_that_was_not_there_before_is_refused(tmp_path: Path
 
 def test_what_is_not_used_is_known(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.parquet", [{"id": 1, "prompt": "q", "image": png(), "level": 2, "dataset": "d"}])
-    assert source(path, extra_columns=("level",)).unused == ("id", "dataset")
+    assert source(path, options={"extra_columns": ("level",)}).unused == ("id", "dataset")
 
 
 def test_all_problems_with_a_set_come_at_once(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.parquet", [{"caption": "q"}])
     with pytest.raises(DataError) as caught:
-        source(path, tmp_path / "no.json", extra_columns=("kind",))
+        source(path, tmp_path / "no.json", options={"extra_columns": ("kind",)})
     assert str(caught.value).startswith("3 problem(s) with the data:")

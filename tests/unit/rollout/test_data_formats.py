@@ -72,7 +72,7 @@ def test_verl(tmp_path: Path, name: str) -> None:
         "extra_info": {"split": "train", "index": 7, "answer": "\\boxed{41}"},
     }
     path = write_rows(tmp_path / name, [row])
-    (found,) = prompts(path, extra_columns=("extra_info.index",))
+    (found,) = prompts(path, options={"extra_columns": ("extra_info.index",)})
     assert (found.text, images(found), found.answer) == ("user:<img>Find x.\nassistant:", [RED], "40")
     assert found.columns == {"extra_info.index": 7}
     data = source(path)

@@ -67,9 +67,9 @@ def test_what_stays_inside_is_read_whatever_way_it_is_named(folders: Path) -> No
 
 def test_a_root_of_its_own(folders: Path) -> None:
     path = write_rows(folders / "a.jsonl", [{"prompt": "q", "image": "outside.png"}])
-    (prompt,) = source(path, root=str(folders.parent)).one_epoch()
+    (prompt,) = source(path, media_from=(str(folders.parent),)).one_epoch()
     assert prompt.media[0].data == RED
-    kind, reason = refusal(folders, {"image": "../outside.png"}, root=str(folders))
+    kind, reason = refusal(folders, {"image": "../outside.png"}, media_from=(str(folders),))
     assert (kind, f"outside {folders}" in reason) == ("outside root", True)
 
 
@@ -123,7 +123,7 @@ def test_damaged_and_dangerous_images_are_refused(tmp_path: Path) -> None:
         kind, reason = refusal(tmp_path, {"image": "bomb.png"})
         assert kind == "image too large"
         assert "(it follows data.max_media_bytes)" in reason or "decompression bomb" in reason
-    kind, reason = refusal(tmp_path, {"image": "noise.jpg"}, max_image_bytes=len(whole) - 1)
+    kind, reason = refusal(tmp_path, {"image": "noise.jpg"}, max_media_bytes=len(whole) - 1)
     assert (kind, f"image 0: {len(whole):,} bytes, the limit is" in reason) == ("image too large", True)
 
 
@@ -136,7 +136,6 @@ def test_videos_and_sounds_are_refused_the_same_way(tmp_path: Path) -> None:
         ({"video": "s.wav"}, {}, "bad video", "the file has no video"),
         ({"video": ["v.mp4", "gone.mp4"]}, {}, "missing video", "video 1: no file"),
         ({"video": ["v.mp4"] * 3}, {}, "video count", "3 videos, the limit is 2"),
-        ({"video": "v.mp4"}, {"max_image_pixels": 84 * 56 - 1}, "video too large", "pixels a frame"),
         ({"video": "v.mp4"}, {"adapter": FakeImageAdapter()}, "video count", "1 video(s), but the model takes none"),
         ({"audio": "x.wav"}, {}, "bad audio", "not a readable video or sound"),
         ({"audio": "../x.wav"}, {}, "outside root", "audio 0"),
@@ -147,6 +146,13 @@ def test_videos_and_sounds_are_refused_the_same_way(tmp_path: Path) -> None:
         found = refusal(tmp_path, row, **options)
         assert found[0] == kind, found
         assert reason in found[1]
+
+
+def test_a_video_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v.mp4").write_bytes(noise_video(0).data)
+    monkeypatch.setattr("rollout.data.config.PIXELS_PER_BYTE", (84 * 56 - 1) / 2**20)
+    found = refusal(tmp_path, {"video": "v.mp4"}, max_media_bytes=2**20)
+    assert (found[0], "4,704 pixels a frame, the limit is 4,703" in found[1]) == ("video too large", True), found
 
 
 def test_a_good_file_is_decoded_once_but_other_bytes_are_looked_at(
@@ -252,7 +258,7 @@ def web() -> Iterator[str]:
 def test_urls_are_fetched_where_that_is_allowed(web: str, tmp_path: Path) -> None:
     urls = [f"{web}/a.png", f"{web}/unannounced.png", f"{web}/to/{web}/a.png", {"path": f"{web}/a.png"}]
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "image": url} for url in urls])
-    prompts = list(source(path, allow_urls=True).one_epoch())
+    prompts = list(source(path, media_from=("urls",)).one_epoch())
     assert [p.media[0].data for p in prompts] == [RED] * 4
     kind, reason = refusal(tmp_path, {"image": urls[0]})
     assert (kind, "set data.media_from=urls to fetch it" in reason) == ("URL refused", True)
@@ -276,25 +282,25 @@ def test_urls_are_fetched_where_that_is_allowed(web: str, tmp_path: Path) -> Non
     ],
 )
 def test_failed_and_forbidden_fetches_are_counted(web: str, tmp_path: Path, url: str, kind: str, reason: str) -> None:
-    found = refusal(tmp_path, {"image": url.replace("{web}", web)}, allow_urls=True)
+    found = refusal(tmp_path, {"image": url.replace("{web}", web)}, media_from=("urls",))
     assert found[0] == kind
     assert reason in found[1]
 
 
 @pytest.mark.parametrize("name", ["large.png", "endless.png"])
 def test_what_is_too_large_is_not_fetched_to_its_end(web: str, tmp_path: Path, name: str) -> None:
-    found = refusal(tmp_path, {"image": f"{web}/{name}"}, allow_urls=True, max_image_bytes=len(RED) + 999)
+    found = refusal(tmp_path, {"image": f"{web}/{name}"}, media_from=("urls",), max_media_bytes=len(RED) + 999)
     assert (found[0], f"the limit is {len(RED) + 999:,}" in found[1]) == ("image too large", True)
 
 
 def test_an_answer_that_does_not_come_is_given_up(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media_files, "FETCH_SECONDS", 0.05)
-    found = refusal(tmp_path, {"image": f"{web}/silent.png"}, allow_urls=True)
+    found = refusal(tmp_path, {"image": f"{web}/silent.png"}, media_from=("urls",))
     assert (found[0], "timed out" in found[1]) == ("failed fetch", True)
 
 
 def test_an_answer_that_drips_is_given_up(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, media_files.FETCH_SECONDS + 1])
     monkeypatch.setattr(media_files, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    found = refusal(tmp_path, {"image": f"{web}/a.png"}, allow_urls=True)
+    found = refusal(tmp_path, {"image": f"{web}/a.png"}, media_from=("urls",))
     assert (found[0], "not complete after 20 s" in found[1]) == ("failed fetch", True)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollout.data.options import SYSTEM_PROMPTS
+from rollout.data.config import SYSTEM_PROMPTS
 from rollout.data.source import DataError, PromptSource
 from rollout.types import Prompt, PromptRef
 from tests.helpers.data_helpers import FakeTextAdapter, fake_adapter, png, source, write_rows
@@ -36,17 +36,17 @@ def user(*content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content[0] if content and isinstance(content[0], str) else list(content)}
 
 
-def only(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **options: Any) -> Prompt:
-    (prompt,) = source(write_rows(folder / f"data{suffix}", [row]), **options).take(1)
+def only(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **given: Any) -> Prompt:
+    (prompt,) = source(write_rows(folder / f"data{suffix}", [row]), **given).take(1)
     return prompt
 
 
-def refusal(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **options: Any) -> tuple[str, str]:
+def refusal(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **data: Any) -> tuple[str, str]:
     """Kind and reason for which `row` is refused."""
-    data = source(write_rows(folder / f"data{suffix}", [row]), max_refused_share=1.0, **options)
+    opened = source(write_rows(folder / f"data{suffix}", [row]), max_refused_share=1.0, **data)
     with pytest.raises(DataError, match="none of the 1 rows of an epoch can be used"):
-        data.take(1)
-    report = data.report()
+        opened.take(1)
+    report = opened.report()
     assert (report.rows, report.seen, report.refused_total) == (1, 1, 1)
     (first,) = report.first_refusals
     assert str(first).startswith(f"{folder / f'data{suffix}'} row 0: ")
@@ -60,7 +60,7 @@ def refusal(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **optio
 def test_a_row_becomes_a_prompt(tmp_path: Path) -> None:
     image = png("red", (56, 30))
     row = {"prompt": "What colour?", "image": {"bytes": image, "path": None}, "answer": "red", "level": 3}
-    prompt = only(tmp_path, row, extra_columns=("level",), system_prompt="Be brief.")
+    prompt = only(tmp_path, row, options={"extra_columns": ("level",)}, system_prompt="Be brief.")
     assert prompt.ref == PromptRef("data.parquet:0", 0, 0, 0)
     assert prompt.text == "system:Be brief.\nuser:<img>What colour?\nassistant:"
     assert prompt.token_ids.dtype == np.int32
@@ -177,10 +177,10 @@ GOOD = {"prompt": "q", "image": png(), "answer": "a"}
         ({"image": "a" * 100_000}, "missing image", "is neither a path nor base64 text of a known format (100,000"),
         ({"image": "a? " * 100_000}, "missing image", "is a text of 300,000 characters, not a path"),
         ({"image": base64.b64encode(png(size=(400, 300))).decode()}, "image too large", "120,000 pixels"),
-        ({"image": base64.b64encode(png() + b"\x00" * 5000).decode()}, "image too large", "the limit is 5,000"),
+        ({"image": base64.b64encode(png() + b"\x00" * 42_000).decode()}, "image too large", "the limit is 41,943"),
         ({"image": 7}, "bad image", "found int"),
         ({"image": png(size=(400, 300))}, "image too large", "120,000 pixels, the limit is 100,000"),
-        ({"image": png() + b"\x00" * 5000}, "image too large", "bytes, the limit is 5,000"),
+        ({"image": png() + b"\x00" * 42_000}, "image too large", "bytes, the limit is 41,943"),
         ({"image": png(size=(804, 4))}, "bad shape", "the model's processor refuses 804 x 4: absolute aspect"),
         ({"image": [png()] * 9}, "image count", "9 images, the limit is 8"),
         ({"answer": None}, "no answer", "the row has no answer"),
@@ -231,7 +231,7 @@ def test_bad_rows_are_refused_with_their_reason(
     assert reason in found[1]
 
 
-LIMITS: dict[str, Any] = {"max_image_pixels": 100_000, "max_image_bytes": 5000, "max_prompt_length": 300}
+LIMITS: dict[str, Any] = {"max_media_bytes": 41_943, "max_prompt_length": 300}  # up to 100,000 pixels
 
 
 def test_jsonl_rows_are_refused_the_same_way(tmp_path: Path) -> None:
@@ -319,8 +319,8 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def open_numbered(files: list[Path], **options: Any) -> PromptSource:
-    return source(*files, max_refused_share=1.0, **options)
+def open_numbered(files: list[Path], shuffle: bool = True, **options: Any) -> PromptSource:
+    return source(*files, max_refused_share=1.0, shuffle=shuffle, options=options)
 
 
 def identity(prompts: list[Prompt]) -> list[tuple[str, int, str]]:
@@ -331,14 +331,13 @@ def identity(prompts: list[Prompt]) -> list[tuple[str, int, str]]:
 def test_any_split_of_takes_and_resumes_gives_the_same_sequence(
     numbered: list[Path], takes: list[int], data: st.DataObject, shuffle: bool, window: int
 ) -> None:
-    options = {"shuffle": shuffle, "window_bytes": window}
-    expected = identity(open_numbered(numbered, **options).take(sum(takes)))
-    current, got = open_numbered(numbered, **options), []
+    expected = identity(open_numbered(numbered, shuffle, window_bytes=window).take(sum(takes)))
+    current, got = open_numbered(numbered, shuffle, window_bytes=window), []
     for n in takes:
         got += identity(current.take(n))
         if data.draw(st.booleans()):
             state = json.loads(json.dumps(current.state()))
-            current = open_numbered(numbered, **options)
+            current = open_numbered(numbered, shuffle, window_bytes=window)
             current.load_state(state)
     assert got == expected
 
@@ -414,7 +413,7 @@ def test_one_epoch_leaves_the_cursor_alone(numbered: list[Path]) -> None:
 def test_missing_files_folders_and_columns_are_reported_at_construction(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.parquet", [{"frage": "q", "picture": 1, "answer": "a"}])
     with pytest.raises(DataError) as caught:
-        source(path, tmp_path / "b.jsonl", columns={"image": "pictures"}, root=str(tmp_path / "no"))
+        source(path, tmp_path / "b.jsonl", columns={"image": "pictures"}, media_from=(str(tmp_path / "no"),))
     message = str(caught.value)
     assert "4 problem(s)" in message
     assert f"data.media_from: no folder {tmp_path / 'no'}" in message

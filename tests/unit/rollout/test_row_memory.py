@@ -144,8 +144,8 @@ def test_a_text_of_more_characters_than_tokenizers_bear_is_refused_before_one_se
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in ("prompt", "answer", "note")}), path)
-    options: dict[str, Any] = {"overlong_prompts": "truncate", "extra_columns": ("note",), "max_refused_share": 1.0}
-    data = source(path, shuffle=False, **options)
+    options = {"extra_columns": ("note",)}
+    data = source(path, options=options, shuffle=False, overlong_prompts="truncate", max_refused_share=1.0)
     assert [prompt.ref.row for prompt in data.one_epoch()] == [2]
     assert [r.reason for r in data.report().first_refusals] == [
         f"{column!r} has 1,048,577 characters, the limit is 1,048,576" for column in ("prompt", "answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -174,12 +175,12 @@ def test_every_knob_of_the_data_reaches_those_who_read_them():
     config = parse_config({**MINIMAL, "seed": 5, "data": {"train": ["a"], **changed}})
     assert {"train", "eval", *changed} == {field.name for field in fields(config.data)}
     options = data_options(config, ["b"])
-    assert (options.files, options.seed) == (("b",), 5)
-    assert (options.columns, options.extra_columns) == ({"prompt": "q"}, ("kind",))
-    assert (options.max_image_bytes, options.max_image_pixels) == (2**20, 2_500_000)
-    assert (options.root, options.allow_urls) == ("/data", True)
-    for name in changed.keys() - {"columns", "max_media_bytes", "media_from"}:
-        assert getattr(options, name) == getattr(config.data, name), name
+    assert options.data == config.data
+    assert (options.files, options.shuffle, options.seed) == (("b",), False, 5)
+    assert (options.data.prompt_columns, options.extra_columns) == ({"prompt": "q"}, ("kind",))
+    assert options.data.max_image_pixels == 2_500_000
+    assert (options.data.root, options.data.allow_urls) == (Path("/data"), True)
+    assert data_options(config, ["b"], train=False).shuffle
 
 
 def test_resources_that_are_not_named_keep_their_defaults(tmp_path):
