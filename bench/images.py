@@ -96,7 +96,7 @@ async def one(actor: RolloutActor, adapter: MultimodalAdapter, file: Path, k: in
         sampling = SamplingParams(
             n=k, max_tokens=NEW_TOKENS, seed=0, ignore_eos=True, banned_token_ids=adapter.banned_token_ids
         )
-        groups = await asyncio.gather(*(actor.generate(prompt, sampling) for prompt in prompts))
+        groups = await asyncio.gather(*(actor.sample(prompt, sampling) for prompt in prompts))
         assert all(isinstance(g, RolloutGroup) and len(g.completions) == k for g in groups)
         side = "processed for the learner"
         media = {m.digest: ray.get(m.data) for p in prompts for m in p.media}

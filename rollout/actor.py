@@ -1,6 +1,6 @@
-"""RolloutActor: a thin Ray shell around one engine. It generates groups, and answers failures with plain data.
+"""RolloutActor: a thin Ray shell around one engine. It samples groups, and answers failures with plain data.
 
-driver ── generate(prompt, sampling) ─▶ [media fetched] ─▶ engine ─▶ RolloutGroup | RolloutFailure ─▶ reward actor
+driver ── sample(prompt, sampling) ──▶ [media fetched] ─▶ engine ─▶ RolloutGroup | RolloutFailure ─▶ reward actor
        └─ with Together(batch, size): the engine is paused until all `size` groups of the batch wait in its queue
 learner rank 0 ── RayEngineHandle ────▶ pause, receive, commit, resume
 
@@ -86,7 +86,7 @@ class RolloutActor:
             gc.freeze()
 
     async def shutdown(self) -> None:
-        """End the engine; groups that are being generated are answered as failures, since others wait for them."""
+        """End the engine; groups that are being sampled are answered as failures, since others wait for them."""
         engine, self._engine = self._engine, None
         for task in self._pending:
             task.cancel()
@@ -98,9 +98,9 @@ class RolloutActor:
             raise EngineDeadError(f"engine {self._name} is not running: it was not started, or was shut down")
         return self._engine
 
-    # ------------------------------------------------------------------ generation
+    # ------------------------------------------------------------------ sampling
 
-    async def generate(
+    async def sample(
         self,
         prompt: Prompt,
         sampling: SamplingParams,
@@ -161,22 +161,20 @@ class RolloutActor:
         return start
 
     async def _tracked(self, prompt: Prompt, sampling: SamplingParams, start: JointStart | None) -> EngineOutput:
-        work = (
-            self._generate(prompt, sampling) if start is None else start.run(lambda: self._generate(prompt, sampling))
-        )
+        work = self._sample(prompt, sampling) if start is None else start.run(lambda: self._sample(prompt, sampling))
         task = asyncio.ensure_future(work)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
         return await task
 
-    async def _generate(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
+    async def _sample(self, prompt: Prompt, sampling: SamplingParams) -> EngineOutput:
         media = await _fetch(prompt.media)
-        generate = self._running().generate
-        output = await generate(prompt, media, sampling)
+        sample = self._running().sample
+        output = await sample(prompt, media, sampling)
         redone: dict[int, Any] = {}
         for k, completion in enumerate(output.completions):
             if completion.finish_reason == "abort":  # cut off, by no fault of its own: the same draw once more, alone
-                again = await generate(prompt, media, _alone(sampling, k))
+                again = await sample(prompt, media, _alone(sampling, k))
                 redone[k] = again.completions[0]
         completions = tuple(redone.get(k, c) for k, c in enumerate(output.completions))
         cut = [k for k, c in enumerate(completions) if c.finish_reason == "abort"]
@@ -239,7 +237,7 @@ async def _fetch(media: tuple[Media, ...]) -> tuple[Media, ...]:
 
 @dataclass(frozen=True)
 class RayEngineHandle:
-    """A RolloutActor as other processes see it: what generates groups, and `weight_sync.protocols.EngineHandle`. It
+    """A RolloutActor as other processes see it: what samples groups, and `weight_sync.protocols.EngineHandle`. It
     travels by value."""
 
     name: str
@@ -247,7 +245,7 @@ class RayEngineHandle:
     """Ray's handle of the RolloutActor."""
     workers: int = 1
 
-    def generate(
+    def sample(
         self,
         prompt: Any,
         sampling: SamplingParams,
@@ -255,8 +253,8 @@ class RayEngineHandle:
         attempt: int | None = None,
         together: Together | None = None,
     ) -> ray.ObjectRef:
-        """`RolloutActor.generate`, for a Prompt or a reference of one."""
-        return self.actor.generate.remote(prompt, sampling, seed, attempt, together)
+        """`RolloutActor.sample`, for a Prompt or a reference of one."""
+        return self.actor.sample.remote(prompt, sampling, seed, attempt, together)
 
     def check_health(self) -> Future[None]:
         return self.actor.check_health.remote().future()

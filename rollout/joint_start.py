@@ -21,16 +21,16 @@ class JointStart:
         self._paused = asyncio.ensure_future(engine.pause())
         self._resumed = asyncio.ensure_future(self._resume_when_all_wait())
 
-    async def run(self, generate: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
-        """Call `generate` while the engine is paused, and return its output. It raises what went wrong with the start
+    async def run(self, sample: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
+        """Call `sample` while the engine is paused, and return its output. It raises what went wrong with the start
         itself too, since the group would wait in a paused engine."""
-        output, _ = await asyncio.gather(self._one(generate), asyncio.shield(self._resumed))
+        output, _ = await asyncio.gather(self._one(sample), asyncio.shield(self._resumed))
         return output
 
-    async def _one(self, generate: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
+    async def _one(self, sample: Callable[[], Awaitable[EngineOutput]]) -> EngineOutput:
         try:
             await asyncio.shield(self._paused)
-            return await generate()
+            return await sample()
         finally:
             self._ended += 1
 

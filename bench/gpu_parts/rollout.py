@@ -75,6 +75,6 @@ async def _measure(
 async def _once(engine: VLLMEngine, prompts: list[Prompt], work: Shape, seed: int) -> tuple[float, int]:
     sampling = SamplingParams(n=work.K, max_tokens=work.new, seed=seed, ignore_eos=True)
     start = time.perf_counter()
-    outputs = await asyncio.gather(*(engine.generate(prompt, prompt.media, sampling) for prompt in prompts))
+    outputs = await asyncio.gather(*(engine.sample(prompt, prompt.media, sampling) for prompt in prompts))
     tokens = sum(completion.num_tokens for output in outputs for completion in output.completions)
     return time.perf_counter() - start, tokens

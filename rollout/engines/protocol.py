@@ -1,6 +1,6 @@
 """The Protocol of rollout engines. `VLLMEngine` is the real one; `SimulatedEngine` is for scale and fault tests.
 
-RolloutActor ──▶ RolloutEngine.generate(prompt, sampling) ──▶ EngineOutput
+RolloutActor ──▶ RolloutEngine.sample(prompt, media, sampling) ──▶ EngineOutput
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class EngineOptions:
     start_timeout: float = 600.0
     """Seconds within which the engine must be ready."""
     control_timeout: float = 300.0
-    """Seconds that any call except `start` and `generate` may take, including the receipt of weights."""
+    """Seconds that any call except `start` and `sample` may take, including the receipt of weights."""
 
 
 @runtime_checkable
@@ -91,7 +91,7 @@ class RolloutEngine(Protocol):
     async def start(self) -> None:
         """Load the model. If that fails, raises RuntimeError with the end of the engine's log."""
 
-    async def generate(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
+    async def sample(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
         """Sample K completions. `media` is `prompt.media` with `data` resolved to bytes.
 
         Raises EngineDeadError or PromptRefusedError."""

@@ -120,9 +120,9 @@ class SimulatedEngine:
             await asyncio.sleep(self._options.control_timeout)
             raise EngineDeadError(f"the engine did not {question} within {self._options.control_timeout:g} s; it hangs")
 
-    # ------------------------------------------------------------------ generation
+    # ------------------------------------------------------------------ sampling
 
-    async def generate(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
+    async def sample(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
         self._alive()
         limits = sampling.max_tokens_each or (sampling.max_tokens,) * sampling.n
         if len(limits) != sampling.n:

@@ -114,9 +114,9 @@ class VLLMEngine:
             self._last_words = self._log.text(LAST_WORDS_SECONDS)
         return f"the vLLM engine died; the end of its log:\n{self._last_words}"
 
-    # ------------------------------------------------------------------ generation
+    # ------------------------------------------------------------------ sampling
 
-    async def generate(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
+    async def sample(self, prompt: Prompt, media: Sequence[Media], sampling: SamplingParams) -> EngineOutput:
         engine = self._alive()
         self._check_length(prompt, sampling)
         try:

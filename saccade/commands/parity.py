@@ -127,7 +127,7 @@ def parity(
         device=device,
         max_media_per_prompt={kind: max(parts.count(kind) for parts in chosen.values()) for kind in family.modalities},
     )
-    sampled = asyncio.run(_generate(VLLMEngine(options, family), family, prompts))
+    sampled = asyncio.run(_sample(VLLMEngine(options, family), family, prompts))
     learner_options = LearnerOptions(
         model,
         total_steps=1,
@@ -142,7 +142,7 @@ def parity(
     return [compare(learner, family, learner_options, p, s, seed) for p, s in zip(prompts, sampled, strict=True)]
 
 
-async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:
+async def _sample(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequence[Prompt]) -> list[Sampled | str]:
     """Return the result of each prompt, or the reason why there is none."""
     sampling = SamplingParams(
         n=COMPLETIONS, max_tokens=NEW_TOKENS, seed=1, ignore_eos=True, banned_token_ids=family.banned_token_ids
@@ -155,7 +155,7 @@ async def _generate(engine: VLLMEngine, family: MultimodalAdapter, prompts: Sequ
         results: list[Sampled | str] = []
         for prompt in prompts:
             try:
-                output = await engine.generate(prompt, prompt.media, sampling)
+                output = await engine.sample(prompt, prompt.media, sampling)
                 inputs = await engine.processed_media(prompt, prompt.media)
             except Exception as error:  # whatever the engine says is the finding of this case
                 results.append(f"engine: {type(error).__name__}: {error}")

@@ -20,7 +20,7 @@ E = TypeVar("E", bound=Engine)
 
 @dataclass(frozen=True)
 class Request:
-    """One group to be generated."""
+    """One group to be sampled."""
 
     prompt: StoredPrompt
     slot: int
@@ -43,7 +43,7 @@ class EnginePool(Generic[E]):
         """Let `member` serve."""
         self._members.append(member)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams, *, together: bool) -> list[Reference]:
+    def sample(self, requests: Sequence[Request], sampling: SamplingParams, *, together: bool) -> list[Reference]:
         """Send each request to its engine; returns where its group will be. With `together` an engine begins when it
         has all of its requests: it then schedules them alike in every rerun, and what it computes has the same bits."""
         routes = [self._route(request) for request in requests]
@@ -53,7 +53,7 @@ class EnginePool(Generic[E]):
             name = str(self._joint_starts)
             starts = {member: Together(name, share) for member, share in Counter(routes).items()}
         return [
-            self._members[member].generate(
+            self._members[member].sample(
                 request.prompt.prompt, sampling, request.seed, request.prompt.ref.attempt, starts.get(member)
             )
             for member, request in zip(routes, requests, strict=True)

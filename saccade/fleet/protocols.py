@@ -23,9 +23,9 @@ Reference = Any
 
 
 class Engine(Protocol):
-    """A rollout engine, which generates groups."""
+    """A rollout engine, which samples groups."""
 
-    def generate(
+    def sample(
         self,
         prompt: Reference,
         sampling: SamplingParams,

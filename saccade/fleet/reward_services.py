@@ -50,7 +50,7 @@ class EngineJudge:
         for question in questions:
             engine = self.engines[self._next % len(self.engines)]
             self._next += 1
-            pending.append(engine.generate(_prompt(question, adapter), sampling))
+            pending.append(engine.sample(_prompt(question, adapter), sampling))
         groups = ray.get(pending, timeout=timeout)
         for group in groups:
             if isinstance(group, RolloutFailure):

@@ -1,6 +1,6 @@
 """Dispatcher: takes an issued prompt to a group that is scored or given up. Training and evaluation both use it.
 
-start   EnginePool.generate ─▶ Rewards.score ─▶ (verdicts, GroupSummary)     chained by reference
+start   EnginePool.sample ─▶ Rewards.score ─▶ (verdicts, GroupSummary)     chained by reference
 finish  waits for the summaries; what failed and may succeed is attempted again, by another engine if there is one
 """
 
@@ -52,8 +52,8 @@ class Dispatcher:
             Request(group.prompt, group.slot, draw_seed(self.run_seed, group.ref.uid, group.ref.epoch))
             for group in groups
         ]
-        generated = self.pool.generate(requests, self.sampling, together=together)
-        for group, reference in zip(groups, generated, strict=True):
+        sampled = self.pool.sample(requests, self.sampling, together=together)
+        for group, reference in zip(groups, sampled, strict=True):
             verdicts, group.pending = self.rewards[group.slot % len(self.rewards)].score(reference)
             group.stored = StoredGroup(reference, verdicts) if self.keep else None
 

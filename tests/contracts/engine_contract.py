@@ -57,8 +57,8 @@ class Harness:
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(call)
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams) -> tuple[Completion, ...]:
-        return self.run(self.engine.generate(prompt, prompt.media, sampling)).completions
+    def sample(self, prompt: Prompt, sampling: SamplingParams) -> tuple[Completion, ...]:
+        return self.run(self.engine.sample(prompt, prompt.media, sampling)).completions
 
     def synchronize(self, learner: LocalLearner, version: int, *, form: bool = True) -> None:
         """A real synchronisation, the learner in another thread of this process."""
@@ -154,7 +154,7 @@ class EngineContract:
     def test_k_completions_with_everything_the_learner_needs(
         self, harness: Harness, prompt: Prompt, sampling: SamplingParams
     ) -> None:
-        output = harness.run(harness.engine.generate(prompt, prompt.media, sampling))
+        output = harness.run(harness.engine.sample(prompt, prompt.media, sampling))
         version = harness.run(harness.engine.version())
         assert len(output.prompt_token_ids) == prompt.expanded_length > len(prompt.token_ids)
         assert output.prompt_token_ids.dtype == np.int32
@@ -167,32 +167,32 @@ class EngineContract:
             assert completion.text == harness.adapter.completion_text(part.token_ids)
 
     def test_a_seed_repeats_its_draw(self, harness: Harness, prompt: Prompt, sampling: SamplingParams) -> None:
-        first = ids(harness.generate(prompt, sampling))
-        assert ids(harness.generate(prompt, sampling)) == first
-        assert ids(harness.generate(prompt, replace(sampling, seed=500))) != first
+        first = ids(harness.sample(prompt, sampling))
+        assert ids(harness.sample(prompt, sampling)) == first
+        assert ids(harness.sample(prompt, replace(sampling, seed=500))) != first
         assert len({tuple(row) for row in first}) == 4
 
     def test_completion_k_draws_with_seed_plus_k(
         self, harness: Harness, prompt: Prompt, sampling: SamplingParams
     ) -> None:
-        together = ids(harness.generate(prompt, sampling))
-        alone = [ids(harness.generate(prompt, replace(sampling, n=1, seed=11 + k)))[0] for k in range(4)]
+        together = ids(harness.sample(prompt, sampling))
+        alone = [ids(harness.sample(prompt, replace(sampling, n=1, seed=11 + k)))[0] for k in range(4)]
         assert alone == together
 
     def test_a_maximum_for_each_completion(self, harness: Harness, prompt: Prompt, sampling: SamplingParams) -> None:
         limits = (1, 6, 2, 3)
-        together = ids(harness.generate(prompt, sampling))
-        each = ids(harness.generate(prompt, replace(sampling, max_tokens_each=limits)))
+        together = ids(harness.sample(prompt, sampling))
+        each = ids(harness.sample(prompt, replace(sampling, max_tokens_each=limits)))
         assert each == [row[:limit] for row, limit in zip(together, limits, strict=True)]
 
     def test_a_list_of_maxima_must_fit(self, harness: Harness, prompt: Prompt, sampling: SamplingParams) -> None:
         with pytest.raises(ValueError, match="2 entries for n=4"):
-            harness.generate(prompt, replace(sampling, max_tokens_each=(1, 2)))
+            harness.sample(prompt, replace(sampling, max_tokens_each=(1, 2)))
 
     def test_banned_tokens_are_never_sampled(self, harness: Harness, prompt: Prompt, sampling: SamplingParams) -> None:
         allowed = {5, 6, 7}
         banned = tuple(i for i in range(len(harness.adapter.tokenizer)) if i not in allowed)
-        rows = ids(harness.generate(prompt, replace(sampling, banned_token_ids=banned)))
+        rows = ids(harness.sample(prompt, replace(sampling, banned_token_ids=banned)))
         assert {token for row in rows for token in row} <= allowed
 
     def test_a_stop_token_ends_and_belongs_to_the_completion(
@@ -203,7 +203,7 @@ class EngineContract:
         free = replace(
             sampling, n=16, max_tokens=300, ignore_eos=False, banned_token_ids=everything_else, stop_token_ids=(eos,)
         )
-        stopped = [c for c in harness.generate(prompt, free) if c.finish_reason == "stop"]
+        stopped = [c for c in harness.sample(prompt, free) if c.finish_reason == "stop"]
         assert stopped
         for completion in stopped:
             row = segment(completion).token_ids.tolist()
@@ -212,14 +212,14 @@ class EngineContract:
 
     def test_too_long_a_prompt_is_refused(self, harness: Harness, prompt: Prompt, sampling: SamplingParams) -> None:
         with pytest.raises(PromptRefusedError, match=r"tokens.*max_model_len of 512"):
-            harness.generate(prompt, replace(sampling, max_tokens=MAX_MODEL_LEN))
-        assert len(harness.generate(prompt, sampling)) == 4
+            harness.sample(prompt, replace(sampling, max_tokens=MAX_MODEL_LEN))
+        assert len(harness.sample(prompt, sampling)) == 4
 
     def test_many_prompts_at_once(self, harness: Harness, sampling: SamplingParams) -> None:
         prompts = [make_prompt(harness.adapter, f"number {i}", [image_media(i % 3)], f"test:{i}") for i in range(12)]
 
         async def all_together() -> list[list[list[int]]]:
-            calls = [harness.engine.generate(p, p.media, replace(sampling, seed=i)) for i, p in enumerate(prompts)]
+            calls = [harness.engine.sample(p, p.media, replace(sampling, seed=i)) for i, p in enumerate(prompts)]
             return [ids(output.completions) for output in await asyncio.gather(*calls)]
 
         rows = harness.run(all_together())
@@ -233,10 +233,10 @@ class EngineContract:
         async def play() -> tuple[Segment, bool]:
             before = await engine.version()
             long = replace(sampling, n=1, max_tokens=200)
-            running = asyncio.create_task(engine.generate(prompt, prompt.media, long))
-            await engine.generate(prompt, prompt.media, replace(long, max_tokens=3))  # by then the other has begun
+            running = asyncio.create_task(engine.sample(prompt, prompt.media, long))
+            await engine.sample(prompt, prompt.media, replace(long, max_tokens=3))  # by then the other has begun
             await engine.pause()
-            queued = asyncio.create_task(engine.generate(prompt, prompt.media, replace(long, max_tokens=1)))
+            queued = asyncio.create_task(engine.sample(prompt, prompt.media, replace(long, max_tokens=1)))
             await engine.check_health()
             frozen = not running.done()
             await engine.commit(before + 1)
@@ -269,7 +269,7 @@ class EngineContract:
         assert harness.run(harness.engine.version()) == version
         learner.sender.source._inner = whole
         harness.synchronize(learner, version + 1)
-        assert len(harness.generate(prompt, sampling)) == 4
+        assert len(harness.sample(prompt, sampling)) == 4
 
 
 class BreaksOff:
@@ -308,7 +308,7 @@ def move(model: nn.Module, seed: int, scale: float = 0.02) -> None:
 def assert_dead(harness: Harness, prompt: Prompt, sampling: SamplingParams) -> None:
     """Every call on a dead engine raises EngineDeadError, at once."""
     for call in (
-        harness.engine.generate(prompt, prompt.media, sampling),
+        harness.engine.sample(prompt, prompt.media, sampling),
         harness.engine.check_health(),
         harness.engine.pause(),
         harness.engine.version(),

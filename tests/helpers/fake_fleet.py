@@ -84,7 +84,7 @@ class FakeEngine:
     asked: list[tuple[int, int, int | None, Together | None]] = field(default_factory=list)
     """Row, attempt, seed and company of each group, in the order of the calls."""
 
-    def generate(
+    def sample(
         self,
         prompt: Prompt,
         sampling: SamplingParams,

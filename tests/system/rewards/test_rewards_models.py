@@ -24,7 +24,7 @@ from vlm.media.types import Media
 class ScriptedEngine:
     """Answers with what it was asked; as told, not at all."""
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams, *given: Any) -> RolloutGroup | RolloutFailure:
+    def sample(self, prompt: Prompt, sampling: SamplingParams, *given: Any) -> RolloutGroup | RolloutFailure:
         if "too long" in prompt.text or "later" in prompt.text:
             return RolloutFailure(prompt.ref, "no answer", retryable="later" in prompt.text)
         assert (sampling.n, sampling.temperature, sampling.max_tokens) == (1, 0.0, 50)

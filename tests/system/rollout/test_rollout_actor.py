@@ -50,7 +50,7 @@ def test_a_group_with_media_by_reference(
 ) -> None:
     media: list[Media] = [replace(m, data=local_ray.put(m.data)) for m in (image_media(1), image_media(2))]
     prompt = make_prompt(adapter, "two images", media)
-    group = local_ray.get(handles[0].actor.generate.remote(prompt, SAMPLING), timeout=30)
+    group = local_ray.get(handles[0].actor.sample.remote(prompt, SAMPLING), timeout=30)
     assert isinstance(group, RolloutGroup) and group.engine == "a" and group.generate_seconds > 0
     assert len(group.prompt_token_ids) == prompt.expanded_length and len(group.completions) == 3
     assert isinstance(group.prompt.media[0].data, local_ray.ObjectRef), "pixels do not travel with the group"
@@ -67,7 +67,7 @@ def test_synchronisation_death_and_restart(
 
     learner.form_weight_group(handles)
     sync_weights(learner, handles, 3, timeout=20.0)
-    first, second = (local_ray.get(mortal.actor.generate.remote(prompt, SAMPLING), timeout=30) for _ in range(2))
+    first, second = (local_ray.get(mortal.actor.sample.remote(prompt, SAMPLING), timeout=30) for _ in range(2))
     assert isinstance(first, RolloutGroup) and {c.oldest_version for c in first.completions} == {3}
     assert isinstance(second, RolloutFailure) and second.engine_dead
     with pytest.raises(WeightSyncError, match="at b while pausing: b: EngineDeadError"):
@@ -77,7 +77,7 @@ def test_synchronisation_death_and_restart(
     local_ray.get(mortal.actor.start.remote(), timeout=30)
     learner.form_weight_group(handles)
     sync_weights(learner, handles, 4, timeout=20.0)
-    third = local_ray.get(mortal.actor.generate.remote(prompt, SAMPLING), timeout=30)
+    third = local_ray.get(mortal.actor.sample.remote(prompt, SAMPLING), timeout=30)
     assert isinstance(third, RolloutGroup) and {c.oldest_version for c in third.completions} == {4}
 
     local_ray.kill(mortal.actor)
@@ -85,5 +85,5 @@ def test_synchronisation_death_and_restart(
         sync_weights(learner, handles, 5, timeout=20.0)
     learner.form_weight_group([alive])
     sync_weights(learner, [alive], 5, timeout=20.0)
-    last = local_ray.get(alive.actor.generate.remote(prompt, SAMPLING), timeout=30)
+    last = local_ray.get(alive.actor.sample.remote(prompt, SAMPLING), timeout=30)
     assert isinstance(last, RolloutGroup) and {c.oldest_version for c in last.completions} == {5}

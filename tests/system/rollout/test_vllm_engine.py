@@ -66,7 +66,7 @@ def options(model: Path, **engine_options: object) -> EngineOptions:
 
 def difference(harness: Harness, policy: nn.Module, prompt: Prompt, sampling: SamplingParams) -> float:
     """Largest difference between the engine's log-probabilities and the model's, over all sampled tokens."""
-    output = harness.run(harness.engine.generate(prompt, prompt.media, sampling))
+    output = harness.run(harness.engine.sample(prompt, prompt.media, sampling))
     worst = 0.0
     for completion in output.completions:
         part = segment(completion)
@@ -125,8 +125,8 @@ class TestVLLMEngine(EngineContract):
         long = replace(sampling, n=4, max_tokens=200)  # siblings, which share whatever can be shared of the prompt
 
         async def begin() -> asyncio.Task:
-            running = asyncio.create_task(engine.generate(prompt, prompt.media, long))
-            await engine.generate(prompt, prompt.media, replace(long, max_tokens=3, seed=99))
+            running = asyncio.create_task(engine.sample(prompt, prompt.media, long))
+            await engine.sample(prompt, prompt.media, replace(long, max_tokens=3, seed=99))
             await engine.pause()  # freezes it here: it must not finish while the learner gets ready
             return running
 
@@ -199,8 +199,8 @@ class TestVLLMEngine(EngineContract):
 
         async def play() -> None:
             long = replace(sampling, max_tokens=400)
-            running = asyncio.create_task(harness.engine.generate(prompt, prompt.media, long))
-            await harness.engine.generate(prompt, prompt.media, replace(sampling, max_tokens=1))
+            running = asyncio.create_task(harness.engine.sample(prompt, prompt.media, long))
+            await harness.engine.sample(prompt, prompt.media, replace(sampling, max_tokens=1))
             core.kill()
             await running
 

@@ -85,7 +85,7 @@ def test_engine_and_learner_agree_before_and_after_updates(family: str, tmp_path
                 sender = LocalLearner(learner.policy.model, rename=adapter.engine_weight_name)
                 harness.synchronize(sender, version)
             for prompt in prompts:
-                output = harness.run(harness.engine.generate(prompt, prompt.media, sampling))
+                output = harness.run(harness.engine.sample(prompt, prompt.media, sampling))
                 inputs = harness.run(harness.engine.processed_media(prompt, prompt.media))
                 sampled = Sampled(RolloutGroup(prompt, output.prompt_token_ids, output.completions), inputs)
                 result = compare(learner, adapter, chosen, prompt, sampled)

@@ -30,8 +30,8 @@ class Data:
 
 
 class Engine(FakeEngine):
-    def generate(self, *given: object) -> RolloutGroup | RolloutFailure:
-        answer = super().generate(*given)  # type: ignore[arg-type]
+    def sample(self, *given: object) -> RolloutGroup | RolloutFailure:
+        answer = super().sample(*given)  # type: ignore[arg-type]
         if isinstance(answer, RolloutGroup):
             object.__setattr__(answer, "prompt_token_ids", answer.prompt_token_ids.repeat(BYTES // 8))
         return answer

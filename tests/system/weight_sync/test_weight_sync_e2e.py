@@ -54,8 +54,8 @@ class Cluster:
     prompts: list[Prompt]
     sampling: SamplingParams
 
-    def generate(self, handle: RayEngineHandle) -> list[RolloutGroup]:
-        calls = [handle.actor.generate.remote(prompt, self.sampling) for prompt in self.prompts]
+    def sample(self, handle: RayEngineHandle) -> list[RolloutGroup]:
+        calls = [handle.actor.sample.remote(prompt, self.sampling) for prompt in self.prompts]
         groups = self.ray.get(calls, timeout=CALL_TIMEOUT)
         assert all(isinstance(g, RolloutGroup) for g in groups), groups
         return groups
@@ -154,7 +154,7 @@ def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Pa
     rng = np.random.default_rng(0)
     learner.form_weight_group(handles)
     sync_weights(learner, handles, 0, timeout=CALL_TIMEOUT)
-    groups = [g for handle in handles for g in cluster.generate(handle)]
+    groups = [g for handle in handles for g in cluster.sample(handle)]
     for version in range(3):
         batch = [scored(group, rng) for group in groups]
         stored = [StoredGroup(ray.put(g), ray.put(g.verdicts)) for g in batch]
@@ -164,7 +164,7 @@ def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Pa
         assert cluster.difference(groups, model) > 1e-3, "the update changed nothing: the next check would be empty"
         groups = []
         for handle in handles:
-            new = cluster.generate(handle)
+            new = cluster.sample(handle)
             assert cluster.difference(new, model) < TOLERANCE, handle.name
             assert {v for g in new for c in g.completions for v in segment(c).policy_versions} == {version + 1}
             groups += new
@@ -178,8 +178,8 @@ def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path:
     single, pair = cluster.handles
     learner.form_weight_group([single, pair])
     long = replace(cluster.sampling, max_tokens=200)
-    running = single.actor.generate.remote(cluster.prompts[1], long)
-    ray.get(single.actor.generate.remote(cluster.prompts[1], replace(long, max_tokens=1)), timeout=CALL_TIMEOUT)
+    running = single.actor.sample.remote(cluster.prompts[1], long)
+    ray.get(single.actor.sample.remote(cluster.prompts[1], replace(long, max_tokens=1)), timeout=CALL_TIMEOUT)
     _engine_core(ray, single).kill()
     failure = ray.get(running, timeout=CALL_TIMEOUT)
     assert isinstance(failure, RolloutFailure) and failure.engine_dead and failure.engine == "single", failure
@@ -189,14 +189,14 @@ def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path:
     learner.form_weight_group([pair])
     sync_weights(learner, [pair], 10, timeout=CALL_TIMEOUT)
     model = cluster.model(tmp_path / "model")
-    assert cluster.difference(cluster.generate(pair), model) < TOLERANCE
+    assert cluster.difference(cluster.sample(pair), model) < TOLERANCE
 
     ray.get(single.actor.shutdown.remote(), timeout=CALL_TIMEOUT)
     ray.get(single.actor.start.remote(), timeout=START_TIMEOUT)
     learner.form_weight_group([single, pair])
     sync_weights(learner, [single, pair], 11, timeout=CALL_TIMEOUT)
     for handle in (single, pair):
-        groups = cluster.generate(handle)
+        groups = cluster.sample(handle)
         assert cluster.difference(groups, model) < TOLERANCE
         assert {c.oldest_version for g in groups for c in g.completions} == {11}
 

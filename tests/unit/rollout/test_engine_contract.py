@@ -91,7 +91,7 @@ def test_latency_is_steps_times_step_time(adapter: MultimodalAdapter, simulate: 
     def seconds(slots: int) -> float:
         harness = simulate(behavior, max_num_seqs=slots)
         start = time.perf_counter()
-        harness.generate(prompt, sampling)
+        harness.sample(prompt, sampling)
         return time.perf_counter() - start
 
     assert seconds(8) >= 20 * 0.006
@@ -102,15 +102,15 @@ def test_lengths_follow_the_seed_and_scatter(adapter: MultimodalAdapter, simulat
     harness = simulate(Behavior(decode_seconds=0.0, mean_tokens=20, length_sigma=0.5))
     sampling = SamplingParams(n=64, max_tokens=400, seed=3)
     prompt = make_prompt(adapter, "?")
-    lengths = [c.num_tokens for c in harness.generate(prompt, sampling)]
-    assert lengths == [c.num_tokens for c in harness.generate(prompt, sampling)]
+    lengths = [c.num_tokens for c in harness.sample(prompt, sampling)]
+    assert lengths == [c.num_tokens for c in harness.sample(prompt, sampling)]
     assert 12 < sorted(lengths)[32] < 32 and len(set(lengths)) > 10
 
 
 def test_dead_engine(adapter: MultimodalAdapter, simulate: Simulate) -> None:
     harness = simulate(Behavior(decode_seconds=1e-4, fault="die", fault_after_groups=1))
     prompt, sampling = make_prompt(adapter, "?", [image_media()]), SamplingParams(n=2, max_tokens=4)
-    harness.generate(prompt, sampling)
+    harness.sample(prompt, sampling)
     assert_dead(harness, prompt, sampling)
 
 
@@ -121,7 +121,7 @@ def test_death_reaches_running_requests(adapter: MultimodalAdapter, simulate: Si
 
     async def play() -> None:
         call = asyncio.create_task(
-            engine.generate(make_prompt(adapter, "?"), (), SamplingParams(n=2, max_tokens=400, ignore_eos=True))
+            engine.sample(make_prompt(adapter, "?"), (), SamplingParams(n=2, max_tokens=400, ignore_eos=True))
         )
         await asyncio.sleep(0)
         engine.fail("die")
@@ -134,9 +134,9 @@ def test_death_reaches_running_requests(adapter: MultimodalAdapter, simulate: Si
 def test_hanging_engine_is_given_up_after_the_control_timeout(adapter: MultimodalAdapter, simulate: Simulate) -> None:
     harness = simulate(Behavior(decode_seconds=1e-4, fault="hang", fault_after_groups=1))
     prompt, sampling = make_prompt(adapter, "?"), SamplingParams(n=1, max_tokens=2)
-    harness.generate(prompt, sampling)
+    harness.sample(prompt, sampling)
     with pytest.raises(TimeoutError):
-        harness.run(asyncio.wait_for(harness.engine.generate(prompt, (), sampling), 0.5))
+        harness.run(asyncio.wait_for(harness.engine.sample(prompt, (), sampling), 0.5))
     with pytest.raises(EngineDeadError, match=r"pause within 0\.3 s"):
         harness.run(harness.engine.pause())
 
@@ -145,9 +145,9 @@ def test_slow_engine(adapter: MultimodalAdapter, simulate: Simulate) -> None:
     behavior = Behavior(decode_seconds=0.002, fault="slow", fault_after_groups=1, slowdown=10.0)
     harness = simulate(behavior)
     prompt, sampling = make_prompt(adapter, "?"), SamplingParams(n=1, max_tokens=10, ignore_eos=True)
-    harness.generate(prompt, sampling)
+    harness.sample(prompt, sampling)
     start = time.perf_counter()
-    harness.generate(prompt, sampling)
+    harness.sample(prompt, sampling)
     assert time.perf_counter() - start >= 10 * 0.02
 
 

@@ -45,7 +45,7 @@ class Scripted:
 
     async def check_health(self) -> None: ...
 
-    async def generate(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
+    async def sample(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
         self.asked.append(sampling)
         return self.answer(sampling)
 
@@ -62,7 +62,7 @@ def ask(adapter: MultimodalAdapter, engine: Any, sampling: SamplingParams = SAMP
         )
         await actor.start()
         try:
-            return await actor.generate(make_prompt(adapter, "?"), sampling)
+            return await actor.sample(make_prompt(adapter, "?"), sampling)
         finally:
             await actor.shutdown()
 
@@ -113,9 +113,9 @@ def test_a_slow_group_is_given_up_and_a_hanging_engine_is_told_from_it(adapter: 
     assert failure.retryable and not failure.engine_dead and "0.2 s (a third of cluster.timeout)" in failure.reason
 
     class Hanging(SimulatedEngine):
-        async def generate(self, *args: Any) -> EngineOutput:
+        async def sample(self, *args: Any) -> EngineOutput:
             self.fail("hang")
-            return await super().generate(*args)
+            return await super().sample(*args)
 
     failure = ask(adapter, Hanging(OPTIONS, adapter, Behavior(decode_seconds=10.0)), timeout=0.2)
     assert failure.engine_dead and "hangs" in failure.reason
@@ -125,7 +125,7 @@ def test_a_shutdown_answers_groups_that_are_being_generated(adapter: MultimodalA
     """Whoever is chained behind them, a reward actor first of all, would wait for ever."""
 
     class Silent(Scripted):
-        async def generate(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
+        async def sample(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
             self.asked.append(sampling)
             return await asyncio.get_running_loop().create_future()
 
@@ -133,7 +133,7 @@ def test_a_shutdown_answers_groups_that_are_being_generated(adapter: MultimodalA
         engine = Silent(lambda sampling: None)  # type: ignore[arg-type, return-value]
         actor = RolloutActor("e", OPTIONS, lambda: adapter, engine=lambda options, adapter: engine)  # type: ignore[arg-type]
         await actor.start()
-        running = asyncio.create_task(actor.generate(make_prompt(adapter, "?"), SAMPLING))
+        running = asyncio.create_task(actor.sample(make_prompt(adapter, "?"), SAMPLING))
         while not engine.asked:
             await asyncio.sleep(0)
         await actor.shutdown()
@@ -146,7 +146,7 @@ def test_a_shutdown_answers_groups_that_are_being_generated(adapter: MultimodalA
 
 def test_an_actor_that_was_not_started_answers_too(adapter: MultimodalAdapter) -> None:
     actor = RolloutActor("e", OPTIONS, lambda: adapter)
-    failure = asyncio.run(actor.generate(make_prompt(adapter, "?"), SAMPLING))
+    failure = asyncio.run(actor.sample(make_prompt(adapter, "?"), SAMPLING))
     assert isinstance(failure, RolloutFailure) and failure.engine_dead and "not running" in failure.reason
 
 
@@ -176,7 +176,7 @@ class Queue(Scripted):
     def queued(self) -> int:
         return self.waiting
 
-    async def generate(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
+    async def sample(self, prompt: Prompt, media: Any, sampling: SamplingParams) -> EngineOutput:
         if prompt.text == "refused":
             raise PromptRefusedError("too long")
         self.waiting += sampling.n
@@ -192,7 +192,7 @@ def ask_together(adapter: MultimodalAdapter, engine: Any, texts: Sequence[str], 
         calls = []
         for text in texts:
             prompt = replace(make_prompt(adapter, "?"), text=text)
-            calls.append(asyncio.create_task(actor.generate(prompt, SAMPLING, together=Together("0", size))))
+            calls.append(asyncio.create_task(actor.sample(prompt, SAMPLING, together=Together("0", size))))
             await asyncio.sleep(0.01)
         answers = await asyncio.gather(*calls)
         assert size != len(texts) or not actor._starts
