@@ -25,11 +25,12 @@ from saccade.config.saved_paths import absolute
 from saccade.errors import MismatchError
 from saccade.finished import RunResult
 from saccade.fleet.actors import Actors
-from saccade.fleet.deaths import DeathError, explain, first_lines
+from saccade.fleet.deaths import DeathError, explain
 from saccade.fleet.head import HeadWatch
 from saccade.fleet.protocols import Learner
 from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
+from saccade.fleet.waiting import first_lines
 from saccade.observe.display import Display, SilentDisplay
 from saccade.observe.metrics import MetricsLog, StepRecord, read_metrics
 from saccade.pipeline.admission import Strict

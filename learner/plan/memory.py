@@ -20,8 +20,6 @@ from learner.plan.model_shape import ModelShape
 from learner.plan.zero_states import States, element_bytes, zero_states
 from learner.types import LearnerOptions
 
-KINDS = ("parameters", "gradients", "optimizer", "activations", "logits chunk", "vision", "inputs", "workspace")
-
 
 @dataclass(frozen=True)
 class Load:
@@ -60,7 +58,7 @@ class MemoryPlan:
     """Bytes of one rank."""
 
     device: Mapping[str, float]
-    """By kind (one of KINDS), each at its largest."""
+    """By kind, each at its largest: weights, what training them needs, and what a micro-batch needs."""
     host: Mapping[str, float]
     """Bytes that offload keeps in CPU memory instead, by kind."""
     phases: Mapping[str, float]

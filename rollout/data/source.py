@@ -62,10 +62,9 @@ class PromptSource:
         """Read the indexes of the files. Raises DataError, which lists all missing files and columns."""
         self.options = options
         files, columns = open_data(options)
-        present = {str(file.path): file.columns for file in files if file.columns}
         self.columns = columns
         """The column of each role."""
-        self.unused = tuple(dict.fromkeys(n for names in present.values() for n in unread(names, columns.names)))
+        self.unused = tuple(dict.fromkeys(name for file in files for name in unread(file.columns, columns.names)))
         """Columns that are not used."""
         self._store = RowStore(files, columns.names, options.window_bytes)
         self._builder = PromptBuilder(options, columns, adapter)
@@ -104,7 +103,7 @@ class PromptSource:
                 self._epoch, self._position = self._epoch + 1, 0
             if prompt is not None:
                 return prompt
-        raise DataError(f"none of the {len(self)} rows of an epoch can be used. {self._refusals_text()}")
+        raise self._nothing_usable()
 
     def one_epoch(self, limit: int | None = None) -> Iterator[Prompt]:
         """Return at most `limit` usable rows of epoch 0. The cursor does not move."""
@@ -117,7 +116,7 @@ class PromptSource:
             if limit is not None and found >= limit:
                 return
         if not found:
-            raise DataError(f"none of the {len(self)} rows can be used. {self._refusals_text()}")
+            raise self._nothing_usable()
 
     def look(self, rows: int) -> Iterator[Prompt | None]:
         """Yield the first `rows` rows of epoch 0, with None for each refused one. The cursor does not move."""
@@ -132,7 +131,7 @@ class PromptSource:
             usable += prompt is not None
         self._check_refused()
         if not usable and rows >= len(self):
-            raise DataError(f"none of the {len(self)} rows can be used. {self._refusals_text()}")
+            raise self._nothing_usable()
 
     def overlooked(self) -> dict[str, MediaKind]:
         """Return unused columns that contain media in the first rows. Kinds of media that have a column, or that the
@@ -220,6 +219,9 @@ class PromptSource:
     def _check_refused(self) -> None:
         if excess := self.excess():
             raise DataError(f"{excess}. {self._refusals_text()}")
+
+    def _nothing_usable(self) -> DataError:
+        return DataError(f"none of the {len(self)} rows can be used. {self._refusals_text()}")
 
     def _refusals_text(self) -> str:
         return "\n  - ".join([f"{self.report()}. The first:", *map(str, self._refusals)])

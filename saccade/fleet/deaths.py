@@ -18,6 +18,7 @@ from learner.deaths import how_it_died
 from rollout.engines.protocol import EngineDeadError
 from saccade.errors import RunError, RunStopped
 from saccade.fleet.head import HeadLostError, HeadWatch
+from saccade.fleet.waiting import first_lines
 
 ASKING_SECONDS = 5.0
 """Seconds within which Ray knows that an actor is dead. One that computes does not answer, and is not dead."""
@@ -73,10 +74,3 @@ def find_dead(questions: Questions, limit: float = ASKING_SECONDS) -> dict[str, 
         if dead:
             deadline = min(deadline, time.monotonic() + HIDDEN_SECONDS)
     return {who: dead[who] for who in questions if who in dead}
-
-
-def first_lines(error: BaseException, count: int = 3) -> str:
-    """The beginning of an error's text; of one from another process its own words, without the traceback."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return " / ".join(lines[:count])[:500] or type(cause).__name__

@@ -21,10 +21,12 @@ def wait_for(call: Future[T], timeout: float, what: str) -> T:
         raise RunError(f"waited {timeout:g} s for {what}")
     if (error := call.exception()) is not None:
         cause = getattr(error, "cause", None)  # what an actor raised, without Ray's traceback of it
-        raise RunError(f"while waiting for {what}: {cause or first_line(error)}") from error
+        raise RunError(f"while waiting for {what}: {cause or first_lines(error, 1)}") from error
     return call.result()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_lines(error: BaseException, count: int = 3) -> str:
+    """The beginning of an error's text; of one from another process its own words, without the traceback."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return " / ".join(lines[:count])[:500] or type(cause).__name__

@@ -17,7 +17,7 @@ from rollout.types import GroupSummary, StoredGroup, draw_seed
 from saccade.errors import RunError
 from saccade.fleet.pool import EnginePool, Request
 from saccade.fleet.protocols import Rewards
-from saccade.fleet.waiting import POLL_SECONDS, first_line
+from saccade.fleet.waiting import POLL_SECONDS, first_lines
 from saccade.pipeline.groups import Group, GroupBuffer
 
 
@@ -83,7 +83,7 @@ class Dispatcher:
     def _settle(self, group: Group, call: Future[GroupSummary]) -> None:
         """Enter how an attempt ended; start the next one where that may help."""
         if (error := call.exception()) is not None:
-            raise RunError(f"a group was lost with its actor: {first_line(error)}") from error
+            raise RunError(f"a group was lost with its actor: {first_lines(error, 1)}") from error
         group.pending, group.summary = None, call.result()
         failure = group.summary.failure
         if failure is None:

@@ -44,7 +44,7 @@ def only(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **given: A
 def refusal(folder: Path, row: dict[str, Any], suffix: str = ".parquet", **data: Any) -> tuple[str, str]:
     """Kind and reason for which `row` is refused."""
     opened = source(write_rows(folder / f"data{suffix}", [row]), max_refused_share=1.0, **data)
-    with pytest.raises(DataError, match="none of the 1 rows of an epoch can be used"):
+    with pytest.raises(DataError, match="none of the 1 rows can be used"):
         opened.take(1)
     report = opened.report()
     assert (report.rows, report.seen, report.refused_total) == (1, 1, 1)

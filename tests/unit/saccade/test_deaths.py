@@ -10,8 +10,9 @@ import pytest
 from learner.deaths import how_it_died
 from learner.types import LearnerError
 from saccade.errors import MismatchError, RunError, RunStopped
-from saccade.fleet.deaths import DeathError, explain, first_lines
+from saccade.fleet.deaths import DeathError, explain
 from saccade.fleet.head import HeadLostError
+from saccade.fleet.waiting import first_lines
 from saccade.run import Run
 from weight_sync.verify import WeightSyncError
 
