@@ -31,12 +31,14 @@ from bench.learner_memory import memory_table, run_memory
 from bench.learner_work import MODELS, SHAPES, Shape, batches_of, make_groups, model_flops, plain_batches, rows_of
 from bench.trl_step import LEARNING_RATE, MAX_GRAD_NORM, BareStep, TrlStep
 from learner.algorithm.objective import GlobalCounts
+from learner.config import AlgorithmConfig, Cispo, Current, LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.engines.process_group import join, open_store
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 
 TOLERANCE = 1e-3
@@ -49,18 +51,18 @@ Outcome = tuple[float, float]
 
 def learner_options(model_path: Path, budget: int) -> LearnerOptions:
     return LearnerOptions(
-        str(model_path),
+        ModelConfig(str(model_path), dtype="float32"),
         10_000,
         device="cpu",
-        dtype="float32",
-        loss="cispo",
-        old_policy="current",
-        zero_stage=0,
-        gradient_checkpointing=(),
+        algorithm=AlgorithmConfig(loss=Cispo(), off_policy=Current()),
+        learner=LearnerConfig(
+            zero_stage=0,
+            gradient_checkpointing=(),
+            micro_batch=budget,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=MAX_GRAD_NORM,
+        ),
         threads=os.cpu_count() or 1,
-        micro_batch_tokens=budget,
-        learning_rate=LEARNING_RATE,
-        max_grad_norm=MAX_GRAD_NORM,
     )
 
 

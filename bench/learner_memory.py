@@ -66,19 +66,17 @@ def measure_head(system: str) -> dict[str, Any]:
 
     from bench.learner_work import chosen_logprobs
     from learner.model.logprobs import chunked_logprobs
-    from learner.types import LearnerOptions
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator).requires_grad_()
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).mul_(0.05).requires_grad_()
     targets = torch.randint(VOCABULARY, (ROWS,), generator=generator)
-    chunk_rows = LearnerOptions("", 1).logprob_chunk_rows
 
     def step() -> float:
         if system == "bare":
             logprobs = chosen_logprobs(torch.nn.functional.linear(hidden, weight), targets)
         else:
-            logprobs = chunked_logprobs(hidden, weight, targets, chunk_rows=chunk_rows)[0]
+            logprobs = chunked_logprobs(hidden, weight, targets)[0]
         loss = -logprobs.mean()
         loss.backward()
         hidden.grad = weight.grad = None

@@ -21,10 +21,12 @@ from learner.batching.collate import collate_packed, collate_padded
 from learner.batching.costs import row_costs
 from learner.batching.packing import balance, fewest_bins, pack_padded
 from learner.batching.rows import Row, encode_prompts, make_rows, size_of, to_sample
+from learner.config import LearnerConfig
 from learner.types import LearnerOptions
 from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.config import ModelConfig
 from vlm.media.images import digest
 from vlm.media.types import Media
 from vlm.tiny import TinySizes, build_tiny
@@ -153,7 +155,7 @@ def batches_of(
 
 
 def _options(budget: int) -> LearnerOptions:
-    return LearnerOptions("", 1, micro_batch_tokens=budget)
+    return LearnerOptions(ModelConfig(""), 1, learner=LearnerConfig(micro_batch=budget))
 
 
 def plain_batches(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) -> list[dict[str, Any]]:

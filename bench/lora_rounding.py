@@ -26,6 +26,7 @@ from bench.common import report
 from bench.gpu_parts.exact import work_of
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
+from vlm.config import Lora, ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny
 
@@ -54,7 +55,9 @@ def measure(folder: Path, size: float) -> dict[str, float]:
     torch.manual_seed(0)
     path = build_tiny("qwen2_5_vl", folder / f"{size}", sizes=SIZES)
     adapter = load_adapter(str(path))
-    options = LearnerOptions(str(path), 1, device="cpu", dtype="bfloat16", lora_rank=RANK, media_kinds=("image",))
+    options = LearnerOptions(
+        ModelConfig(str(path), "bfloat16", lora=Lora(RANK)), 1, device="cpu", media_kinds=("image",)
+    )
     learner = TorchEngine(options, adapter)
     batches, _ = work_of(adapter, image=True)
 
@@ -62,7 +65,7 @@ def measure(folder: Path, size: float) -> dict[str, float]:
         return torch.cat([engine.logprobs(batch)[batch.loss_mask] for batch in batches]).double()
 
     def holding(dtype: Any, tensors: Mapping[str, Tensor]) -> Tensor:
-        engine = TorchEngine(replace(options, dtype=dtype, lora_rank=0), adapter)
+        engine = TorchEngine(replace(options, model=ModelConfig(str(path), dtype)), adapter)
         with torch.no_grad():
             for name, parameter in engine.policy.model.named_parameters():
                 parameter.copy_(tensors[name])

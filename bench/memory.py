@@ -54,16 +54,17 @@ FRUGAL = {
 WIDE: dict[str, Any] = {"vocabulary": 152_000, "rows": 1, "prompt": 128, "image": 112}
 BRIEF: dict[str, Any] = {"rows": 1, "prompt": 320, "completion": 32, "image": 336}
 """Smaller sizes for bfloat16, which is slow on CPUs without instructions for it."""
+BFLOAT16 = {"dtype": "bfloat16"}
 CASES = (
     Case("float32, ZeRO-0"),
     Case("float32, ZeRO-0, checkpointing", {"gradient_checkpointing": ("language", "vision")}, rows=4),
-    Case("float32, ZeRO-0, vision frozen", {"freeze": ("vision",)}),
+    Case("float32, ZeRO-0, vision frozen", model={"freeze": ("vision",)}),
     Case("float32, ZeRO-0, V = 152k", **WIDE),
-    Case("float32, ZeRO-0, LoRA of rank 16", {"lora_rank": 16}),
-    Case("bfloat16, ZeRO-1", {"zero_stage": 1, "dtype": "bfloat16"}, **BRIEF),
-    Case("bfloat16, ZeRO-2", {"zero_stage": 2, "dtype": "bfloat16"}, **BRIEF),
-    Case("bfloat16, ZeRO-3", {"zero_stage": 3, "dtype": "bfloat16"}, **BRIEF),
-    Case("bfloat16, ZeRO-2, LoRA of rank 16", {"zero_stage": 2, "dtype": "bfloat16", "lora_rank": 16}, **BRIEF),
+    Case("float32, ZeRO-0, LoRA of rank 16", lora=16),
+    Case("bfloat16, ZeRO-1", {"zero_stage": 1}, BFLOAT16, **BRIEF),
+    Case("bfloat16, ZeRO-2", {"zero_stage": 2}, BFLOAT16, **BRIEF),
+    Case("bfloat16, ZeRO-3", {"zero_stage": 3}, BFLOAT16, **BRIEF),
+    Case("bfloat16, ZeRO-2, LoRA of rank 16", {"zero_stage": 2}, BFLOAT16, 16, **BRIEF),
     Case("float32, ZeRO-2, 2 ranks", {"zero_stage": 2, "ranks": 2}),
     Case("float32, ZeRO-3, 2 ranks", {"zero_stage": 3, "ranks": 2}),
 )
@@ -83,7 +84,7 @@ def build_models(folder: Path, vocabulary: int) -> tuple[Path, Path]:
 def predicted(case: Case, model: Path) -> MemoryPlan:
     """Predict the memory of the case's micro-batches, as `saccade plan` would."""
     adapter = load_adapter(str(model))
-    options = learner_options(case.options, str(model))
+    options = learner_options(case, str(model))
     batch = make_batches(replace(case, micro_batches=1), adapter)[0]
     patches = 0 if batch.pixel_values is None else len(batch.pixel_values)
     load = Load(batch.num_tokens, int(batch.loss_mask.sum()), patches, case.micro_batches)
@@ -93,7 +94,7 @@ def predicted(case: Case, model: Path) -> MemoryPlan:
 def measure(case: Case, models: tuple[Path, Path], timeout: float = 900.0) -> list[dict[str, float]]:
     """Return, for each rank, the peak bytes by phase (see `bench.memory_process.train`). Raises RuntimeError if a rank
     fails."""
-    options = learner_options(case.options, str(models[0]))
+    options = learner_options(case, str(models[0]))
     store, port = open_store("127.0.0.1", 120.0)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump({"case": asdict(case), "model": str(models[0]), "small": str(models[1])}, file)
@@ -107,7 +108,7 @@ def measure(case: Case, models: tuple[Path, Path], timeout: float = 900.0) -> li
                 text=True,
                 env={**os.environ, **FRUGAL},
             )
-            for rank in range(options.ranks)
+            for rank in range(options.learner.ranks)
         ]
         try:
             outputs = [process.communicate(timeout=timeout) for process in started]
@@ -155,7 +156,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [c for c in CASES if any(part in c.name for part in arguments.only)]
     if arguments.device == "cuda":
-        chosen = [replace(c, options={**c.options, "device": "cuda"}) for c in chosen if "ranks" not in c.options]
+        chosen = [replace(c, device="cuda") for c in chosen if "ranks" not in c.learner]
     results = []
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
         for case in chosen:

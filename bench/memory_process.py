@@ -13,9 +13,9 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,14 @@ import torch
 from learner.algorithm.objective import GlobalCounts
 from learner.batching.collate import collate
 from learner.batching.rows import Row, Sample
+from learner.config import LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.engines.process_group import join
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.config import Lora, ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.media.video_audio import decode
 from vlm.tiny.noise import noise_image
@@ -39,8 +41,13 @@ class Case:
     """The work of a case: each of the `steps` takes `micro_batches` of `rows` groups."""
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of LearnerOptions."""
+    learner: Mapping[str, Any] = field(default_factory=dict)
+    """Knobs of the learner."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Knobs of the model."""
+    lora: int = 0
+    """Rank of the adapter. 0: all weights are trained."""
+    device: Literal["cuda", "cpu"] = "cpu"
     vocabulary: int = 0
     """Words of the tokenizer. 0: a tokenizer of bytes."""
     rows: int = 2
@@ -88,9 +95,10 @@ def _row(case: Case, adapter: MultimodalAdapter, rng: np.random.Generator, numbe
     return Row(prompt, tuple(samples))
 
 
-def learner_options(case: Mapping[str, Any], model: str) -> LearnerOptions:
-    base = {"device": "cpu", "dtype": "float32", "zero_stage": 0, "gradient_checkpointing": ()}
-    return LearnerOptions(model, 100, **{**base, "learning_rate": 1e-6, **case})
+def learner_options(case: Case, model: str) -> LearnerOptions:
+    learner: dict[str, Any] = {"zero_stage": 0, "gradient_checkpointing": (), "learning_rate": 1e-6, **case.learner}
+    knobs: dict[str, Any] = {"dtype": "float32", "lora": Lora(case.lora) if case.lora else None, **case.model}
+    return LearnerOptions(ModelConfig(model, **knobs), 100, device=case.device, learner=LearnerConfig(**learner))
 
 
 def train(case: Case, options: LearnerOptions, adapter: MultimodalAdapter) -> dict[str, float]:
@@ -99,7 +107,7 @@ def train(case: Case, options: LearnerOptions, adapter: MultimodalAdapter) -> di
     engine = DeepSpeedEngine(options, adapter)
     peaks: dict[str, float] = {"load": meter.peak()}
     batches = make_batches(case, adapter, engine.rank)
-    completions = case.micro_batches * case.rows * case.completions * options.ranks
+    completions = case.micro_batches * case.rows * case.completions * options.learner.ranks
     counts = GlobalCounts(float(completions * case.completion), float(completions))
     for step in range(case.steps):
         meter.reset()
@@ -152,14 +160,14 @@ def main(arguments: Sequence[str]) -> None:
     path, rank, port = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     content = json.loads(path.read_text())
     case = Case(**content["case"])
-    options = learner_options(case.options, content["model"])
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK="0")
+    options = learner_options(case, content["model"])
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.learner.ranks), LOCAL_RANK="0")
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(options.threads)
     join(options, rank, "127.0.0.1", port)
-    warm_up(replace(options, model=content["small"]), load_adapter(content["small"]))
-    print(json.dumps(train(case, options, load_adapter(options.model))))
+    warm_up(learner_options(case, content["small"]), load_adapter(content["small"]))
+    print(json.dumps(train(case, options, load_adapter(content["model"]))))
 
 
 if __name__ == "__main__":

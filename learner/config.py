@@ -16,6 +16,7 @@ from vlm.section import ByName, ListOfOne, Parsed, section, short
 Preset = Literal["grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp"]
 Aggregation = Literal["token", "sequence", "constant"]
 Offload = Literal["none", "optimizer", "parameters"]
+Recomputed = Literal["language", "vision", "audio"]
 DEFAULT_TOKENS = 8192
 """Language positions of a micro-batch, if no limit is given."""
 
@@ -200,6 +201,20 @@ class AlgorithmConfig:
         """The last part of the length limit in which the penalty grows; 0: there is none."""
         return 0.0 if isinstance(self.overlong, str) else self.overlong
 
+    def kl_in(self, where: Literal["loss", "reward"]) -> Kl | None:
+        """The KL to the reference, if that is where it enters."""
+        return self.kl if self.kl is not None and self.kl.where == where else None
+
+    @property
+    def reference_every(self) -> int:
+        """Updates after which the reference becomes the current policy; 0: never."""
+        return 0 if self.kl is None else self.kl.refresh
+
+    @property
+    def needs_policy_before(self) -> bool:
+        """Whether steps behind the first are computed against the policy before it: by the ratio, or a correction."""
+        return self.optimizer_steps > 1 and not isinstance(self.off_policy, Behavior)
+
 
 # --- learner ----------------------------------------------------------------------------------------------------------
 
@@ -269,11 +284,7 @@ class LearnerConfig:
     """DeepSpeed ZeRO stage."""
     offload: Offload = "none"
     """A rank keeps this in CPU memory beside its GPU: the optimizer's state, or that and the parameters (ZeRO-3)."""
-    gradient_checkpointing: Annotated[tuple[Literal["language", "vision", "audio"], ...], ListOfOne] = (
-        "language",
-        "vision",
-        "audio",
-    )
+    gradient_checkpointing: Annotated[tuple[Recomputed, ...], ListOfOne] = ("language", "vision", "audio")
     """Parts of the model whose activations are recomputed in the backward pass; [] keeps all."""
 
     @property

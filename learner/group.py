@@ -57,10 +57,10 @@ class LearnerGroup:
         transfer: WeightTransferOptions | None = None,
     ) -> None:
         """`actor_options` are the Ray options of each rank's actor (num_cpus, num_gpus=1, resources,
-        scheduling_strategy), as many as `options.ranks`. Sending weights needs `transfer`. Nothing starts before
+        scheduling_strategy), as many as `learner.ranks`. Sending weights needs `transfer`. Nothing starts before
         `start`."""
-        if len(actor_options) != options.ranks:
-            raise ValueError(f"{options.ranks} ranks, but actor options for {len(actor_options)}")
+        if len(actor_options) != options.learner.ranks:
+            raise ValueError(f"{options.learner.ranks} ranks, but actor options for {len(actor_options)}")
         self.options = options
         self._transfer = transfer
         self._actor_options = [dict(o) for o in actor_options]
@@ -101,26 +101,27 @@ class LearnerGroup:
                 f"{_why(summaries)}"
             )
         kept = [i for i in order if used[i]]
+        algorithm = self.options.algorithm
         # Which group is trained in which step does not depend on the number of ranks.
-        parts = [kept[m :: self.options.optimizer_steps] for m in range(self.options.optimizer_steps)]
+        parts = [kept[m :: algorithm.optimizer_steps] for m in range(algorithm.optimizer_steps)]
         costs = [self._cost(s.prompt_length, s.lengths, s.media_length) for s in summaries]
-        deal = [shard([costs[i] for i in part], self.options.ranks) for part in parts]
-        if self.options.beta > 0 and self.options.kl_in == "reward":
-            rewards -= self.options.beta * self._reference_kl([g.group for g in groups], parts, deal, rewards.shape)
+        deal = [shard([costs[i] for i in part], self.options.learner.ranks) for part in parts]
+        if kl := algorithm.kl_in("reward"):
+            rewards -= kl.weight * self._reference_kl([g.group for g in groups], parts, deal, rewards.shape)
         check_rewards(rewards, valid, summaries, self.options)
-        advantages = ADVANTAGES[self.options.advantage](rewards, valid)
+        advantages = ADVANTAGES[algorithm.advantage](rewards, valid)
         shards = [
             [
                 ScoredGroup(groups[part[j]], tuple(advantages[part[j]]), m)
                 for m, (part, dealt) in enumerate(zip(parts, deal, strict=True))
                 for j in dealt[rank]
             ]
-            for rank in range(self.options.ranks)
+            for rank in range(self.options.learner.ranks)
         ]
         calls = [w.update.remote(mine, version) for w, mine in zip(self._workers, shards, strict=True)]
         ranks: list[RankStats] = self._wait(f"running the update at version {version}", calls)
         refused = joined([rank.refused for rank in ranks], [[summaries[i].ref for i in part] for part in parts])
-        if self.options.reference_every and (version + 1) % self.options.reference_every == 0:
+        if algorithm.reference_every and (version + 1) % algorithm.reference_every == 0:
             self._wait("refreshing the reference", [w.refresh_reference.remote() for w in self._workers])
         return UpdateStats(
             **{f.name: getattr(ranks[0], f.name) for f in fields(RankStats) if f.name != "refused"},
@@ -139,7 +140,7 @@ class LearnerGroup:
         """`[G, K]`: for every completion, the KL to the reference of the policy that sampled it."""
         mine = [
             [part[j] for part, dealt in zip(parts, deal, strict=True) for j in dealt[rank]]
-            for rank in range(self.options.ranks)
+            for rank in range(self.options.learner.ranks)
         ]
         calls = [
             w.reference_kl.remote([group_refs[i] for i in own]) for w, own in zip(self._workers, mine, strict=True)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.divergence import KL_ESTIMATORS
-from learner.algorithm.losses import Clip
-from learner.algorithm.objective import GlobalCounts, LossTerms, Objective, TokenTerms, policy_update_loss
+from learner.algorithm.objective import GlobalCounts, LossTerms, TokenTerms, policy_update_loss
 from learner.batching.collate import collate
 from learner.batching.costs import row_costs
 from learner.batching.packing import balance, fewest_bins, pack_padded
@@ -100,7 +99,7 @@ class Updater:
         timer = timer or PhaseTimer()
         minibatches = self._minibatches(share)
         samples = [sample for own in minibatches for sample in own.samples]
-        lag_sum, lag_max = token_lags(samples, version, self._options.max_staleness)
+        lag_sum, lag_max = token_lags(samples, version, self._options.rollout.max_staleness)
         computed = sum(batch.num_tokens for own in minibatches for batch in own.batches)
         own_counts = [count for own in minibatches for count in (own.tokens, len(own.samples))]
         positions, lags, *counted = self._engine.all_reduce_sum([computed, lag_sum, *own_counts])
@@ -108,7 +107,7 @@ class Updater:
         trained = sum(count.tokens for count in counts)
         if not trained:
             raise NothingToLearnError(
-                "every completion was cut off at its length limit, and mask_truncated leaves those out"
+                "every completion was cut off at its length limit, and algorithm.overlong=mask leaves those out"
             )
         timer.split("encode")
         minibatches = self._with_other_policies(minibatches, timer)
@@ -124,7 +123,7 @@ class Updater:
             "staleness_mean": lags / trained,
         }
         shown = [results[i] for i in taken or attempted]
-        known = len(shown) if self._options.needs_policy_before else 1
+        known = len(shown) if self._options.algorithm.needs_policy_before else 1
         seconds = dict(zip(timer.seconds, self._engine.all_reduce_max(list(timer.seconds.values())), strict=True))
         return RankStats(
             loss=float(np.mean([result.loss for result in shown])),
@@ -167,7 +166,9 @@ class Updater:
     def reference_kl(self, groups: Sequence[RolloutGroup], media: Mapping[str, bytes]) -> list[list[float]]:
         """The estimated KL to the reference of the policy that sampled each completion, summed over its trainable
         tokens."""
-        estimate = KL_ESTIMATORS[self._options.kl_estimator]
+        kl = self._options.algorithm.kl
+        assert kl is not None
+        estimate = KL_ESTIMATORS[kl.estimator]
         result = []
         for group, own in zip(groups, self.score(groups, media, reference=True), strict=True):
             sampled = [to_sample(completion) for completion in group.completions]
@@ -186,13 +187,13 @@ class Updater:
                 to_sample(completion, float(advantage))
                 for completion, advantage, verdict in zip(group.completions, advantages, group.verdicts, strict=True)
                 if verdict.score is not None
-                and not (self._options.mask_truncated and completion.finish_reason == "length")
+                and not (self._options.algorithm.overlong == "mask" and completion.finish_reason == "length")
             ]
             samples = [sample for sample in samples if sample.trainable.any()]
             found.append(make_rows(prompt, samples, self._adapter, self._options))
             if len(found[-1]) > 1 and shares_prompts(self._adapter):
                 logger.warning(
-                    "group %s does not fit a micro-batch: its prompt is computed %d times; raise learner.micro_batch_*",
+                    "group %s does not fit a micro-batch: its prompt is computed %d times; raise learner.micro_batch",
                     *(group.prompt.ref, len(found[-1])),
                 )
         return found
@@ -217,7 +218,7 @@ class Updater:
         rows = self.rows(share)
         steps = [0] * len(rows) if share.minibatches is None else share.minibatches
         made = []
-        for step in range(self._options.optimizer_steps):
+        for step in range(self._options.algorithm.optimizer_steps):
             members = [i for i, own in enumerate(steps) if own == step]
             own = [row for i in members for row in rows[i]]
             refs = [share.groups[i].prompt.ref for i in members for _ in rows[i]]
@@ -235,12 +236,12 @@ class Updater:
         """The minibatches with log-probabilities under the reference and, after the first step, under the policy before
         it, if the objective asks for them."""
         made, engine = list(minibatches), self._engine
-        if self._options.beta > 0 and self._options.kl_in == "loss":
+        if self._options.algorithm.kl_in("loss"):
             made = [
                 own.changed(lambda b: replace(b, reference_logprobs=engine.logprobs(b, reference=True))) for own in made
             ]
             timer.split("reference")
-        if self._options.needs_policy_before:  # in the first step that is the current one
+        if self._options.algorithm.needs_policy_before:  # in the first step that is the current one
             made[1:] = [own.changed(lambda b: replace(b, before_logprobs=engine.logprobs(b))) for own in made[1:]]
             timer.split("before")
         return made
@@ -256,7 +257,7 @@ class Updater:
 
 def micro_loss(options: LearnerOptions, counts: GlobalCounts) -> MicroLoss:
     """The loss of one micro-batch of a policy update, as its part of a global batch of `counts`."""
-    objective = objective_of(options)
+    algorithm, max_length = options.algorithm, options.rollout.max_completion_length
 
     def compute(batch: MultimodalBatch, logprobs: Tensor, entropy: Tensor) -> LossTerms:
         assert batch.behavior_logprobs is not None
@@ -271,21 +272,6 @@ def micro_loss(options: LearnerOptions, counts: GlobalCounts) -> MicroLoss:
             before_logprobs=batch.before_logprobs,
             reference_logprobs=batch.reference_logprobs,
         )
-        return policy_update_loss(terms, objective, counts)
+        return policy_update_loss(terms, algorithm, counts, max_length=max_length)
 
     return compute
-
-
-def objective_of(options: LearnerOptions) -> Objective:
-    return Objective(
-        loss=options.loss,
-        clip=Clip(options.clip_eps_low, options.clip_eps_high, options.clip_dual),
-        against_behavior=options.old_policy == "behavior",
-        aggregation=options.aggregation,
-        max_length=options.max_completion_length,
-        correction=options.correction,
-        correction_range=options.correction_range,
-        beta=options.beta if options.kl_in == "loss" else 0.0,
-        kl=options.kl_estimator,
-        entropy_bonus=options.entropy_bonus,
-    )

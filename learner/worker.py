@@ -44,7 +44,7 @@ class LearnerWorker:
     def __init__(self, options: LearnerOptions, rank: int, transfer: WeightTransferOptions | None) -> None:
         # DeepSpeed and transformers read these at import, which therefore happens in `setup`. Each rank sees one
         # device of its own, so that its local rank is 0 wherever it runs.
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.learner.ranks), LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(CROSS_RANK="0", CROSS_SIZE="1", DS_ACCELERATOR=options.device, TOKENIZERS_PARALLELISM="false")
         # DeepSpeed builds its optimizer for CPUs with ninja, which lies beside Python in an environment not activated.
         os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
@@ -81,17 +81,17 @@ class LearnerWorker:
 
         # DeepSpeed calls collectives under names that torch has since replaced, and every call would say so.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        options = self.options
+        options, model = self.options, self.options.model
         if options.device == "cpu":
             torch.set_num_threads(options.threads)
         join(options, self.rank, host, port, self._store)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(options.seed + self.rank)
         adapter = load_adapter(
-            options.model,
-            options.adapter,
-            trust_remote_code=options.trust_remote_code,
-            max_image_tokens=options.max_image_tokens,
+            model.path,
+            model.adapter,
+            trust_remote_code=model.trust_remote_code,
+            max_image_tokens=model.max_image_tokens,
         )
         self._engine = DeepSpeedEngine(options, adapter)
         towers = make_towers(

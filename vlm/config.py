@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt, MinLen
 
-from vlm.parameter_names import DEFAULT_LORA_TARGETS, LoraRole, Part
+from vlm.parameter_names import DEFAULT_LORA_TARGETS, LoraRole, Part, part_of
 from vlm.section import Before, ListOfOne, section, short
 
 
@@ -46,3 +46,29 @@ class ModelConfig:
     tiles. null: as the model's own processor has it. docs/data.md says which families can."""
     freeze: Annotated[tuple[Part, ...], ListOfOne] = ()
     """Parts that stay as they are when the full weights are trained: vision, projector, audio, language."""
+
+    @property
+    def quantize(self) -> Literal["none", "nf4"]:
+        """How the base weights are held."""
+        return "none" if self.lora is None else self.lora.quantize
+
+    @property
+    def lora_targets(self) -> tuple[LoraRole, ...]:
+        """The roles whose layers get an adapter; empty without LoRA."""
+        return () if self.lora is None else self.lora.targets
+
+
+def role_problems(model: ModelConfig) -> list[str]:
+    """Contradictions that do not depend on the family of the model; `MultimodalAdapter.part_problems` has the
+    others."""
+    found = []
+    if set(model.freeze) == set(get_args(Part)):
+        found.append("freeze names every part of a model: nothing would be trained")
+    if model.lora is not None and not model.lora.targets:
+        found.append("lora.targets is empty: nothing would be trained")
+    if both := [role for role in model.lora_targets if part_of(role) in model.freeze]:
+        found.append(
+            f"lora.targets names {', '.join(both)}, which freeze={', '.join(model.freeze)} rules out; take one of them "
+            "away (with LoRA everything that is no target stays as it is)"
+        )
+    return found

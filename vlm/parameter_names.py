@@ -6,7 +6,7 @@ The configuration reads the names of the parts here, so this module loads withou
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from vlm.errors import AdapterError
 from vlm.media.types import MediaKind
@@ -21,23 +21,6 @@ THROUGH = {"vision": {"image", "video"}, "projector": {"image", "video"}, "audio
 def part_of(role: str) -> str:
     """`language.mlp` belongs to the part `language`; the other roles are whole parts."""
     return role.partition(".")[0]
-
-
-def role_problems(freeze: Sequence[str], lora_rank: int, lora_targets: Sequence[str]) -> list[str]:
-    """Contradictions that do not depend on the family of the model; `MultimodalAdapter.part_problems` has the
-    others."""
-    found = []
-    if set(freeze) == set(get_args(Part)):
-        found.append("freeze names every part of a model: nothing would be trained")
-    if lora_rank and not lora_targets:
-        found.append("lora.targets is empty: nothing would be trained")
-    both = [role for role in lora_targets if part_of(role) in freeze]
-    if lora_rank and both:
-        found.append(
-            f"lora.targets names {', '.join(both)}, which freeze={', '.join(freeze)} rules out; take one of them away "
-            "(with LoRA everything that is no target stays as it is)"
-        )
-    return found
 
 
 def tower_part(kind: MediaKind) -> str:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.gpu_parts.common import Setting, join_alone
 from bench.memory_process import Case, make_batches
 from learner.algorithm.objective import GlobalCounts
+from learner.config import AlgorithmConfig, Cispo, Current, Kl, LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.engines.protocol import TrainEngine
 from learner.engines.torch_engine import TorchEngine
@@ -26,6 +27,7 @@ from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.config import Lora, ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.media.types import MediaKind
 from vlm.tiny import TinySizes, build_tiny
@@ -57,16 +59,18 @@ def run(setting: Setting) -> dict[str, Any]:
 
 def _options(path: Path) -> LearnerOptions:
     return LearnerOptions(
-        str(path),
+        ModelConfig(str(path), dtype="float32"),
         100,
         device="cpu",
-        dtype="float32",
-        loss="cispo",
-        zero_stage=0,
-        learning_rate=1e-3,
-        max_grad_norm=1e9,
-        gradient_checkpointing=(),
+        algorithm=AlgorithmConfig(loss=Cispo(), off_policy=Current()),
+        learner=LearnerConfig(zero_stage=0, learning_rate=1e-3, max_grad_norm=1e9, gradient_checkpointing=()),
     )
+
+
+def _staged(options: LearnerOptions, stage: Literal[0, 1, 2, 3], **model: Any) -> LearnerOptions:
+    """Return the options with a ZeRO stage, and with other knobs of the model."""
+    learner = replace(options.learner, zero_stage=stage)
+    return replace(options, model=replace(options.model, **model), learner=learner)
 
 
 def _family(
@@ -79,10 +83,12 @@ def _family(
     batches, counts = work_of(adapter, image=bool(kinds))
     options, on_device = (replace(o, media_kinds=kinds) for o in (options, on_device))
     exact = gradients(TorchEngine(options, adapter), batches, counts, options)
-    engines: dict[str, Any] = {"ZeRO-2": replace(on_device, zero_stage=2)}
+    engines: dict[str, Any] = {"ZeRO-2": _staged(on_device, 2)}
     if every_stage:
-        engines |= {f"ZeRO-{stage}": replace(on_device, zero_stage=stage) for stage in (0, 1, 3)}
-        engines["checkpointed"] = replace(on_device, gradient_checkpointing=("language", "vision"))
+        others: tuple[Literal[0, 1, 3], ...] = (0, 1, 3)
+        engines |= {f"ZeRO-{stage}": _staged(on_device, stage) for stage in others}
+        checkpointed = replace(on_device.learner, gradient_checkpointing=("language", "vision"))
+        engines["checkpointed"] = replace(on_device, learner=checkpointed)
     errors = {}
     for name, own in engines.items():
         errors[name] = worst(gradients(DeepSpeedEngine(own, adapter), batches, counts, own), exact)
@@ -90,10 +96,10 @@ def _family(
     found: dict[str, Any] = {"errors": errors}
     if every_stage:
         for name, changed in (
-            ("LoRA", replace(on_device, zero_stage=2, lora_rank=4)),
-            ("reference", replace(on_device, zero_stage=2, beta=0.1)),
-            ("bfloat16, ZeRO-2", replace(on_device, zero_stage=2, dtype="bfloat16")),
-            ("bfloat16, ZeRO-3", replace(on_device, zero_stage=3, dtype="bfloat16")),
+            ("LoRA", _staged(on_device, 2, lora=Lora(4))),
+            ("reference", replace(_staged(on_device, 2), algorithm=replace(on_device.algorithm, kl=Kl(0.1)))),
+            ("bfloat16, ZeRO-2", _staged(on_device, 2, dtype="bfloat16")),
+            ("bfloat16, ZeRO-3", _staged(on_device, 3, dtype="bfloat16")),
         ):
             checks[f"{name}: resumes with the identical next step"] = _resumes(adapter, batches, counts, changed)
     return found, checks
@@ -113,7 +119,7 @@ def gradients(
     """Return parameter -> gradient of one step, on the CPU in float64."""
     engine.train_step(batches, micro_loss(options, counts))
     moments = ((name, tensor) for name, tensor in engine.state_tensors() if name.startswith("exp_avg/"))
-    return {name: tensor.detach().double().cpu() / (1 - options.betas[0]) for name, tensor in moments}
+    return {name: tensor.detach().double().cpu() / (1 - options.learner.betas[0]) for name, tensor in moments}
 
 
 def worst(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
@@ -133,7 +139,7 @@ def _resumes(
     """Take a step, load the state into another engine, and take one more step in both: the states must be equal to the
     bit."""
     loss, first = micro_loss(options, counts), DeepSpeedEngine(options, adapter)
-    if options.needs_reference:
+    if options.algorithm.kl is not None:
         batches = [replace(b, reference_logprobs=first.logprobs(b, reference=True)) for b in batches]
     first.train_step(batches, loss)
     saved = {name: tensor.detach().clone().cpu() for name, tensor in first.state_tensors()}
@@ -156,8 +162,9 @@ def _long_positions(
     exact = TorchEngine(options, adapter).logprobs(batch)[mask]
     distances: dict[str, float] = {}
     buffers: dict[str, bool] = {}
-    for stage in (2, 3):
-        own = replace(options, device=setting.device, dtype="bfloat16", zero_stage=stage)
+    stages: tuple[Literal[2, 3], ...] = (2, 3)
+    for stage in stages:
+        own = _staged(replace(options, device=setting.device), stage, dtype="bfloat16")
         engine = DeepSpeedEngine(own, adapter)
         distances[f"ZeRO-{stage}"] = float((engine.logprobs(batch)[mask] - exact).abs().mean())
         rotary = [b for name, b in engine.policy.named_buffers() if name.endswith("inv_freq")]

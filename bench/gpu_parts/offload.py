@@ -17,9 +17,11 @@ from typing import Any
 
 from bench.gpu_parts.common import Setting, join_alone
 from bench.gpu_parts.exact import work_of
+from learner.config import AlgorithmConfig, Cispo, Current, LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.tiny import TinySizes, build_tiny
 
@@ -56,7 +58,11 @@ def _apart(setting: Setting, path: Path, threads: int, offloaded: bool) -> dict[
 def _steps(path: str, device: Any, offloaded: bool) -> dict[str, float]:
     setting = Setting(device, small=False)
     options = LearnerOptions(
-        path, 100, device=device, dtype="bfloat16", loss="cispo", learning_rate=1e-6, **_offload(offloaded)
+        ModelConfig(path, dtype="bfloat16"),
+        100,
+        device=device,
+        algorithm=AlgorithmConfig(loss=Cispo(), off_policy=Current()),
+        learner=LearnerConfig(learning_rate=1e-6, offload="optimizer" if offloaded else "none"),
     )
     join_alone(options)
     adapter = load_adapter(path)
@@ -68,10 +74,6 @@ def _steps(path: str, device: Any, offloaded: bool) -> dict[str, float]:
     seconds = setting.seconds(lambda: engine.train_step(batches, loss), STEPS)
     parameters = sum(p.numel() for p in engine.policy.parameters())
     return {"parameters": parameters, "grad_norm": norm, "first_seconds": first, "seconds": seconds}
-
-
-def _offload(offloaded: bool) -> dict[str, Any]:
-    return {"offload": "optimizer" if offloaded else "none"}
 
 
 if __name__ == "__main__":

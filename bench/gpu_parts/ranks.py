@@ -17,10 +17,12 @@ import torch.multiprocessing as processes
 
 from bench.gpu_parts.common import Setting
 from bench.gpu_parts.exact import gradients, work_of, worst
+from learner.config import AlgorithmConfig, Cispo, Current, LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.engines.process_group import join, open_store
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
@@ -32,18 +34,16 @@ def run(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
         path = build_tiny("qwen2_5_vl", Path(folder) / "model")
         options = LearnerOptions(
-            str(path),
+            ModelConfig(str(path), dtype="float32"),
             100,
             device=setting.device,
-            dtype="float32",
-            loss="cispo",
-            ranks=2,
-            max_grad_norm=1e9,
+            algorithm=AlgorithmConfig(loss=Cispo(), off_policy=Current()),
+            learner=LearnerConfig(ranks=2, max_grad_norm=1e9),
             timeout=60.0,
         )
         adapter = load_adapter(str(path))
         batches, counts = work_of(adapter, image=True)
-        alone = replace(options, device="cpu", ranks=1, zero_stage=0)
+        alone = replace(options, device="cpu", learner=replace(options.learner, ranks=1, zero_stage=0))
         exact = gradients(TorchEngine(alone, adapter), batches, counts, alone)
         kept = Path(folder) / "gradients.pt"
         if reason := _two(options, kept):
@@ -74,7 +74,7 @@ def _rank(options: LearnerOptions, rank: int, port: int, answers: Any, kept: Pat
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
     try:
         join(options, rank, "127.0.0.1", port)
-        adapter = load_adapter(options.model)
+        adapter = load_adapter(options.model.path)
         batches, counts = work_of(adapter, image=True)
         found = gradients(DeepSpeedEngine(options, adapter), batches[rank : rank + 1], counts, options)
         if rank == 0:

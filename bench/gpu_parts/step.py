@@ -22,12 +22,14 @@ from bench.gpu_parts.common import RealShape, Setting, join_alone, shapes
 from bench.learner_work import Shape, batches_of, make_groups, model_flops, plain_batches, rows_of
 from bench.trl_step import LEARNING_RATE, BareStep
 from learner.algorithm.objective import GlobalCounts
+from learner.config import AlgorithmConfig, Cispo, Current, LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.plan.memory import Load
 from learner.plan.predict import predict
 from learner.types import LearnerOptions
 from learner.update import micro_loss
 from vlm.batch import MultimodalBatch
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 
 WORK = Shape({"3B": 6, "7B": 6}, edge=896, words=40, new=512)
@@ -49,15 +51,11 @@ def run(setting: Setting) -> dict[str, Any]:
 
 def learner_options(setting: Setting, path: Path, budget: int) -> LearnerOptions:
     return LearnerOptions(
-        str(path),
+        ModelConfig(str(path), dtype="bfloat16" if setting.cuda else "float32"),
         10_000,
         device=setting.device,
-        dtype="bfloat16" if setting.cuda else "float32",
-        loss="cispo",
-        old_policy="current",
-        zero_stage=2 if setting.cuda else 0,
-        learning_rate=LEARNING_RATE,
-        micro_batch_tokens=budget,
+        algorithm=AlgorithmConfig(loss=Cispo(), off_policy=Current()),
+        learner=LearnerConfig(zero_stage=2 if setting.cuda else 0, learning_rate=LEARNING_RATE, micro_batch=budget),
     )
 
 

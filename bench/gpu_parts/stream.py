@@ -6,15 +6,17 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bench.gpu_parts.common import Setting, join_alone
 from bench.gpu_parts.exact import work_of
+from learner.config import AlgorithmConfig, Cispo, Current, LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.types import LearnerOptions
 from learner.update import micro_loss
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.tiny import build_tiny
 
@@ -27,11 +29,17 @@ def run(setting: Setting) -> dict[str, Any]:
         path = build_tiny("qwen2_5_vl", Path(folder) / "model")
         adapter = load_adapter(str(path))
         dtype: Any = "bfloat16" if setting.cuda else "float32"
-        options = LearnerOptions(str(path), 100, device=setting.device, dtype=dtype, loss="cispo", learning_rate=1e-3)
+        options = LearnerOptions(
+            ModelConfig(str(path), dtype),
+            100,
+            device=setting.device,
+            algorithm=AlgorithmConfig(loss=Cispo(), off_policy=Current()),
+        )
         join_alone(options)
         batches, counts = work_of(adapter, image=True)
-        for stage in (2, 3):
-            own = replace(options, zero_stage=stage)
+        stages: tuple[Literal[2, 3], ...] = (2, 3)
+        for stage in stages:
+            own = replace(options, learner=LearnerConfig(zero_stage=stage, learning_rate=1e-3))
             states = []
             for switched in (False, True):
                 engine = DeepSpeedEngine(own, adapter)

@@ -16,10 +16,12 @@ import torch
 
 from bench.gpu_parts.common import Setting, error_of, shapes
 from bench.memory_process import Case, make_batches
+from learner.config import LearnerConfig
 from learner.model.load import load_policy
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from vlm.batch import MultimodalBatch
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 
 EDGE = {False: 896, True: 112}
@@ -33,7 +35,8 @@ def run(setting: Setting) -> dict[str, Any]:
         path = shapes(setting)["3B"].build(Path(folder) / "model", setting.device)
         adapter = load_adapter(str(path))
         dtype: Any = "bfloat16" if setting.cuda else "float32"
-        options = LearnerOptions(str(path), 1, device=setting.device, dtype=dtype, gradient_checkpointing=())
+        learner = LearnerConfig(gradient_checkpointing=())
+        options = LearnerOptions(ModelConfig(str(path), dtype), 1, device=setting.device, learner=learner)
         policy = load_policy(options, adapter).to(setting.device)
         edge, many = EDGE[setting.small], 2 if setting.small else 16
         case = Case("image", rows=1, prompt=(edge // 28) ** 2 + 64, completion=4, image=edge, micro_batches=1)

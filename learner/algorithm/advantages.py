@@ -80,6 +80,7 @@ ADVANTAGES: dict[str, Advantage] = {
     "dr_grpo": dr_grpo,
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
+    "gdpo": reinforce_pp,  # on what `normalized_sum` made of the rewards
     "gpg": gpg,
     "maxrl": maxrl,
 }

@@ -85,7 +85,8 @@ def geometric(learner: Tensor, behavior: Tensor, sequences: Sequences, low: floa
 
 
 CORRECTIONS: dict[str, Correction] = {
-    "none": none,
+    "behavior": none,
+    "current": none,
     "tis": truncated,
     "tis_sequence": truncated_sequence,
     "icepop": masked,

@@ -24,9 +24,10 @@ def combined_rewards(summaries: Sequence[GroupSummary], options: LearnerOptions)
     if options.part_weights:
         weights = np.array(list(options.part_weights.values()))
         rewards = normalized_sum(_parts(summaries, list(options.part_weights), valid), weights, valid)
-    if options.overlong_buffer:
+    limit = options.rollout.max_completion_length
+    if buffer := round(options.algorithm.overlong_share * limit):
         lengths = np.array([s.lengths for s in summaries], np.float64)
-        rewards = rewards + overlong_penalty(lengths, options.max_completion_length, options.overlong_buffer)
+        rewards = rewards + overlong_penalty(lengths, limit, buffer)
     return rewards, valid
 
 
@@ -40,7 +41,7 @@ def check_rewards(rewards: Floats, valid: Bools, summaries: Sequence[GroupSummar
                 "reference are counted in, and these must be finite; look at the scores, and whether the reference's "
                 "log-probabilities are finite"
             )
-        if options.advantage == "maxrl" and own.min(initial=0.0) < 0:
+        if options.algorithm.advantage == "maxrl" and own.min(initial=0.0) < 0:
             parts = [f"{name} {min(scores):g}" for name, scores in summary.parts.items() if min(scores, default=0) < 0]
             raise RewardError(
                 f"prompt {summary.ref}: its lowest reward is {own.min():g} (of {', '.join(parts) or 'their sum'}), but "

@@ -9,21 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from learner.config import Aggregation
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """The ratio is clipped to `[1 - low, 1 + high]`."""
-
-    low: float
-    high: float
-    dual: float | None = None
-    """For negative advantages the loss is at most `dual` times the advantage's size (dual clip); None: no bound."""
+from learner.config import Aggregation, Cispo, DualClipped, Gspo, PpoClip, Reinforce, Sapo
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +70,25 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp() * (1.0 + (log_ratio - LARGEST_LOG_RATIO).clamp(min=0.0))
 
 
-PolicyLoss = Callable[[Tensor, Tensor, Tensor, Sequences, Clip], TokenLoss]
-"""(logprobs, old log-probabilities, advantages, sequences, clip) -> TokenLoss; the first alone carries a gradient."""
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Sequences, Any], TokenLoss]
+"""(logprobs, old log-probabilities, advantages, sequences, its section of the configuration) -> TokenLoss; the first
+alone carries a gradient."""
 
 
-def ppo_clip(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+def ppo_clip(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: PpoClip) -> TokenLoss:
     """-min(r A, clip(r) A), r = pi / pi_old (PPO, arXiv:1707.06347, equation 7); `clip.high` may exceed `clip.low`
     (clip-higher, DAPO, arXiv:2503.14476, section 3.1); bounded for A < 0 by `clip.dual` (arXiv:1912.09729).
     """
     return _clipped(ratio_of(logprobs - old), advantages, clip)
 
 
-def gspo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+def gspo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Gspo) -> TokenLoss:
     """`ppo_clip` with one ratio for a whole completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071). The
     paper's objective is this under aggregation "sequence"."""
     return _clipped(ratio_of(sequences.mean(logprobs - old)), advantages, clip)
 
 
-def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Cispo) -> TokenLoss:
     """-sg(clip(r)) A log pi: the ratio is clipped as a weight, and no token loses its gradient (CISPO, MiniMax-M1,
     arXiv:2506.13585)."""
     ratio = ratio_of(logprobs - old).detach()
@@ -108,9 +100,9 @@ SAPO_TEMPERATURES = (1.0, 1.05)
 """For positive and for negative advantages: the paper's."""
 
 
-def sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
+def sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, knobs: Sapo) -> TokenLoss:
     """-4 / tau sigmoid(tau (r - 1)) A: a gate that closes softly in place of the clip, sooner for negative advantages
-    (SAPO, arXiv:2511.20347). Its gradient at r = 1 is the plain policy gradient. `clip` has no part."""
+    (SAPO, arXiv:2511.20347). Its gradient at r = 1 is the plain policy gradient."""
     positive, negative = advantages.new_tensor(SAPO_TEMPERATURES)
     tau = torch.where(advantages > 0, positive, negative)
     ratio = ratio_of(logprobs - old)
@@ -118,8 +110,8 @@ def sapo(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences
     return TokenLoss(-gate * advantages, ratio.detach(), torch.zeros_like(ratio, dtype=torch.bool))
 
 
-def reinforce(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, clip: Clip) -> TokenLoss:
-    """-A log pi (Williams 1992). Neither `old` nor `clip` has a part; the ratio is reported."""
+def reinforce(logprobs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, knobs: Reinforce) -> TokenLoss:
+    """-A log pi (Williams 1992). `old` has no part; the ratio is reported."""
     ratio = ratio_of(logprobs - old).detach()
     return TokenLoss(-advantages * logprobs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
 
@@ -133,7 +125,7 @@ LOSSES: dict[str, PolicyLoss] = {
 }
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
+def _clipped(ratio: Tensor, advantages: Tensor, clip: DualClipped) -> TokenLoss:
     bounded = ratio.clamp(1.0 - clip.low, 1.0 + clip.high)
     plain, limited = -ratio * advantages, -bounded * advantages
     loss = torch.maximum(plain, limited)

@@ -6,36 +6,13 @@ L = sum over trained tokens of weight_t (correction_t policy_loss_t + beta kl_t 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from learner.algorithm.divergence import CORRECTIONS, KL_ESTIMATORS, k3
-from learner.algorithm.losses import LOSSES, Clip, Sequences, ratio_of, token_weights
-from learner.config import Aggregation
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """The loss that is minimised: the names of its parts, and their numbers."""
-
-    loss: str = "ppo_clip"
-    """A key of LOSSES."""
-    clip: Clip = field(default_factory=lambda: Clip(0.2, 0.2))
-    against_behavior: bool = False
-    """Whether the ratio's denominator is what the engine sampled with, instead of the learner's policy before the
-    step."""
-    aggregation: Aggregation = "token"
-    max_length: int = 1
-    """Tokens that a completion may have, for aggregation "constant"."""
-    correction: str = "none"
-    """A key of CORRECTIONS, between the learner's policy before the step and the engine's."""
-    correction_range: tuple[float, float] = (0.0, float("inf"))
-    beta: float = 0.0
-    """Weight of the KL to the reference in the loss."""
-    kl: str = "k3"
-    """A key of KL_ESTIMATORS."""
-    entropy_bonus: float = 0.0
+from learner.algorithm.losses import LOSSES, Sequences, ratio_of, token_weights
+from learner.config import AlgorithmConfig, Behavior
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +51,26 @@ class LossTerms:
     """Maxima over the masked tokens; 0 where there is none."""
 
 
-def policy_update_loss(terms: TokenTerms, objective: Objective, counts: GlobalCounts) -> LossTerms:
-    """A micro-batch's part of the loss over the global batch of `counts`.
+def policy_update_loss(
+    terms: TokenTerms, algorithm: AlgorithmConfig, counts: GlobalCounts, *, max_length: int
+) -> LossTerms:
+    """A micro-batch's part of the loss over the global batch of `counts`. `max_length`: the tokens that a completion
+    may have, for aggregation "constant".
 
-    Raises ValueError for counts that are not positive, and for beta > 0 without reference log-probabilities."""
-    mask = terms.mask
+    Raises ValueError for counts that are not positive, and for a KL in the loss without reference log-probabilities."""
+    mask, off_policy = terms.mask, algorithm.off_policy
     # Selected first: everything below is over the [T] trained tokens, and the rest has no gradient at all.
     logprobs, behavior, advantages = terms.logprobs[mask], terms.behavior_logprobs[mask], terms.advantages[mask]
     entropy = terms.entropy[mask]
     sequences = Sequences.of(terms.completions[mask])
     before = logprobs.detach() if terms.before_logprobs is None else terms.before_logprobs[mask]
-    old = behavior if objective.against_behavior else before
+    old = behavior if isinstance(off_policy, Behavior) else before
 
-    token = LOSSES[objective.loss](logprobs, old, advantages, sequences, objective.clip)
-    correction = CORRECTIONS[objective.correction](before, behavior, sequences, *objective.correction_range)
+    token = LOSSES[algorithm.loss.name](logprobs, old, advantages, sequences, algorithm.loss)
+    correction = CORRECTIONS[off_policy.name](before, behavior, sequences, *off_policy.bounds)
     values = correction * token.loss
-    if objective.entropy_bonus:  # else the head is spared the entropy's gradient, though it would be zero
-        values = values - objective.entropy_bonus * entropy
+    if algorithm.entropy_bonus:  # else the head is spared the entropy's gradient, though it would be zero
+        values = values - algorithm.entropy_bonus * entropy
     sums = {
         "policy_loss": token.loss.detach().sum(),
         "entropy": entropy.detach().sum(),
@@ -99,13 +79,13 @@ def policy_update_loss(terms: TokenTerms, objective: Objective, counts: GlobalCo
         "correction": correction.sum(),
         **_mismatch(before, behavior),
     }
-    if objective.beta > 0:
+    if kl := algorithm.kl_in("loss"):
         if terms.reference_logprobs is None:
-            raise ValueError(f"beta={objective.beta} needs the reference policy's log-probabilities")
-        kl = KL_ESTIMATORS[objective.kl](logprobs, terms.reference_logprobs[mask])
-        values = values + objective.beta * kl
-        sums["kl"] = kl.detach().sum()
-    weights = token_weights(sequences, objective.aggregation, counts.tokens, counts.completions, objective.max_length)
+            raise ValueError(f"kl.weight={kl.weight} needs the reference policy's log-probabilities")
+        estimates = KL_ESTIMATORS[kl.estimator](logprobs, terms.reference_logprobs[mask])
+        values = values + kl.weight * estimates
+        sums["kl"] = estimates.detach().sum()
+    weights = token_weights(sequences, algorithm.aggregation, counts.tokens, counts.completions, max_length)
     maxima = {"mismatch_max": _largest((before - behavior).abs()), "ratio_max": _largest(token.ratio)}
     return LossTerms((weights.to(values.dtype) * values).sum(), sums, maxima)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 
+from learner.config import Constant, Linear
 from learner.types import LearnerOptions
 
 
 def learning_rate(step: int, options: LearnerOptions) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant, linear or cosine, which
-    would reach `min_lr_ratio` times the peak one step after the last of `total_steps`: no step has a rate of 0 (as in
+    would reach `min_ratio` times the peak one step after the last of `total_steps`: no step has a rate of 0 (as in
     transformers)."""
-    peak, warmup = options.learning_rate, options.warmup_steps
+    peak, warmup = options.learner.learning_rate, options.learner.warmup_steps
+    schedule = options.learner.lr_schedule
     if step < warmup:
         return peak * (step + 1) / warmup
-    if options.lr_schedule == "constant":
+    if isinstance(schedule, Constant):
         return peak
     span = max(1, options.total_steps - warmup)
     done = min(1.0, (step - warmup) / span)
-    share = 1.0 - done if options.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return peak * (options.min_lr_ratio + (1.0 - options.min_lr_ratio) * share)
+    share = 1.0 - done if isinstance(schedule, Linear) else 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * (schedule.min_ratio + (1.0 - schedule.min_ratio) * share)

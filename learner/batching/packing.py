@@ -159,7 +159,7 @@ def _check_fits(size: Sequence[int], limits: Size) -> None:
         if has > limit:
             raise ValueError(
                 f"a prompt with one completion has {has} {name}, a micro-batch takes {limit}: raise "
-                "learner.micro_batch_*, or lower the maximum lengths of prompts or completions"
+                "learner.micro_batch, or lower the maximum lengths of prompts or completions"
             )
 
 

@@ -97,11 +97,11 @@ class BaseEngine(ABC):
     @torch.no_grad()
     def logprobs(self, batch: MultimodalBatch, *, reference: bool = False) -> Tensor:
         batch = self._place(batch)
-        if reference and self.options.lora_rank:
+        if reference and self.options.model.lora is not None:
             return self._module(batch, reference=True)[0].cpu()
         module = self._reference if reference else self._module
         if module is None:
-            raise RuntimeError("no reference policy was loaded: beta is 0")
+            raise RuntimeError("no reference policy was loaded: the options have no KL")
         return module(batch)[0].cpu()
 
     def run_towers(self, batch: MultimodalBatch) -> dict[MediaKind, list[FeatureRow]]:
@@ -146,7 +146,7 @@ class BaseEngine(ABC):
 
     def state_bytes(self) -> int:
         trained = sum(_full_shape(p).numel() for p in self._trained.values())
-        return 4 * trained * (1 + (len(MOMENTS) if self.steps else 0) + bool(self.options.reference_every))
+        return 4 * trained * (1 + (len(MOMENTS) if self.steps else 0) + bool(self.options.algorithm.reference_every))
 
     def load_state_tensors(self, read: ReadTensor, steps: int) -> None:
         self.steps = steps
@@ -164,7 +164,7 @@ class BaseEngine(ABC):
 
     def _refreshed(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The reference's copies of trained parameters, if they are ever set."""
-        if self.options.reference_every:
+        if self.options.algorithm.reference_every:
             if self._reference is None:
                 raise RuntimeError("no reference policy was loaded that could be refreshed")
             policy = getattr(self._reference, "module", self._reference)
@@ -172,7 +172,7 @@ class BaseEngine(ABC):
             yield from ((name, named[name]) for name in self._trained)
 
     def _place(self, batch: MultimodalBatch) -> MultimodalBatch:
-        return batch.to(self._device, getattr(torch, self.options.dtype))
+        return batch.to(self._device, getattr(torch, self.options.model.dtype))
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

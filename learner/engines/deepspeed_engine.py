@@ -50,7 +50,7 @@ class DeepSpeedEngine(BaseEngine):
         self._set_policy(_load_partitioned(load_policy, options, adapter, config))
         self._optimizer = _make_optimizer(list(self._trained.values()), options)
         self._module = deepspeed.initialize(model=self.policy, optimizer=self._optimizer, config=config)[0]
-        if options.needs_reference and not options.lora_rank:
+        if options.algorithm.kl is not None and options.model.lora is None:
             self._reference = _make_reference(options, adapter, config, self._device)
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
@@ -90,18 +90,18 @@ class DeepSpeedEngine(BaseEngine):
 
 def engine_config(options: LearnerOptions) -> dict[str, Any]:
     """DeepSpeed's configuration. Its batch sizes have no effect: we make the micro-batches."""
-    stage = options.zero_stage
+    learner, stage = options.learner, options.learner.zero_stage
     zero: dict[str, Any] = {"stage": stage}
-    if options.offload != "none":
+    if learner.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": options.device == "cuda"}
-    if options.offload == "parameters":
+    if learner.offload == "parameters":
         zero["offload_param"] = {"device": "cpu", "pin_memory": options.device == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if stage == 0 else options.max_grad_norm,
-        "bf16": {"enabled": options.dtype == "bfloat16"},
+        "gradient_clipping": 0.0 if stage == 0 else learner.max_grad_norm,
+        "bf16": {"enabled": options.model.dtype == "bfloat16"},
         # In bfloat16 the sum over micro-batches would lose the contribution of later ones.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
@@ -117,7 +117,7 @@ def _load_partitioned(
     config: dict[str, Any],
 ) -> PolicyModule:
     """Load with `load`. Under ZeRO-3 each parameter is partitioned as it is read, so that no rank holds the model."""
-    if options.zero_stage != 3:
+    if options.learner.zero_stage != 3:
         return load(options, adapter)
     keep = HfDeepSpeedConfig(config)  # is in force while this object lives (transformers has a weak reference)
     try:
@@ -145,7 +145,7 @@ def _make_reference(
 ) -> nn.Module:
     """Make the frozen initial policy: partitioned under ZeRO-3, else whole on every rank."""
     module = _load_partitioned(load_reference, options, adapter, config)
-    if options.zero_stage != 3:
+    if options.learner.zero_stage != 3:
         return module.to(device)
     zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     return deepspeed.initialize(model=module, config={**config, "zero_optimization": zero})[0]
@@ -154,10 +154,11 @@ def _make_reference(
 def _make_optimizer(parameters: list[nn.Parameter], options: LearnerOptions) -> torch.optim.Optimizer:
     """Make torch's AdamW, or for states offloaded from a GPU DeepSpeed's, which is several times as fast on a CPU (and
     is compiled at first use). Stage 0 has no ZeRO optimizer around it that clips and checks the norm."""
-    if options.zero_stage == 0:
-        return ClippingAdamW(parameters, options, fused=True)
-    groups = parameter_groups(parameters, options.weight_decay)
-    given: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
-    if options.offload != "none" and options.device == "cuda":
+    config = options.learner
+    if config.zero_stage == 0:
+        return ClippingAdamW(parameters, config, fused=True)
+    groups = parameter_groups(parameters, config.weight_decay)
+    given: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas}
+    if config.offload != "none" and options.device == "cuda":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **given)
     return torch.optim.AdamW(groups, fused=True, **given)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learner.types import LearnerOptions
+from learner.config import LearnerConfig
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -30,10 +30,10 @@ class ClippingAdamW(torch.optim.AdamW):
     Each step sets `grad_norm`, before clipping, and `overflow`, whether the step was refused. The optimizers of
     DeepSpeed's ZeRO stages 1 to 3 do the same."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], options: LearnerOptions, *, fused: bool = False) -> None:
-        groups = parameter_groups(parameters, options.weight_decay)
-        super().__init__(groups, lr=options.learning_rate, betas=options.betas, fused=fused)
-        self.max_grad_norm = options.max_grad_norm
+    def __init__(self, parameters: Iterable[nn.Parameter], config: LearnerConfig, *, fused: bool = False) -> None:
+        groups = parameter_groups(parameters, config.weight_decay)
+        super().__init__(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+        self.max_grad_norm = config.max_grad_norm
         self.grad_norm = 0.0
         self.overflow = False
 

@@ -30,7 +30,7 @@ def join(options: LearnerOptions, rank: int, host: str, port: int, store: Any = 
         backend = "nccl"
     else:
         backend = "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=options.ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=options.learner.ranks, timeout=limit)
 
 
 def all_reduce(values: Sequence[float], op: Any, device: str) -> list[float]:

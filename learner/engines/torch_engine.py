@@ -20,17 +20,17 @@ class TorchEngine(BaseEngine):
     """Implements TrainEngine. It ignores ZeRO and offload options."""
 
     def __init__(self, options: LearnerOptions, adapter: MultimodalAdapter) -> None:
-        if options.ranks != 1:
-            raise ValueError(f"TorchEngine is one rank, not {options.ranks}")
+        if options.learner.ranks != 1:
+            raise ValueError(f"TorchEngine is one rank, not {options.learner.ranks}")
         super().__init__(options, adapter, options.device)
         self._set_policy(load_policy(options, adapter).to(options.device))
         self._module = self.policy
-        if options.needs_reference and not options.lora_rank:
+        if options.algorithm.kl is not None and options.model.lora is None:
             self._reference = load_reference(options, adapter).to(options.device)
-        self._optimizer: ClippingAdamW = ClippingAdamW(self._trained.values(), options)
+        self._optimizer: ClippingAdamW = ClippingAdamW(self._trained.values(), options.learner)
 
     def train_step(self, batches: Sequence[MultimodalBatch], micro_loss: MicroLoss) -> StepResult:
-        if self.options.dtype == "bfloat16":
+        if self.options.model.dtype == "bfloat16":
             raise ValueError("TorchEngine keeps no float32 master weights: in bfloat16 it scores, and does not train")
         return super().train_step(batches, micro_loss)
 

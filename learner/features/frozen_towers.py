@@ -18,10 +18,11 @@ import torch
 
 from learner.batching.collate import CachedMedia
 from learner.batching.rows import check_expansion, encode_prompts
+from learner.config import DEFAULT_TOKENS
 from learner.engines.protocol import TrainEngine
 from learner.features.cache import BoundedLRU, FeatureCache, Features, Key, Store
 from learner.model.cached import what_is_cached
-from learner.types import DEFAULT_TOKENS, LearnerOptions
+from learner.types import LearnerOptions
 from rollout.types import RolloutGroup
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
@@ -45,18 +46,18 @@ def make_towers(
 ) -> FrozenTowers | None:
     """Return None if nothing is to be cached: the cache is off, or the table has nothing for the run's media. `connect`
     gives the store of so many bytes that the ranks share."""
-    limit = round(options.feature_cache_gib * 2**30)
+    limit = round(options.learner.feature_cache_gib * 2**30)
     if not limit or not engine.cached():
         return None
-    store = connect(IN_STORE * limit * options.ranks) if connect is not None else None
+    store = connect(IN_STORE * limit * options.learner.ranks) if connect is not None else None
     return FrozenTowers(engine, adapter, options, FeatureCache(limit, store))
 
 
 def describe_caching(adapter: MultimodalAdapter, options: LearnerOptions) -> list[str]:
     """Say in one line for the user what is cached of the run's media. Trained towers are not mentioned."""
-    lora = {part_of(role) for role in options.lora_targets}
-    trained = lora if options.lora_rank else {*adapter.parts} - {*options.freeze}
-    limit = f"(up to {options.feature_cache_gib:g} GiB per rank)"
+    model = options.model
+    trained = {*adapter.parts} - {*model.freeze} if model.lora is None else {part_of(r) for r in model.lora.targets}
+    limit = f"(up to {options.learner.feature_cache_gib:g} GiB per rank)"
     said: dict[str, list[MediaKind]] = {}
     for kind in options.media_kinds:
         if kind not in adapter.modalities or tower_part(kind) in trained:
@@ -66,7 +67,7 @@ def describe_caching(adapter: MultimodalAdapter, options: LearnerOptions) -> lis
             projector_trained="projector" in trained and kind in THROUGH["projector"],
             knows_tower_end=adapter.knows_tower_end(),
         )
-        if not options.feature_cache_gib:
+        if not options.learner.feature_cache_gib:
             text = "the frozen tower runs in every pass because feature_cache_gib is 0"
         elif cached == "features":
             text = f"features are computed once per run and cached {limit}"
@@ -187,13 +188,12 @@ class FrozenTowers:
         return 1 if kind in self._with_outputs else self._adapter.feature_rows(prompt, kind)
 
     def _cut(self, kind: MediaKind, items: Mapping[Key, EncodedPrompt]) -> list[list[Key]]:
-        """The keys of each tower batch: within the limit of patches, or as many as the tokens of a micro-batch bring.
+        """The keys of each tower batch: as many patches as the tokens of a micro-batch bring.
         Tower outputs are computed item by item, because families differ in how those of several items lie together."""
         if kind in self._with_outputs:
             return [[key] for key in items]
         sizes = {key: patches(self._adapter, prompt) for key, prompt in items.items()}
-        tokens = self._options.tokens_limit or DEFAULT_TOKENS
-        limit = self._options.micro_batch_patches or tokens * self._per_token[kind]
+        limit = (self._options.learner.micro_batch_tokens or DEFAULT_TOKENS) * self._per_token[kind]
         batches: list[list[Key]] = []
         room = 0.0
         for key in sorted(items, key=lambda k: -sizes[k]):  # padding is least among items of like size

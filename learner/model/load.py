@@ -21,27 +21,26 @@ def load_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> PolicyMo
     """The policy to train, on the CPU (or partitioned, if DeepSpeed's ZeRO-3 configuration is in force).
 
     Raises ValueError naming what LoRA or freezing did not find in the model, or that bitsandbytes is missing."""
-    targets = options.lora_targets if options.lora_rank else ()
-    if problems := adapter.part_problems(options.freeze, targets, options.media_kinds):
+    if problems := adapter.part_problems(options.model.freeze, options.model.lora_targets, options.media_kinds):
         raise ValueError("; ".join(problems))
     model = load_base(options, adapter)
     parts = {adapter.role(name) for name, _ in model.named_parameters()}
-    if absent := set(options.freeze) - parts:
+    if absent := set(options.model.freeze) - parts:
         raise ValueError(f"freeze: {type(adapter).__name__} finds no {', '.join(absent)} in {type(model).__name__}")
     model = select_trained(model, options, adapter)
     _disable_dropout(model)
     policy = wrap(model, options, adapter).train()
-    if options.gradient_checkpointing:
-        _checkpoint(policy.base, options.gradient_checkpointing, adapter)
+    if options.learner.gradient_checkpointing:
+        _checkpoint(policy.base, options.learner.gradient_checkpointing, adapter)
     return policy
 
 
 def select_trained(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
     """`model` with gradients where they are wanted, or a peft model around it whose adapters alone have them. Raises
     ValueError for LoRA targets that it has no layers of."""
-    if options.lora_rank:
+    if (lora := options.model.lora) is not None:
         chosen = _targets(model, options, adapter)
-        return with_lora(model, chosen, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
+        return with_lora(model, chosen, rank=lora.rank, alpha=lora.alpha, seed=options.seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_trained(name, options, adapter))
     return model
@@ -53,21 +52,21 @@ def load_reference(options: LearnerOptions, adapter: MultimodalAdapter) -> Polic
 
 
 def load_base(options: LearnerOptions, adapter: MultimodalAdapter) -> Any:
-    """The Hugging Face model as it lies in `options.model`, quantized if that is asked for."""
+    """The Hugging Face model as it lies in `model.path`, quantized if that is asked for."""
     model = adapter.model_class().from_pretrained(
-        options.model,
-        dtype=getattr(torch, options.dtype),
+        options.model.path,
+        dtype=getattr(torch, options.model.dtype),
         attn_implementation="sdpa",
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=options.model.trust_remote_code,
     )
     if adapter.shares_prompts:
         register()
         nested = "text_config" in type(model.config).sub_configs
         model.set_attn_implementation({"text_config": IMPLEMENTATION} if nested else IMPLEMENTATION)
-    if options.device == "cuda" and options.dtype == "bfloat16":
+    if options.device == "cuda" and options.model.dtype == "bfloat16":
         attend_windows_at_once(model)
     adapter.prepare_model(model)
-    if options.quantize == "nf4":
+    if options.model.quantize == "nf4":
         quantize_linear_layers(model, [name for names in adapter.linear_layers(model).values() for name in names])
     return model
 
@@ -77,29 +76,27 @@ def wrap(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> Pol
     return PolicyModule(
         model,
         adapter,
-        temperature=options.temperature,
-        chunk_rows=options.logprob_chunk_rows,
+        temperature=options.rollout.temperature,
         media_kinds=options.media_kinds,
-        attention=options.attention,
     )
 
 
 def _is_trained(name: str, options: LearnerOptions, adapter: MultimodalAdapter) -> bool:
     """Whether a parameter has a gradient: not what is frozen, nor what no batch or no output ever depends on."""
     role = adapter.role(name)
-    return role not in options.freeze and role in adapter.reached(options.media_kinds) and adapter.is_used(name)
+    return role not in options.model.freeze and role in adapter.reached(options.media_kinds) and adapter.is_used(name)
 
 
 def _targets(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) -> list[str]:
     """Names of the linear layers that get adapters. Raises ValueError for a role that the model has no layer of."""
     layers = adapter.linear_layers(model)
-    if absent := [role for role in options.lora_targets if role not in layers]:
+    if absent := [role for role in options.model.lora_targets if role not in layers]:
         raise ValueError(
-            f"lora_targets: {type(model).__name__} has no linear layers of {' or '.join(absent)}; there are "
+            f"lora.targets: {type(model).__name__} has no linear layers of {' or '.join(absent)}; there are "
             f"{', '.join(layers)}"
         )
     reached = adapter.reached(options.media_kinds)
-    return [name for role in options.lora_targets if part_of(role) in reached for name in layers[role]]
+    return [name for role in options.model.lora_targets if part_of(role) in reached for name in layers[role]]
 
 
 def with_lora(model: Any, layers: Sequence[str], *, rank: int, alpha: float, seed: int = 0) -> Any:

@@ -36,9 +36,9 @@ def scaled_logits(
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def rows_per_chunk(chunk_rows: int | None, vocabulary: int, device: str) -> int:
-    """`chunk_rows`, or as many rows of float32 logits as fill the CHUNK_BYTES of this type of device."""
-    return max(1, CHUNK_BYTES[device] // (4 * vocabulary)) if chunk_rows is None else chunk_rows
+def rows_per_chunk(vocabulary: int, device: str) -> int:
+    """Return how many rows of float32 logits fill the CHUNK_BYTES of this type of device."""
+    return max(1, CHUNK_BYTES[device] // (4 * vocabulary))
 
 
 class _ChunkedLogprobs(Function):
@@ -153,9 +153,9 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """`(log p(targets) [T], entropy [T])`, at least float32, for hidden `[T, H]`, weight `[V, H]`, targets int64 `[T]`.
 
-    Differentiable in hidden, weight and bias. `banned`: int64 ids. `chunk_rows`: as in `rows_per_chunk`. T may be 0:
+    Differentiable in hidden, weight and bias. `banned`: int64 ids. `chunk_rows`: None: `rows_per_chunk`. T may be 0:
     the gradients are zeros then."""
-    chunk_rows = rows_per_chunk(chunk_rows, len(weight), hidden.device.type)
+    chunk_rows = rows_per_chunk(len(weight), hidden.device.type) if chunk_rows is None else chunk_rows
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if temperature <= 0:
@@ -169,12 +169,11 @@ class LogprobHead(nn.Module):
     Shares the weight of the model's own head (tied to the embedding or not). It is called once per forward pass, so
     that ZeRO-3 gathers the weight once, and not once per chunk."""
 
-    def __init__(self, head: nn.Linear, *, banned: tuple[int, ...], temperature: float, chunk_rows: int | None) -> None:
+    def __init__(self, head: nn.Linear, *, banned: tuple[int, ...], temperature: float) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
         self.temperature = temperature
-        self.chunk_rows = chunk_rows
         self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64) if banned else None, persistent=False)
         self.banned: Tensor | None
 
@@ -187,5 +186,4 @@ class LogprobHead(nn.Module):
             bias=self.bias,
             banned=self.banned,
             temperature=self.temperature,
-            chunk_rows=self.chunk_rows,
         )

@@ -39,9 +39,7 @@ class PolicyModule(nn.Module):
         adapter: MultimodalAdapter,
         *,
         temperature: float,
-        chunk_rows: int | None,
         media_kinds: Sequence[MediaKind] = ("image",),
-        attention: AttentionBackend = "auto",
     ) -> None:
         """`temperature` and the adapter's banned tokens shape the distribution as the engine's sampler does.
         `media_kinds`: what batches of the run may hold, on any rank.
@@ -50,10 +48,10 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         self.adapter = adapter
-        self.attention = attention
+        self.attention: AttentionBackend = "auto"
         head = self.base.get_output_embeddings()
         _check_head(self.base, head, adapter)
-        self.head = LogprobHead(head, banned=adapter.banned_token_ids, temperature=temperature, chunk_rows=chunk_rows)
+        self.head = LogprobHead(head, banned=adapter.banned_token_ids, temperature=temperature)
         used = {adapter.modalities[kind].inputs[0] for kind in media_kinds if kind in adapter.modalities}
         self._dummies = {kind: _dummy(adapter, kind) for kind, m in adapter.towers().items() if m.inputs[0] in used}
         # Read now because ZeRO-3 gathers a parameter, collectively, whenever a forward as much as looks at it.

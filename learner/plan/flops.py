@@ -97,7 +97,7 @@ def step_flops(shape: ModelShape, options: LearnerOptions, groups: Iterable[Grou
     """Count a whole step over `groups`: forward, backward, what checkpointing and the chunks of logits recompute, and
     the passes of the reference and of the policy before the second optimizer step, if the options need them."""
     once = forward_flops(shape, groups)
-    language, vision = (part in options.gradient_checkpointing for part in ("language", "vision"))
+    language, vision = (part in options.learner.gradient_checkpointing for part in ("language", "vision"))
     # Attention has no weights of its own: its backward computes five products where its forward has two; counted as 2.
     back = 2 if any(linear.trained for linear in shape.language.layer.linears) else 1
     tower = shape.vision is not None and shape.vision.differentiable
@@ -108,15 +108,15 @@ def step_flops(shape: ModelShape, options: LearnerOptions, groups: Iterable[Grou
         projector=1 + (_back(projector, options) if tower or projector else 0),
         head=2 + 1 + shape.head_trained,  # the backward pass projects each chunk again
     )
-    behind_first = 1 - 1 / options.optimizer_steps
-    scored = options.needs_reference + (behind_first if options.needs_policy_before else 0)
+    behind_first = 1 - 1 / options.algorithm.optimizer_steps
+    scored = (options.algorithm.kl is not None) + (behind_first if options.algorithm.needs_policy_before else 0)
     cached = shape.vision is not None and shape.vision.cached
     return train + once.times(scored, 0 if cached else scored, 0 if cached and not projector else scored, scored)
 
 
 def _back(trained: bool, options: LearnerOptions) -> int:
     """Count the backward passes of a part that a gradient passes through."""
-    return 2 if trained and not options.lora_rank else 1
+    return 2 if trained and options.model.lora is None else 1
 
 
 def _weights(layer: LayerShape) -> int:

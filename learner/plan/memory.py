@@ -83,9 +83,9 @@ def plan_memory(shape: ModelShape, options: LearnerOptions, load: Load) -> Memor
     """Predict the memory of a rank in its second step and later, when the optimizer has its moments."""
     size = element_bytes(options)
     states = zero_states(shape, options)
-    text = tower_bytes(shape.language, size, "language" in options.gradient_checkpointing)
+    text = tower_bytes(shape.language, size, "language" in options.learner.gradient_checkpointing)
     text = replace(text, saved=text.saved + behind_bytes(shape, size))
-    image = _vision(shape, options, "vision" in options.gradient_checkpointing)
+    image = _vision(shape, options, "vision" in options.learner.gradient_checkpointing)
     logits = logits_bytes(shape, options, load.rows)
     device = {
         "parameters": states.parameters + states.gathered,
@@ -143,9 +143,9 @@ def logits_bytes(shape: ModelShape, options: LearnerOptions, rows: int) -> float
     the gradient behind it. If the head is trained, its gradient is summed in float32 (4 V H), in bfloat16 with that of
     one chunk beside it (2 V H). The gradient of the hidden rows exists beside the rows themselves."""
     size, V = element_bytes(options), shape.vocabulary
-    c = min(rows, rows_per_chunk(options.logprob_chunk_rows, V, options.device))
-    cast = 0 if options.dtype == "float32" else 2
-    backward = ((8 if options.entropy_bonus else 4) + cast) * c * V
+    c = min(rows, rows_per_chunk(V, options.device))
+    cast = 0 if options.model.dtype == "float32" else 2
+    backward = ((8 if options.algorithm.entropy_bonus else 4) + cast) * c * V
     if shape.head_trained:
         backward += F32 * V * shape.hidden + (size * V * shape.hidden if cast else 0)
     return float(max((8 + cast) * c * V, backward) + 2 * size * shape.hidden * rows)
@@ -171,7 +171,7 @@ def _vision(shape: ModelShape, options: LearnerOptions, checkpointed: bool) -> T
 
 def _shares_inputs(options: LearnerOptions) -> bool:
     """Whether training uses the batch's own tensors: on a CPU in float32 they are neither moved nor cast."""
-    return options.device == "cpu" and options.dtype == "float32"
+    return options.device == "cpu" and options.model.dtype == "float32"
 
 
 def input_bytes(shape: ModelShape, options: LearnerOptions, load: Load) -> float:
@@ -191,14 +191,14 @@ def with_unit_bytes(shape: ModelShape, options: LearnerOptions) -> LearnerOption
     """Fill in what a token, a patch and a row take, if `options` limit micro-batches in bytes.
 
     Raises ValueError for a limit below what any micro-batch takes."""
-    if options.micro_batch_bytes is None:
+    if options.learner.micro_batch_bytes is None:
         return options
     # A chunk of logits, and the head's gradient, are part of every micro-batch.
     full = Load(tokens=0, rows=2**20)
     units = plan_memory(shape, options, full).units
-    if units.fixed >= options.micro_batch_bytes:
+    if units.fixed >= options.learner.micro_batch_bytes:
         raise ValueError(
             f"any micro-batch takes {units.fixed / 2**30:.2f} GiB, for a chunk of logits and the gradient of the head; "
-            f"{options.micro_batch_bytes / 2**30:g} GiB leave nothing for tokens"
+            f"{options.learner.micro_batch_bytes / 2**30:g} GiB leave nothing for tokens"
         )
     return replace(options, unit_bytes=(units.token, units.patch, units.row, units.fixed))

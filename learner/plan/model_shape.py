@@ -84,7 +84,7 @@ def meta_policy(options: LearnerOptions, adapter: MultimodalAdapter) -> nn.Modul
     kind = adapter.model_class()
     make = kind.from_config if hasattr(kind, "from_config") else kind._from_config  # Auto..., or a model's own class
     with torch.device("meta"):
-        model = make(adapter.model_config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa")
+        model = make(adapter.model_config, dtype=getattr(torch, options.model.dtype), attn_implementation="sdpa")
     with torch.device("meta"):
         return select_trained(model, options, adapter)
 
@@ -108,7 +108,7 @@ def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
         )
         towers["vision"] = replace(
             towers["vision"],
-            cached=cached is not None and options.feature_cache_gib > 0,
+            cached=cached is not None and options.learner.feature_cache_gib > 0,
             **_windows(getattr(adapter.model_config, "vision_config", None)),
         )
     projector = [
@@ -133,7 +133,7 @@ def describe(options: LearnerOptions, adapter: MultimodalAdapter) -> ModelShape:
             for name, m in model.named_modules()
             if isinstance(m, nn.Linear) and "lora_" not in name and m.weight is not head
         )
-        if options.quantize == "nf4"
+        if options.model.quantize == "nf4"
         else 0,
         projector=tuple(describe_linear(name, module) for name, module in projector),
     )

@@ -64,7 +64,7 @@ class States:
 
 
 def element_bytes(options: LearnerOptions) -> int:
-    return F32 if options.dtype == "float32" else 2
+    return F32 if options.model.dtype == "float32" else 2
 
 
 def zero_states(shape: ModelShape, options: LearnerOptions) -> States:
@@ -76,11 +76,12 @@ def zero_states(shape: ModelShape, options: LearnerOptions) -> States:
 
 
 def _without_offload(shape: ModelShape, options: LearnerOptions) -> States:
-    size, n, stage, gpu = element_bytes(options), shape.total_trained, options.zero_stage, options.device == "cuda"
-    copies = 2 if options.needs_reference and not options.lora_rank else 1
+    size, n, gpu = element_bytes(options), shape.total_trained, options.device == "cuda"
+    stage, ranks = options.learner.zero_stage, options.learner.ranks
+    copies = 2 if options.algorithm.kl is not None and options.model.lora is None else 1
     # NF4: 4 bits a weight, and 8 bits for the scale of each 64 of them.
-    compact = shape.quantized * (size - 0.5 - 1 / 64) if options.quantize == "nf4" else 0.0
-    whole, part = copies * (size * shape.total - compact), n / options.ranks
+    compact = shape.quantized * (size - 0.5 - 1 / 64) if options.model.quantize == "nf4" else 0.0
+    whole, part = copies * (size * shape.total - compact), n / ranks
     full, bucket = float(F32 * n), min(n, BUCKET)
     optimizer, step = 3 * F32 * part, F32 * part
     if stage == 0:
@@ -96,10 +97,10 @@ def _without_offload(shape: ModelShape, options: LearnerOptions) -> States:
         return _two_stages(
             States(parameters=whole, gradients=0, optimizer=optimizer, reduction=0, step=step), n, options
         )
-    gathered = float(size * min(shape.total, LIVE)) if options.ranks > 1 else 0.0
+    gathered = float(size * min(shape.total, LIVE)) if ranks > 1 else 0.0
     standing = F32 * part + size * (BUCKET if gpu else bucket)
     return States(
-        parameters=whole / options.ranks,
+        parameters=whole / ranks,
         gathered=gathered,
         gathering=min(gathered, float(size * PREFETCH)),
         gradients=standing,
@@ -112,11 +113,11 @@ def _without_offload(shape: ModelShape, options: LearnerOptions) -> States:
 
 def _two_stages(states: States, n: int, options: LearnerOptions) -> States:
     """Stage 1 in float32, and stage 2. They are the same code in DeepSpeed, with other contents of a bucket."""
-    size, gpu, part = element_bytes(options), options.device == "cuda", n / options.ranks
+    size, gpu, part = element_bytes(options), options.device == "cuda", n / options.learner.ranks
     bucket = size * (BUCKET if gpu else min(n, BUCKET))
-    copy = size * min(n, BUCKET) if options.ranks > 1 else 0
+    copy = size * min(n, BUCKET) if options.learner.ranks > 1 else 0
     again = F32 * part if size == F32 else 0  # the partition, of this micro-batch
-    if options.zero_stage == 1:
+    if options.learner.zero_stage == 1:
         left = F32 * max(0, n - BUCKET)
         held, reduction = float(F32 * n), bucket + copy + again + left
     else:
@@ -129,15 +130,16 @@ def _offloaded(states: States, shape: ModelShape, options: LearnerOptions) -> St
     gradient and a copy in the model's precision for the step; on the device remain the buckets."""
     host: dict[str, float] = {}
     values = {name: getattr(states, name) for name in States.__dataclass_fields__ if name != "host"}
-    part, size = shape.total_trained / options.ranks, element_bytes(options)
-    if options.offload != "none" and options.zero_stage:
+    learner = options.learner
+    part, size = shape.total_trained / learner.ranks, element_bytes(options)
+    if learner.offload != "none" and learner.zero_stage:
         host |= {"optimizer": states.optimizer + size * part, "gradients": 2 * F32 * part}
         bucket = size * BUCKET
-        standing = bucket if options.zero_stage == 3 else 0.0
+        standing = bucket if learner.zero_stage == 3 else 0.0
         values |= {"optimizer": 0.0, "gradients": standing, "standing": standing, "step": standing}
-        copied = size * min(shape.total_trained, BUCKET) if options.ranks > 1 or options.zero_stage == 3 else 0
-        values["reduction"] = float(bucket + copied + (states.gathered if options.zero_stage == 3 else 0))
-    if options.offload == "parameters" and options.zero_stage == 3:
+        copied = size * min(shape.total_trained, BUCKET) if learner.ranks > 1 or learner.zero_stage == 3 else 0
+        values["reduction"] = float(bucket + copied + (states.gathered if learner.zero_stage == 3 else 0))
+    if learner.offload == "parameters" and learner.zero_stage == 3:
         host["parameters"] = states.parameters
         values["parameters"] = 0.0
         values["gathered"] = float(size * min(shape.total, LIVE))

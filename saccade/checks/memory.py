@@ -36,7 +36,7 @@ def memory_problems(config: RunConfig, adapter: MultimodalAdapter, kinds: Sequen
     tokens, longest = config.data.max_prompt_length, config.rollout.max_completion_length
     patches = math.ceil(tokens * max((patches_per_token(adapter, kind) for kind in adapter.towers()), default=0.0))
     needed = options.size(tokens + longest, patches, longest).bytes + options.unit_bytes[3]
-    if options.micro_batch_bytes is None or needed <= options.micro_batch_bytes:
+    if options.learner.micro_batch_bytes is None or needed <= options.learner.micro_batch_bytes:
         return []
     return [
         f"learner.micro_batch={config.learner.micro_batch} cannot hold one sample of up to "

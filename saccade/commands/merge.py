@@ -23,6 +23,7 @@ from saccade.config.load import parse_config
 from saccade.config.messages import ConfigError
 from saccade.config.options import config_adapter, learner_options
 from vlm.adapter import MultimodalAdapter
+from vlm.config import Lora, ModelConfig
 from vlm.families.registry import load_adapter
 
 LIMIT_UNKNOWN = (
@@ -69,15 +70,13 @@ def _from_adapter(directory: Path, model: str | None, trust: bool) -> tuple[Poli
     limit = origin.get("max_image_tokens")
     family = load_adapter(path, origin.get("adapter"), trust_remote_code=trust, max_image_tokens=limit)
     stored = str(getattr(family.model_config, "dtype", None)).removeprefix("torch.")
-    options = LearnerOptions(
+    base = ModelConfig(
         path,
-        total_steps=1,
-        device="cpu",
         dtype=origin.get("dtype") or ("bfloat16" if stored in ("bfloat16", "float16") else "float32"),
-        lora_rank=int(config.get("r") or 1),
-        quantize=origin.get("quantize", "none"),
         trust_remote_code=trust,
+        lora=Lora(int(config.get("r") or 1), quantize=origin.get("quantize", "none")),
     )
+    options = LearnerOptions(base, total_steps=1, device="cpu")
     try:
         adapted: Any = PeftModel.from_pretrained(load_base(options, family), str(directory))
         with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
@@ -100,10 +99,11 @@ def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[P
         raise MergeError(f"{error}; use an earlier checkpoint") from error
     config = parse_config(saved, str(directory / "run.json"))
     base = replace(config.model, trust_remote_code=trust, path=model or config.model.path)
-    config = config.model_copy(update={"model": base})
+    learner = replace(config.learner, ranks=1, zero_stage=2, offload="none")
+    config = config.model_copy(update={"model": base, "learner": learner})
     family = config_adapter(config)
     # Every part is loaded as if it were reached: adapters that the run did not have stay a change of zero.
-    options = replace(learner_options(config, "cpu", tuple(family.modalities)), ranks=1, zero_stage=2, offload="none")
+    options = learner_options(config, "cpu", tuple(family.modalities))
     try:
         policy = load_policy(options, family)
         named = dict(policy.model.named_parameters())
@@ -114,7 +114,7 @@ def _from_checkpoint(directory: Path, model: str | None, trust: bool) -> tuple[P
                 named[name].copy_(value)
     except (OSError, ValueError) as error:
         raise MergeError(f"{directory}: {error}") from error
-    return policy.to(getattr(torch, options.dtype)), family  # adapters too, as the run's engines got them
+    return policy.to(getattr(torch, options.model.dtype)), family  # adapters too, as the run's engines got them
 
 
 def _origin(directory: Path) -> dict[str, Any]:

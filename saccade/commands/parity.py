@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from learner.config import LearnerConfig
 from learner.durable import strict_json
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
@@ -129,14 +130,10 @@ def parity(
     )
     sampled = asyncio.run(_sample(VLLMEngine(options, family), family, prompts))
     learner_options = LearnerOptions(
-        model,
+        ModelConfig(model, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code),
         total_steps=1,
         device=device,
-        dtype=dtype,
-        adapter=adapter,
-        trust_remote_code=trust_remote_code,
-        gradient_checkpointing=(),
-        micro_batch_tokens=2**20,
+        learner=LearnerConfig(gradient_checkpointing=(), micro_batch=2**20),
     )
     learner = TorchEngine(learner_options, family)
     return [compare(learner, family, learner_options, p, s, seed) for p, s in zip(prompts, sampled, strict=True)]

@@ -86,7 +86,7 @@ def make_plan(config: RunConfig) -> Plan:
         rows = rows_of(group, options, shared)
     except ValueError as error:
         raise ConfigError([f"learner.micro_batch: {error}"], WHERE) from error
-    load = micro_batch(config, options, rows, shared)
+    load = micro_batch(options, rows, shared)
     if not shared:  # siblings are adjacent, and their images are encoded once
         rows = [replace(row, images=row.images if i == 0 else ()) for i, row in enumerate(rows)]
     return Plan(
@@ -137,10 +137,10 @@ def rows_of(group: GroupShape, options: LearnerOptions, shared: bool) -> list[Gr
     return [GroupShape(group.prompt, [group.completions[i] for i in part], group.images) for part in members]
 
 
-def micro_batch(config: RunConfig, options: LearnerOptions, rows: Sequence[GroupShape], shared: bool) -> Load:
+def micro_batch(options: LearnerOptions, rows: Sequence[GroupShape], shared: bool) -> Load:
     """Return the largest micro-batch of a rank, and how many micro-batches it has in a step, if all groups are laid out
     as `rows`."""
-    groups = math.ceil(config.learner.prompts_per_step / options.ranks / options.optimizer_steps)
+    groups = math.ceil(options.learner.prompts_per_step / options.learner.ranks / options.algorithm.optimizer_steps)
     laid = [row for _ in range(groups) for row in rows]
     sizes = np.array([options.size(row.tokens, sum(row.images), sum(row.completions)) for row in laid], np.int64)
     limits = options.micro_batch
@@ -158,12 +158,12 @@ def micro_batch(config: RunConfig, options: LearnerOptions, rows: Sequence[Group
 
 
 def _head(plan: Plan) -> str:
-    options, shape = plan.options, plan.shape
+    model, learner, shape = plan.options.model, plan.options.learner, plan.shape
     by_role = ", ".join(f"{role} {count / 1e6:,.1f}M" for role, count in shape.parameters.items())
-    checkpointed = " and ".join(options.gradient_checkpointing) or "off"
+    checkpointed = " and ".join(learner.gradient_checkpointing) or "off"
     return (
-        f"{options.model}: {shape.total / 1e6:,.1f}M parameters ({by_role}), {shape.total_trained / 1e6:,.1f}M "
-        f"trained; {options.dtype} on {plan.device}, {options.ranks} rank(s), ZeRO-{options.zero_stage}, checkpointing "
+        f"{model.path}: {shape.total / 1e6:,.1f}M parameters ({by_role}), {shape.total_trained / 1e6:,.1f}M "
+        f"trained; {model.dtype} on {plan.device}, {learner.ranks} rank(s), ZeRO-{learner.zero_stage}, checkpointing "
         f"{checkpointed}"
     )
 
@@ -199,22 +199,23 @@ def _gib(count: float) -> str:
 
 def advice(plan: Plan) -> str:
     """Say in one sentence what takes most of the memory at the peak, and which knob lowers it."""
-    memory, options = plan.memory, plan.options
+    memory = plan.memory
     # Not everything is in memory at the peak: the memory of the step comes after the activations are freed.
     later = memory.phase in ("optimizer step", "reduction of gradients")
     absent = ("activations", "logits chunk", "vision") if later else ("workspace",)
     there = {kind: count for kind, count in memory.device.items() if kind not in absent}
     kind = max(there, key=lambda name: there[name])
-    return f"Most of the peak ({memory.phase}) is {kind}, {_gib(there[kind])} GiB: {_remedy(kind, plan, options)}."
+    return f"Most of the peak ({memory.phase}) is {kind}, {_gib(there[kind])} GiB: {_remedy(kind, plan)}."
 
 
-def _remedy(kind: str, plan: Plan, options: LearnerOptions) -> str:
+def _remedy(kind: str, plan: Plan) -> str:
+    learner = plan.options.learner
     smaller = f"lower learner.micro_batch ({plan.memory.units.token / 2**20:.2f} MiB a token)"
     if kind == "activations":
-        on = "language" in options.gradient_checkpointing
+        on = "language" in learner.gradient_checkpointing
         return smaller if on else f"learner.gradient_checkpointing=[language], or {smaller}"
     if kind == "vision":
-        first = "" if "vision" in options.gradient_checkpointing else "learner.gradient_checkpointing=[vision], "
+        first = "" if "vision" in learner.gradient_checkpointing else "learner.gradient_checkpointing=[vision], "
         return f"{first}model.freeze=[vision], a lower model.max_image_tokens, or {smaller}"
     if kind == "logits chunk":
         head = 4 * plan.shape.vocabulary * plan.shape.hidden if plan.shape.head_trained else 0
@@ -222,11 +223,10 @@ def _remedy(kind: str, plan: Plan, options: LearnerOptions) -> str:
     if kind == "inputs":
         return "a lower model.max_image_tokens, or more learner.ranks"
     if kind == "parameters":
-        return (
-            "learner.zero_stage=3 with more learner.ranks" if options.ranks == 1 or options.zero_stage < 3 else smaller
-        )
-    knobs = [] if options.lora_rank else ["model.lora"]
-    if options.device == "cuda" and options.offload == "none" and options.zero_stage:
+        divided = learner.ranks > 1 and learner.zero_stage == 3
+        return smaller if divided else "learner.zero_stage=3 with more learner.ranks"
+    knobs = [] if plan.options.model.lora else ["model.lora"]
+    if plan.device == "cuda" and learner.offload == "none" and learner.zero_stage:
         knobs.append("learner.offload=optimizer")
     return f"{', '.join([*knobs, 'more learner.ranks'])} (each ZeRO stage divides it further)"
 
@@ -235,7 +235,7 @@ def as_json(plan: Plan) -> Mapping[str, Any]:
     """Return bytes and operations as numbers."""
     memory = plan.memory
     return {
-        "model": plan.options.model,
+        "model": plan.options.model.path,
         "on": plan.device,
         "parameters": dict(plan.shape.parameters),
         "trained": dict(plan.shape.trained),

@@ -7,7 +7,7 @@ from saccade.config.algorithm_checks import algorithm_problems
 from saccade.config.engine_checks import engine_option_problems
 from saccade.config.idle_knobs import idle_problems
 from saccade.config.run_fields import RunFields
-from vlm.parameter_names import role_problems
+from vlm.config import role_problems
 
 
 def problems(config: RunFields) -> list[str]:
@@ -17,13 +17,8 @@ def problems(config: RunFields) -> list[str]:
     found += algorithm_problems(config)
     found += idle_problems(config)
     found += engine_option_problems(rollout.engine_options)
-    lora = model.lora
-    rank, targets = (lora.rank, lora.targets) if lora else (0, ())
-    found += [f"model.{text}" for text in role_problems(model.freeze, rank, targets)]
-    found += [
-        f"model.lora.{text}"
-        for text in quantization_problems(lora.quantize if lora else "none", learner.zero_stage, learner.offload)
-    ]
+    found += [f"model.{text}" for text in role_problems(model)]
+    found += [f"model.lora.{text}" for text in quantization_problems(model, learner)]
     if learner.offload == "parameters" and learner.zero_stage != 3:
         found.append(f"learner.offload=parameters needs learner.zero_stage=3, not {learner.zero_stage}")
     if learner.offload == "optimizer" and learner.zero_stage == 0:

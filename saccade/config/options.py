@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from learner.config import Behavior, Clipped, Current, DualClipped, Falling
 from learner.types import LearnerOptions, WeightTransferOptions
 from rewards.functions.format import Trace
 from rewards.registry import answers_are_programs, columns_read
@@ -133,60 +132,17 @@ def engine_options(
 
 
 def learner_options(config: RunConfig, device: Device, media_kinds: Sequence[MediaKind]) -> LearnerOptions:
-    model, learner, algorithm = config.model, config.learner, config.algorithm
-    lora, loss, kl, off_policy = model.lora, algorithm.loss, algorithm.kl, config.off_policy
-    clip = loss if isinstance(loss, Clipped) else Clipped("none")
+    algorithm = replace(config.algorithm, off_policy=config.off_policy)
+    by_reward = algorithm.advantage == "gdpo"
     return LearnerOptions(
-        model=model.path,
+        config.model,
         total_steps=config.steps * algorithm.optimizer_steps,
         device=device,
-        dtype=model.dtype,
-        adapter=model.adapter,
-        trust_remote_code=model.trust_remote_code,
-        max_image_tokens=model.max_image_tokens,
-        lora_rank=lora.rank if lora else 0,
-        lora_alpha=lora.alpha if lora else 1.0,
-        lora_targets=lora.targets if lora else (),
-        quantize=lora.quantize if lora else "none",
-        freeze=model.freeze,
+        algorithm=algorithm,
+        learner=config.learner,
+        rollout=config.rollout,
         media_kinds=tuple(media_kinds),
-        temperature=config.rollout.temperature,
-        advantage="reinforce_pp" if algorithm.advantage == "gdpo" else algorithm.advantage,
-        part_weights={short(f.name): f.weight for f in config.reward.functions if f.weight}
-        if algorithm.advantage == "gdpo"
-        else {},
-        overlong_buffer=round(algorithm.overlong_share * config.rollout.max_completion_length),
-        mask_truncated=algorithm.overlong == "mask",
-        max_completion_length=config.rollout.max_completion_length,
-        loss=loss.name,
-        clip_eps_low=clip.low,
-        clip_eps_high=clip.high,
-        clip_dual=clip.dual if isinstance(clip, DualClipped) else None,
-        aggregation=algorithm.aggregation,
-        beta=kl.weight if kl else 0.0,
-        kl_estimator=kl.estimator if kl else "k3",
-        kl_in=kl.where if kl else "loss",
-        reference_every=kl.refresh if kl else 0,
-        old_policy="behavior" if isinstance(off_policy, Behavior) else "current",
-        correction="none" if isinstance(off_policy, Behavior | Current) else off_policy.name,
-        correction_range=off_policy.bounds,
-        entropy_bonus=algorithm.entropy_bonus,
-        optimizer_steps=algorithm.optimizer_steps,
-        max_staleness=config.rollout.max_staleness,
-        learning_rate=learner.learning_rate,
-        lr_schedule=learner.lr_schedule.name,
-        warmup_steps=learner.warmup_steps,
-        min_lr_ratio=learner.lr_schedule.min_ratio if isinstance(learner.lr_schedule, Falling) else 0.0,
-        betas=learner.betas,
-        weight_decay=learner.weight_decay,
-        max_grad_norm=learner.max_grad_norm,
-        micro_batch_tokens=learner.micro_batch_tokens,
-        micro_batch_bytes=learner.micro_batch_bytes,
-        feature_cache_gib=learner.feature_cache_gib,
-        zero_stage=learner.zero_stage,
-        offload=learner.offload,
-        gradient_checkpointing=learner.gradient_checkpointing,
-        ranks=learner.ranks,
+        part_weights={short(f.name): f.weight for f in config.reward.functions if f.weight} if by_reward else {},
         threads=threads_of(config, "learner"),
         timeout=config.cluster.timeout,
         seed=config.seed,

@@ -174,7 +174,7 @@ def _create(
 def _learner_options(config: RunConfig, placement: Placement, media_kinds: Sequence[MediaKind]) -> LearnerOptions:
     """The learner's options. Micro-batches that are limited in bytes need to know what tokens and patches take."""
     options = learner_options(config, placement.device, media_kinds)
-    if options.micro_batch_bytes is None:
+    if options.learner.micro_batch_bytes is None:
         return options
     try:
         return predict(options, config_adapter(config)).options

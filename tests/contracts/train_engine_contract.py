@@ -15,14 +15,28 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from learner.algorithm.objective import LossTerms
 from learner.batching.collate import collate
+from learner.config import Behavior, Cosine, Current, Kl, Linear, OffPolicy, Reinforce
 from learner.engines.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learner.engines.protocol import TrainEngine
 from learner.model.load import load_policy
+from learner.model.logprobs import CHUNK_BYTES
 from learner.types import LearnerOptions, NotFiniteError, NothingToLearnError
 from rollout.types import Verdict
-from tests.helpers.learner_cases import Case, adapter_of, expected_update, mixed_case, options, rows_of, update, updater
+from tests.helpers.learner_cases import (
+    FEW_ROWS,
+    Case,
+    adapter_of,
+    changed,
+    expected_update,
+    mixed_case,
+    options,
+    rows_of,
+    update,
+    updater,
+)
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.config import Lora
 
 Make = Callable[[LearnerOptions], TrainEngine]
 
@@ -31,7 +45,7 @@ def gradients_of(engine: TrainEngine, chosen: LearnerOptions) -> dict[str, Tenso
     """Gradients of the first step, read back from AdamW's first moment: (1 - beta1) g where nothing was clipped."""
     moments = {name: value.detach().clone() for name, value in engine.state_tensors()}
     return {
-        name.removeprefix("exp_avg/"): moment / (1 - chosen.betas[0])
+        name.removeprefix("exp_avg/"): moment / (1 - chosen.learner.betas[0])
         for name, moment in moments.items()
         if name.startswith("exp_avg/")
     }
@@ -50,6 +64,10 @@ class TrainEngineContract:
 
     make: Make
 
+    @pytest.fixture(autouse=True)
+    def logits_in_several_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", FEW_ROWS)
+
     @pytest.fixture
     def adapter(self, tiny_model: Path) -> MultimodalAdapter:
         return adapter_of(tiny_model)
@@ -62,11 +80,11 @@ class TrainEngineContract:
         return update(engine, chosen, case)
 
     @pytest.mark.parametrize("budget", [4096, 90], ids=["one micro-batch", "several"])
-    @pytest.mark.parametrize("old_policy", ["behavior", "current"])
+    @pytest.mark.parametrize("off_policy", [Behavior(), Current()], ids=["behavior", "current"])
     def test_loss_and_gradients_are_the_written_out_ones(
-        self, make: Make, tiny_model: Path, case: Case, budget: int, old_policy: str
+        self, make: Make, tiny_model: Path, case: Case, budget: int, off_policy: OffPolicy
     ):
-        chosen = options(tiny_model, micro_batch_tokens=budget, old_policy=old_policy, temperature=0.9)
+        chosen = options(tiny_model, micro_batch=budget, off_policy=off_policy, temperature=0.9)
         expected = expected_update(tiny_model, case, chosen)
         engine = make(chosen)
         stats = self.update(engine, chosen, case)
@@ -79,7 +97,7 @@ class TrainEngineContract:
         assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
     def test_scores_are_the_models_own_logprobs(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, temperature=0.9, micro_batch_tokens=90)
+        chosen = options(tiny_model, temperature=0.9, micro_batch=90)
         expected = expected_update(tiny_model, case, chosen).logprobs
         engine = make(chosen)
         scored = updater(engine, chosen).score(case.groups, case.media)
@@ -92,7 +110,7 @@ class TrainEngineContract:
         engine = make(free)
         norm = self.update(engine, free, case)["grad_norm"]
         expected = gradients_of(engine, free)
-        tight = replace(free, max_grad_norm=norm / 4)
+        tight = changed(free, max_grad_norm=norm / 4)
         engine = make(tight)
         assert self.update(engine, tight, case)["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert_gradients_close({n: g * 4 for n, g in gradients_of(engine, tight).items()}, expected)
@@ -112,7 +130,7 @@ class TrainEngineContract:
     def test_a_refreshed_reference_is_the_policy_of_then_and_survives_a_checkpoint(
         self, make: Make, tiny_model: Path, case: Case, tmp_path: Path
     ):
-        chosen = options(tiny_model, reference_every=1)
+        chosen = options(tiny_model, kl=Kl(0.1, refresh=1))
         engine = make(chosen)
         batch = self.batch(engine, chosen, case)
         self.update(engine, chosen, case)
@@ -128,7 +146,7 @@ class TrainEngineContract:
         assert expected > 1e-4 and again == expected
 
     def test_the_divergence_of_completions_is_that_of_their_tokens(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, kl_estimator="k1", kl_in="reward", temperature=0.9)
+        chosen = options(tiny_model, kl=Kl(0.1, estimator="k1", where="reward"), temperature=0.9)
         engine = make(chosen)
         found = updater(engine, chosen).reference_kl(case.groups, case.media)
         exact = expected_update(tiny_model, case, chosen).logprobs
@@ -145,18 +163,18 @@ class TrainEngineContract:
         assert engine.steps == 2 and stats["metrics"]["completions_trained"] == 15
         assert stats["metrics"]["ratio_max"] != 1.0  # the second is against the policy before the first
         parts = [case.part([0, 3]), case.part([1, 2])]
-        alone = make(replace(chosen, optimizer_steps=1))
-        first = self.update(alone, replace(chosen, optimizer_steps=1), parts[0])
+        alone = make(changed(chosen, optimizer_steps=1))
+        first = self.update(alone, changed(chosen, optimizer_steps=1), parts[0])
         assert (
             stats["metrics"]["tokens_trained"]
             == first["metrics"]["tokens_trained"] + expected_update(tiny_model, parts[1], chosen).tokens
         )
         # On-policy, the ratio's gradient is that of log pi: the second step alone, from where the first ended.
-        second = self.update(alone, replace(chosen, optimizer_steps=1, loss="reinforce"), parts[1])
+        second = self.update(alone, changed(chosen, optimizer_steps=1, loss=Reinforce()), parts[1])
         assert stats["grad_norm"] == pytest.approx((first["grad_norm"] + second["grad_norm"]) / 2, rel=0.05)
 
     def test_steps_against_what_was_sampled_take_no_pass_more(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, optimizer_steps=2, old_policy="behavior", beta=0.0)
+        chosen = options(tiny_model, optimizer_steps=2, off_policy=Behavior(), kl=None)
         engine: Any = make(chosen)
 
         def not_needed(*args: Any, **kwargs: Any) -> None:
@@ -164,7 +182,7 @@ class TrainEngineContract:
 
         engine.logprobs = not_needed
         stats = update(engine, chosen, case, minibatches=[0, 1, 1, 0])
-        alone = replace(chosen, optimizer_steps=1)
+        alone = changed(chosen, optimizer_steps=1)
         first = self.update(make(alone), alone, case.part([0, 3]))
         # Behind a step the policy has moved: what is between it and the engines' says nothing of how they agree.
         for name in ("mismatch_mean", "mismatch_max", "mismatch_kl", "effective_sample_size"):
@@ -179,7 +197,7 @@ class TrainEngineContract:
         unscored = [
             replace(g, verdicts=(Verdict("unscorable", reason="cut"), *(g.verdicts or ())[1:])) for g in case.groups
         ]
-        masked, plain = options(tiny_model, mask_truncated=True), options(tiny_model)
+        masked, plain = options(tiny_model, overlong="mask"), options(tiny_model)
         one, other = make(masked), make(plain)
         ours = self.update(one, masked, replace(case, groups=cut))
         theirs = self.update(other, plain, replace(case, groups=unscored))
@@ -191,21 +209,21 @@ class TrainEngineContract:
         with pytest.raises(NothingToLearnError, match="cut off"):
             self.update(one, masked, replace(case, groups=nothing))
 
-    def test_without_beta_there_is_no_reference(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, beta=0.0)
+    def test_without_a_kl_there_is_no_reference(self, make: Make, tiny_model: Path, case: Case):
+        chosen = options(tiny_model, kl=None)
         engine = make(chosen)
         assert "kl" not in self.update(engine, chosen, case)["metrics"]
-        with pytest.raises(RuntimeError, match="beta is 0"):
+        with pytest.raises(RuntimeError, match="have no KL"):
             engine.logprobs(self.batch(engine, chosen, case), reference=True)
 
     def test_the_learning_rate_follows_the_schedule(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, warmup_steps=2, lr_schedule="linear", total_steps=4, beta=0.0)
+        chosen = options(tiny_model, warmup_steps=2, lr_schedule=Linear(), total_steps=4, kl=None)
         engine = make(chosen)
         rates = [self.update(engine, chosen, case)["learning_rate"] for _ in range(4)]
         assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
 
     def test_sums_and_maxima_cover_all_micro_batches(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, beta=0.0)
+        chosen = options(tiny_model, kl=None)
         engine = make(chosen)
         batch = self.batch(engine, chosen, case)
         values = iter([1.0, 5.0, 2.0])
@@ -221,7 +239,7 @@ class TrainEngineContract:
     def test_a_resumed_run_is_bitwise_the_undisturbed_one(
         self, make: Make, tiny_model: Path, case: Case, tmp_path: Path
     ):
-        chosen = options(tiny_model, lr_schedule="cosine", warmup_steps=1, max_grad_norm=0.5)
+        chosen = options(tiny_model, lr_schedule=Cosine(), warmup_steps=1, max_grad_norm=0.5)
         straight = make(chosen)
         for _ in range(2):
             self.update(straight, chosen, case)
@@ -254,13 +272,13 @@ class TrainEngineContract:
     def test_a_checkpoint_of_another_kind_of_training_is_refused(self, make: Make, tiny_model: Path, tmp_path: Path):
         save_checkpoint(make(options(tiny_model)), tmp_path / "checkpoint")
         with pytest.raises(CheckpointError, match=r"has no param/.*lora"):
-            load_checkpoint(make(options(tiny_model, lora_rank=2)), tmp_path / "checkpoint")
+            load_checkpoint(make(options(tiny_model, lora=Lora(2))), tmp_path / "checkpoint")
 
-    @pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
+    @pytest.mark.parametrize("lora", [None, Lora(2)], ids=["full", "lora"])
     def test_the_saved_model_is_the_trained_policy(
-        self, make: Make, tiny_model: Path, case: Case, tmp_path: Path, lora_rank: int
+        self, make: Make, tiny_model: Path, case: Case, tmp_path: Path, lora: Lora | None
     ):
-        chosen = options(tiny_model, lora_rank=lora_rank)
+        chosen = options(tiny_model, lora=lora)
         engine = make(chosen)
         for _ in range(2):
             self.update(engine, chosen, case)
@@ -279,7 +297,7 @@ class TrainEngineContract:
         with torch.no_grad():
             logprobs, _ = policy(self.batch(engine, chosen, case))
         torch.testing.assert_close(logprobs, trained, rtol=0, atol=2e-5)
-        if lora_rank:
+        if lora:
             from peft import PeftModel
 
             base = AutoModelForImageTextToText.from_pretrained(tiny_model)
@@ -292,7 +310,7 @@ class TrainEngineContract:
                 torch.testing.assert_close(parameter, loaded.get_parameter(name), rtol=1e-5, atol=1e-6)
 
     def test_the_weight_source_yields_the_engines_names(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, lora_rank=2)
+        chosen = options(tiny_model, lora=Lora(2))
         engine = make(chosen)
         self.update(engine, chosen, case)
         source = engine.weight_source(1 << 16)
@@ -302,7 +320,7 @@ class TrainEngineContract:
         assert {name: p.shape for name, p in plain.named_parameters()} == {n: t.shape for n, t in yielded.items()}
         changed = {n for n, t in yielded.items() if not torch.equal(t, plain.get_parameter(n))}
         layers = engine.adapter.linear_layers(plain)  # type: ignore[attr-defined]
-        assert changed == {f"{name}.weight" for role in chosen.lora_targets for name in layers[role]}
+        assert changed == {f"{name}.weight" for role in chosen.model.lora_targets for name in layers[role]}
 
     def batch(self, engine: TrainEngine, chosen: LearnerOptions, case: Case) -> MultimodalBatch:
         adapter = engine.adapter  # type: ignore[attr-defined]
@@ -310,7 +328,7 @@ class TrainEngineContract:
 
     @pytest.mark.parametrize("broken", ["loss", "gradient", "first step"])
     def test_no_step_is_taken_on_what_is_not_finite(self, make: Make, tiny_model: Path, case: Case, broken: str):
-        chosen = options(tiny_model, beta=0.0, warmup_steps=3, weight_decay=0.1)
+        chosen = options(tiny_model, kl=None, warmup_steps=3, weight_decay=0.1)
         engine, undisturbed = make(chosen), make(chosen)
         batch = self.batch(engine, chosen, case)
 
@@ -343,7 +361,7 @@ class TrainEngineContract:
 
     def test_an_update_takes_the_steps_that_are_finite(self, make: Make, tiny_model: Path, case: Case):
         """The first of two steps has an advantage that is infinite: the second is the whole update."""
-        chosen = options(tiny_model, optimizer_steps=2, micro_batch_tokens=90)
+        chosen = options(tiny_model, optimizer_steps=2, micro_batch=90)
         engine, alone = make(chosen), make(chosen)
         spoiled = replace(case, advantages=[[np.inf] * 4, *case.advantages[1:]])
         stats = update(engine, chosen, spoiled, minibatches=[0, 1, 1, 0])
@@ -380,7 +398,7 @@ class TrainEngineContract:
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
     def test_vectors_do_not_decay(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, beta=0.0, weight_decay=0.5, learning_rate=0.1)
+        chosen = options(tiny_model, kl=None, weight_decay=0.5, learning_rate=0.1)
         engine = make(chosen)
         batch = self.batch(engine, chosen, case)
         before = {name: value.detach().clone() for name, value in engine.state_tensors()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,24 @@ from torch import Tensor
 
 from learner.algorithm.advantages import ADVANTAGES
 from learner.batching.rows import Row
+from learner.config import AlgorithmConfig, Clipped, Current, Kl, LearnerConfig
 from learner.engines.protocol import TrainEngine
 from learner.features.frozen_towers import FrozenTowers
 from learner.types import LearnerOptions
 from learner.update import Share, Updater
+from rollout.config import RolloutConfig
 from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment, Verdict
 from vlm.adapter import MultimodalAdapter
+from vlm.config import ModelConfig
 from vlm.families.registry import load_adapter
 from vlm.media.types import Media
 from vlm.media.video_audio import decode
 from vlm.tiny.noise import noise, noise_image
 
 QUESTIONS = ("what is it?", "which colour does it have?", "count.", "describe the picture in a few words, please.")
+
+FEW_ROWS = 2**13
+"""Bytes of logits (`CHUNK_BYTES`) that are few rows of a tiny model, so that they are computed in several chunks."""
 
 ROUNDED = 2.0**-20
 """By how much of its size a result may differ that float64 computes in two orders. The orders differ by 2^-52 a step,
@@ -44,22 +50,27 @@ def adapter_of(model: Path) -> MultimodalAdapter:
     return load_adapter(str(model))
 
 
-def options(model: Path, **changes: object) -> LearnerOptions:
+def options(model: Path, **changes: Any) -> LearnerOptions:
     """Small, on the CPU, without clipping of gradients unless asked for."""
-    defaults = {
-        "model": str(model),
-        "total_steps": 10,
-        "device": "cpu",
-        "dtype": "float32",
-        "learning_rate": 1e-2,
-        "max_grad_norm": 1e9,
-        "micro_batch_tokens": 4096,
-        "logprob_chunk_rows": 7,
-        "gradient_checkpointing": (),
-        "beta": 0.1,
-        "timeout": 120.0,
-    }
-    return LearnerOptions(**{**defaults, **changes})  # type: ignore[arg-type]
+    plain = LearnerOptions(
+        ModelConfig(str(model), dtype="float32"),
+        total_steps=10,
+        device="cpu",
+        algorithm=AlgorithmConfig(kl=Kl(0.1), off_policy=Current()),
+        learner=LearnerConfig(learning_rate=1e-2, max_grad_norm=1e9, micro_batch=4096, gradient_checkpointing=()),
+        rollout=RolloutConfig(max_staleness=0),
+        timeout=120.0,
+    )
+    return changed(plain, **changes)
+
+
+def changed(chosen: LearnerOptions, **changes: Any) -> LearnerOptions:
+    """`chosen` with other knobs, each in the section that has it."""
+    for name in ("model", "algorithm", "learner", "rollout"):
+        section = getattr(chosen, name)
+        own = {knob.name for knob in fields(section)} & changes.keys()
+        chosen = replace(chosen, **{name: replace(section, **{knob: changes.pop(knob) for knob in own})})
+    return replace(chosen, **changes)
 
 
 def make_group(
@@ -178,22 +189,24 @@ def expected_update(model: Path, case: Case, chosen: LearnerOptions, dtype: torc
     policy = adapter.model_class().from_pretrained(model, dtype=dtype).train()
     adapter.prepare_model(policy)
     result, total = Expected(), torch.zeros((), dtype=torch.float64)
+    clip, temperature = chosen.algorithm.loss, chosen.rollout.temperature
+    assert isinstance(clip, Clipped)
     for group, advantages in zip(case.groups, case.advantages, strict=True):
         assert group.verdicts is not None
         result.logprobs.append([])
         media = [decode(m, case.media[m.digest]) for m in group.prompt.media]
         for completion, advantage, verdict in zip(group.completions, advantages, group.verdicts, strict=True):
             (segment,) = completion.segments
-            logprobs = _logprobs(policy, adapter, group.prompt.text, media, segment.token_ids, chosen.temperature)
+            logprobs = _logprobs(policy, adapter, group.prompt.text, media, segment.token_ids, temperature)
             result.logprobs[-1].append(logprobs.detach())
             if not verdict.valid:
                 continue
             old = torch.from_numpy(segment.logprobs).double()
-            if chosen.old_policy == "current":
+            if isinstance(chosen.algorithm.off_policy, Current):
                 old = logprobs.detach()
             for new, former in zip(logprobs, old, strict=True):
                 ratio = (new - former).exp()
-                bounded = ratio.clamp(1 - chosen.clip_eps_low, 1 + chosen.clip_eps_high)
+                bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
                 # The reference is the very same model: k3 is 0, and so is its gradient.
                 total = total - torch.min(ratio * advantage, bounded * advantage)
             result.tokens += len(logprobs)

@@ -11,7 +11,8 @@ import torch
 import torch.multiprocessing as mp
 
 from learner.engines.process_group import join, open_store
-from tests.helpers.learner_cases import options
+from learner.model.logprobs import CHUNK_BYTES
+from tests.helpers.learner_cases import FEW_ROWS, options
 
 PRELOADED = [
     "learner.engines.deepspeed_engine",
@@ -35,5 +36,6 @@ def run_ranks(scenario: Callable[[int, Path, Path], None], ranks: int, model: Pa
 def _on_rank(rank: int, scenario: Callable[[int, Path, Path], None], ranks: int, port: int, *paths: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_SIZE="1", DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
+    CHUNK_BYTES["cpu"] = FEW_ROWS
     join(options(paths[0], ranks=ranks), rank, "127.0.0.1", port)
     scenario(rank, *paths)

@@ -25,7 +25,7 @@ OURS = (*ROOMS, "bench", "tests", "examples")
 # What of ours each room may import beyond itself. `bench` and `tests` may import everything.
 MAY_IMPORT = {
     "rollout": ("rollout.types", "rewards.answers.golds", "vlm", "weight_sync"),
-    "learner": ("rollout.types", "vlm", "weight_sync"),
+    "learner": ("rollout.types", "rollout.config", "vlm", "weight_sync"),
     "rewards": (
         *("rollout.types", "vlm.section", "vlm.user_code", "vlm.import_path", "vlm.control_tokens", "vlm.errors"),
         "vlm.media.types",

@@ -16,6 +16,7 @@ from torch import nn
 
 import learner.batching.rows
 import learner.features.frozen_towers
+from learner.config import Behavior, PpoClip
 from learner.engines.checkpoint import load_checkpoint, save_checkpoint
 from learner.engines.torch_engine import TorchEngine
 from learner.features.cache import FeatureCache
@@ -23,9 +24,20 @@ from learner.features.frozen_towers import FrozenTowers, make_towers
 from learner.types import EncodingMismatchError, LearnerOptions
 from tests.contracts.train_engine_contract import assert_gradients_close, gradients_of
 from tests.helpers import learner_cases
-from tests.helpers.learner_cases import ROUNDED, Case, adapter_of, exact_dtype, make_case, make_group, options, updater
+from tests.helpers.learner_cases import (
+    ROUNDED,
+    Case,
+    adapter_of,
+    changed,
+    exact_dtype,
+    make_case,
+    make_group,
+    options,
+    updater,
+)
 from tests.unit.learner.test_features import MemoryStore
 from vlm.adapter import MultimodalAdapter
+from vlm.config import Lora
 from vlm.media.video_audio import decode
 from vlm.tiny import TINY, build_tiny
 
@@ -62,7 +74,7 @@ def distinct_items(*cases: Case) -> set[str]:
 
 
 def options_of(model: Path, **changes: Any) -> LearnerOptions:
-    wide = {"old_policy": "behavior", "clip_eps_low": 1.0, "clip_eps_high": 100.0, "micro_batch_tokens": 600}
+    wide = {"off_policy": Behavior(), "loss": PpoClip(low=1.0, high=100.0), "micro_batch": 600}
     return options(model, **{"media_kinds": tuple(adapter_of(model).modalities), **wide, **changes})
 
 
@@ -186,10 +198,14 @@ def test_an_image_whose_features_are_there_is_not_even_decoded(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("patches", [100, None])
-def test_tower_batches_are_limited(patches: int | None) -> None:
+def test_tower_batches_are_limited(monkeypatch: pytest.MonkeyPatch, patches: int | None) -> None:
     adapter = without(adapter_of(model_of("qwen2_5_vl")))
-    chosen = options_of(model_of("qwen2_5_vl"), micro_batch_patches=patches)
+    chosen = options_of(model_of("qwen2_5_vl"))
     engine, towers = make(chosen, adapter)
+    if patches:
+        monkeypatch.setattr(
+            towers, "_per_token", dict.fromkeys(adapter.modalities, patches / chosen.micro_batch.tokens)
+        )
     sizes: list[int] = []
     run = engine.run_towers
 
@@ -216,7 +232,7 @@ def test_what_has_left_memory_comes_back_or_is_computed_again(in_store: int, com
         assert stats["metrics"]["features_from_store"] == (0 if in_store == 0 or not number else 5)
 
 
-@pytest.mark.parametrize("choice", [{"freeze": ("vision", "projector")}, {"lora_rank": 2}])
+@pytest.mark.parametrize("choice", [{"freeze": ("vision", "projector")}, {"lora": Lora(2)}])
 def test_features_of_what_the_options_leave_untrained_are_cached(choice: dict[str, Any]) -> None:
     adapter, chosen = adapter_of(model_of("llava_next")), options_of(model_of("llava_next"), **choice)
     plain, _ = make(chosen, adapter, cached=False)
@@ -233,9 +249,9 @@ def test_there_is_no_cache_where_a_tower_is_trained() -> None:
     model = model_of("qwen2_5_vl")
     adapter, chosen = adapter_of(model), options_of(model)
     for frozen in ((), ("projector",), ("language",)):
-        assert make(replace(chosen, freeze=frozen), adapter)[1] is None, frozen
-    assert make(replace(chosen, feature_cache_gib=0.0), without(adapter))[1] is None
-    assert make(replace(chosen, media_kinds=()), without(adapter))[1] is None
+        assert make(changed(chosen, freeze=frozen), adapter)[1] is None, frozen
+    assert make(changed(chosen, feature_cache_gib=0.0), without(adapter))[1] is None
+    assert make(changed(chosen, media_kinds=()), without(adapter))[1] is None
 
 
 def test_one_tower_may_be_trained_beside_another_that_is_not() -> None:
@@ -250,7 +266,7 @@ def test_one_tower_may_be_trained_beside_another_that_is_not() -> None:
         )
 
 
-@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"freeze": ("vision", "projector")}], ids=["lora", "frozen"])
+@pytest.mark.parametrize("changes", [{"lora": Lora(2)}, {"freeze": ("vision", "projector")}], ids=["lora", "frozen"])
 def test_checkpointed_layers_leave_a_tower_frozen(changes: dict[str, Any]) -> None:
     adapter = adapter_of(model_of("qwen2_5_vl"))
     chosen = options_of(model_of("qwen2_5_vl"), gradient_checkpointing=("language", "vision"), **changes)

@@ -7,7 +7,6 @@ import json
 import re
 from collections import Counter
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from learner.features.cache import FeatureCache
 from learner.features.frozen_towers import FrozenTowers, describe_caching, make_towers
 from learner.types import LearnerOptions
 from tests.contracts.train_engine_contract import gradients_of
-from tests.helpers.learner_cases import ROUNDED, Case, adapter_of, exact_dtype
+from tests.helpers.learner_cases import ROUNDED, Case, adapter_of, changed, exact_dtype
 from tests.model.learner.test_cached_features import (
     assert_same,
     case_of,
@@ -30,6 +29,7 @@ from tests.model.learner.test_cached_features import (
     strip,
     update,
 )
+from vlm.config import Lora
 from vlm.families.registry import ADAPTERS
 from vlm.tiny import TINY, build_tiny
 
@@ -60,9 +60,9 @@ def assert_updates_are_the_same(chosen: LearnerOptions, case: Case, adapter: Any
 
     In float64: families sum a batch's images in another order than each alone, and in float32 Adam makes a whole step
     of a gradient that is nothing but what this rounds."""
-    adapter = adapter or adapter_of(Path(chosen.model))
-    chosen = replace(chosen, dtype=exact_dtype(Path(chosen.model)))
-    plain, none = make(replace(chosen, feature_cache_gib=0.0), adapter)
+    adapter = adapter or adapter_of(Path(chosen.model.path))
+    chosen = changed(chosen, dtype=exact_dtype(Path(chosen.model.path)))
+    plain, none = make(changed(chosen, feature_cache_gib=0.0), adapter)
     engine, towers = make(chosen, adapter)
     assert none is None and towers is not None
     for number in range(2):
@@ -159,16 +159,16 @@ def test_a_trained_projector_of_images_leaves_sounds_alone() -> None:
     chosen = options_of(model_of("qwen2_5_omni"), freeze=("vision", "audio"))
     _, towers = assert_updates_are_the_same(chosen, case_of(adapter_of(model_of("qwen2_5_omni"))))
     assert towers.cached.features == ("audio",) and [*towers.cached.dummy_outputs] == ["image", "video"]
-    engine, _ = make(replace(chosen, freeze=("audio",)), adapter_of(model_of("qwen2_5_omni")))
+    engine, _ = make(changed(chosen, freeze=("audio",)), adapter_of(model_of("qwen2_5_omni")))
     assert engine.cached() == {"audio": "features"}
 
 
 def test_lora_on_the_projector_leaves_tower_outputs_cached_and_on_the_tower_nothing() -> None:
     model = model_of("llava_next")
-    chosen = options_of(model, lora_rank=2, lora_targets=("language.attention", "projector"))
+    chosen = options_of(model, lora=Lora(2, targets=("language.attention", "projector")))
     engine, towers = assert_updates_are_the_same(chosen, case_of(adapter_of(model)))
     assert [*towers.cached.dummy_outputs] == ["image"]
-    assert make(replace(chosen, lora_targets=("vision", "projector")), engine.adapter)[1] is None
+    assert make(changed(chosen, lora=Lora(2, targets=("vision", "projector"))), engine.adapter)[1] is None
 
 
 # --- what the run says ------------------------------------------------------------------------------------------------
@@ -188,13 +188,13 @@ def engine_cached(chosen: LearnerOptions, adapter: Any) -> dict[str, str]:
         {"freeze": ("vision", "projector")},
         {"freeze": ("projector",)},
         {"freeze": ("vision",), "feature_cache_gib": 0.0},
-        {"lora_rank": 2},
-        {"lora_rank": 2, "lora_targets": ("vision",)},
+        {"lora": Lora(2)},
+        {"lora": Lora(2, targets=("vision",))},
     ],
 )
 def test_a_run_says_what_it_does(family: str, changes: dict[str, Any]) -> None:
     model = model_of(family)
-    adapter, chosen = adapter_of(model), options_of(model, beta=0.0, **changes)
+    adapter, chosen = adapter_of(model), options_of(model, kl=None, **changes)
     cached = engine_cached(chosen, adapter)
     said = describe_caching(adapter, chosen)
     for what in ("features", "tower outputs"):

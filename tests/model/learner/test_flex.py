@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.batching.collate import collate
 from learner.batching.rows import Row, encode_prompts, to_sample
+from learner.config import Kl
 from learner.model import flex
 from learner.model.attention import GroupAttention
 from learner.model.flex import FLEX_BLOCK, MASK_CHUNK, flex_length
@@ -22,6 +23,7 @@ from learner.model.load import load_policy
 from tests.helpers.learner_cases import adapter_of, make_group, options
 from tests.unit.learner.test_attention import CPU, random_inputs, written_out
 from vlm.batch import MultimodalBatch
+from vlm.config import Lora
 
 LENGTHS = ((100, (30, 25)), (60, (7,))), ((128, (128,)),), ((300, (200, 12)),), ((700, (100, 224)),), ((20, (9, 9)),)
 """Groups of a row each; the second and the fourth are whole blocks, the last is a single one."""
@@ -58,10 +60,10 @@ def test_values_and_gradients_are_those_of_the_mask(traced: None, heads: tuple[i
 
 SCENARIOS = {
     "full training": ({}, 2),
-    "full training, reference": ({"beta": 0.1}, 4),
-    "LoRA on the language model": ({"lora_rank": 2}, 2),
-    "LoRA on attention, reference": ({"lora_rank": 2, "beta": 0.1, "lora_targets": ("language.attention",)}, 4),
-    "LoRA on mlp, reference": ({"lora_rank": 2, "beta": 0.1, "lora_targets": ("language.mlp",)}, 4),
+    "full training, reference": ({"kl": Kl(0.1)}, 4),
+    "LoRA on the language model": ({"lora": Lora(2)}, 2),
+    "LoRA on attention, reference": ({"lora": Lora(2, targets=("language.attention",)), "kl": Kl(0.1)}, 4),
+    "LoRA on mlp, reference": ({"lora": Lora(2, targets=("language.mlp",)), "kl": Kl(0.1)}, 4),
 }
 
 
@@ -69,11 +71,12 @@ SCENARIOS = {
 def test_few_variants_are_compiled(traced: None, tiny_model: Path, changes: dict[str, object], expected: int):
     """For each set of inputs that need a gradient one of the first length and one of all others; torch stops at 8."""
     adapter = adapter_of(tiny_model)
-    chosen = options(tiny_model, **{"beta": 0.0, **changes}, attention="flex")
+    chosen = options(tiny_model, **{"kl": None, **changes})
     policy = load_policy(chosen, adapter)
+    policy.attention = "flex"
     for sizes in ((1, 1), (2, 1), (1, 2), (3, 2), (4, 3)):
         batch = batch_of(tiny_model, *sizes)
-        if chosen.needs_reference:
+        if chosen.algorithm.kl is not None:
             with torch.no_grad():
                 policy(batch, reference=True)
         policy(batch)[0].sum().backward()

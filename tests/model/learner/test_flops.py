@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from learner.config import Kl
 from learner.model.load import load_policy
 from learner.plan.flops import Flops, GroupShape, forward_flops, step_flops
 from learner.plan.model_shape import describe
 from learner.types import LearnerOptions
-from tests.helpers.learner_cases import adapter_of
+from tests.helpers.learner_cases import adapter_of, options
 from vlm.tiny import TinySizes, build_tiny
 
 
@@ -29,11 +30,15 @@ def test_pairs_count_the_prompt_once() -> None:
     assert group.pairs == 50 + (4 * 10 + 8) + (6 * 10 + 18)
 
 
+def options_of(model: Path, **changes: Any) -> LearnerOptions:
+    return options(model, **{"kl": None, **changes})
+
+
 def test_by_hand(model: Path) -> None:
     H, wide, layers = 128, 256, 2
     adapter = adapter_of(model)
     V = len(adapter.tokenizer)
-    options = LearnerOptions(str(model), 1, device="cpu", dtype="float32", gradient_checkpointing=())
+    options = options_of(model)
     shape = describe(options, adapter)
     group = GroupShape(10, [4, 6])
     weights = 2 * H * H + H * H + 3 * H * wide
@@ -41,9 +46,9 @@ def test_by_hand(model: Path) -> None:
     assert once == Flops(2 * layers * weights * 20, 4 * layers * H * group.pairs, head=2 * V * H * 10)
     step = step_flops(shape, options, [group])
     assert step == once.times(language=3, vision=1, projector=1, head=4)
-    recomputed = replace(options, gradient_checkpointing=("language",))
+    recomputed = options_of(model, gradient_checkpointing=("language",))
     assert step_flops(shape, recomputed, [group]).language == 4 * once.language
-    several = LearnerOptions(str(model), 1, device="cpu", beta=0.1, optimizer_steps=2, gradient_checkpointing=())
+    several = options_of(model, kl=Kl(0.1), optimizer_steps=2)
     assert step_flops(shape, several, [group]).total == pytest.approx(step.total + 1.5 * once.total)
 
 
@@ -52,9 +57,7 @@ def test_a_frozen_tower_whose_outputs_are_kept_counts_once(tmp_path: Path) -> No
     model = build_tiny("qwen2_5_vl", tmp_path / "model", sizes=TinySizes(layers=1))
 
     def counted(**changes: Any) -> tuple[float, float]:
-        options = LearnerOptions(
-            str(model), 1, device="cpu", dtype="float32", beta=0.1, gradient_checkpointing=("vision",), **changes
-        )
+        options = options_of(model, kl=Kl(0.1), gradient_checkpointing=("vision",), **changes)
         shape = describe(options, adapter_of(model))
         group = GroupShape(80, [4, 6], images=[256])
         once, step = forward_flops(shape, [group]), step_flops(shape, options, [group])
@@ -70,7 +73,7 @@ def test_a_frozen_tower_whose_outputs_are_kept_counts_once(tmp_path: Path) -> No
 
 def test_layers_with_windows_see_less(tmp_path: Path) -> None:
     model = build_tiny("qwen2_5_vl", tmp_path / "model", sizes=TinySizes(layers=1))
-    shape = describe(LearnerOptions(str(model), 1, device="cpu", dtype="float32"), adapter_of(model))
+    shape = describe(options_of(model), adapter_of(model))
     tower = shape.vision
     assert tower is not None and tower.layers > tower.full_layers == 1 and tower.window == 64
 
@@ -87,7 +90,7 @@ def test_layers_with_windows_see_less(tmp_path: Path) -> None:
 def test_torch_counts_as_many(model: Path) -> None:
     """Linear layers, forward and backward; attention's kernels on a CPU are not in torch's table."""
     adapter = adapter_of(model)
-    options = LearnerOptions(str(model), 1, device="cpu", dtype="float32", zero_stage=2, gradient_checkpointing=())
+    options = options_of(model)
     policy = load_policy(options, adapter)
     ids = torch.randint(5, 100, (1, 64))
     given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(64)[None]}

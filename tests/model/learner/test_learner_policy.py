@@ -17,9 +17,10 @@ from learner.model.load import load_policy
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
 from rollout.types import GroupSummary
-from tests.helpers.learner_cases import adapter_of, expected_update, make_group, mixed_case, options
+from tests.helpers.learner_cases import adapter_of, changed, expected_update, make_group, mixed_case, options
 from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.config import Lora, ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def policy(tiny_model: Path, adapter: MultimodalAdapter) -> PolicyModule:
     return load_policy(options(tiny_model, temperature=0.8), adapter)
 
 
-ROOM = LearnerOptions("", 1)
+ROOM = LearnerOptions(ModelConfig(""), 1)
 
 
 def all_rows(adapter: MultimodalAdapter, shared: bool = True, room: LearnerOptions = ROOM) -> list[Row]:
@@ -54,7 +55,7 @@ def test_every_layout_gives_the_models_own_logprobs(
 ):
     case, chosen = mixed_case(adapter), options(tiny_model, temperature=0.8)
     expected = expected_update(tiny_model, case, chosen).logprobs
-    room = LearnerOptions("", 1, micro_batch_tokens=80) if layout == "some in parts" else ROOM
+    room = changed(ROOM, micro_batch=80) if layout == "some in parts" else ROOM
     rows = all_rows(adapter, layout not in ("padded", "packed, not shared"), room)
     assert len(rows) == {"packed": 4, "under a mask": 4, "some in parts": 6}.get(layout, 16)
     batch = (collate_padded if layout == "padded" else collate_packed)(rows, adapter)
@@ -146,7 +147,7 @@ def test_freezing_the_vision_tower(tiny_model: Path, adapter: MultimodalAdapter)
 
 
 def test_lora_starts_as_the_base_and_its_reference_stays_so(tiny_model: Path, adapter: MultimodalAdapter):
-    chosen = options(tiny_model, lora_rank=2, lora_targets=("projector", "language.mlp"))
+    chosen = options(tiny_model, lora=Lora(2, targets=("projector", "language.mlp")))
     module, base = load_policy(chosen, adapter), load_policy(options(tiny_model), adapter)
     trained = [name for name, p in module.model.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in name and (".visual.merger." in name or ".mlp." in name) for name in trained)
@@ -164,24 +165,24 @@ def test_lora_starts_as_the_base_and_its_reference_stays_so(tiny_model: Path, ad
 
 REFUSED = {
     "a part frozen that is adapted": (
-        {"freeze": ("language",), "lora_rank": 2},
+        {"freeze": ("language",), "lora": Lora(2)},
         "language.attention, language.mlp, which",
     ),
-    "no targets": ({"lora_rank": 2, "lora_targets": ()}, "lora.targets is empty"),
+    "no targets": ({"lora": Lora(2, targets=())}, "lora.targets is empty"),
     "everything frozen": ({"freeze": ("vision", "projector", "audio", "language")}, "names every part"),
     "all that is there frozen": ({"freeze": ("vision", "projector", "language")}, "nothing would be trained: frozen"),
     "no such part": ({"freeze": ("audio",)}, "QwenVLAdapter has no audio; it has language, vision, projector"),
     "no such role": (
-        {"lora_rank": 2, "lora_targets": ("audio",)},
+        {"lora": Lora(2, targets=("audio",))},
         "has no audio; there are language.attention, language.mlp, vision, projector",
     ),
     "a role that no data reach": (
-        {"lora_rank": 2, "lora_targets": ("vision",), "media_kinds": ()},
+        {"lora": Lora(2, targets=("vision",)), "media_kinds": ()},
         "nothing would be trained: LoRA is on vision; media of the data: none",
     ),
-    "4 bits under ZeRO-3": ({"quantize": "nf4", "lora_rank": 2, "zero_stage": 3}, "zero_stage=3 was never verified"),
+    "4 bits under ZeRO-3": ({"lora": Lora(2, quantize="nf4"), "zero_stage": 3}, "zero_stage=3 was never verified"),
     "4 bits offloaded": (
-        {"quantize": "nf4", "lora_rank": 2, "offload": "parameters"},
+        {"lora": Lora(2, quantize="nf4"), "offload": "parameters"},
         "offload=parameters was never verified",
     ),
 }
@@ -207,7 +208,7 @@ def test_a_model_that_bends_its_logits_is_refused(tiny_model: Path, adapter: Mul
     module = load_policy(options(tiny_model), adapter)
     module.base.config.get_text_config().final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
-        PolicyModule(module.base, adapter, temperature=1.0, chunk_rows=8)
+        PolicyModule(module.base, adapter, temperature=1.0)
 
 
 def test_a_token_of_an_image_costs_its_share_of_the_tower(

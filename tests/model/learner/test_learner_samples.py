@@ -23,9 +23,10 @@ from learner.batching.rows import (
 )
 from learner.types import EncodingMismatchError, LearnerOptions
 from rollout.types import Completion, Segment
-from tests.helpers.learner_cases import adapter_of, make_case, make_group, mixed_case, options, rows_of
+from tests.helpers.learner_cases import adapter_of, changed, make_case, make_group, mixed_case, options, rows_of
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
+from vlm.config import ModelConfig
 from vlm.tiny.noise import noise_image
 
 
@@ -39,7 +40,7 @@ def chosen(tiny_model: Path) -> LearnerOptions:
     return options(tiny_model)
 
 
-ROOM = LearnerOptions("", 1)
+ROOM = LearnerOptions(ModelConfig(""), 1)
 
 
 def mixed_rows(adapter: MultimodalAdapter, chosen: LearnerOptions) -> list[Row]:
@@ -141,7 +142,7 @@ def test_rows_hold_every_sample_once_within_the_limits(
     adapter: MultimodalAdapter, lengths: list[int], prompt_length: int, shared: bool, spare: int
 ):
     most = prompt_length + max(lengths) + spare
-    limits = LearnerOptions("", 1, micro_batch_tokens=most, micro_batch_logits=max(lengths) + spare)
+    limits = changed(ROOM, micro_batch=most)
     prompt = EncodedPrompt(torch.zeros(prompt_length, dtype=torch.int64))
     segments = [Segment(np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32)) for n in lengths]
     samples = [to_sample(Completion((s,), "", "stop", 0)) for s in segments]

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from learner.config import Kl, LearnerConfig
 from learner.model.load import load_policy
+from learner.model.logprobs import CHUNK_BYTES
 from learner.plan.activations import projector_bytes, tower_bytes
 from learner.plan.memory import Load, behind_bytes, logits_bytes, plan_memory
 from learner.plan.model_shape import ModelShape, describe
@@ -24,8 +26,9 @@ from learner.types import LearnerOptions
 from saccade.cli import app
 from saccade.commands.plan import make_plan
 from saccade.config.load import load_config
-from tests.helpers.learner_cases import adapter_of
+from tests.helpers.learner_cases import adapter_of, changed
 from vlm.adapter import MultimodalAdapter
+from vlm.config import Lora, ModelConfig
 from vlm.media.video_audio import decode
 from vlm.tiny import TinySizes, build_tiny
 from vlm.tiny.noise import noise_image
@@ -60,8 +63,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def options_of(model: Path, **changes: Any) -> LearnerOptions:
-    given = {"device": "cpu", "dtype": "float32", "zero_stage": 2, "gradient_checkpointing": (), **changes}
-    return LearnerOptions(str(model), 10, **given)
+    plain = LearnerOptions(
+        ModelConfig(str(model), dtype="float32"), 10, device="cpu", learner=LearnerConfig(gradient_checkpointing=())
+    )
+    return changed(plain, **changes)
 
 
 def kept(compute: Callable[[], object], model: nn.Module) -> int:
@@ -104,15 +109,15 @@ def vision_bytes(policy: Any, adapter: MultimodalAdapter, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"lora_rank": 8}], ids=["float32", "bfloat16", "lora"])
+@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"lora": Lora(8)}], ids=["float32", "bfloat16", "lora"])
 def test_layers_keep_what_is_predicted(models: Callable[[str], Path], family: str, change: dict[str, Any]) -> None:
     adapter, options = adapter_of(models(family)), options_of(models(family), **change)
     policy, shape, size = load_policy(options, adapter), describe(options, adapter), element_bytes(options)
     text = TOKENS * (tower_bytes(shape.language, size, False).saved + behind_bytes(shape, size))
     assert language_bytes(policy, adapter) == pytest.approx(text, rel=KEPT)
-    if shape.vision is None or change.get("lora_rank"):
+    if shape.vision is None or "lora" in change:
         return
-    counted, tokens = vision_bytes(policy, adapter, getattr(torch, options.dtype))
+    counted, tokens = vision_bytes(policy, adapter, getattr(torch, options.model.dtype))
     patches = tokens * shape.patches_per_token
     own = tower_bytes(shape.vision, size, False).saved + size * shape.patch
     assert counted == pytest.approx(patches * own + tokens * projector_bytes(shape, size), rel=KEPT)
@@ -133,7 +138,7 @@ def test_counts_of_a_tiny_llama_by_hand(models: Callable[[str], Path]) -> None:
         4,
         wide,
     )
-    adapted = describe(options_of(path, lora_rank=8), adapter)
+    adapted = describe(options_of(path, lora=Lora(8)), adapter)
     added = layers * 8 * (2 * (H + H) + 2 * (H + H // 2) + 3 * (H + wide))
     assert adapted.total_trained == added
     assert adapted.total == shape.total + added
@@ -160,21 +165,24 @@ def test_states_by_stage(models: Callable[[str], Path]) -> None:
     assert (three.parameters, three.gathered, three.gradients, three.optimizer) == (n, 2 * n, 2 * n + 2 * n, 6 * n)
     one = states(zero_stage=1, dtype="bfloat16", ranks=2)
     assert (one.parameters, one.gradients, one.optimizer) == (2 * n, 6 * n, 6 * n)
-    with_reference = states(zero_stage=0, beta=0.1)
+    with_reference = states(zero_stage=0, kl=Kl(0.1))
     assert with_reference.parameters == 8 * n
-    assert states(zero_stage=0, beta=0.1, lora_rank=8).parameters == 4 * n, "the adapter switched off is the reference"
+    assert states(zero_stage=0, kl=Kl(0.1), lora=Lora(8)).parameters == 4 * n, (
+        "the adapter switched off is the reference"
+    )
     offloaded = states(device="cuda", offload="optimizer")
     assert offloaded.optimizer == 0
     assert offloaded.host["optimizer"] >= 12 * n
     assert not states(offload="optimizer").host, "on a CPU there is but one memory"
 
 
-def test_logits_by_hand() -> None:
+def test_logits_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = _shape(vocabulary=1000, hidden=10)
-    one = options_of(Path("none"), logprob_chunk_rows=64)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 64 * 4 * 1000)
+    one = options_of(Path("none"))
     assert logits_bytes(shape, one, 64) == max(8 * 64 * 1000, 4 * 64 * 1000 + 4 * 10_000) + 2 * 4 * 640
     assert logits_bytes(shape, one, 128) - logits_bytes(shape, one, 64) == 2 * 4 * 640, "one chunk at a time"
-    bonus = options_of(Path("none"), logprob_chunk_rows=64, entropy_bonus=0.1)
+    bonus = options_of(Path("none"), entropy_bonus=0.1)
     assert logits_bytes(shape, bonus, 64) == 8 * 64 * 1000 + 4 * 10_000 + 2 * 4 * 640
     frozen = replace(shape, head_trained=False)
     assert logits_bytes(frozen, one, 64) == 8 * 64 * 1000 + 2 * 4 * 640
@@ -217,11 +225,14 @@ def test_what_changes_the_plan(models: Callable[[str], Path]) -> None:
     assert whole.units.of(load) >= whole.phases["language layers"] - static
 
 
-def test_a_limit_in_bytes_is_one_of_tokens_patches_and_rows(models: Callable[[str], Path]) -> None:
+def test_a_limit_in_bytes_is_one_of_tokens_patches_and_rows(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Micro-batches that fill it are planned to take as much, whatever they are made of."""
     path = models("qwen2_5_vl")
     adapter, limit = adapter_of(path), 64 * 2**20
-    predicted = predict(options_of(path, micro_batch_bytes=limit, logprob_chunk_rows=128), adapter)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 128 * 4 * len(adapter.tokenizer))
+    predicted = predict(options_of(path, micro_batch=f"{limit / 2**30} GiB"), adapter)
     options = predicted.options
     room = options.micro_batch
     for tokens, patches, rows in ((700, 0, 350), (500, 800, 100), (100, 2000, 4)):
@@ -232,7 +243,7 @@ def test_a_limit_in_bytes_is_one_of_tokens_patches_and_rows(models: Callable[[st
         assert replace(units, fixed=options.unit_bytes[3]).of(load) == pytest.approx(limit, rel=0.02)
     assert predict(options_of(path), adapter).options == options_of(path)
     with pytest.raises(ValueError, match="leave nothing for tokens"):
-        predict(options_of(path, micro_batch_bytes=2**20), adapter)
+        predict(options_of(path, micro_batch=f"{1 / 2**12} GiB"), adapter)
 
 
 CONFIG = """

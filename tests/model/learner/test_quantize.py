@@ -20,12 +20,13 @@ from learner.model.quantize import quantize_linear_layers
 from tests.helpers import learner_cases
 from tests.helpers.learner_cases import adapter_of, mixed_case, options
 from tests.model.vlm.test_roles import FAMILIES, batch_of, model_of, options_of
+from vlm.config import Lora
 from weight_sync.source import PolicySource
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (the extra qlora) is not installed"
 )
-QLORA: dict[str, Any] = {"lora_rank": 4, "quantize": "nf4", "lora_targets": ("language.attention", "vision")}
+QLORA: dict[str, Any] = {"lora": Lora(4, targets=("language.attention", "vision"), quantize="nf4")}
 
 
 def update(engine: Any, members: range | list[int] = range(4)) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def test_every_family_computes_with_what_it_gives_out(family: str) -> None:
     """Log-probabilities over 4-bit weights are those of the plain model with the weights that go to the engine."""
     adapter, batch = adapter_of(model_of(family)), batch_of(family)
     roles = [role for role in ("language.attention", "vision", "audio") if role.partition(".")[0] in adapter.parts]
-    policy = load_policy(options_of(family, lora_rank=2, quantize="nf4", lora_targets=tuple(roles)), adapter)
+    policy = load_policy(options_of(family, lora=Lora(2, targets=tuple(roles), quantize="nf4")), adapter)
     torch.manual_seed(0)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
@@ -110,7 +111,7 @@ def test_a_step_trains_the_adapters_alone(tiny_model: Path) -> None:
     assert update(engine)["metrics"]["kl"] > 0
     parameters = dict(engine.policy.model.named_parameters())
     layers = adapter.linear_layers(load_base(options(tiny_model), adapter))
-    adapted = {f"{name}.weight" for role in QLORA["lora_targets"] for name in layers[role]}
+    adapted = {f"{name}.weight" for role in QLORA["lora"].targets for name in layers[role]}
     source = engine.weight_source(1 << 16)
     sent = dict(source)
     assert {m.name: torch.Size(m.shape) for m in source.metadata()} == full_names(tiny_model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from learner.algorithm.schedule import learning_rate
+from learner.config import Constant, Cosine, Linear
 from learner.engines.protocol import TrainEngine
 from learner.engines.torch_engine import TorchEngine
 from tests.contracts.train_engine_contract import Make, TrainEngineContract
@@ -32,14 +34,12 @@ class TestTorchEngine(TrainEngineContract):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]),
-        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1]),
+        (Constant(), [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (Linear(min_ratio=0.1), [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]),
+        (Cosine(min_ratio=0.1), [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1]),
     ],
 )
-def test_schedules_by_hand(schedule: str, expected: list[float]):
-    chosen = options(
-        Path("m"), learning_rate=1.0, lr_schedule=schedule, warmup_steps=2, total_steps=6, min_lr_ratio=0.1
-    )
+def test_schedules_by_hand(schedule: Any, expected: list[float]):
+    chosen = options(Path("m"), learning_rate=1.0, lr_schedule=schedule, warmup_steps=2, total_steps=6)
     # after two steps of warm-up four intervals remain: done = 0, 1/4, 1/2, 3/4 in the last step, and 1 behind it
     assert [learning_rate(step, chosen) for step in range(7)] == pytest.approx(expected)

@@ -27,6 +27,7 @@ from saccade.config.messages import ConfigError
 from saccade.config.options import learner_options
 from tests.helpers.learner_cases import adapter_of, options
 from tests.model.learner.test_quantize import QLORA
+from vlm.config import Lora
 from vlm.errors import AdapterError
 from vlm.families.qwen_vl import QwenVLAdapter
 from vlm.families.registry import load_adapter
@@ -61,7 +62,7 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its adapter, as a run leaves it."""
     directory = tmp_path_factory.mktemp("saved") / "model"
-    trained(tiny_model, lora_rank=3, lora_targets=("language.mlp", "vision")).save_pretrained(directory)
+    trained(tiny_model, lora=Lora(3, targets=("language.mlp", "vision"))).save_pretrained(directory)
     return directory
 
 
@@ -98,7 +99,7 @@ def test_a_base_that_was_moved_is_named(saved: Path, tiny_model: Path, tmp_path:
 @pytest.mark.parametrize("limit", [None, 16])
 def test_an_adapter_alone_remembers_how_large_images_were(tiny_model: Path, tmp_path: Path, limit: int | None) -> None:
     family = load_adapter(str(tiny_model), max_image_tokens=limit)
-    TorchEngine(options(tiny_model, lora_rank=2, max_image_tokens=limit), family).save_pretrained(tmp_path / "model")
+    TorchEngine(options(tiny_model, lora=Lora(2), max_image_tokens=limit), family).save_pretrained(tmp_path / "model")
     shutil.move(tmp_path / "model/adapter", tmp_path / "adapter")
     assert merge(tmp_path / "adapter", tmp_path / "merged") == ""
     assert load_adapter(str(tmp_path / "merged")).most_image_tokens() == family.most_image_tokens()
@@ -128,7 +129,7 @@ def test_an_adapter_of_another_program(tiny_model: Path, tmp_path: Path) -> None
 
 def test_a_family_that_is_saved_under_other_names(tmp_path: Path) -> None:
     model = build_tiny("qwen2_5_omni", tmp_path / "base")
-    engine = trained(model, lora_rank=2, media_kinds=("image", "audio"), lora_targets=("audio", "language.attention"))
+    engine = trained(model, lora=Lora(2, targets=("audio", "language.attention")), media_kinds=("image", "audio"))
     engine.save_pretrained(tmp_path / "model")
     merge(tmp_path / "model", tmp_path / "merged")
     assert_same_weights(tmp_path / "merged", tmp_path / "model")
@@ -178,7 +179,7 @@ def test_an_adapter_remembers_a_family_of_ones_own(saved: Path, tiny_model: Path
 
     unlimited = {"adapter": None, "dtype": "float32", "max_image_tokens": None, "quantize": "none"}
     assert origin(saved) == unlimited
-    engine = TorchEngine(options(tiny_model, lora_rank=2), Own.load(str(tiny_model)))
+    engine = TorchEngine(options(tiny_model, lora=Lora(2)), Own.load(str(tiny_model)))
     engine.save_pretrained(tmp_path / "model")
     assert origin(tmp_path / "model")["adapter"] == f"{__name__}:Own"
     merge(tmp_path / "model", tmp_path / "merged")

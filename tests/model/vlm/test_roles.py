@@ -15,6 +15,7 @@ from torch import nn
 from learner.batching.collate import collate
 from learner.model.load import load_base, load_policy
 from tests.helpers.learner_cases import adapter_of, make_case, make_group, options, rows_of
+from vlm.config import Lora
 from vlm.errors import AdapterError
 from vlm.parameter_names import ParameterNames
 from vlm.tiny import TINY, build_tiny
@@ -147,7 +148,7 @@ def test_every_role_of_every_family_is_trained(family: str) -> None:
     """LoRA begins as the base model, has gradients on every layer of its roles, and is all that has."""
     adapter = adapter_of(model_of(family))
     roles = roles_of(family)
-    policy = load_policy(options_of(family, lora_rank=2, lora_targets=roles), adapter)
+    policy = load_policy(options_of(family, lora=Lora(2, targets=roles)), adapter)
     base, batch = load_policy(options_of(family), adapter), batch_of(family)
     layers = adapter.linear_layers(base.base)
     expected = {
@@ -166,7 +167,7 @@ def test_every_role_of_every_family_is_trained(family: str) -> None:
 
 def test_the_default_is_the_language_model() -> None:
     adapter = adapter_of(model_of("qwen2_5_vl"))
-    policy = load_policy(options_of("qwen2_5_vl", lora_rank=2), adapter)
+    policy = load_policy(options_of("qwen2_5_vl", lora=Lora(2)), adapter)
     trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 3 and all(".language_model." in name for name in trained)
 
@@ -183,7 +184,7 @@ REFUSED = {
 @pytest.mark.parametrize(("family", "targets"), REFUSED)
 def test_a_role_that_a_family_does_not_have_is_refused_by_name(family: str, targets: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=REFUSED[family, targets]):
-        load_policy(options_of(family, lora_rank=2, lora_targets=targets), adapter_of(model_of(family)))
+        load_policy(options_of(family, lora=Lora(2, targets=targets)), adapter_of(model_of(family)))
 
 
 def test_a_layer_of_an_unknown_kind_is_not_passed_over() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from learner.config import Behavior, PpoClip
 from learner.engines import deepspeed_engine
 from learner.engines.protocol import TrainEngine
 from learner.engines.torch_engine import TorchEngine
@@ -19,7 +19,7 @@ from learner.features.frozen_towers import make_towers
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions
 from tests.contracts.train_engine_contract import assert_gradients_close
-from tests.helpers.learner_cases import adapter_of, mixed_case, options, updater
+from tests.helpers.learner_cases import adapter_of, changed, mixed_case, options, updater
 from tests.helpers.ranks import run_ranks
 from tests.model.learner.test_cached_features import case_of, options_of, update, without
 from tests.system.learner.test_learner_group import store
@@ -41,7 +41,7 @@ def three_updates(engine: TrainEngine, chosen: LearnerOptions, members: Sequence
     adapter: Any = engine.adapter  # type: ignore[attr-defined]
     towers = make_towers(engine, adapter, chosen, MemoryStore)
     assert towers is not None
-    turned = [i for i in range(4) if i not in members] if chosen.ranks > 1 else members
+    turned = [i for i in range(4) if i not in members] if chosen.learner.ranks > 1 else members
     results: list[Any] = []
     for seed, own in ((0, members), (0, members), (40, turned)):
         case = case_of(adapter, seed).part(own)
@@ -109,9 +109,9 @@ def test_ranks_find_in_the_object_store_what_others_computed(local_ray: ModuleTy
     """Groups are dealt to the ranks in another way for the KL than to be trained; memory holds one image."""
     adapter = f"{FrozenQwenVL.__module__}:{FrozenQwenVL.__name__}"
     case = mixed_case(adapter_of(tiny_model))
-    wide = {"old_policy": "behavior", "clip_eps_high": 100.0, "max_staleness": 1}
+    wide = {"off_policy": Behavior(), "loss": PpoClip(high=100.0), "max_staleness": 1}
     chosen = options(tiny_model, adapter=adapter, feature_cache_gib=2e-6, **wide)
-    group = LearnerGroup(replace(chosen, ranks=2, zero_stage=3), [{"num_cpus": 0}] * 2)
+    group = LearnerGroup(changed(chosen, ranks=2, zero_stage=3), [{"num_cpus": 0}] * 2)
     group.start(timeout=300.0)
     try:
         refs, summaries = store(local_ray, case.groups)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from learner.config import Behavior, PpoClip
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from tests.contracts.train_engine_contract import assert_gradients_close, gradients_of
@@ -38,7 +39,7 @@ def case_of(adapter: MultimodalAdapter) -> Case:
 def options_of(model: Path, **changes: Any) -> LearnerOptions:
     """The ratio is against random log-probabilities, so that the loss depends on what the model computes."""
     kinds = tuple(adapter_of(model).modalities)
-    wide = {"old_policy": "behavior", "clip_eps_low": 1.0, "clip_eps_high": 100.0}
+    wide = {"off_policy": Behavior(), "loss": PpoClip(low=1.0, high=100.0)}
     return options(model, media_kinds=kinds, **wide, **changes)
 
 

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 
 from learner.algorithm.advantages import ADVANTAGES
+from learner.config import Kl
 from learner.durable import StorageError
 from learner.engines.torch_engine import TorchEngine
 from learner.group import LearnerGroup
 from learner.types import LearnerError, LearnerTimeoutError, NothingToLearnError
 from rollout.types import GroupSummary, RolloutGroup, StoredGroup
-from tests.helpers.learner_cases import adapter_of, make_case, make_group, mixed_case, options, update, updater
+from tests.helpers.learner_cases import adapter_of, changed, make_case, make_group, mixed_case, options, update, updater
 
 PLACES = [{"num_cpus": 0}, {"num_cpus": 0}]
 
 
 @pytest.fixture(scope="module")
 def learner(local_ray: ModuleType, tiny_model: Path) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(options(tiny_model, ranks=2, zero_stage=2, micro_batch_tokens=90, max_staleness=1), PLACES)
+    group = LearnerGroup(options(tiny_model, ranks=2, zero_stage=2, micro_batch=90, max_staleness=1), PLACES)
     group.start(timeout=300.0)
     yield group
     group.shutdown()
@@ -75,7 +76,7 @@ def test_a_batch_of_which_every_rank_finds_nothing_to_train_leaves_the_learner_u
     local_ray: ModuleType, tiny_model: Path, tmp_path: Path
 ):
     chosen = options(
-        tiny_model, ranks=2, zero_stage=2, mask_truncated=True, advantage="dr_grpo", optimizer_steps=2, max_staleness=1
+        tiny_model, ranks=2, zero_stage=2, overlong="mask", advantage="dr_grpo", optimizer_steps=2, max_staleness=1
     )
     case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0]) for seed in range(2)])
     cut = [
@@ -165,7 +166,7 @@ def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, l
 
 def test_a_divergence_in_the_reward_moves_the_advantages(local_ray: ModuleType, tiny_model: Path):
     """The update is that of the reference engine with advantages of scores from which beta x KL was taken."""
-    chosen = options(tiny_model, kl_in="reward", kl_estimator="k1", beta=0.05, advantage="rloo", reference_every=1)
+    chosen = options(tiny_model, kl=Kl(0.05, "k1", "reward", refresh=1), advantage="rloo")
     case = make_case([make_group(adapter_of(tiny_model), seed, scores=[0.0, 1.0, 0.5]) for seed in range(3)])
     engine = TorchEngine(chosen, adapter_of(tiny_model))
     divergence = np.array(updater(engine, chosen).reference_kl(case.groups, case.media))
@@ -174,7 +175,7 @@ def test_a_divergence_in_the_reward_moves_the_advantages(local_ray: ModuleType, 
     advantages = ADVANTAGES["rloo"](shaped, np.ones_like(shaped, bool)).tolist()
     expected = update(engine, chosen, replace(case, advantages=advantages))
     refs, summaries = store(local_ray, case.groups)
-    group = LearnerGroup(replace(chosen, ranks=2, zero_stage=2), PLACES)
+    group = LearnerGroup(changed(chosen, ranks=2, zero_stage=2), PLACES)
     group.start(timeout=300.0)
     try:
         stats = group.update(refs, summaries, 0)

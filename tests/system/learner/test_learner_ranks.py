@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from learner.config import Geometric, Gspo, Kl, Linear
 from learner.engines.checkpoint import load_checkpoint, save_checkpoint
 from learner.engines.torch_engine import TorchEngine
 from tests.contracts.train_engine_contract import assert_gradients_close, gradients_of
@@ -30,27 +31,25 @@ from tests.helpers.learner_cases import (
 )
 from tests.helpers.ranks import run_ranks
 from vlm.adapter import MultimodalAdapter
+from vlm.config import Lora
 
 # Groups 0, 2 and 3 of the mixed case have images, 1 has none: a rank of its own sees text alone, with fewer tokens
 # and fewer micro-batches than the others.
 TWO = ([0, 2, 3], [1])
 THREE = ([0, 3], [1], [2])
-TEN = {"micro_batch_tokens": 90, "lr_schedule": "linear"}
+TEN = {"micro_batch": 90, "lr_schedule": Linear()}
 
 
 # Everything that depends on more than one token: ratios of sequences, their rejection, their weights; two steps against
 # the policy before the first; a KL to a reference that is refreshed between the updates.
 ELABORATE = {
-    "loss": "gspo",
+    "loss": Gspo(),
     "aggregation": "sequence",
-    "correction": "geometric",
-    "correction_range": (0.02, 50.0),
-    "beta": 0.1,
-    "kl_estimator": "k2",
-    "reference_every": 1,
+    "off_policy": Geometric(min=0.02, max=50.0),
+    "kl": Kl(0.1, estimator="k2", refresh=1),
     "optimizer_steps": 2,
     "entropy_bonus": 0.01,
-    "micro_batch_tokens": 90,
+    "micro_batch": 90,
 }
 
 
@@ -101,7 +100,7 @@ def three_ranks(rank: int, model: Path, out: Path) -> None:
     gradients = gradients_of(engine, chosen)
     load_checkpoint(engine, out / "checkpoint-2")
     second = update(engine, chosen, case)
-    lora = options(model, ranks=3, zero_stage=3, lora_rank=2, **TEN)
+    lora = options(model, ranks=3, zero_stage=3, lora=Lora(2), **TEN)
     engine = DeepSpeedEngine(lora, adapter_of(model))
     lora_stats = [update(engine, lora, case) for _ in range(2)]
     chosen = options(model, ranks=3, zero_stage=3, **ELABORATE)
@@ -114,7 +113,7 @@ def three_ranks(rank: int, model: Path, out: Path) -> None:
 
 FOUR = ([0, 4, 5], [1], [2, 3], [])
 """Images in two micro-batches, text in one, videos and images, nothing at all."""
-MEDIA = {"media_kinds": ("image", "video"), "micro_batch_tokens": 110}
+MEDIA = {"media_kinds": ("image", "video"), "micro_batch": 110}
 
 
 def media_case(adapter: MultimodalAdapter) -> Case:
@@ -240,7 +239,7 @@ def test_the_model_saved_by_two_ranks_is_the_policy(results: Path, tiny_model: P
 
 
 def test_lora_on_three_ranks_is_lora_on_one(results: Path, tiny_model: Path):
-    chosen = options(tiny_model, lora_rank=2, **TEN)
+    chosen = options(tiny_model, lora=Lora(2), **TEN)
     engine = TorchEngine(chosen, adapter_of(tiny_model))
     for ours in stats_of(results, "three")[2:]:
         assert_same_update(ours, update(engine, chosen, mixed_case(adapter_of(tiny_model))))

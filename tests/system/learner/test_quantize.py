@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.helpers.ranks import run_ranks
 from tests.model.learner.test_quantize import QLORA, update
 from tests.system.learner.test_learner_ranks import TWO, assert_same_update
 
-TEN = {"micro_batch_tokens": 90, "learning_rate": 1e-2}
+TEN = {"micro_batch": 90, "learning_rate": 1e-2}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ def test_bfloat16_keeps_the_base_in_four_bits(
     assert all(torch.equal(p, sent[name]) for name, p in saved.named_parameters())
     # A checkpoint has the adapters in float32; merged is what the engines got.
     save_checkpoint(engine, tmp_path / "step/learner")
-    lora = {name.removeprefix("lora_"): value for name, value in QLORA.items()}
+    lora = asdict(QLORA["lora"])
     tree = {"output_dir": "x", "steps": 2, "model": {"path": str(tiny_model), "lora": lora}, "data": {"train": ["a"]}}
     state = {"format": FORMAT, "config": config_tree(parse_config(tree))}
     (tmp_path / "step/run.json").write_text(json.dumps(state))

@@ -15,7 +15,7 @@ from learner.engines.checkpoint import load_checkpoint, save_checkpoint
 from learner.engines.protocol import TrainEngine
 from learner.types import LearnerOptions
 from tests.contracts.train_engine_contract import Make, TrainEngineContract, assert_gradients_close, gradients_of
-from tests.helpers.learner_cases import adapter_of, expected_update, mixed_case, options
+from tests.helpers.learner_cases import adapter_of, changed, expected_update, mixed_case, options
 
 
 class TestZero2(TrainEngineContract):
@@ -26,7 +26,7 @@ class TestZero2(TrainEngineContract):
         from learner.engines.deepspeed_engine import DeepSpeedEngine
 
         def build(chosen: LearnerOptions) -> TrainEngine:
-            return DeepSpeedEngine(replace(chosen, zero_stage=2), adapter_of(tiny_model))
+            return DeepSpeedEngine(changed(chosen, zero_stage=2), adapter_of(tiny_model))
 
         return build
 
@@ -51,7 +51,7 @@ def test_gradients_and_resume_of_every_variant(
     from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case = mixed_case(adapter_of(tiny_model))
-    chosen = options(tiny_model, micro_batch_tokens=90, **changes)
+    chosen = options(tiny_model, micro_batch=90, **changes)
     expected = expected_update(tiny_model, case, chosen)
     contract = TrainEngineContract()
     engine = DeepSpeedEngine(chosen, adapter_of(tiny_model))
@@ -74,7 +74,7 @@ def test_bfloat16_keeps_float32_masters_and_sums(tiny_model: Path, process_group
     from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case = mixed_case(adapter_of(tiny_model)).part([0, 1])
-    chosen = options(tiny_model, dtype="bfloat16", zero_stage=stage, learning_rate=1e-6, micro_batch_tokens=90)
+    chosen = options(tiny_model, dtype="bfloat16", zero_stage=stage, learning_rate=1e-6, micro_batch=90)
     exact = expected_update(tiny_model, case, chosen)
     engine = DeepSpeedEngine(chosen, adapter_of(tiny_model))
     before = master_weights(engine)
@@ -129,7 +129,7 @@ def test_every_stage_and_precision_refuses_steps_that_are_not_finite(
     from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     def make(chosen: LearnerOptions) -> TrainEngine:
-        return DeepSpeedEngine(replace(chosen, **changes), adapter_of(tiny_model))
+        return DeepSpeedEngine(changed(chosen, **changes), adapter_of(tiny_model))
 
     contract, case = TrainEngineContract(), mixed_case(adapter_of(tiny_model))
     contract.test_an_update_takes_the_steps_that_are_finite(make, tiny_model, case)
@@ -150,7 +150,7 @@ def test_the_optimizer_of_states_offloaded_from_gpus(
     from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     case, contract = mixed_case(adapter_of(tiny_model)), TrainEngineContract()
-    chosen = options(tiny_model, micro_batch_tokens=90, dtype=dtype, **VARIANTS[variant])
+    chosen = options(tiny_model, micro_batch=90, dtype=dtype, **VARIANTS[variant])
     plain = DeepSpeedEngine(chosen, adapter_of(tiny_model))
     contract.update(plain, chosen, case)
     make_optimizer = deepspeed_engine._make_optimizer
@@ -171,7 +171,7 @@ def test_the_optimizer_of_states_offloaded_from_gpus(
     load_checkpoint(resumed, tmp_path / "checkpoint")
     again = contract.update(resumed, chosen, case)
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
-    build = lambda given: DeepSpeedEngine(replace(given, dtype=dtype, **VARIANTS[variant]), adapter_of(tiny_model))  # noqa: E731
+    build = lambda given: DeepSpeedEngine(changed(given, dtype=dtype, **VARIANTS[variant]), adapter_of(tiny_model))  # noqa: E731
     for broken in ("loss", "first step"):
         contract.test_no_step_is_taken_on_what_is_not_finite(build, tiny_model, case, broken)
     contract.test_vectors_do_not_decay(build, tiny_model, case)

@@ -20,7 +20,7 @@ def test_buffers_are_those_of_a_plain_load(process_group: None, tmp_path: Path, 
     from learner.engines.deepspeed_engine import DeepSpeedEngine
 
     model = build_tiny(family, tmp_path / family)
-    adapter, chosen = adapter_of(model), options(model, dtype="bfloat16", zero_stage=3, beta=0.0)
+    adapter, chosen = adapter_of(model), options(model, dtype="bfloat16", zero_stage=3, kl=None)
     expected = dict(load_base(chosen, adapter).named_buffers())
     found = dict(DeepSpeedEngine(chosen, adapter).policy.base.named_buffers())
     assert found.keys() == expected.keys()

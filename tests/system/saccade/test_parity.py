@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from learner.config import LearnerConfig
 from learner.engines.torch_engine import TorchEngine
 from learner.types import LearnerOptions
 from rollout.config import RolloutConfig
@@ -69,7 +70,9 @@ def test_engine_and_learner_agree_before_and_after_updates(family: str, tmp_path
         weight_transfer_backend="gloo",
         max_media_per_prompt=dict.fromkeys(adapter.modalities, 3),
     )
-    chosen = LearnerOptions(model, total_steps=1, device="cpu", dtype="float32", gradient_checkpointing=())
+    chosen = LearnerOptions(
+        ModelConfig(model, dtype="float32"), 1, "cpu", learner=LearnerConfig(gradient_checkpointing=())
+    )
     learner = TorchEngine(chosen, adapter)
     sampling = SamplingParams(n=2, max_tokens=8, seed=1, ignore_eos=True, banned_token_ids=adapter.banned_token_ids)
     prompts = [case_prompt(adapter, name, parts, 0) for name, parts in cases(adapter, 3).items()]

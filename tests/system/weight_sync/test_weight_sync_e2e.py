@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from learner.config import LearnerConfig
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
 from rollout.actor import RayEngineHandle, RolloutActor
@@ -116,13 +117,11 @@ def cluster(local_ray: ModuleType, tiny_model: Path, request: pytest.FixtureRequ
         handles.append(RayEngineHandle(name, actor.remote(name, options, load, group_timeout=CALL_TIMEOUT), workers))
     learner = LearnerGroup(
         LearnerOptions(
-            str(tiny_model),
+            ModelConfig(str(tiny_model), dtype="float32"),
             total_steps=3,
             device="cpu",
-            dtype="float32",
-            learning_rate=3e-3,
-            zero_stage=3,
-            ranks=2,
+            learner=LearnerConfig(learning_rate=3e-3, zero_stage=3, ranks=2),
+            rollout=RolloutConfig(max_staleness=0),
             timeout=CALL_TIMEOUT,
         ),
         [resources] * 2,

@@ -200,6 +200,7 @@ def test_against_a_reference_written_group_by_group(name: str, data: tuple[np.nd
                 "dr_grpo": 1.0,
                 "rloo": (len(own) - 1) / len(own),
                 "reinforce_pp": batch_std + 1e-4,
+                "gdpo": batch_std + 1e-4,
                 "gpg": len(contributing) / len(compared),
                 "maxrl": float(mean) + 1e-4,
             }[name]

@@ -69,7 +69,7 @@ def test_corrections_by_hand():
     def weights(name: str, low: float = 0.5, high: float = 2.5) -> list[float]:
         return CORRECTIONS[name](learner, behavior, sequences, low, high).tolist()
 
-    assert weights("none") == [1.0, 1.0, 1.0]
+    assert weights("behavior") == weights("current") == [1.0, 1.0, 1.0]
     assert weights("tis") == pytest.approx([2.5, 0.5, 0.25])
     assert weights("tis_sequence") == pytest.approx([2.0, 2.0, 0.25])
     assert weights("tis_sequence", high=1.5) == pytest.approx([1.5, 1.5, 0.25])

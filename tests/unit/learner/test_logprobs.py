@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learner.algorithm.objective import GlobalCounts, Objective, TokenTerms, policy_update_loss
+from learner.algorithm.objective import GlobalCounts, TokenTerms, policy_update_loss
+from learner.config import AlgorithmConfig, Current
 from learner.model.logprobs import BAN, LogprobHead, chunked_logprobs
 
 
@@ -140,13 +141,14 @@ def test_never_holds_all_logits(bonus: float, in_backward: int):
         terms = TokenTerms(
             logprobs, entropy, logprobs.detach(), torch.ones(rows), torch.ones(rows) > 0, torch.arange(rows)
         )
-        policy_update_loss(terms, Objective(entropy_bonus=bonus), GlobalCounts(rows, rows)).loss.backward()
+        algorithm = AlgorithmConfig(off_policy=Current(), entropy_bonus=bonus)
+        policy_update_loss(terms, algorithm, GlobalCounts(rows, rows), max_length=1).loss.backward()
     assert most == {"forward": 2, "backward": in_backward}
 
 
 def test_the_head_shares_the_models_weight():
     linear = nn.Linear(4, 9, bias=False)
-    head = LogprobHead(linear, banned=(), temperature=1.0, chunk_rows=2)
+    head = LogprobHead(linear, banned=(), temperature=1.0)
     head(torch.randn(3, 4), torch.tensor([0, 1, 2]))[0].sum().backward()
     assert head.weight is linear.weight and linear.weight.grad is not None
     assert "banned" not in head.state_dict()

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from learner.algorithm.losses import (
     LOSSES,
     SAPO_TEMPERATURES,
-    Clip,
     Sequences,
     cispo,
     gspo,
@@ -20,8 +19,9 @@ from learner.algorithm.losses import (
     sapo,
     token_weights,
 )
+from learner.config import PpoClip
 
-CLIP = Clip(low=0.2, high=0.3)
+CLIP = PpoClip(low=0.2, high=0.3)
 
 
 def doubles(*values: float) -> torch.Tensor:
@@ -54,7 +54,7 @@ def test_ppo_clip_by_hand():
 def test_dual_clip_by_hand():
     # ratios 5 and 2 with advantage -1: losses 5 and 2, of which dual clip 3 lets 3 and 2 pass; +1 is not its business
     logprobs = doubles(5.0, 2.0, 5.0).log().requires_grad_()
-    clip = Clip(0.2, 10.0, dual=3.0)
+    clip = PpoClip(low=0.2, high=10.0, dual=3.0)
     token = ppo_clip(logprobs, torch.zeros(3, dtype=torch.float64), doubles(-1.0, -1.0, 1.0), one_each(3), clip)
     assert token.loss.tolist() == pytest.approx([3.0, 2.0, -5.0])
     assert token.clipped.tolist() == [True, False, False]

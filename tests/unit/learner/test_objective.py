@@ -11,11 +11,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.algorithm.divergence import CORRECTIONS
-from learner.algorithm.losses import LOSSES, Clip
-from learner.algorithm.objective import GlobalCounts, Objective, TokenTerms, policy_update_loss, token_means
+from learner.algorithm.objective import GlobalCounts, LossTerms, TokenTerms, policy_update_loss, token_means
+from learner.config import (
+    AlgorithmConfig,
+    Behavior,
+    Cispo,
+    Current,
+    Decoupled,
+    Geometric,
+    Gspo,
+    Icepop,
+    Kl,
+    PpoClip,
+    Reinforce,
+    Sapo,
+    Tis,
+    TisSequence,
+)
 
-CLIP = Clip(low=0.2, high=0.3)
+CLIP = PpoClip(low=0.2, high=0.3)
+CURRENT = AlgorithmConfig(loss=CLIP, off_policy=Current())
 
 
 def terms(seed: int = 0, shape: tuple[int, int] = (3, 5), **given_terms: torch.Tensor | None) -> TokenTerms:
@@ -43,9 +58,13 @@ def counts(t: TokenTerms) -> GlobalCounts:
     return GlobalCounts(float(t.mask.sum()), float(t.mask.any(1).sum()))
 
 
-def in_a_loop(t: TokenTerms, objective: Objective, total: GlobalCounts) -> dict[str, float]:
+def loss_of(t: TokenTerms, algorithm: AlgorithmConfig, total: GlobalCounts) -> LossTerms:
+    return policy_update_loss(t, algorithm, total, max_length=5)
+
+
+def in_a_loop(t: TokenTerms, algorithm: AlgorithmConfig, total: GlobalCounts) -> dict[str, float]:
     """The formulas written out, token by token, for ppo_clip, tis, k3 and aggregation by completion."""
-    assert t.before_logprobs is not None and t.reference_logprobs is not None
+    assert t.before_logprobs is not None and t.reference_logprobs is not None and algorithm.kl is not None
     result = dict.fromkeys(("loss", "kl", "mismatch", "clipped", "weight", "squared", "worst"), 0.0)
     for row in range(t.mask.shape[0]):
         where = t.mask[row].nonzero()[:, 0].tolist()
@@ -57,8 +76,8 @@ def in_a_loop(t: TokenTerms, objective: Objective, total: GlobalCounts) -> dict[
             limited = min(max(ratio, 0.8), 1.3)
             weight = math.exp(before - behavior)
             kl = math.exp(reference - new) - (reference - new) - 1
-            value = -min(weight, 1.1) * min(ratio * a, limited * a) + objective.beta * kl
-            value -= objective.entropy_bonus * t.entropy[row, at].item()
+            value = -min(weight, 1.1) * min(ratio * a, limited * a) + algorithm.kl.weight * kl
+            value -= algorithm.entropy_bonus * t.entropy[row, at].item()
             result["loss"] += value / (len(where) * total.completions)
             result["kl"] += kl
             result["mismatch"] += abs(before - behavior)
@@ -71,17 +90,12 @@ def in_a_loop(t: TokenTerms, objective: Objective, total: GlobalCounts) -> dict[
 
 def test_the_loss_against_a_loop():
     t = terms()
-    objective = Objective(
-        clip=CLIP,
-        aggregation="sequence",
-        correction="tis",
-        correction_range=(0.5, 1.1),
-        beta=0.3,
-        entropy_bonus=0.01,
+    algorithm = AlgorithmConfig(
+        loss=CLIP, aggregation="sequence", off_policy=Tis(max=1.1), kl=Kl(0.3), entropy_bonus=0.01
     )
     total = GlobalCounts(17.0, 4.0)  # this is a micro-batch of a larger batch
-    expected = in_a_loop(t, objective, total)
-    result = policy_update_loss(t, objective, total)
+    expected = in_a_loop(t, algorithm, total)
+    result = loss_of(t, algorithm, total)
     assert result.loss.item() == pytest.approx(expected["loss"], rel=1e-12)
     sums = {name: value.item() for name, value in result.sums.items()}
     assert sums["kl"] == pytest.approx(expected["kl"])
@@ -96,56 +110,64 @@ def test_the_loss_against_a_loop():
 
 def test_against_the_engines_policy_or_the_learners_before_the_step():
     t = terms()
-    behavior = policy_update_loss(t, Objective(against_behavior=True, clip=CLIP), counts(t))
-    same = policy_update_loss(replace(t, before_logprobs=t.behavior_logprobs), Objective(clip=CLIP), counts(t))
+    behavior = loss_of(t, replace(CURRENT, off_policy=Behavior()), counts(t))
+    same = loss_of(replace(t, before_logprobs=t.behavior_logprobs), CURRENT, counts(t))
     assert behavior.loss.item() == same.loss.item()
-    first = policy_update_loss(replace(t, before_logprobs=None), Objective(clip=CLIP), counts(t))
+    first = loss_of(replace(t, before_logprobs=None), CURRENT, counts(t))
     assert first.sums["ratio"].item() == pytest.approx(t.mask.sum().item())  # nothing has changed since
 
 
+GSPO, INFINITE = Gspo(low=0.2, high=0.3), float("inf")
+WIDE = Geometric(min=0.0, max=INFINITE)
+CORRECTED = (Tis(max=INFINITE), TisSequence(max=INFINITE), Icepop(min=0.0, max=INFINITE), Decoupled(), WIDE)
 ALL = [
-    Objective(loss=loss, clip=CLIP, aggregation=aggregation, max_length=5, correction=correction, beta=0.1, kl=kl)  # type: ignore[arg-type]
-    for loss, aggregation, correction, kl in [
-        *((loss, "token", "none", "k3") for loss in LOSSES),
-        *(("ppo_clip", aggregation, "none", "k2") for aggregation in ("sequence", "constant")),
-        *(("ppo_clip", "sequence", correction, "abs") for correction in CORRECTIONS),
-        ("gspo", "sequence", "geometric", "k3"),
+    AlgorithmConfig(loss=loss, aggregation=aggregation, off_policy=off_policy, kl=Kl(0.1, kl))  # type: ignore[arg-type]
+    for loss, aggregation, off_policy, kl in [
+        *((loss, "token", Current(), "k3") for loss in (CLIP, GSPO, Cispo(low=0.2, high=0.3), Sapo(), Reinforce())),
+        *((CLIP, aggregation, Current(), "k2") for aggregation in ("sequence", "constant")),
+        *((CLIP, "sequence", off_policy, "abs") for off_policy in (Current(), *CORRECTED)),
+        (GSPO, "sequence", WIDE, "k3"),
     ]
 ]
 
 
-def run(pieces: Sequence[torch.Tensor], seed: int, objective: Objective) -> tuple[float, torch.Tensor]:
+def name_of(algorithm: AlgorithmConfig) -> str:
+    assert algorithm.kl is not None
+    return f"{algorithm.loss.name}-{algorithm.aggregation}-{algorithm.off_policy.name}-{algorithm.kl.estimator}"
+
+
+def run(pieces: Sequence[torch.Tensor], seed: int, algorithm: AlgorithmConfig) -> tuple[float, torch.Tensor]:
     """Loss and gradient with rows dealt out to micro-batches."""
     t = terms(seed, (8, 4))
     logprobs = t.logprobs.clone().requires_grad_()
     total, summed = counts(t), 0.0
     for piece in pieces:
         values = {f.name: getattr(t, f.name)[piece] for f in fields(TokenTerms)}
-        part = policy_update_loss(TokenTerms(**{**values, "logprobs": logprobs[piece]}), objective, total)
+        part = loss_of(TokenTerms(**{**values, "logprobs": logprobs[piece]}), algorithm, total)
         part.loss.backward()
         summed += part.loss.item()
     assert logprobs.grad is not None
     return summed, logprobs.grad
 
 
-@pytest.mark.parametrize("objective", ALL, ids=lambda o: f"{o.loss}-{o.aggregation}-{o.correction}-{o.kl}")
+@pytest.mark.parametrize("algorithm", ALL, ids=name_of)
 @given(order=st.permutations(range(8)), cut=st.integers(1, 7), seed=st.integers(0, 3))
 def test_neither_micro_batches_nor_their_order_change_loss_or_gradient(
-    objective: Objective, order: list[int], cut: int, seed: int
+    algorithm: AlgorithmConfig, order: list[int], cut: int, seed: int
 ):
-    whole, gradient = run([torch.arange(8)], seed, objective)
-    parts, summed = run([torch.tensor(order[:cut]), torch.tensor(order[cut:])], seed, objective)
+    whole, gradient = run([torch.arange(8)], seed, algorithm)
+    parts, summed = run([torch.tensor(order[:cut]), torch.tensor(order[cut:])], seed, algorithm)
     assert parts == pytest.approx(whole, rel=1e-10, abs=1e-12)
     torch.testing.assert_close(summed, gradient, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("objective", ALL, ids=lambda o: f"{o.loss}-{o.aggregation}-{o.correction}-{o.kl}")
-def test_masked_tokens_have_exactly_no_gradient_whatever_stands_there(objective: Objective):
+@pytest.mark.parametrize("algorithm", ALL, ids=name_of)
+def test_masked_tokens_have_exactly_no_gradient_whatever_stands_there(algorithm: AlgorithmConfig):
     t = terms()
     hole = ~t.mask
     poisoned = t.logprobs.masked_fill(hole, float("-inf")).requires_grad_()
     poison = terms(logprobs=poisoned, advantages=t.advantages.masked_fill(hole, float("nan")))
-    policy_update_loss(poison, objective, counts(t)).loss.backward()
+    loss_of(poison, algorithm, counts(t)).loss.backward()
     assert poisoned.grad is not None
     assert (poisoned.grad[hole] == 0).all() and torch.isfinite(poisoned.grad).all()
     assert (poisoned.grad[t.mask] != 0).any()
@@ -154,9 +176,9 @@ def test_masked_tokens_have_exactly_no_gradient_whatever_stands_there(objective:
 def test_a_micro_batch_without_tokens_has_loss_zero_and_a_graph():
     logprobs = torch.zeros(2, 3, requires_grad=True)
     none = terms(shape=(2, 3), logprobs=logprobs, mask=torch.zeros(2, 3, dtype=torch.bool))
-    for objective in ALL:
+    for algorithm in ALL:
         logprobs.grad = None
-        result = policy_update_loss(none, objective, GlobalCounts(5.0, 2.0))
+        result = loss_of(none, algorithm, GlobalCounts(5.0, 2.0))
         result.loss.backward()
         assert result.loss.item() == 0.0 and logprobs.grad is not None and (logprobs.grad == 0).all()
         assert all(value.item() == 0.0 for value in [*result.sums.values(), *result.maxima.values()])
@@ -165,13 +187,13 @@ def test_a_micro_batch_without_tokens_has_loss_zero_and_a_graph():
 def test_the_entropy_bonus_pushes_towards_entropy():
     entropy = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
     t = terms(entropy=entropy)
-    policy_update_loss(t, Objective(entropy_bonus=0.5), counts(t)).loss.backward()
+    loss_of(t, replace(CURRENT, entropy_bonus=0.5), counts(t)).loss.backward()
     assert entropy.grad is not None
     assert entropy.grad[t.mask].tolist() == pytest.approx([-0.5 / t.mask.sum().item()] * int(t.mask.sum()))
     assert (entropy.grad[~t.mask] == 0).all()
 
 
-def test_beta_without_a_reference_is_refused():
+def test_a_kl_without_a_reference_is_refused():
     t = terms(reference_logprobs=None)
-    with pytest.raises(ValueError, match=r"beta=0.1 needs the reference"):
-        policy_update_loss(t, Objective(beta=0.1), counts(t))
+    with pytest.raises(ValueError, match=r"kl.weight=0.1 needs the reference"):
+        loss_of(t, replace(CURRENT, kl=Kl(0.1)), counts(t))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from learner.algorithm.group_rewards import check_rewards, combined_rewards
+from learner.config import AlgorithmConfig, Current
 from learner.types import LearnerOptions, RewardError
+from rollout.config import RolloutConfig
 from rollout.types import GroupSummary, PromptRef
+from vlm.config import ModelConfig
 
 
 def summary(
@@ -19,8 +24,10 @@ def summary(
     return GroupSummary(PromptRef("d:0"), rewards, valid, parts or {}, lengths, ("stop",) * len(rewards), 5, 0)
 
 
-def options(**changes: object) -> LearnerOptions:
-    return LearnerOptions("m", 1, max_completion_length=10, **changes)  # type: ignore[arg-type]
+def options(**changes: Any) -> LearnerOptions:
+    weights = changes.pop("part_weights", {})
+    algorithm, rollout = AlgorithmConfig(off_policy=Current(), **changes), RolloutConfig(max_completion_length=10)
+    return LearnerOptions(ModelConfig("m"), 1, algorithm=algorithm, rollout=rollout, part_weights=weights)
 
 
 def test_the_scores_themselves():
@@ -29,7 +36,7 @@ def test_the_scores_themselves():
 
 
 def test_long_completions_lose_up_to_one():
-    rewards, _ = combined_rewards([summary((1.0, 1.0, 1.0), lengths=(5, 8, 10))], options(overlong_buffer=4))
+    rewards, _ = combined_rewards([summary((1.0, 1.0, 1.0), lengths=(5, 8, 10))], options(overlong=0.4))
     assert rewards.tolist() == [[1.0, 0.5, 0.0]]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import pickle
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import yaml
 
-from learner.config import AlgorithmConfig, Behavior, Cispo, Gspo, Kl, PpoClip, Reinforce, Tis
+from learner.algorithm.advantages import ADVANTAGES, reinforce_pp
+from learner.config import AlgorithmConfig, Auto, Behavior, Cispo, Current, Gspo, Icepop, Kl, PpoClip, Reinforce, Tis
 from saccade.config.load import dump_config, load_config, parse_config
 from saccade.config.messages import ConfigError
 from saccade.config.options import learner_options
@@ -120,7 +122,7 @@ def test_a_correction_makes_the_ratio_that_of_the_learner():
     assert parse_config({**stale, "algorithm": {"off_policy": "tis"}}).off_policy == Tis()
 
 
-def test_every_knob_of_the_algorithm_reaches_the_learner_or_the_driver():
+def test_the_learner_reads_the_sections_themselves():
     """A value unlike the default, for each."""
     given = {
         "advantage": "rloo",
@@ -134,18 +136,29 @@ def test_every_knob_of_the_algorithm_reaches_the_learner_or_the_driver():
     }
     config = parse_config({**MINIMAL, "algorithm": given, "rollout": {"max_completion_length": 100}, "steps": 10})
     options = learner_options(config, "cpu", ["image"])
-    assert (options.advantage, options.aggregation) == ("rloo", "constant")
-    clip = (options.clip_eps_low, options.clip_eps_high, options.clip_dual)
-    assert (options.loss, *clip) == ("gspo", 0.1, 0.3, 3.0)
-    assert (options.beta, options.kl_estimator, options.kl_in, options.reference_every) == (0.2, "k2", "reward", 4)
-    assert (options.old_policy, options.correction, options.correction_range) == ("current", "icepop", (0.1, 3.0))
-    assert (options.entropy_bonus, options.optimizer_steps) == (0.01, 2)
-    assert options.total_steps == 20 and options.overlong_buffer == 50 and not options.mask_truncated
-    assert {field.name for field in fields(AlgorithmConfig)} == {*given, "name", "refill", "reward_range"}
-    masking = learner_options(parse_config({**MINIMAL, "algorithm": {"overlong": "mask"}}), "cpu", ["image"])
-    assert masking.mask_truncated and not masking.overlong_buffer
+    assert (options.model, options.learner, options.rollout) == (config.model, config.learner, config.rollout)
+    assert options.total_steps == 20 and options.part_weights == {}
+    algorithm = options.algorithm
+    assert algorithm == config.algorithm
+    assert (algorithm.advantage, algorithm.aggregation) == ("rloo", "constant")
+    assert algorithm.loss == Gspo(low=0.1, high=0.3, dual=3.0)
+    assert algorithm.kl == algorithm.kl_in("reward") == Kl(0.2, "k2", "reward", 4) and algorithm.kl_in("loss") is None
+    assert algorithm.off_policy == Icepop(min=0.1, max=3.0) and algorithm.off_policy.bounds == (0.1, 3.0)
+    assert (algorithm.reference_every, algorithm.needs_policy_before, algorithm.overlong_share) == (4, True, 0.5)
+    assert (algorithm.entropy_bonus, algorithm.optimizer_steps) == (0.01, 2)
+
+
+@pytest.mark.parametrize(("staleness", "resolved"), [(0, Current()), (1, Behavior())])
+def test_the_learner_is_told_what_auto_means(staleness, resolved):
+    config = parse_config({**MINIMAL, "rollout": {"max_staleness": staleness}})
+    options = learner_options(config, "cpu", ["image"])
+    assert (config.algorithm.off_policy, options.algorithm.off_policy) == (Auto(), resolved)
+    assert pickle.loads(pickle.dumps(options)) == options
+    with pytest.raises(ValueError, match="off_policy=auto"):
+        replace(options, algorithm=config.algorithm)
 
 
 def test_gdpo_normalises_each_reward_in_its_group_and_the_sum_over_the_batch() -> None:
     options = learner_options(parse_config({**MINIMAL, "algorithm": {"advantage": "gdpo"}}), "cpu", ["image"])
-    assert (options.advantage, options.part_weights) == ("reinforce_pp", {"format": 0.5, "accuracy": 1.0})
+    assert options.part_weights == {"format": 0.5, "accuracy": 1.0}
+    assert ADVANTAGES[options.algorithm.advantage] is reinforce_pp

@@ -13,6 +13,7 @@ from learner.worker import LearnerWorker
 from saccade.config.options import learner_environment, weight_transfer_options
 from saccade.config.run_config import RunConfig
 from tests.unit.saccade.test_placement import config
+from vlm.config import ModelConfig
 
 
 def test_a_rank_beside_a_gpu_uses_the_cpus_it_is_given_and_segments_that_grow():
@@ -48,5 +49,5 @@ def test_a_rank_finds_what_lies_beside_its_python(monkeypatch: pytest.MonkeyPatc
         "DS_ACCELERATOR",
     ):
         monkeypatch.setenv(name, "/bin")
-    LearnerWorker(LearnerOptions("m", 1, device="cpu"), 0, None)
+    LearnerWorker(LearnerOptions(ModelConfig("m"), 1, device="cpu"), 0, None)
     assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/bin"]

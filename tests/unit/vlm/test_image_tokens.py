@@ -108,7 +108,7 @@ def test_one_knob_reaches_data_engine_learner_and_the_saved_model(tiny_model: Pa
     assert prompt.expanded_length == len(prompt.token_ids) - 1 + 9  # 3 x 3 squares of 28 pixels
     free = load_adapter(str(tiny_model))
     assert free.expanded_length(prompt.token_ids, prompt.media) > prompt.expanded_length
-    assert learner_options(config, "cpu", ("image",)).max_image_tokens == 10
+    assert learner_options(config, "cpu", ("image",)).model.max_image_tokens == 10
     told = engine_arguments(engine_options(config, "cpu", ("image",)), adapter)
     size = {"shortest_edge": 3136, "longest_edge": 10 * 28 * 28}
     assert told["mm_processor_kwargs"] == {"images_kwargs": {"size": size}}
