@@ -110,10 +110,11 @@ def parity(
 
     Raises AdapterError if the model does not exist, and RunError if the engine does not start."""
     family = load_adapter(model, adapter, trust_remote_code=trust_remote_code, max_image_tokens=max_image_tokens)
+    on_both_sides = ModelConfig(model, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code)
     chosen = cases(family, images, video)
     prompts = [case_prompt(family, name, parts, seed) for name, parts in chosen.items()]
     options = EngineOptions(
-        ModelConfig(model, dtype=dtype, trust_remote_code=trust_remote_code),
+        on_both_sides,
         # With a cache of images it would not say again what it made of one; graphs are not worth capturing here.
         RolloutConfig(
             kv_cache_gib=kv_cache_gib,
@@ -130,7 +131,7 @@ def parity(
     )
     sampled = asyncio.run(_sample(VLLMEngine(options, family), family, prompts))
     learner_options = LearnerOptions(
-        ModelConfig(model, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code),
+        on_both_sides,
         total_steps=1,
         device=device,
         learner=LearnerConfig(gradient_checkpointing=(), micro_batch=2**20),
