@@ -1,6 +1,6 @@
 # make demo        train a tiny model on this machine's CPU and show that it learned to see (3 to 6 minutes)
 # make demo-seeds  the same for seeds 0, 1 and 2
-# make test        the tests; make test-all adds the slow ones
+# make test        the tests; make test-all adds the slow ones; make test-unit, test-model, test-system: those of one folder
 # make lint        style, format and types
 # Each of them first creates .venv and installs the pinned versions, if that has not been done (see deploy/venv.sh).
 
@@ -14,7 +14,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: demo demo-seeds test test-all lint venv
+.PHONY: demo demo-seeds test test-all test-unit test-model test-system lint venv
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -23,16 +23,23 @@ demo: venv
 demo-seeds: venv
 	for seed in 0 1 2; do $(VENV)/bin/saccade demo --seed $$seed --output-dir runs/demo-seed-$$seed $(ARGS) || exit 1; done
 
-# One thread per process, and as many processes as there are cores: two tests of whole systems at a time, each of which
-# starts several processes, and as many of the others as there are cores. These come first: a slip shows within minutes.
-test test-all: export OMP_NUM_THREADS := 1
-test: venv
-	$(PYTEST) -q -m "not slow" -n auto --maxprocesses 8 tests/unit tests/model $(ARGS)
-	$(PYTEST) -q -m "not slow" -n 2 --dist loadfile --durations=10 tests/system $(ARGS)
+# Two passes: the tests of one process in as many processes as there are cores, then those of whole systems, two at a
+# time, since each starts several processes. A slip shows within minutes. One thread per process.
+test test-all test-unit test-model test-system: export OMP_NUM_THREADS := 1
+SELECT := -m "not slow"
+QUICK = $(PYTEST) -q $(SELECT) -n auto --maxprocesses 8 $(ARGS)
+SYSTEM = $(PYTEST) -q $(SELECT) -n 2 --dist loadfile --durations=10 tests/system $(ARGS)
 
-test-all: venv
-	$(PYTEST) -q -n auto --maxprocesses 8 tests/unit tests/model $(ARGS)
-	$(PYTEST) -q -n 2 --dist loadfile --durations=20 tests/system $(ARGS)
+test-all: SELECT :=
+test test-all: venv
+	$(QUICK) tests/unit tests/model
+	$(SYSTEM)
+
+test-unit test-model: test-%: venv
+	$(QUICK) tests/$*
+
+test-system: venv
+	$(SYSTEM)
 
 lint: venv
 	$(VENV)/bin/ruff check .
