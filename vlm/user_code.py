@@ -28,7 +28,7 @@ def find(name: str) -> Any:
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise UserCodeError(f"{name!r} must have the form package.module:name or path/file.py:name")
-    if (here := str(Path.cwd())) not in sys.path:
+    if (here := _working_directory()) and here not in sys.path:
         sys.path.append(here)
     ours_first()
     try:
@@ -43,6 +43,15 @@ def find(name: str) -> Any:
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
         public = [n for n in own if not n.startswith("_")]
         raise UserCodeError(f"{name}: {source} has no {attribute!r}; it has: {', '.join(public) or 'none'}") from None
+
+
+def _working_directory() -> str:
+    """Return the working directory, or nothing if it was removed: Ray nodes that share a machine unpack a job's folder
+    anew, one after the other, under the job's feet. What was found in it before is on the path already."""
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        return ""
 
 
 def located(name: str) -> str:
@@ -76,7 +85,7 @@ def _import_file(source: str) -> Any:
     places = [Path(source)] if Path(source).is_absolute() else [Path(p or ".") / source for p in ("", *sys.path)]
     path = next((place.resolve() for place in places if place.is_file()), None)
     if path is None:
-        raise UserCodeError(f"no file {source} in {Path.cwd()} or on the import path")
+        raise UserCodeError(f"no file {source} in {_working_directory() or 'a folder that is gone'} or on the import path")
     module_name = f"{_FILE}{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     if module_name in sys.modules:
         return sys.modules[module_name]

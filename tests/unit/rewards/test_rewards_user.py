@@ -384,3 +384,15 @@ def test_the_examples_in_the_documentation_work(repository: Path, tmp_path: Path
     essay = ScoringRequest("", ("short",), columns={"kind": "essay"})
     assert load_reward(f"{path}:brevity")(essay)[0].status == "unscorable"
     assert len(load_reward(f"{path}:finished")(ScoringRequest("", ()))) == 0
+
+
+def test_a_working_directory_that_is_gone_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray nodes that share a machine unpack a job's folder anew under the feet of its driver."""
+    (tmp_path / "mine.py").write_text("def one(completions): return [1.0] * len(completions)\n")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert [v.score for v in load_reward(f"{tmp_path}/mine.py:one")(ScoringRequest("?", ("a",)))] == [1.0]
+    with pytest.raises(RewardSetupError, match=r"no file his\.py in a folder that is gone or on the import path"):
+        load_reward("his.py:one")
