@@ -85,7 +85,9 @@ def _import_file(source: str) -> Any:
     places = [Path(source)] if Path(source).is_absolute() else [Path(p or ".") / source for p in ("", *sys.path)]
     path = next((place.resolve() for place in places if place.is_file()), None)
     if path is None:
-        raise UserCodeError(f"no file {source} in {_working_directory() or 'a folder that is gone'} or on the import path")
+        raise UserCodeError(
+            f"no file {source} in {_working_directory() or 'a folder that is gone'} or on the import path"
+        )
     module_name = f"{_FILE}{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     if module_name in sys.modules:
         return sys.modules[module_name]

@@ -45,7 +45,7 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (2, 2)])
+@pytest.mark.parametrize("heads", [(4, 2), *(pytest.param(h, marks=pytest.mark.slow) for h in ((6, 2), (2, 2)))])
 def test_values_and_gradients_are_those_of_the_mask(traced: None, heads: tuple[int, int]):
     """In float64, of rows that are filled up and rows that are not."""
     for seed, groups in enumerate(LENGTHS):
@@ -67,7 +67,16 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize(("changes", "expected"), SCENARIOS.values(), ids=SCENARIOS.keys())
+QUICK = ("full training, reference", "LoRA on attention, reference")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param(*scenario, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, scenario in SCENARIOS.items()
+    ],
+)
 def test_few_variants_are_compiled(traced: None, tiny_model: Path, changes: dict[str, object], expected: int):
     """For each set of inputs that need a gradient one of the first length and one of all others; torch stops at 8."""
     adapter = adapter_of(tiny_model)

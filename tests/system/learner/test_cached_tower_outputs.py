@@ -54,6 +54,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", RANKED)
 def test_ranks_with_and_without_images_train_as_one_rank_does(results: Path, family: str) -> None:
     chosen = options_of(results / "models" / family, learning_rate=1e-4, **VISION)

@@ -72,6 +72,7 @@ def test_a_batch_without_a_baseline_is_refused_before_any_work(
         learner.update(refs, summaries, 2)
 
 
+@pytest.mark.slow
 def test_a_batch_of_which_every_rank_finds_nothing_to_train_leaves_the_learner_usable(
     local_ray: ModuleType, tiny_model: Path, tmp_path: Path
 ):
@@ -104,6 +105,7 @@ def limit_files(worker: Any, size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@pytest.mark.slow
 def test_a_refused_save_of_ranks_that_gather_ends_on_all_and_changes_nothing(
     local_ray: ModuleType, tiny_model: Path, tmp_path: Path
 ):
@@ -164,6 +166,7 @@ def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, l
     learner.shutdown()
 
 
+@pytest.mark.slow
 def test_a_divergence_in_the_reward_moves_the_advantages(local_ray: ModuleType, tiny_model: Path):
     """The update is that of the reference engine with advantages of scores from which beta x KL was taken."""
     chosen = options(tiny_model, kl=Kl(0.05, "k1", "reward", refresh=1), advantage="rloo")

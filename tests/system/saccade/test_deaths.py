@@ -65,6 +65,7 @@ def answers(actor: Any) -> Any:
     return actor.pid.remote
 
 
+@pytest.mark.slow
 def test_the_dead_are_named_in_place_of_what_others_say_of_it(local_ray, processes, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     waiting = processes["c"].read.remote(str(tmp_path / "fifo"))  # computes: it is not taken for dead
@@ -111,7 +112,7 @@ def test_an_engine_whose_core_died_is_named_with_its_last_words(processes):
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_died_is_named_not_the_one_that_gloo_told_of_it(processes, tmp_path, rank):
     group = LearnerGroup(options(tmp_path, ranks=2), [{}, {}])
     calls = [processes["a"].fail.remote(), processes["b"].die.remote()]

@@ -242,6 +242,7 @@ def test_qlora_engines_sample_from_the_rounded_base_from_the_first_token_on(sett
     assert merged.keys() == after.keys() and all(merged[name].equal(after[name]) for name in after)
 
 
+@pytest.mark.slow
 def test_videos_sounds_images_and_text_train_together(settings, tmp_path, local_ray):
     """Two ranks under ZeRO-3 with whatever the batches bring them; the engine still samples from what is trained."""
     model = build_tiny("qwen2_5_omni", tmp_path / "model")

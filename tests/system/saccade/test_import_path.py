@@ -92,6 +92,7 @@ def test_a_folder_without_such_names_stays_first(tmp_path: Path, repository: Pat
     assert done.stdout == "''\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_trains_from_such_a_folder(folder: Path, repository: Path, tiny_model: Path) -> None:
     """Actors, the engine's and the learner's processes and the reward's child import ours; the reward is the user's."""
     make_shapes(folder / "data", train_rounds=1, unseen_rounds=1)

@@ -36,7 +36,16 @@ ray.shutdown()
 """
 
 
-@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.yaml")))
+QUICK = "shapes.yaml"
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(p.name, marks=[] if p.name == QUICK else pytest.mark.slow)
+        for p in sorted((ROOT / "examples").glob("*.yaml"))
+    ],
+)
 def test_every_example_is_placed_on_one_machine_with_eight_gpus(example: str) -> None:
     """The local Ray offers the resources that the file names; on GPUs each actor sees its own, and no other."""
     command = [sys.executable, "-c", SEEN, str(ROOT / "examples" / example)]

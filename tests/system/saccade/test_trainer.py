@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CPU = """"cluster.device": "cpu", "model.dtype": "float32", "learner.zero_stage": 1, "rollout": {"kv_cache_gib": 0.25,
     "num_generations": 2, "max_completion_length": 4}, "data.max_prompt_length": 256, """
 
 
+@pytest.mark.slow
 def test_the_first_example_trains(tiny_model: Path, repository: Path, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (repository / "docs/api.md").read_text(), re.DOTALL)[0]
     code = code.replace("Qwen/Qwen2.5-VL-3B-Instruct", str(tiny_model)).replace('"steps": 1', f'{CPU}"steps": 1')
