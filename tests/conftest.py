@@ -18,6 +18,7 @@ for _name, _value in {
     "MPLBACKEND": "Agg",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: what else a machine does would come first, and starts take minutes
 }.items():
     os.environ.setdefault(_name, _value)
 
