@@ -12,6 +12,7 @@ from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_config import engine_arguments
 from tests.unit.vlm.test_image_tokens import SHAPES, Limited, prompt_of
 from tests.unit.vlm.test_image_tokens import limited as limited
+from vlm.config import ModelConfig
 from vlm.encoding import concatenate_padded
 from vlm.families.registry import load_adapter
 from vlm.media.video_audio import decode
@@ -20,7 +21,7 @@ from vlm.tiny import build_tiny
 
 def test_vllms_processor_makes_the_same_of_every_image(limited: Limited) -> None:
     """Its own, as the engine is told to make it, without an engine behind it."""
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig as VLLMModelConfig
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.processing import ProcessorInputs
     from vllm.multimodal.processing.context import TimingContext
@@ -28,7 +29,7 @@ def test_vllms_processor_makes_the_same_of_every_image(limited: Limited) -> None
     _, path, adapter = limited
     told = engine_arguments(EngineOptions(ModelConfig(str(path), dtype="float32"), device="cpu"), adapter)
     names = ("model", "dtype", "mm_processor_kwargs", "mm_device_do_normalize", "generation_config")
-    processor = MULTIMODAL_REGISTRY.create_processor(ModelConfig(**{name: told[name] for name in names}))
+    processor = MULTIMODAL_REGISTRY.create_processor(VLLMModelConfig(**{name: told[name] for name in names}))
     for shape in SHAPES:
         text, ids, media = prompt_of(adapter, shape)
         encoded = adapter.encode(text, [decode(m, m.data) for m in media])
@@ -49,7 +50,7 @@ def test_vllms_processor_makes_the_same_of_every_image(limited: Limited) -> None
 
 
 def test_generation_config_gives_ends_to_both_sides_and_nothing_else_to_either(tmp_path: Path) -> None:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig as VLLMModelConfig
 
     path = build_tiny("qwen2_5_vl", tmp_path)
     own = load_adapter(str(path)).tokenizer.eos_token_id
@@ -58,7 +59,7 @@ def test_generation_config_gives_ends_to_both_sides_and_nothing_else_to_either(t
     adapter = load_adapter(str(path))
     assert adapter.stop_token_ids == (own, 5, 7)
     told = engine_arguments(EngineOptions(ModelConfig(str(path), dtype="float32"), device="cpu"), adapter)
-    engine = ModelConfig(**{name: told[name] for name in ("model", "dtype", "generation_config")})
+    engine = VLLMModelConfig(**{name: told[name] for name in ("model", "dtype", "generation_config")})
     assert engine.get_diff_sampling_param() == {}
     assert {*engine.try_get_generation_config()["eos_token_id"]} == {*adapter.stop_token_ids}
     (path / "generation_config.json").unlink()  # vLLM then goes by config.json
