@@ -49,7 +49,7 @@ class WeightSender:
         """`host` is the address under which the engines reach this node (used on rank 0). `timeout`, in seconds, limits
         every wait of `form_group` and `send`. Raises ValueError for an unknown `backend`."""
         if backend not in TRANSPORTS:
-            raise ValueError(f"weight_sync.backend {backend!r} is unknown; known: {', '.join(sorted(TRANSPORTS))}")
+            raise ValueError(f"unknown transport {backend!r}; known: {', '.join(sorted(TRANSPORTS))}")
         self.source = DigestingSource(source, enabled=rank == 0)
         self.backend, self.rank, self.host = backend, rank, host
         self.bucket_bytes, self.timeout = bucket_bytes, timeout
