@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from rewards.answers.golds import GoldError, gold_text, is_number
 from rollout.data.columns import Columns, value_of
-from rollout.data.conversation import Conversation, Message, Part, places, text_of, texts_of
+from rollout.data.conversation import Conversation, Message, MessagePart, places, text_of, texts_of
 from rollout.data.media_files import MediaFiles
 from rollout.data.rows import RowRefusedError, shown
 from rollout.types import MEDIA_PER_PROMPT, Prompt, PromptRef
@@ -37,7 +37,7 @@ MAX_CHARACTERS = 2**20
 """Limit of a row's prompt and of its answer. A tokenizer takes hundreds of bytes for each character."""
 FORMS_KEPT = 1000
 """How many forms of conversations (roles, places for media) are remembered, with their template's tokens."""
-WORD: Part = {"type": "text", "text": "x"}
+WORD: MessagePart = {"type": "text", "text": "x"}
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class PromptBuilder:
             raise RowRefusedError("bad shape", f"the model's processor refuses {shapes:.80}: {error!s:.120}") from error
 
 
-def _says(part: Part) -> bool:
+def _says(part: MessagePart) -> bool:
     return part["type"] == "text" and bool(part["text"].strip())
 
 

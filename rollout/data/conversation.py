@@ -14,7 +14,7 @@ from rollout.data.columns import MEDIA_ROLES
 from rollout.data.rows import RowRefusedError, shown
 from vlm.media.types import MediaKind
 
-Part = Mapping[str, Any]
+MessagePart = Mapping[str, Any]
 """`{"type": "text", "text": ...}`, or `{"type": "image"}`, "video", "audio": the place of one item."""
 Message = Mapping[str, Any]
 """A message `{"role": "system" | "user" | "assistant", "content": [parts]}`."""
@@ -92,7 +92,7 @@ class Conversation:
         messages: list[Message] = []
         for message in reversed(self.messages):
             if message["role"] == "user":
-                parts: list[Part] = []
+                parts: list[MessagePart] = []
                 for part in reversed(message["content"]):
                     if part["type"] == "text":
                         text = part["text"][max(0, len(part["text"]) - characters) :]
@@ -163,7 +163,7 @@ def _turn(value: Any, n: int) -> tuple[str, Any]:
     )
 
 
-def _parts(content: Any, n: int) -> list[Part]:
+def _parts(content: Any, n: int) -> list[MessagePart]:
     if isinstance(content, str):
         return _split(content)
     if not isinstance(content, list):
@@ -173,7 +173,7 @@ def _parts(content: Any, n: int) -> list[Part]:
     return [part for given in content for part in _given_part(given, n)]
 
 
-def _given_part(part: Any, n: int) -> list[Part]:
+def _given_part(part: Any, n: int) -> list[MessagePart]:
     """Read a part without the null fields that Parquet adds to every part. A template takes any part with a key 'image'
     for an image."""
     given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
@@ -189,14 +189,14 @@ def _given_part(part: Any, n: int) -> list[Part]:
     )
 
 
-def _split(text: str) -> list[Part]:
+def _split(text: str) -> list[MessagePart]:
     """Split a text into parts. Markers become places for media."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowRefusedError("bad prompt", f"the text is not valid Unicode: {error}") from error
     pieces = _MARKER.split(text)  # text, kind, text, kind, ..., text
-    parts: list[Part] = []
+    parts: list[MessagePart] = []
     for i, piece in enumerate(pieces):
         if i % 2:
             parts.append({"type": piece})
@@ -205,7 +205,7 @@ def _split(text: str) -> list[Part]:
     return parts
 
 
-def _joined(left: Sequence[Part], right: Sequence[Part]) -> list[Part]:
+def _joined(left: Sequence[MessagePart], right: Sequence[MessagePart]) -> list[MessagePart]:
     """Join parts. Adjacent texts become one, since some chat templates trim every text."""
     if left and right and left[-1]["type"] == right[0]["type"] == "text":
         seam = {"type": "text", "text": left[-1]["text"] + right[0]["text"]}
@@ -213,7 +213,7 @@ def _joined(left: Sequence[Part], right: Sequence[Part]) -> list[Part]:
     return [*left, *right]
 
 
-def _span_of_texts(parts: Sequence[Part]) -> tuple[int, int]:
+def _span_of_texts(parts: Sequence[MessagePart]) -> tuple[int, int]:
     """Return the slice from the first text through the last one; an empty slice at the end if there is no text."""
     texts = [n for n, part in enumerate(parts) if part["type"] == "text"]
     return (texts[0], texts[-1] + 1) if texts else (len(parts), len(parts))

@@ -39,7 +39,7 @@ class DataError(UserError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class RowBlock:
     """Consecutive rows of one file that are read together."""
 
     rows: int
@@ -57,10 +57,10 @@ class RowFile(Protocol):
     columns: tuple[str, ...]
     """Names of the file's columns; empty if it has no rows. Each struct is followed by its fields: `struct.field`."""
 
-    def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
+    def select(self, columns: Sequence[str]) -> tuple[RowBlock, ...]:
         """Read only these columns from now on, if the format can. Returns the file's blocks."""
 
-    def load(self, block: Block) -> Loaded:
+    def load(self, block: RowBlock) -> Loaded:
         """Read one block. Raises DataError."""
 
 
@@ -76,7 +76,7 @@ class _JsonRows(ABC):
         self.columns = self._keys()
 
     @abstractmethod
-    def _cut(self) -> Iterator[Block]:
+    def _cut(self) -> Iterator[RowBlock]:
         """Cut the file into blocks. Raises DataError if the file is not of the format."""
 
     @abstractmethod
@@ -94,10 +94,10 @@ class _JsonRows(ABC):
             raise DataError(f"{self.path}: no JSON object with keys among the first {self.unit}")
         return tuple(found)
 
-    def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
+    def select(self, columns: Sequence[str]) -> tuple[RowBlock, ...]:
         return self._blocks
 
-    def load(self, block: Block) -> Loaded:
+    def load(self, block: RowBlock) -> Loaded:
         try:
             with self.path.open("rb") as file:
                 file.seek(block.start)
@@ -118,7 +118,7 @@ class JsonlRows(_JsonRows):
 
     unit = "lines"
 
-    def _cut(self) -> Iterator[Block]:
+    def _cut(self) -> Iterator[RowBlock]:
         with self.path.open("rb") as file:
             start, end = 0, _content_end(file)
             file.seek(0)
@@ -131,7 +131,7 @@ class JsonlRows(_JsonRows):
                     raise DataError(
                         f"{self.path}: a line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one object per line"
                     )
-                yield Block(data.count(b"\n") + (not whole), len(data), start, stop)
+                yield RowBlock(data.count(b"\n") + (not whole), len(data), start, stop)
                 start = stop
 
     def _rows(self, data: bytes) -> list[bytes]:
@@ -144,19 +144,19 @@ class JsonArrayRows(_JsonRows):
 
     unit = "elements"
 
-    def _cut(self) -> Iterator[Block]:
+    def _cut(self) -> Iterator[RowBlock]:
         rows = start = stop = 0
         with self.path.open("rb") as file:
             try:
                 for first, last in array_spans(file):
                     if rows and last - start > BLOCK_BYTES:
-                        yield Block(rows, stop - start, start, stop)
+                        yield RowBlock(rows, stop - start, start, stop)
                         rows = 0
                     start, rows, stop = first if not rows else start, rows + 1, last
             except ElementError as error:
                 raise DataError(f"{self.path}: not a readable JSON array: {error}") from error
         if rows:
-            yield Block(rows, stop - start, start, stop)
+            yield RowBlock(rows, stop - start, start, stop)
 
     def _rows(self, data: bytes) -> list[bytes]:
         return [data[first:last] for first, last in element_spans(io.BytesIO(data))]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from rollout.data import formats as row_files
 from rollout.data.columns import field_names, is_read
-from rollout.data.formats import READ_BUFFER, Block, DataError, Loaded, Row
+from rollout.data.formats import READ_BUFFER, DataError, Loaded, Row, RowBlock
 
 MIN_ROW_BYTES = 64
 """The least bytes that a row counts: runs of equal values state almost none."""
@@ -52,7 +52,7 @@ class ParquetRows:
         """Columns of values that belong to the selected columns."""
         self._shared: list[str] = []
 
-    def select(self, columns: Sequence[str]) -> tuple[Block, ...]:
+    def select(self, columns: Sequence[str]) -> tuple[RowBlock, ...]:
         self._selected = [name for name in self._top if is_read(name, columns)]
         schema = self._metadata.schema
         paths = [schema.column(i).path for i in range(len(schema))]
@@ -60,7 +60,7 @@ class ParquetRows:
         self._shared = [schema.column(i).path for i in self._leaves if self._shareable(i)]
         return tuple(self._cut())
 
-    def _cut(self) -> Iterator[Block]:
+    def _cut(self) -> Iterator[RowBlock]:
         metadata = self._metadata
         start = rows = size = 0
         for g in range(metadata.num_row_groups):
@@ -68,10 +68,10 @@ class ParquetRows:
             group_size = sum(group.column(i).total_uncompressed_size for i in self._leaves)
             group_size = max(group_size, group.num_rows * MIN_ROW_BYTES)
             if rows and (size + group_size > row_files.BLOCK_BYTES or self._bomb(g)):
-                yield Block(rows, size, start, g)
+                yield RowBlock(rows, size, start, g)
                 start, rows, size = g, 0, 0
             if self._bomb(g):
-                yield Block(group.num_rows, 0, g, g + 1)
+                yield RowBlock(group.num_rows, 0, g, g + 1)
                 start = g + 1
                 continue
             rows, size = rows + group.num_rows, size + group_size
@@ -79,10 +79,10 @@ class ParquetRows:
                 each = max(1, rows * row_files.BLOCK_BYTES // size)
                 for skip in range(0, rows, each):
                     n = min(each, rows - skip)
-                    yield Block(n, size * n // rows, g, g + 1, skip)
+                    yield RowBlock(n, size * n // rows, g, g + 1, skip)
                 start, rows, size = g + 1, 0, 0
         if rows:
-            yield Block(rows, size, start, metadata.num_row_groups)
+            yield RowBlock(rows, size, start, metadata.num_row_groups)
 
     def _shareable(self, leaf: int) -> bool:
         """Return whether equal texts of a column can stay one text in memory, as in the file, until a row is read. For
@@ -111,7 +111,7 @@ class ParquetRows:
                 return f"{reason}; {SMALLER_GROUPS.format(fewer)}" if fewer else reason
         return ""
 
-    def load(self, block: Block) -> Loaded:
+    def load(self, block: RowBlock) -> Loaded:
         if bomb := self._bomb(block.start):
             return _refusing(bomb)
         try:
@@ -133,7 +133,7 @@ class ParquetRows:
 
         return row
 
-    def _read(self, block: Block) -> list[pa.RecordBatch] | None:
+    def _read(self, block: RowBlock) -> list[pa.RecordBatch] | None:
         """Read the rows of a block; None if they take too much memory."""
         first, last, seen, held = block.skip, block.skip + block.rows, 0, 0
         groups = list(range(block.start, block.stop))
@@ -164,7 +164,7 @@ class ParquetRows:
                 columns.append(column)
         return pa.RecordBatch.from_arrays(columns, names=batch.schema.names), nbytes
 
-    def _batch_rows(self, block: Block) -> int:
+    def _batch_rows(self, block: RowBlock) -> int:
         """Return how many rows to decode at once: few if each may be a copy of a large text, or of most of the text
         before it."""
         rows = min(block.rows, 4096)

@@ -30,7 +30,7 @@ Fault = Literal["none", "die", "hang", "slow"]
 
 
 @dataclass(frozen=True, slots=True)
-class Behavior:
+class Simulation:
     """The simulated speed, lengths and faults."""
 
     decode_seconds: float = 0.001
@@ -59,11 +59,13 @@ class _Sequence:
 
 
 class SimulatedEngine:
-    """A simulated engine. See `RolloutEngine` for the contract, and `Behavior` for the simulation."""
+    """A simulated engine. See `RolloutEngine` for the contract, and `Simulation` for the simulation."""
 
-    def __init__(self, options: EngineOptions, adapter: MultimodalAdapter, behavior: Behavior | None = None) -> None:
+    def __init__(
+        self, options: EngineOptions, adapter: MultimodalAdapter, simulation: Simulation | None = None
+    ) -> None:
         self._options, self._adapter = options, adapter
-        self._behavior = behavior or Behavior()
+        self._simulation = simulation or Simulation()
         self._vocabulary = len(adapter.tokenizer)
         self._loop: asyncio.Task[None] | None = None
         self._waiting: deque[_Sequence] = deque()
@@ -82,7 +84,7 @@ class SimulatedEngine:
     async def start(self) -> None:
         if self._options.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("the simulated engine was asked for device 'cuda', but torch sees no CUDA GPU here")
-        await asyncio.sleep(self._behavior.start_seconds)
+        await asyncio.sleep(self._simulation.start_seconds)
         self._state = "running"
         self._loop = asyncio.create_task(self._run())
 
@@ -104,7 +106,7 @@ class SimulatedEngine:
         elif fault == "hang":
             self._state = "hung"
         elif fault == "slow":
-            self._slowdown = self._behavior.slowdown
+            self._slowdown = self._simulation.slowdown
 
     async def check_health(self) -> None:
         await self._answer("answer a health check")
@@ -158,7 +160,8 @@ class SimulatedEngine:
         """Draw tokens, log-probabilities and whether the completion stopped by itself. The result is a function of the
         seed, uniform over the tokens that are not banned."""
         rng = np.random.default_rng(seed)
-        length = max(1, round(self._behavior.mean_tokens * float(np.exp(rng.normal() * self._behavior.length_sigma))))
+        factor = float(np.exp(rng.normal() * self._simulation.length_sigma))
+        length = max(1, round(self._simulation.mean_tokens * factor))
         stopped = length <= limit and not sampling.ignore_eos
         length = length if stopped else limit
         allowed = np.setdiff1d(np.arange(self._vocabulary), np.asarray(sampling.banned_token_ids, int))
@@ -185,15 +188,15 @@ class SimulatedEngine:
 
     async def _run(self) -> None:
         """Run the engine's loop: each step gives every running sequence one token."""
-        behavior = self._behavior
+        simulation = self._simulation
         while True:
             await self._runnable.wait()
             admitted = 0
             while self._waiting and len(self._running) < self._options.rollout.max_num_seqs:
                 self._running.append(self._waiting.popleft())
                 admitted += self._running[-1].prompt_length
-            step = behavior.decode_seconds + behavior.per_sequence_seconds * len(self._running)
-            await asyncio.sleep((step + admitted / behavior.prefill_tokens_per_second) * self._slowdown)
+            step = simulation.decode_seconds + simulation.per_sequence_seconds * len(self._running)
+            await asyncio.sleep((step + admitted / simulation.prefill_tokens_per_second) * self._slowdown)
             for sequence in list(self._running):
                 sequence.versions.append(self._version)
                 if len(sequence.versions) == sequence.length:
@@ -216,8 +219,8 @@ class SimulatedEngine:
 
     def _count_group(self) -> None:
         self._groups += 1
-        if self._groups == self._behavior.fault_after_groups:
-            self.fail(self._behavior.fault)
+        if self._groups == self._simulation.fault_after_groups:
+            self.fail(self._simulation.fault)
 
     # ------------------------------------------------------------------ weights
 

@@ -16,15 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from learner.durable import atomic_file
-
-Row = dict[str, Any]
+from rollout.data.formats import Row
 
 COLORS = {
     "red": (220, 30, 30),

@@ -21,7 +21,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from rewards.functions.accuracy import matches
 from rewards.functions.format import answer_text, format_problem
-from saccade.demo.shapes import ANSWERS, Row, completion
+from rollout.data.formats import Row
+from saccade.demo.shapes import ANSWERS, completion
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.families.registry import load_adapter

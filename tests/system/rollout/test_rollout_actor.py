@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from rollout.actor import RayEngineHandle, RolloutActor
-from rollout.engines.simulated_engine import Behavior
+from rollout.engines.simulated_engine import Simulation
 from rollout.types import RolloutFailure, RolloutGroup
 from tests.contracts.engine_contract import LocalLearner, image_media, make_prompt
 from tests.unit.rollout.test_rollout_actor import OPTIONS, SAMPLING, simulated
@@ -27,16 +27,16 @@ from weight_sync.verify import WeightSyncError
 @pytest.fixture(scope="module")
 def handles(local_ray: ModuleType, tiny_model: Path) -> Iterator[tuple[RayEngineHandle, RayEngineHandle]]:
     """A reliable engine, and one that dies after its first group."""
-    behaviors = {
-        "a": Behavior(decode_seconds=1e-4),
-        "b": Behavior(decode_seconds=1e-4, fault="die", fault_after_groups=1),
+    simulations = {
+        "a": Simulation(decode_seconds=1e-4),
+        "b": Simulation(decode_seconds=1e-4, fault="die", fault_after_groups=1),
     }
     load = partial(load_adapter, str(tiny_model))
     actors = {
         name: local_ray.remote(RolloutActor)
         .options(num_cpus=0, max_concurrency=100)
-        .remote(name, OPTIONS, load, group_timeout=20.0, engine=partial(simulated, behavior))
-        for name, behavior in behaviors.items()
+        .remote(name, OPTIONS, load, group_timeout=20.0, engine=partial(simulated, simulation))
+        for name, simulation in simulations.items()
     }
     local_ray.get([actor.start.remote() for actor in actors.values()], timeout=120)
     a, b = (RayEngineHandle(name, actor) for name, actor in actors.items())

@@ -14,7 +14,7 @@ from torch import nn
 from learner.model.logprobs import BAN as LEARNER_BAN
 from rollout.config import RolloutConfig
 from rollout.engines.protocol import BAN, EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
-from rollout.engines.simulated_engine import Behavior, SimulatedEngine
+from rollout.engines.simulated_engine import SimulatedEngine, Simulation
 from tests.contracts.engine_contract import (
     MAX_MODEL_LEN,
     EngineContract,
@@ -42,7 +42,7 @@ def policy(tiny_model: Path) -> nn.Module:
 
 
 class Simulate(Protocol):
-    def __call__(self, behavior: Behavior | None = None, **engine_options: Any) -> Harness: ...
+    def __call__(self, simulation: Simulation | None = None, **engine_options: Any) -> Harness: ...
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def simulate(adapter: MultimodalAdapter) -> Iterator[Simulate]:
     """Starts simulated engines, and ends them after the test."""
     started: list[Harness] = []
 
-    def start(behavior: Behavior | None = None, **engine_options: Any) -> Harness:
+    def start(simulation: Simulation | None = None, **engine_options: Any) -> Harness:
         rollout = RolloutConfig(engine_options=engine_options)
         options = EngineOptions(MODEL, rollout, device="cpu", max_model_len=MAX_MODEL_LEN, control_timeout=0.3)
-        harness = Harness(SimulatedEngine(options, adapter, behavior or Behavior(decode_seconds=1e-4)), adapter)
+        harness = Harness(SimulatedEngine(options, adapter, simulation or Simulation(decode_seconds=1e-4)), adapter)
         started.append(harness)
         harness.run(harness.engine.start())
         return harness
@@ -85,11 +85,11 @@ def test_engine_and_learner_ban_alike() -> None:
 
 def test_latency_is_steps_times_step_time(adapter: MultimodalAdapter, simulate: Simulate) -> None:
     """8 sequences of 20 tokens: together 20 steps; on 2 slots four rounds of 20. A step is 2 ms + 0.5 ms a sequence."""
-    behavior = Behavior(decode_seconds=0.002, per_sequence_seconds=0.0005)
+    simulation = Simulation(decode_seconds=0.002, per_sequence_seconds=0.0005)
     prompt, sampling = make_prompt(adapter, "?"), SamplingParams(n=8, max_tokens=20, ignore_eos=True)
 
     def seconds(slots: int) -> float:
-        harness = simulate(behavior, max_num_seqs=slots)
+        harness = simulate(simulation, max_num_seqs=slots)
         start = time.perf_counter()
         harness.sample(prompt, sampling)
         return time.perf_counter() - start
@@ -99,7 +99,7 @@ def test_latency_is_steps_times_step_time(adapter: MultimodalAdapter, simulate: 
 
 
 def test_lengths_follow_the_seed_and_scatter(adapter: MultimodalAdapter, simulate: Simulate) -> None:
-    harness = simulate(Behavior(decode_seconds=0.0, mean_tokens=20, length_sigma=0.5))
+    harness = simulate(Simulation(decode_seconds=0.0, mean_tokens=20, length_sigma=0.5))
     sampling = SamplingParams(n=64, max_tokens=400, seed=3)
     prompt = make_prompt(adapter, "?")
     lengths = [c.num_tokens for c in harness.sample(prompt, sampling)]
@@ -108,14 +108,14 @@ def test_lengths_follow_the_seed_and_scatter(adapter: MultimodalAdapter, simulat
 
 
 def test_dead_engine(adapter: MultimodalAdapter, simulate: Simulate) -> None:
-    harness = simulate(Behavior(decode_seconds=1e-4, fault="die", fault_after_groups=1))
+    harness = simulate(Simulation(decode_seconds=1e-4, fault="die", fault_after_groups=1))
     prompt, sampling = make_prompt(adapter, "?", [image_media()]), SamplingParams(n=2, max_tokens=4)
     harness.sample(prompt, sampling)
     assert_dead(harness, prompt, sampling)
 
 
 def test_death_reaches_running_requests(adapter: MultimodalAdapter, simulate: Simulate) -> None:
-    harness = simulate(Behavior(decode_seconds=0.01))
+    harness = simulate(Simulation(decode_seconds=0.01))
     engine = harness.engine
     assert isinstance(engine, SimulatedEngine)
 
@@ -132,7 +132,7 @@ def test_death_reaches_running_requests(adapter: MultimodalAdapter, simulate: Si
 
 
 def test_hanging_engine_is_given_up_after_the_control_timeout(adapter: MultimodalAdapter, simulate: Simulate) -> None:
-    harness = simulate(Behavior(decode_seconds=1e-4, fault="hang", fault_after_groups=1))
+    harness = simulate(Simulation(decode_seconds=1e-4, fault="hang", fault_after_groups=1))
     prompt, sampling = make_prompt(adapter, "?"), SamplingParams(n=1, max_tokens=2)
     harness.sample(prompt, sampling)
     with pytest.raises(TimeoutError):
@@ -142,8 +142,8 @@ def test_hanging_engine_is_given_up_after_the_control_timeout(adapter: Multimoda
 
 
 def test_slow_engine(adapter: MultimodalAdapter, simulate: Simulate) -> None:
-    behavior = Behavior(decode_seconds=0.002, fault="slow", fault_after_groups=1, slowdown=10.0)
-    harness = simulate(behavior)
+    simulation = Simulation(decode_seconds=0.002, fault="slow", fault_after_groups=1, slowdown=10.0)
+    harness = simulate(simulation)
     prompt, sampling = make_prompt(adapter, "?"), SamplingParams(n=1, max_tokens=10, ignore_eos=True)
     harness.sample(prompt, sampling)
     start = time.perf_counter()

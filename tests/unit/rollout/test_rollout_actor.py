@@ -13,7 +13,7 @@ import pytest
 
 from rollout.actor import RolloutActor
 from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, PromptRefusedError, SamplingParams
-from rollout.engines.simulated_engine import Behavior, SimulatedEngine
+from rollout.engines.simulated_engine import SimulatedEngine, Simulation
 from rollout.types import Completion, Prompt, RolloutFailure, RolloutGroup, Segment, Together
 from tests.contracts.engine_contract import make_prompt
 from vlm.adapter import MultimodalAdapter
@@ -108,7 +108,7 @@ def test_errors_become_data(adapter: MultimodalAdapter, error: Exception, dead: 
 
 
 def test_a_slow_group_is_given_up_and_a_hanging_engine_is_told_from_it(adapter: MultimodalAdapter) -> None:
-    slow = SimulatedEngine(OPTIONS, adapter, Behavior(decode_seconds=10.0))
+    slow = SimulatedEngine(OPTIONS, adapter, Simulation(decode_seconds=10.0))
     failure = ask(adapter, slow, timeout=0.2)
     assert failure.retryable and not failure.engine_dead and "0.2 s (a third of cluster.timeout)" in failure.reason
 
@@ -117,7 +117,7 @@ def test_a_slow_group_is_given_up_and_a_hanging_engine_is_told_from_it(adapter: 
             self.fail("hang")
             return await super().sample(*args)
 
-    failure = ask(adapter, Hanging(OPTIONS, adapter, Behavior(decode_seconds=10.0)), timeout=0.2)
+    failure = ask(adapter, Hanging(OPTIONS, adapter, Simulation(decode_seconds=10.0)), timeout=0.2)
     assert failure.engine_dead and "hangs" in failure.reason
 
 
@@ -221,5 +221,5 @@ def test_a_joint_start_that_misses_a_group_or_fails_is_the_failure_of_its_groups
 # ---------------------------------------------------------------------------------------------------- in Ray
 
 
-def simulated(behavior: Behavior, options: EngineOptions, adapter: MultimodalAdapter) -> SimulatedEngine:
-    return SimulatedEngine(options, adapter, behavior)
+def simulated(simulation: Simulation, options: EngineOptions, adapter: MultimodalAdapter) -> SimulatedEngine:
+    return SimulatedEngine(options, adapter, simulation)
