@@ -25,7 +25,7 @@ _POINT_KEYS = ("point_2d", "point")
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class LabelledBox:
     """A box with its label; a point is a box without extent."""
 
     box: Box
@@ -36,7 +36,7 @@ class Item:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
-def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | None) -> list[Item] | None:
+def read_boxes(value: Any, coordinates: Coordinates, size: tuple[int, int] | None) -> list[LabelledBox] | None:
     """Read boxes and points from a gold value or an answer. It may be `[x1, y1, x2, y2]`, `[x, y]`, a list of these, or
     objects `{"bbox_2d": [..], "label": ".."}` (`bbox`, `box`, `point_2d`, `point`), as values or as JSON text, also in
     a Markdown fence. Returns None for anything else: reversed corners, coordinates outside of the image or not finite,
@@ -47,7 +47,7 @@ def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | Non
         size: width and height of the image in pixels.
     """
     try:
-        found = _items(_parsed(value) if isinstance(value, str) else value)
+        found = _boxes(_parsed(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     if len(found) > MAX_BOXES:
@@ -58,11 +58,11 @@ def read_items(value: Any, coordinates: Coordinates, size: tuple[int, int] | Non
     return None if any(not _inside(i.box, scale) for i in found) else [_scaled(item, scale) for item in found]
 
 
-def write_items(items: Sequence[Item], coordinates: Coordinates, size: tuple[int, int] | None) -> str:
-    """Write `items` as JSON that `read_items` can read."""
+def write_boxes(boxes: Sequence[LabelledBox], coordinates: Coordinates, size: tuple[int, int] | None) -> str:
+    """Write `boxes` as JSON that `read_boxes` can read."""
     wide, high = _scale(coordinates, size)
     documents: list[dict[str, Any]] = []
-    for item in items:
+    for item in boxes:
         x1, y1, x2, y2 = item.box
         box = {"bbox_2d": [x1 * wide, y1 * high, x2 * wide, y2 * high]}
         documents.append({**box, "label": item.label} if item.label else box)
@@ -78,28 +78,28 @@ def _parsed(text: str) -> Any:
     return json.loads(unfenced(text, "json"))
 
 
-def _items(value: Any) -> list[Item]:
-    """Yield the items of a value. Raises ValueError or TypeError if it is not a box."""
+def _boxes(value: Any) -> list[LabelledBox]:
+    """Return the boxes of a value. Raises ValueError or TypeError if it is not a box."""
     if isinstance(value, Mapping):
         keys = [key for key in (*_BOX_KEYS, *_POINT_KEYS) if not is_null(value.get(key))]
         if len(keys) != 1:
             raise ValueError("an object must have exactly one box")
-        return [Item(_box(value[keys[0]]), " ".join(str(value.get("label") or "").casefold().split()))]
+        return [LabelledBox(_box(value[keys[0]]), " ".join(str(value.get("label") or "").casefold().split()))]
     if not isinstance(value, list | tuple):
         raise TypeError("expected an object or a list")
     values = [v for v in value if not is_blank(v)]
     if len(values) < len(value) and all(isinstance(v, int | float) for v in values):
         raise ValueError("a coordinate is missing")
     if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        return [Item(_box(values))]
+        return [LabelledBox(_box(values))]
     return [item for v in values for item in _single(v)]
 
 
-def _single(value: Any) -> list[Item]:
-    items = _items(value)
-    if len(items) != 1:
+def _single(value: Any) -> list[LabelledBox]:
+    boxes = _boxes(value)
+    if len(boxes) != 1:
         raise ValueError("a list within a list")
-    return items
+    return boxes
 
 
 def _box(numbers: Any) -> Box:
@@ -118,9 +118,9 @@ def _inside(box: Box, scale: tuple[float, float]) -> bool:
     return box[0] >= 0 and box[1] >= 0 and box[2] <= scale[0] and box[3] <= scale[1]
 
 
-def _scaled(item: Item, scale: tuple[float, float]) -> Item:
+def _scaled(item: LabelledBox, scale: tuple[float, float]) -> LabelledBox:
     x1, y1, x2, y2 = item.box
-    return Item((x1 / scale[0], y1 / scale[1], x2 / scale[0], y2 / scale[1]), item.label)
+    return LabelledBox((x1 / scale[0], y1 / scale[1], x2 / scale[0], y2 / scale[1]), item.label)
 
 
 def iou(a: Box, b: Box) -> float:
@@ -150,7 +150,7 @@ def point_in_box(point: tuple[float, float], box: Box) -> bool:
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
-def mean_f1(gold: Sequence[Item], answer: Sequence[Item]) -> float:
+def mean_f1(gold: Sequence[LabelledBox], answer: Sequence[LabelledBox]) -> float:
     """Return the agreement of two sets of boxes, 0 to 1: F1 = 2 * matched / (gold + answered), mean over COCO's IoU
     thresholds.
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from rewards.base import ScoringRequest, gold_of, unscorable
-from rewards.functions.boxes import Coordinates, Item, giou, iou, mean_f1, point_in_box, read_items, write_items
+from rewards.functions.boxes import Coordinates, LabelledBox, giou, iou, mean_f1, point_in_box, read_boxes, write_boxes
 from rewards.functions.format import Scope, check_scope, judged_text, one_of, placed
 from rollout.types import Verdict
 
@@ -70,15 +70,15 @@ class GroundingReward:
         gold = self._gold(request, size)
         if gold is None or (self.coordinates == "absolute" and size is None):
             return None
-        return placed(write_items(gold, self.coordinates, size), self.scope)
+        return placed(write_boxes(gold, self.coordinates, size), self.scope)
 
-    def _gold(self, request: ScoringRequest, size: tuple[int, int] | None) -> list[Item] | None:
-        gold = read_items(gold_of(request, self.column), self.gold_coordinates or self.coordinates, size)
+    def _gold(self, request: ScoringRequest, size: tuple[int, int] | None) -> list[LabelledBox] | None:
+        gold = read_boxes(gold_of(request, self.column), self.gold_coordinates or self.coordinates, size)
         return None if gold is None or (self.metric != "boxes" and len(gold) != 1) else gold
 
-    def _judge(self, gold: Sequence[Item], completion: str, size: tuple[int, int] | None) -> Verdict:
+    def _judge(self, gold: Sequence[LabelledBox], completion: str, size: tuple[int, int] | None) -> Verdict:
         text = judged_text(completion, self.scope)
-        answer = None if text is None else read_items(text, self.coordinates, size)
+        answer = None if text is None else read_boxes(text, self.coordinates, size)
         if answer is None:
             return Verdict.scored(0.0, reason="no readable box inside of the image")
         if self.metric == "boxes":

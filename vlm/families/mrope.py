@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-Item = tuple[Tensor, float]
+MediaGrid = tuple[Tensor, float]
 """Grid `[3]` of an item in tokens (time, height, width), and the number of positions of one step in time."""
 
 
-def mrope_positions(kinds: Tensor, attention_mask: Tensor, items: Mapping[int, Iterator[Item]]) -> Tensor:
+def mrope_positions(kinds: Tensor, attention_mask: Tensor, items: Mapping[int, Iterator[MediaGrid]]) -> Tensor:
     """Return int64 `[3, B, L]`. `kinds` `[B, L]` is 0 at text, and the number of the kind at tokens of media. The
     `items` are in the order of their places, row by row. Padding gets 0.
 

@@ -11,7 +11,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from vlm.adapter import MultimodalAdapter
 from vlm.encoding import Counts, FeatureRow, Modality
-from vlm.families.mrope import Item, mrope_positions
+from vlm.families.mrope import MediaGrid, mrope_positions
 from vlm.media.types import MediaKind
 from vlm.tower_end import TowerEnd
 
@@ -93,11 +93,11 @@ class QwenVLAdapter(MultimodalAdapter):
     def positions_per_second(self) -> float:
         return float(getattr(self.model_config.vision_config, "tokens_per_second", 1.0))
 
-    def _images(self, inputs: Mapping[str, Tensor]) -> Iterator[Item]:
+    def _images(self, inputs: Mapping[str, Tensor]) -> Iterator[MediaGrid]:
         for grid in inputs.get("image_grid_thw", ()):
             yield self._in_tokens(grid), 1.0
 
-    def _videos(self, inputs: Mapping[str, Tensor]) -> Iterator[Item]:
+    def _videos(self, inputs: Mapping[str, Tensor]) -> Iterator[MediaGrid]:
         """Return the grids of videos. A step in time takes as many positions as its seconds (1 in Qwen2-VL, which does
         not state them) have tokens."""
         grids = inputs.get("video_grid_thw", ())
@@ -121,7 +121,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
         ),
     }
 
-    def _videos(self, inputs: Mapping[str, Tensor]) -> Iterator[Item]:
+    def _videos(self, inputs: Mapping[str, Tensor]) -> Iterator[MediaGrid]:
         for grid in inputs.get("video_grid_thw", ()):
             frames, height, width = self._in_tokens(grid).tolist()
             for _ in range(frames):

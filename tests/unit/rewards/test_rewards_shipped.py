@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rewards.base import RewardFunction, ScoringRequest
 from rewards.config import RewardSpec
-from rewards.functions.boxes import Box, Item, giou, iou, mean_f1, write_items
+from rewards.functions.boxes import Box, LabelledBox, giou, iou, mean_f1, write_boxes
 from rewards.functions.grounding import GroundingReward
 from rewards.functions.json_schema import JsonSchemaReward
 from rewards.functions.language import LanguageReward
@@ -85,16 +85,16 @@ def test_overlaps_are_symmetric_and_bounded(a: Box, b: Box) -> None:
 
 
 def test_several_boxes_by_hand() -> None:
-    gold = [Item(LEFT), Item(RIGHT)]
+    gold = [LabelledBox(LEFT), LabelledBox(RIGHT)]
     assert mean_f1(gold, gold) == mean_f1(gold, gold[::-1]) == 1.0
-    assert mean_f1(gold, [Item(LEFT)]) == pytest.approx(2 / 3)  # 2 * 1 / (2 + 1), at every threshold
-    assert mean_f1(gold, [*gold, Item(SHIFTED)]) == pytest.approx(4 / 5)  # a box too many costs
-    assert mean_f1(gold, [Item(LEFT), Item(LEFT)]) == pytest.approx(2 / 4)  # no gold box is matched twice
+    assert mean_f1(gold, [LabelledBox(LEFT)]) == pytest.approx(2 / 3)  # 2 * 1 / (2 + 1), at every threshold
+    assert mean_f1(gold, [*gold, LabelledBox(SHIFTED)]) == pytest.approx(4 / 5)  # a box too many costs
+    assert mean_f1(gold, [LabelledBox(LEFT), LabelledBox(LEFT)]) == pytest.approx(2 / 4)  # no gold box is matched twice
     # (0, 0, 0.4, 0.38) in LEFT: 0.152 / 0.2 = 0.76, which passes 0.50, 0.55, ..., 0.75: 6 of 10 thresholds
-    assert mean_f1([Item(LEFT)], [Item((0.0, 0.0, 0.4, 0.38))]) == pytest.approx(0.6)
-    labelled = [Item(LEFT, "cat"), Item(RIGHT, "dog")]
-    assert mean_f1(labelled, [Item(LEFT, "cat"), Item(RIGHT, "cat")]) == pytest.approx(2 / 4)
-    assert mean_f1([], []) == 1.0 and mean_f1([], [Item(LEFT)]) == 0.0
+    assert mean_f1([LabelledBox(LEFT)], [LabelledBox((0.0, 0.0, 0.4, 0.38))]) == pytest.approx(0.6)
+    labelled = [LabelledBox(LEFT, "cat"), LabelledBox(RIGHT, "dog")]
+    assert mean_f1(labelled, [LabelledBox(LEFT, "cat"), LabelledBox(RIGHT, "cat")]) == pytest.approx(2 / 4)
+    assert mean_f1([], []) == 1.0 and mean_f1([], [LabelledBox(LEFT)]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_metrics_and_coordinates_of_grounding() -> None:
     assert score(GroundingReward("normalized", threshold=0.34), "[0.2, 0, 0.6, 0.5]", gold) == 0.0
     exact = GroundingReward("thousandths", gold_coordinates="normalized", threshold=1.0)
     box = (0.1091, 0.5474, 0.5513, 0.7066)  # rounded on the way to thousandths and back: IoU 1 - 4e-16
-    assert score(exact, write_items([Item(box)], "thousandths", None), str(list(box))) == 1.0
+    assert score(exact, write_boxes([LabelledBox(box)], "thousandths", None), str(list(box))) == 1.0
     assert score(GroundingReward("normalized", metric="giou"), "[0.6, 0, 1, 0.5]", gold) == pytest.approx(0.4)
     pointing = GroundingReward("normalized", metric="point")
     assert score(pointing, "[0.4, 0.5]", gold) == 1.0 and score(pointing, "[0.41, 0.5]", gold) == 0.0
