@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from learner.batching.collate import collate_packed, collate_padded
 from learner.batching.costs import row_costs
 from learner.batching.packing import balance, fewest_bins, pack_padded
-from learner.batching.rows import Row, encode_prompts, make_rows, size_of, to_sample
+from learner.batching.rows import TrainingRow, encode_prompts, make_rows, size_of, to_sample
 from learner.config import LearnerConfig
 from learner.types import LearnerOptions
 from rollout.types import Completion, Prompt, PromptRef, RolloutGroup, Segment, Verdict
@@ -130,9 +130,9 @@ def rows_of(
     *,
     share: bool,
     budget: int,
-) -> list[Row]:
+) -> list[TrainingRow]:
     """Return rows as the learner makes them if `share`, or else one completion per row."""
-    rows: list[Row] = []
+    rows: list[TrainingRow] = []
     for group, prompt in zip(groups, encode_prompts(adapter, groups, media), strict=True):
         assert group.verdicts is not None
         scored = zip(group.completions, group.verdicts, strict=True)
@@ -142,7 +142,7 @@ def rows_of(
 
 
 def batches_of(
-    rows: Sequence[Row], adapter: MultimodalAdapter, budget: int, *, packed: bool = True
+    rows: Sequence[TrainingRow], adapter: MultimodalAdapter, budget: int, *, packed: bool = True
 ) -> list[MultimodalBatch]:
     """Return micro-batches of at most `budget` positions, as the learner makes them, or padded ones."""
     options = _options(budget)
@@ -158,7 +158,7 @@ def _options(budget: int) -> LearnerOptions:
     return LearnerOptions(ModelConfig(""), 1, learner=LearnerConfig(micro_batch=budget))
 
 
-def plain_batches(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) -> list[dict[str, Any]]:
+def plain_batches(rows: Sequence[TrainingRow], adapter: MultimodalAdapter, budget: int) -> list[dict[str, Any]]:
     """Return micro-batches with one completion per row: equal parts of at most `budget` positions, under TRL's names,
     with an image for each row. All lengths of a shape are equal, so nothing is padded."""
     limit = budget // max(len(row) for row in rows)
@@ -167,7 +167,7 @@ def plain_batches(rows: Sequence[Row], adapter: MultimodalAdapter, budget: int) 
     return [{**_plain_batch([rows[i] for i in part], adapter), "num_items_in_batch": total} for part in parts]
 
 
-def _plain_batch(rows: Sequence[Row], adapter: MultimodalAdapter) -> dict[str, Any]:
+def _plain_batch(rows: Sequence[TrainingRow], adapter: MultimodalAdapter) -> dict[str, Any]:
     prompts = torch.stack([row.prompt.input_ids for row in rows])
     completions = torch.stack([row.samples[0].token_ids for row in rows])
     is_image = torch.cat([prompts, torch.zeros_like(completions)], 1) == adapter.model_config.image_token_id
@@ -184,7 +184,7 @@ def _plain_batch(rows: Sequence[Row], adapter: MultimodalAdapter) -> dict[str, A
     }
 
 
-def model_flops(model: Any, adapter: MultimodalAdapter, rows: Sequence[Row], *, images_once: bool) -> float:
+def model_flops(model: Any, adapter: MultimodalAdapter, rows: Sequence[TrainingRow], *, images_once: bool) -> float:
     """Return the FLOPs of forward and backward over `rows`, as the mathematics needs them, without anything computed
     twice.
 
@@ -213,7 +213,7 @@ def model_flops(model: Any, adapter: MultimodalAdapter, rows: Sequence[Row], *, 
     return 6.0 * passed + 12.0 * (pairs + vision.hidden_size * seen)
 
 
-def _pairs(row: Row) -> int:
+def _pairs(row: TrainingRow) -> int:
     """Count the pairs of query and key that see each other: the prompt sees itself, and each completion sees the prompt
     and itself."""
 

@@ -22,7 +22,7 @@ import torch
 
 from learner.algorithm.objective import GlobalCounts
 from learner.batching.collate import collate
-from learner.batching.rows import Row, Sample
+from learner.batching.rows import Sample, TrainingRow
 from learner.config import LearnerConfig
 from learner.engines.deepspeed_engine import DeepSpeedEngine
 from learner.engines.process_group import join
@@ -72,7 +72,7 @@ def make_batches(case: Case, adapter: MultimodalAdapter, seed: int = 0) -> list[
     ]
 
 
-def _row(case: Case, adapter: MultimodalAdapter, rng: np.random.Generator, number: int) -> Row:
+def _row(case: Case, adapter: MultimodalAdapter, rng: np.random.Generator, number: int) -> TrainingRow:
     """Make a prompt with a noise image, padded with a repeated token, and random completions."""
     content: list[dict[str, str]] = [{"type": "text", "text": "what"}]
     media = [noise_image(number, case.image, case.image)] if case.image else []
@@ -92,7 +92,7 @@ def _row(case: Case, adapter: MultimodalAdapter, rng: np.random.Generator, numbe
         )
         for _ in range(case.completions)
     ]
-    return Row(prompt, tuple(samples))
+    return TrainingRow(prompt, tuple(samples))
 
 
 def learner_options(case: Case, model: str) -> LearnerOptions:

@@ -234,12 +234,12 @@ class Falling:
 
 
 @section
-class Linear(Falling):
+class LinearDecay(Falling):
     name: Literal["linear"] = "linear"
 
 
 @section
-class Cosine(Falling):
+class CosineDecay(Falling):
     name: Literal["cosine"] = "cosine"
 
 
@@ -264,7 +264,7 @@ class LearnerConfig:
     """B, prompts (groups) of one optimizer step."""
     learning_rate: Annotated[float, Gt(0)] = 1e-6
     """Peak learning rate."""
-    lr_schedule: Annotated[Constant | Linear | Cosine, ByName()] = Constant()
+    lr_schedule: Annotated[Constant | LinearDecay | CosineDecay, ByName()] = Constant()
     """Shape of the learning rate after the warm-up."""
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Steps of linear warm-up."""

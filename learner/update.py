@@ -20,7 +20,16 @@ from learner.algorithm.objective import GlobalCounts, LossTerms, TokenTerms, pol
 from learner.batching.collate import collate
 from learner.batching.costs import row_costs
 from learner.batching.packing import balance, fewest_bins, pack_padded
-from learner.batching.rows import Row, Sample, encode_prompts, make_rows, shares_prompts, size_of, to_sample, token_lags
+from learner.batching.rows import (
+    Sample,
+    TrainingRow,
+    encode_prompts,
+    make_rows,
+    shares_prompts,
+    size_of,
+    to_sample,
+    token_lags,
+)
 from learner.engines.protocol import MicroLoss, StepResult, TrainEngine, step_metrics
 from learner.features.frozen_towers import FrozenTowers
 from learner.refusal import refused_step
@@ -149,7 +158,7 @@ class Updater:
     ) -> list[list[np.ndarray]]:
         """Log-probabilities under the current weights, or under the reference's, of each completion's trainable tokens,
         float32 `[T]`."""
-        rows: list[Row] = []
+        rows: list[TrainingRow] = []
         samples: list[list[Sample]] = []
         for group, prompt in zip(groups, self._encode(groups, media), strict=True):
             samples.append([to_sample(completion) for completion in group.completions])
@@ -176,7 +185,7 @@ class Updater:
             result.append([float(estimate(b, torch.from_numpy(r)).sum()) for b, r in zip(behavior, own, strict=True)])
         return result
 
-    def rows(self, share: Share) -> list[list[Row]]:
+    def rows(self, share: Share) -> list[list[TrainingRow]]:
         """The rows of the scored completions of each group; each prompt is encoded once."""
         found = []
         prompts = self._encode(share.groups, share.media)
@@ -198,7 +207,7 @@ class Updater:
                 )
         return found
 
-    def plan(self, rows: Sequence[Row]) -> list[list[int]]:
+    def plan(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
         """The indices of the rows of each micro-batch; every rank has as many micro-batches."""
         limits, shared = self._options.micro_batch, shares_prompts(self._adapter)
         sizes = np.array([size_of(row, self._adapter, self._options) for row in rows], np.int64)
@@ -251,7 +260,7 @@ class Updater:
             return encode_prompts(self._adapter, groups, media)
         return self._towers.encode(groups, media)
 
-    def _collate(self, rows: Sequence[Row]) -> MultimodalBatch:
+    def _collate(self, rows: Sequence[TrainingRow]) -> MultimodalBatch:
         return collate(rows, self._adapter, None if self._towers is None else self._towers.cached)
 
 

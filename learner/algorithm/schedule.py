@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from learner.config import Constant, Linear
+from learner.config import Constant, LinearDecay
 from learner.types import LearnerOptions
 
 
@@ -20,5 +20,5 @@ def learning_rate(step: int, options: LearnerOptions) -> float:
         return peak
     span = max(1, options.total_steps - warmup)
     done = min(1.0, (step - warmup) / span)
-    share = 1.0 - done if isinstance(schedule, Linear) else 0.5 * (1.0 + math.cos(math.pi * done))
+    share = 1.0 - done if isinstance(schedule, LinearDecay) else 0.5 * (1.0 + math.cos(math.pi * done))
     return peak * (schedule.min_ratio + (1.0 - schedule.min_ratio) * share)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from learner.batching.layout import position_shift
-from learner.batching.rows import Row, shares_prompts
+from learner.batching.rows import TrainingRow, shares_prompts
 from vlm.adapter import EncodedPrompt, MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.encoding import FeatureRow
@@ -42,7 +42,7 @@ class _Tokens:
     advantages: Tensor
 
     @classmethod
-    def of(cls, row: Row) -> _Tokens:
+    def of(cls, row: TrainingRow) -> _Tokens:
         prompt, samples = row.prompt.input_ids, row.samples
         zeros = torch.zeros(len(prompt))
         return cls(
@@ -53,7 +53,9 @@ class _Tokens:
         )
 
 
-def collate(rows: Sequence[Row], adapter: MultimodalAdapter, cached: CachedMedia | None = None) -> MultimodalBatch:
+def collate(
+    rows: Sequence[TrainingRow], adapter: MultimodalAdapter, cached: CachedMedia | None = None
+) -> MultimodalBatch:
     """A packed batch if the family can share prompts, else a padded one. A prompt object that stands in several rows
     contributes its media once.
 
@@ -62,7 +64,7 @@ def collate(rows: Sequence[Row], adapter: MultimodalAdapter, cached: CachedMedia
 
 
 def collate_packed(
-    rows: Sequence[Row], adapter: MultimodalAdapter, cached: CachedMedia | None = None
+    rows: Sequence[TrainingRow], adapter: MultimodalAdapter, cached: CachedMedia | None = None
 ) -> MultimodalBatch:
     """All rows end to end in one, without padding."""
     rows = rows or [_padding_row(adapter)]
@@ -86,7 +88,7 @@ def collate_packed(
 
 
 def collate_padded(
-    rows: Sequence[Row], adapter: MultimodalAdapter, cached: CachedMedia | None = None
+    rows: Sequence[TrainingRow], adapter: MultimodalAdapter, cached: CachedMedia | None = None
 ) -> MultimodalBatch:
     """A row of the batch for each row, padded on the right to the longest."""
     rows = rows or [_padding_row(adapter)]
@@ -104,11 +106,11 @@ def collate_padded(
     return _with_media(batch, rows, adapter, cached or CachedMedia())
 
 
-def _padding_row(adapter: MultimodalAdapter) -> Row:
-    return Row(EncodedPrompt(torch.full((2,), adapter.pad_token_id)), ())
+def _padding_row(adapter: MultimodalAdapter) -> TrainingRow:
+    return TrainingRow(EncodedPrompt(torch.full((2,), adapter.pad_token_id)), ())
 
 
-def _position_inputs(rows: Sequence[Row], adapter: MultimodalAdapter) -> dict[str, Tensor]:
+def _position_inputs(rows: Sequence[TrainingRow], adapter: MultimodalAdapter) -> dict[str, Tensor]:
     """The inputs that positions derive from, one entry per place, in the order of the rows."""
     names = {name for modality in adapter.modalities.values() for name in modality.positions}
     own = [{name: value for name, value in row.prompt.inputs.items() if name in names} for row in rows]
@@ -116,7 +118,7 @@ def _position_inputs(rows: Sequence[Row], adapter: MultimodalAdapter) -> dict[st
 
 
 def _with_media(
-    batch: MultimodalBatch, rows: Sequence[Row], adapter: MultimodalAdapter, cached: CachedMedia
+    batch: MultimodalBatch, rows: Sequence[TrainingRow], adapter: MultimodalAdapter, cached: CachedMedia
 ) -> MultimodalBatch:
     """The batch with the media of its distinct prompts: pixels, or what is cached of them."""
     distinct = {id(row.prompt): row.prompt for row in rows}
@@ -136,7 +138,7 @@ def _with_media(
 
 
 def _media_index(
-    rows: Sequence[Row], distinct: Mapping[int, EncodedPrompt], adapter: MultimodalAdapter
+    rows: Sequence[TrainingRow], distinct: Mapping[int, EncodedPrompt], adapter: MultimodalAdapter
 ) -> dict[str, Tensor]:
     """For each kind, which of the distinct features stands at each place, in the order of the rows. Empty where every
     feature has one place."""

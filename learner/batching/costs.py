@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from learner.batching.packing import GroupCost
-from learner.batching.rows import Row, shares_prompts
+from learner.batching.rows import TrainingRow, shares_prompts
 from vlm.adapter import MultimodalAdapter
 
 
@@ -21,7 +21,7 @@ def group_cost(adapter: MultimodalAdapter, media_cost: float) -> GroupCost:
     return GroupCost(shares_prompts(adapter), 4 * hidden, media_cost)
 
 
-def row_costs(rows: Sequence[Row], adapter: MultimodalAdapter, media_cost: float) -> list[float]:
+def row_costs(rows: Sequence[TrainingRow], adapter: MultimodalAdapter, media_cost: float) -> list[float]:
     """The cost of each row. `media_cost` is the engine's."""
     cost, places = group_cost(adapter, media_cost), list(adapter.placeholder_ids.values())
     # Padded siblings have their images encoded once.

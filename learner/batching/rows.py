@@ -43,7 +43,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """A prompt and the completions laid behind it: all of a group, some of a large group, or one."""
 
     prompt: EncodedPrompt
@@ -134,7 +134,7 @@ def make_rows(
     options: LearnerOptions,
     *,
     shared: bool | None = None,
-) -> list[Row]:
+) -> list[TrainingRow]:
     """Make the rows of one group. If `shared` (None: if the family can), all completions are laid behind one prompt, or
     in as few parts as fit a micro-batch of `options`; else each is a row of its own. Raises ValueError for a completion
     that does not fit alone."""
@@ -143,10 +143,10 @@ def make_rows(
     parts = split_group(first, own, options.micro_batch)
     if not (shares_prompts(adapter) if shared is None else shared):
         parts = [[i] for i in range(len(samples))]
-    return [Row(prompt, tuple(samples[i] for i in members)) for members in parts]
+    return [TrainingRow(prompt, tuple(samples[i] for i in members)) for members in parts]
 
 
-def size_of(row: Row, adapter: MultimodalAdapter, options: LearnerOptions) -> Size:
+def size_of(row: TrainingRow, adapter: MultimodalAdapter, options: LearnerOptions) -> Size:
     return options.size(len(row), patches(adapter, row.prompt), sum(int(s.trainable.sum()) for s in row.samples))
 
 

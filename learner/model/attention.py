@@ -59,12 +59,16 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Block:
+class AttentionBlock:
     """N calls of attention in one: the queries of sequence n over the keys of sequence n."""
 
     queries: Places
     keys: Places
     causal: bool
+
+
+Blocks = tuple[list[AttentionBlock], list[AttentionBlock]]
+"""Segments over themselves, and completions over their prompts."""
 
 
 class GroupAttention:
@@ -104,7 +108,7 @@ class GroupAttention:
         return block_mask_of(seen, len(segment), self.device)
 
     @cached_property
-    def blocks(self) -> tuple[list[Block], list[Block]]:
+    def blocks(self) -> Blocks:
         """Segments over themselves, and completions over their prompts."""
         own, shared = [], []
         for prompt, completions in spans(self.groups):
@@ -152,9 +156,7 @@ class _BlockAttention(Function):
     and l of the whole (as in ring attention, arXiv 2310.01889)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[list[Block], list[Block]], scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
         """q `[T, H, D]`, k and v `[T, H', D]` -> `[T, H, D]`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -192,14 +194,14 @@ class _BlockAttention(Function):
         return *totals, None, None
 
 
-def _attend(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output `[N, L, H, D]` and log-sum-exp `[N, L, H]` of a block alone."""
     given = (x.transpose(1, 2) for x in _inputs(block, q, k, v))
     out, lse = _flash(*given, 0.0, block.causal, scale=scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _inputs(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _take(q, block.queries), _take(k, block.keys), _take(v, block.keys)
 
 
@@ -228,7 +230,7 @@ def _add(x: Tensor, places: Places, values: Tensor) -> None:
         x.index_add_(0, places.index.flatten(), values.flatten(0, 1).to(x.dtype))
 
 
-def _alike(pairs: Sequence[tuple[range, range]], *, causal: bool) -> list[Block]:
+def _alike(pairs: Sequence[tuple[range, range]], *, causal: bool) -> list[AttentionBlock]:
     """Queries and keys of like length in one block each, where filling up costs less than another call. Keys that are
     not the queries themselves have equal lengths."""
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
@@ -245,9 +247,9 @@ def _alike(pairs: Sequence[tuple[range, range]], *, causal: bool) -> list[Block]
     return blocks
 
 
-def _block(pairs: Sequence[tuple[range, range]], causal: bool) -> Block:
+def _block(pairs: Sequence[tuple[range, range]], causal: bool) -> AttentionBlock:
     queries = _lay([own for own, _ in pairs])
-    return Block(queries, queries if causal else _lay([keys for _, keys in pairs]), causal)
+    return AttentionBlock(queries, queries if causal else _lay([keys for _, keys in pairs]), causal)
 
 
 def _lay(spans: Sequence[range]) -> Places:

@@ -20,7 +20,7 @@ ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormShape:
     """A normalisation inside a layer."""
 
     width: int
@@ -32,7 +32,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearShape:
     """A linear layer inside a layer."""
 
     inputs: int
@@ -60,8 +60,8 @@ class LayerShape:
     """Tensors `[T, intermediate]` that the activation function keeps: its input and its intermediate results."""
     fused_qkv: bool
     """Whether one matrix makes q, k and v, so that v is a view of the whole product."""
-    norms: tuple[Norm, ...]
-    linears: tuple[Linear, ...]
+    norms: tuple[NormShape, ...]
+    linears: tuple[LinearShape, ...]
     scales: int
     """Trained vectors that scale what the layer adds to the residual stream (layer scale)."""
 
@@ -107,15 +107,15 @@ def own_linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, inner
 
 
-def describe_linear(name: str, module: Any, in_attention: bool = False) -> Linear:
+def describe_linear(name: str, module: Any, in_attention: bool = False) -> LinearShape:
     leaf = name.rpartition(".")[2]
     reads = "qkv" if leaf in QKV else "gate" if leaf in GATE else ATTENTION if in_attention else name
     weight = module.get_base_layer().weight if hasattr(module, "lora_A") else module.weight
     rank = next(iter(module.lora_A.values())).weight.shape[0] if hasattr(module, "lora_A") else 0
-    return Linear(weight.shape[1], weight.shape[0], reads, weight.requires_grad, rank)
+    return LinearShape(weight.shape[1], weight.shape[0], reads, weight.requires_grad, rank)
 
 
-def _norms(layer: nn.Module, query: int, key_value: int) -> Iterator[Norm]:
+def _norms(layer: nn.Module, query: int, key_value: int) -> Iterator[NormShape]:
     for name, module in layer.named_modules():
         if isinstance(module, nn.LayerNorm):
             kind: Literal["native", "rms", "gemma"] = "native"
@@ -126,7 +126,7 @@ def _norms(layer: nn.Module, query: int, key_value: int) -> Iterator[Norm]:
         weight = module.weight
         leaf = name.rpartition(".")[2]
         width = query if leaf == "q_norm" else key_value if leaf == "k_norm" else int(weight.numel())
-        yield Norm(width, kind, bool(weight.requires_grad))
+        yield NormShape(width, kind, bool(weight.requires_grad))
 
 
 def _heads(attention: Any, query: int) -> int:

@@ -19,13 +19,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.model.cached import what_is_cached
 from learner.model.load import select_trained
-from learner.plan.layer_shape import LayerShape, Linear, describe_layer, describe_linear
+from learner.plan.layer_shape import LayerShape, LinearShape, describe_layer, describe_linear
 from learner.types import LearnerOptions
 from vlm.adapter import MultimodalAdapter
 from vlm.media_cost import patches_per_token
 
-Part = Literal["language", "vision"]
-PARTS: tuple[Part, ...] = ("language", "vision")
+TowerName = Literal["language", "vision"]
+TOWERS: tuple[TowerName, ...] = ("language", "vision")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ModelShape:
     """Positions of the vision tower per image token of the language model."""
     quantized: int = 0
     """Elements of the layers that QLoRA holds in 4 bits."""
-    projector: tuple[Linear, ...] = ()
+    projector: tuple[LinearShape, ...] = ()
     """Between tower and language model, once per image token."""
 
     @property
@@ -144,21 +144,21 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def _towers(model: nn.Module, adapter: MultimodalAdapter, trained: Mapping[str, int]) -> dict[Part, Tower]:
+def _towers(model: nn.Module, adapter: MultimodalAdapter, trained: Mapping[str, int]) -> dict[TowerName, Tower]:
     """Find the deepest stack of layers that transformers can checkpoint in each part of the model. `trained`: trained
     parameters by part."""
-    found: dict[Part, Tower] = {}
+    found: dict[TowerName, Tower] = {}
     for name, stack in model.named_modules():
         layers = list(stack) if isinstance(stack, nn.ModuleList) else []
         role = adapter.role(_plain(f"{name}.0"))
-        if not any(isinstance(layer, GradientCheckpointingLayer) for layer in layers) or role not in PARTS:
+        if not any(isinstance(layer, GradientCheckpointingLayer) for layer in layers) or role not in TOWERS:
             continue
-        part: Part = "language" if role == "language" else "vision"
-        if part not in found or found[part].layers < len(layers):
+        tower: TowerName = "language" if role == "language" else "vision"
+        if tower not in found or found[tower].layers < len(layers):
             # A gradient passes through the language model if anything is trained, since everything stands before it or
             # in it; through the tower only if something of its own is trained.
-            whose = [role for role in trained if part == "language" or role == part]
-            found[part] = Tower(len(layers), describe_layer(layers[0]), any(trained[role] for role in whose))
+            whose = [role for role in trained if tower == "language" or role == tower]
+            found[tower] = Tower(len(layers), describe_layer(layers[0]), any(trained[role] for role in whose))
     return found
 
 

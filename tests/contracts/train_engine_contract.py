@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from learner.algorithm.objective import LossTerms
 from learner.batching.collate import collate
-from learner.config import Behavior, Cosine, Current, Kl, Linear, OffPolicy, Reinforce
+from learner.config import Behavior, CosineDecay, Current, Kl, LinearDecay, OffPolicy, Reinforce
 from learner.engines.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learner.engines.protocol import TrainEngine
 from learner.model.load import load_policy
@@ -217,7 +217,7 @@ class TrainEngineContract:
             engine.logprobs(self.batch(engine, chosen, case), reference=True)
 
     def test_the_learning_rate_follows_the_schedule(self, make: Make, tiny_model: Path, case: Case):
-        chosen = options(tiny_model, warmup_steps=2, lr_schedule=Linear(), total_steps=4, kl=None)
+        chosen = options(tiny_model, warmup_steps=2, lr_schedule=LinearDecay(), total_steps=4, kl=None)
         engine = make(chosen)
         rates = [self.update(engine, chosen, case)["learning_rate"] for _ in range(4)]
         assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
@@ -239,7 +239,7 @@ class TrainEngineContract:
     def test_a_resumed_run_is_bitwise_the_undisturbed_one(
         self, make: Make, tiny_model: Path, case: Case, tmp_path: Path
     ):
-        chosen = options(tiny_model, lr_schedule=Cosine(), warmup_steps=1, max_grad_norm=0.5)
+        chosen = options(tiny_model, lr_schedule=CosineDecay(), warmup_steps=1, max_grad_norm=0.5)
         straight = make(chosen)
         for _ in range(2):
             self.update(straight, chosen, case)

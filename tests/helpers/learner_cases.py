@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.advantages import ADVANTAGES
-from learner.batching.rows import Row
+from learner.batching.rows import TrainingRow
 from learner.config import AlgorithmConfig, Clipped, Current, Kl, LearnerConfig
 from learner.engines.protocol import TrainEngine
 from learner.features.frozen_towers import FrozenTowers
@@ -146,7 +146,7 @@ def make_case(groups: list[RolloutGroup]) -> Case:
     return Case(groups, advantages, {m.digest: m.data for g in groups for m in g.prompt.media})
 
 
-def rows_of(adapter: MultimodalAdapter, chosen: LearnerOptions, case: Case) -> list[Row]:
+def rows_of(adapter: MultimodalAdapter, chosen: LearnerOptions, case: Case) -> list[TrainingRow]:
     """Of all groups."""
     nothing: Any = None  # no engine is needed
     return [row for part in Updater(nothing, adapter, chosen).rows(case.share()) for row in part]

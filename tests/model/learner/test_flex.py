@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.batching.collate import collate
-from learner.batching.rows import Row, encode_prompts, to_sample
+from learner.batching.rows import TrainingRow, encode_prompts, to_sample
 from learner.config import Kl
 from learner.model import flex
 from learner.model.attention import GroupAttention
@@ -98,7 +98,7 @@ def batch_of(model: Path, groups: int, images: int) -> MultimodalBatch:
     made = [make_group(adapter, i, images=images) for i in range(groups)]
     prompts = encode_prompts(adapter, made, {m.digest: m.data for g in made for m in g.prompt.media})
     samples = [tuple(to_sample(c) for c in g.completions) for g in made]
-    return collate([Row(p, own) for p, own in zip(prompts, samples, strict=True)], adapter)
+    return collate([TrainingRow(p, own) for p, own in zip(prompts, samples, strict=True)], adapter)
 
 
 def test_too_many_variants_are_an_error_and_not_all_pairs_at_once(traced: None):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learner.batching.collate import collate, collate_packed, collate_padded
 from learner.batching.costs import row_costs
-from learner.batching.rows import Row, encode_prompts, make_rows, to_sample
+from learner.batching.rows import TrainingRow, encode_prompts, make_rows, to_sample
 from learner.model.load import load_policy
 from learner.model.policy import PolicyModule
 from learner.types import LearnerOptions
@@ -36,7 +36,7 @@ def policy(tiny_model: Path, adapter: MultimodalAdapter) -> PolicyModule:
 ROOM = LearnerOptions(ModelConfig(""), 1)
 
 
-def all_rows(adapter: MultimodalAdapter, shared: bool = True, room: LearnerOptions = ROOM) -> list[Row]:
+def all_rows(adapter: MultimodalAdapter, shared: bool = True, room: LearnerOptions = ROOM) -> list[TrainingRow]:
     case = mixed_case(adapter)
     prompts = encode_prompts(adapter, case.groups, case.media)
     rows = []
@@ -89,7 +89,9 @@ def test_siblings_do_not_see_each_other(adapter: MultimodalAdapter, policy: Poli
     samples = [to_sample(c) for c in group.completions]
     other = replace(samples[0], token_ids=(samples[0].token_ids + 7) % 250)
     with torch.no_grad():
-        first, second = (policy(collate([Row(prompt, (s, *samples[1:]))], adapter))[0] for s in (samples[0], other))
+        first, second = (
+            policy(collate([TrainingRow(prompt, (s, *samples[1:]))], adapter))[0] for s in (samples[0], other)
+        )
     changed = slice(len(prompt.input_ids), len(prompt.input_ids) + len(samples[0]))
     assert (first[:, changed] != second[:, changed]).any()
     assert torch.equal(first[:, changed.stop :], second[:, changed.stop :])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from learner.batching.collate import collate, collate_padded
 from learner.batching.rows import (
-    Row,
     StalenessError,
+    TrainingRow,
     encode_prompts,
     make_rows,
     size_of,
@@ -43,7 +43,7 @@ def chosen(tiny_model: Path) -> LearnerOptions:
 ROOM = LearnerOptions(ModelConfig(""), 1)
 
 
-def mixed_rows(adapter: MultimodalAdapter, chosen: LearnerOptions) -> list[Row]:
+def mixed_rows(adapter: MultimodalAdapter, chosen: LearnerOptions) -> list[TrainingRow]:
     case = mixed_case(adapter)
     return rows_of(adapter, chosen, case)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from learner.algorithm.schedule import learning_rate
-from learner.config import Constant, Cosine, Linear
+from learner.config import Constant, CosineDecay, LinearDecay
 from learner.engines.protocol import TrainEngine
 from learner.engines.torch_engine import TorchEngine
 from tests.contracts.train_engine_contract import Make, TrainEngineContract
@@ -35,8 +35,11 @@ class TestTorchEngine(TrainEngineContract):
     ("schedule", "expected"),
     [
         (Constant(), [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        (Linear(min_ratio=0.1), [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]),
-        (Cosine(min_ratio=0.1), [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1]),
+        (LinearDecay(min_ratio=0.1), [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]),
+        (
+            CosineDecay(min_ratio=0.1),
+            [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1],
+        ),
     ],
 )
 def test_schedules_by_hand(schedule: Any, expected: list[float]):

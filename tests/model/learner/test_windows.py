@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from learner.batching.collate import collate
-from learner.batching.rows import Row, encode_prompts, to_sample
+from learner.batching.rows import TrainingRow, encode_prompts, to_sample
 from learner.model import windows
 from learner.model.load import load_policy
 from tests.helpers.learner_cases import ROUNDED, adapter_of, make_group, options
@@ -76,7 +76,8 @@ def batch_of(model: Path) -> MultimodalBatch:
     groups = [make_group(adapter, i, images=i) for i in (1, 2, 3)]
     prompts = encode_prompts(adapter, groups, {m.digest: m.data for g in groups for m in g.prompt.media})
     samples = [tuple(to_sample(c) for c in g.completions) for g in groups]
-    return collate([Row(p, own) for p, own in zip(prompts, samples, strict=True)], adapter).to("cpu", torch.float64)
+    rows = [TrainingRow(p, own) for p, own in zip(prompts, samples, strict=True)]
+    return collate(rows, adapter).to("cpu", torch.float64)
 
 
 def test_models_without_windows_are_left_as_they_are(tmp_path: Path) -> None:

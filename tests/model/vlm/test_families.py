@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from learner.batching.collate import collate, collate_packed, collate_padded
-from learner.batching.rows import Row, Sample, encode_prompts, shares_prompts, to_sample
+from learner.batching.rows import Sample, TrainingRow, encode_prompts, shares_prompts, to_sample
 from learner.model.load import load_policy
 from rollout.engines.protocol import EngineOptions
 from rollout.engines.vllm_config import engine_arguments
@@ -192,7 +192,7 @@ def test_patches_are_those_that_the_tower_computes(family: str) -> None:
     seen: list[int] = []
     tower = next(m for m in policy.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
     tower.register_forward_hook(lambda module, given, out: seen.append(out.numel() // module.out_channels))
-    policy.media_features(collate([Row(prompt, ())], adapter))
+    policy.media_features(collate([TrainingRow(prompt, ())], adapter))
     assert seen == [patches(adapter, prompt)]
     assert patches_per_token(adapter, "image") == pytest.approx(
         PATCHES.get(family, patches_per_token(adapter, "image"))
@@ -244,10 +244,10 @@ def test_rows_of_one_prompt_share_its_media_and_see_what_each_would_alone(family
     media = {m.digest: m.data for g in groups for m in g.prompt.media}
     prompts = encode_prompts(adapter, groups, media)
     samples = [[to_sample(c) for c in g.completions] for g in groups]
-    own = [Row(prompt, (sample,)) for prompt, mine in zip(prompts, samples, strict=True) for sample in mine]
+    own = [TrainingRow(prompt, (sample,)) for prompt, mine in zip(prompts, samples, strict=True) for sample in mine]
     mixed = [own[i] for i in (9, 0, 3, 6, 1, 10, 7, 4, 2, 8, 5, 11)]
 
-    def logprobs(rows: Sequence[Row], packed: bool = False) -> dict[int, torch.Tensor]:
+    def logprobs(rows: Sequence[TrainingRow], packed: bool = False) -> dict[int, torch.Tensor]:
         batch = (collate_packed if packed else collate_padded)(rows, adapter)
         inside = [s for row in rows for s in row.samples]
         parts = policy(batch)[0][batch.loss_mask].split([len(s) for s in inside])
@@ -257,7 +257,9 @@ def test_rows_of_one_prompt_share_its_media_and_see_what_each_would_alone(family
         alone = {key: value for row in own for key, value in logprobs([row]).items()}
         layouts = [logprobs(mixed)]
         if adapter.shares_prompts:
-            layouts.append(logprobs([Row(p, tuple(mine)) for p, mine in zip(prompts, samples, strict=True)], True))
+            layouts.append(
+                logprobs([TrainingRow(p, tuple(mine)) for p, mine in zip(prompts, samples, strict=True)], True)
+            )
             layouts.append(logprobs(mixed, True))
     for layout in layouts:
         for key, value in alone.items():
@@ -280,7 +282,7 @@ def test_packed_groups_give_the_loss_and_gradients_of_padded_rows(family: str, d
     random = np.random.default_rng(0)
     samples = [[several_turns(random, n) for n in (1, 3, 60, 9)] for _ in groups]
 
-    def gradients(rows: list[Row], packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    def gradients(rows: list[TrainingRow], packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
         batch = (collate_packed if packed else collate_padded)(rows, adapter).to("cpu", dtype)
         policy.zero_grad()
         logprobs, entropy = policy(batch)
@@ -289,9 +291,9 @@ def test_packed_groups_give_the_loss_and_gradients_of_padded_rows(family: str, d
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
-    alone = [Row(prompt, (sample,)) for prompt, own in zip(prompts, samples, strict=True) for sample in own]
+    alone = [TrainingRow(prompt, (sample,)) for prompt, own in zip(prompts, samples, strict=True) for sample in own]
     expected, exact = gradients(alone, False)
-    packed, found = gradients([Row(p, tuple(own)) for p, own in zip(prompts, samples, strict=True)], True)
+    packed, found = gradients([TrainingRow(p, tuple(own)) for p, own in zip(prompts, samples, strict=True)], True)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-6  # transformers' norms compute in float32 in any case
     assert packed == pytest.approx(expected, rel=tolerance)
     assert found.keys() == exact.keys()

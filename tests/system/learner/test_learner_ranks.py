@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from learner.config import Geometric, Gspo, Kl, Linear
+from learner.config import Geometric, Gspo, Kl, LinearDecay
 from learner.engines.checkpoint import load_checkpoint, save_checkpoint
 from learner.engines.torch_engine import TorchEngine
 from tests.contracts.train_engine_contract import assert_gradients_close, gradients_of
@@ -37,7 +37,7 @@ from vlm.config import Lora
 # and fewer micro-batches than the others.
 TWO = ([0, 2, 3], [1])
 THREE = ([0, 3], [1], [2])
-TEN = {"micro_batch": 90, "lr_schedule": Linear()}
+TEN = {"micro_batch": 90, "lr_schedule": LinearDecay()}
 
 
 # Everything that depends on more than one token: ratios of sequences, their rejection, their weights; two steps against
