@@ -8,6 +8,13 @@ from typing import Any
 
 from saccade.config.synonyms import synonym_of
 
+Knobs = dict[str, Any]
+"""Dotted name -> value."""
+
+
+class RefusedError(ValueError):
+    """Why a field cannot be carried over."""
+
 
 class Fields:
     """Reading a field says that it is honoured. What nobody has read by the end must be at its default."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from saccade.trainer.fields import Fields
-from saccade.trainer.trl import Knobs
+from saccade.trainer.fields import Fields, Knobs
 from vlm.parameter_names import LoraRole
 
 SAME = {"r": "model.lora.rank", "lora_alpha": "model.lora.alpha"}

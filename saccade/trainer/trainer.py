@@ -22,6 +22,7 @@ from saccade.trainer import peft, trl
 from saccade.trainer.functions import GivenRewards, given_rewards, importable_name
 from saccade.trainer.rows import Rows, RowsError, is_files
 from saccade.trainer.tree import Tree, columns, put, put_all
+from saccade.trainer.trl_loss import ratios_vary
 
 if TYPE_CHECKING:
     from saccade.finished import RunResult
@@ -135,18 +136,27 @@ def _settings(args: Any, data: Any, problems: list[str]) -> tuple[Tree, Rows | N
             put_all(ours, _tree(one))
     rows = None if data is None or is_files(data) else _rows("train_dataset", data, ours, problems)
     ranks = learner.get("ranks", 1) if isinstance(learner := ours.get("learner"), dict) else 1
+    vary = ratios_vary(_without_clips(several))
     tree: Tree = {}
     weights = None
     for one in several:
         if isinstance(one, RunConfig | Mapping):
             put_all(tree, _tree(one))
         elif trl.is_trl(one):
-            knobs, found, weights = trl.carry_over(one, None if rows is None else len(rows), ranks)
+            knobs, found, weights = trl.carry_over(one, None if rows is None else len(rows), ranks, vary)
             put_all(tree, knobs)
             problems += found
         else:
             problems.append(f"args: {type(one).__name__} is no RunConfig, no dictionary and no GRPOConfig of TRL")
     return tree, rows, weights
+
+
+def _without_clips(several: Sequence[Any]) -> Tree:
+    """Return the settings that say whether ratios vary. TRL's are the newest weights, unless later settings differ."""
+    tree: Tree = {}
+    for one in several:
+        put_all(tree, _tree(one) if isinstance(one, RunConfig | Mapping) else {"rollout.max_staleness": 0})
+    return tree
 
 
 def _tree(settings: RunConfig | Mapping[str, Any]) -> Mapping[str, Any]:

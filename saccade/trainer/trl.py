@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from saccade.trainer.fields import Fields
-
-Knobs = dict[str, Any]
+from saccade.trainer.fields import Fields, Knobs, RefusedError
+from saccade.trainer.trl_loss import DEFAULT_MODE, correction, kl, loss
 
 SAME = {
     "output_dir": "output_dir",
@@ -93,7 +93,7 @@ DEFAULTS = {
     "multi_objective_aggregation": "sum_then_normalize",
     "use_bias_correction_kl": True,
     "vllm_importance_sampling_correction": True,
-    "vllm_importance_sampling_mode": "sequence_mask",
+    "vllm_importance_sampling_mode": DEFAULT_MODE,
     "vllm_importance_sampling_clip_min": None,
     "vllm_importance_sampling_clip_max": 3.0,
     "vllm_gpu_memory_utilization": 0.3,
@@ -111,14 +111,11 @@ DEFAULTS = {
 """TRL's defaults of the fields that are carried over: an object with some of its fields has the others at these."""
 
 
-class _RefusedError(ValueError):
-    """Why a field cannot be carried over."""
-
-
-def carry_over(args: Any, rows: int | None, ranks: int) -> tuple[Knobs, list[str], list[float] | None]:
+def carry_over(args: Any, rows: int | None, ranks: int, vary: bool) -> tuple[Knobs, list[str], list[float] | None]:
     """The knobs by dotted name, what cannot be carried over, and the weights of the rewards if there are any.
 
-    `rows`: of the training data, None if not known; `ranks`: learner ranks, TRL's processes."""
+    `rows`: of the training data, None if not known; `ranks`: learner ranks, TRL's processes; `vary`: `ratios_vary` of
+    all settings."""
     fields = Fields(args, DEFAULTS | {"reward_weights": None}, "args")
     knobs: Knobs = {"rollout.max_staleness": 0, **{knob: fields[field] for field, knob in SAME.items()}}
     problems = []
@@ -127,15 +124,16 @@ def carry_over(args: Any, rows: int | None, ranks: int) -> tuple[Knobs, list[str
             knobs |= choices[value]
         else:
             problems.append(f"args.{field}={value!r}: here it can be {', '.join(map(repr, choices))}")
-    for rule in RULES:
+    rules: tuple[Callable[[Fields], Knobs], ...] = (partial(loss, vary=vary), partial(kl, vary=vary), *RULES)
+    for rule in rules:
         try:
             knobs |= rule(fields)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             problems.append(f"args.{refusal}")
     for sized in (_prompts_per_step, _steps):
         try:
             knobs |= sized(fields, knobs, rows, ranks)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             problems.append(f"args.{refusal}")
     weights = fields["reward_weights"]
     return knobs, [*problems, *fields.refused(HONOURED)], weights
@@ -157,13 +155,13 @@ def _prompts_per_step(fields: Fields, knobs: Knobs, rows: int | None, ranks: int
     generated, batch = fields["steps_per_generation"], fields["generation_batch_size"]
     reused = accumulated if generated is None else generated
     if reused != accumulated or (batch is not None and batch % (each * reused)):
-        raise _RefusedError(
+        raise RefusedError(
             f"steps_per_generation={generated}, generation_batch_size={batch}: a batch of completions is one optimizer "
             "step here; several are learner.prompts_per_step and algorithm.optimizer_steps"
         )
     completions = each * accumulated * ranks
     if completions % siblings:
-        raise _RefusedError(
+        raise RefusedError(
             f"per_device_train_batch_size={each} x gradient_accumulation_steps={accumulated} x {ranks} learner rank(s) "
             f"= {completions} completions, which num_generations={siblings} does not divide"
         )
@@ -175,37 +173,11 @@ def _steps(fields: Fields, knobs: Knobs, rows: int | None, ranks: int) -> Knobs:
     prompts = knobs.get("learner.prompts_per_step")
     if steps <= 0:
         if rows is None or prompts is None:
-            raise _RefusedError(f"num_train_epochs={epochs}: rows of files are not counted beforehand; give max_steps")
+            raise RefusedError(f"num_train_epochs={epochs}: rows of files are not counted beforehand; give max_steps")
         steps = math.ceil(epochs * (rows // prompts))
     if steps <= 0:
-        raise _RefusedError(f"num_train_epochs={epochs}: {rows} rows are fewer than the {prompts} prompts of a step")
+        raise RefusedError(f"num_train_epochs={epochs}: {rows} rows are fewer than the {prompts} prompts of a step")
     return {"steps": steps, "learner.warmup_steps": math.ceil(warmup * steps) if 0 < warmup < 1 else int(warmup)}
-
-
-LOSSES = {
-    ("grpo", "token"): ("ppo_clip", "sequence"),
-    ("grpo", "sequence"): ("gspo", "sequence"),
-    ("dapo", "token"): ("ppo_clip", "token"),
-    ("dapo", "sequence"): ("gspo", "token"),
-    ("dr_grpo", "token"): ("ppo_clip", "constant"),
-    ("dr_grpo", "sequence"): ("gspo", "constant"),
-    ("cispo", "token"): ("cispo", "token"),
-    ("sapo", "token"): ("sapo", "sequence"),
-}
-"""(loss_type, importance_sampling_level) -> (loss, aggregation) here."""
-
-
-def _loss(fields: Fields) -> Knobs:
-    """The clip is not carried over: with the newest weights and one step a batch every ratio is 1, in TRL too."""
-    asked = fields["loss_type"], fields["importance_sampling_level"]
-    _ = fields["epsilon"], fields["epsilon_high"], fields["delta"]
-    if asked not in LOSSES:
-        known = ", ".join(sorted({name for name, _ in LOSSES}))
-        raise _RefusedError(
-            f"loss_type={asked[0]!r} with importance_sampling_level={asked[1]!r}: here it can be {known}"
-        )
-    loss, aggregation = LOSSES[asked]
-    return {"algorithm.loss": loss, "algorithm.aggregation": aggregation}
 
 
 def _advantage(fields: Fields) -> Knobs:
@@ -214,34 +186,8 @@ def _advantage(fields: Fields) -> Knobs:
         return {"algorithm.advantage": "gdpo"}
     names = {"group": "grpo", True: "grpo", "none": "dr_grpo", False: "dr_grpo"}
     if scale not in names:
-        raise _RefusedError(f"scale_rewards={scale!r}: here it can be 'group' or 'none'")
+        raise RefusedError(f"scale_rewards={scale!r}: here it can be 'group' or 'none'")
     return {"algorithm.advantage": names[scale]}
-
-
-def _kl(fields: Fields) -> Knobs:
-    """With ratios of 1, TRL's k3 times the ratio has the gradient of k2."""
-    unbiased = fields["use_bias_correction_kl"]
-    weight = fields["beta"]
-    return {"algorithm.kl": {"weight": weight, "estimator": "k2" if unbiased else "k3"}} if weight else {}
-
-
-CORRECTIONS = {"token_truncate": "tis", "token_mask": "icepop", "sequence_truncate": "tis_sequence"}
-
-
-def _correction(fields: Fields) -> Knobs:
-    """The default mode asks for nothing here: engine and learner are compared in every step, and a run stops where they
-    disagree."""
-    wanted, mode = fields["vllm_importance_sampling_correction"], fields["vllm_importance_sampling_mode"]
-    low, high = (fields[f"vllm_importance_sampling_clip_{end}"] for end in ("min", "max"))
-    if not wanted or mode == DEFAULTS["vllm_importance_sampling_mode"]:
-        return {}
-    if mode not in CORRECTIONS or high is None or (low and mode != "token_mask"):
-        raise _RefusedError(
-            f"vllm_importance_sampling_mode={mode!r} within {low} and {high}: here it can be {', '.join(CORRECTIONS)}, "
-            "with an upper limit, and a lower one for token_mask alone"
-        )
-    bounds = {"max": high, **({"min": low or 0.0} if mode == "token_mask" else {})}
-    return {"algorithm.off_policy": {"name": CORRECTIONS[mode], **bounds}}
 
 
 def _optimizer(fields: Fields) -> Knobs:
@@ -250,14 +196,14 @@ def _optimizer(fields: Fields) -> Knobs:
 
 def _precision(fields: Fields) -> Knobs:
     if fields["fp16"]:
-        raise _RefusedError("fp16=True: here a model is trained in bfloat16 or float32")
+        raise RefusedError("fp16=True: here a model is trained in bfloat16 or float32")
     init = dict(fields["model_init_kwargs"] or {})
     given = [init.pop(name) for name in ("dtype", "torch_dtype") if name in init]
     if init:
-        raise _RefusedError(f"model_init_kwargs={init!r}: of these only dtype has a counterpart here")
+        raise RefusedError(f"model_init_kwargs={init!r}: of these only dtype has a counterpart here")
     named = str(given[0]).removeprefix("torch.") if given else "auto"
     if named not in ("auto", "bfloat16", "float32"):
-        raise _RefusedError(f"model_init_kwargs: dtype={named}: here it can be bfloat16 or float32")
+        raise RefusedError(f"model_init_kwargs: dtype={named}: here it can be bfloat16 or float32")
     mixed = fields["bf16"] is None or fields["bf16"]
     return {"model.dtype": "bfloat16" if mixed or named == "bfloat16" else "float32"}
 
@@ -281,7 +227,7 @@ def _saving_and_evaluation(fields: Fields) -> Knobs:
         if strategy == "no":
             knobs[knob] = 0
         elif strategy != "steps" or every is None or every < 1:
-            raise _RefusedError(f"{kind}_strategy={strategy!r}, {kind}_steps={every}: here it is every so many steps")
+            raise RefusedError(f"{kind}_strategy={strategy!r}, {kind}_steps={every}: here it is every so many steps")
         else:
             knobs[knob] = int(every)
     return knobs
@@ -289,10 +235,10 @@ def _saving_and_evaluation(fields: Fields) -> Knobs:
 
 def _reports(fields: Fields) -> Knobs:
     if (wanted := fields["report_to"]) not in (None, "none", [], ["none"]):
-        raise _RefusedError(f"report_to={wanted!r}: figures go to metrics.jsonl and to Prometheus here; use 'none'")
+        raise RefusedError(f"report_to={wanted!r}: figures go to metrics.jsonl and to Prometheus here; use 'none'")
     return {}
 
 
 RULES: tuple[Callable[[Fields], Knobs], ...] = (
-    *(_loss, _advantage, _kl, _correction, _optimizer, _precision, _engine, _saving_and_evaluation, _reports),
+    *(_advantage, correction, _optimizer, _precision, _engine, _saving_and_evaluation, _reports),
 )

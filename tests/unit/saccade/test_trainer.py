@@ -21,7 +21,7 @@ from PIL import Image
 
 import saccade
 import saccade.loop
-from learner.config import Kl
+from learner.config import Cispo, Kl, PpoClip, Sapo
 from rewards.base import ScoringRequest
 from rewards.registry import load_reward
 from saccade.config.load import config_tree, parse_config
@@ -169,6 +169,26 @@ def test_fields_of_trl_become_knobs() -> None:
     assert (config.algorithm.advantage, config.algorithm.aggregation) == ("dr_grpo", "constant")
     assert config.algorithm.kl == Kl(0.1, estimator="k2")
     assert [spec.weight for spec in config.reward.functions] == [0.5, 2]
+
+
+def test_clips_of_trl_are_carried_over_where_ratios_vary() -> None:
+    def loss_of(later: dict[str, Any], **fields: Any) -> Any:
+        given = SimpleNamespace(output_dir="runs/x", max_steps=3, **fields)
+        return Trainer(MODEL, "format", [given, later], "x.parquet").config.algorithm.loss
+
+    stale: dict[str, Any] = {"rollout.max_staleness": 1}
+    assert loss_of(stale, epsilon=0.1) == PpoClip(low=0.1, high=0.1)
+    assert loss_of(
+        {"algorithm": {"optimizer_steps": 2}, "learner.prompts_per_step": 2}, epsilon_high=0.3, delta=2.0
+    ) == PpoClip(high=0.3, dual=2.0)
+    assert loss_of(stale, loss_type="cispo", epsilon_high=5.0) == Cispo(low=1.0, high=4.0)
+    assert loss_of(stale, loss_type="sapo") == Sapo()
+    assert loss_of({}, epsilon=0.1) == PpoClip(), "ratios are 1"
+    given = SimpleNamespace(output_dir="runs/x", max_steps=3, beta=0.1)
+    (problem,) = problems_of(args=[given, stale], reward_funcs="format")
+    assert problem.startswith("args.use_bias_correction_kl=True")
+    exact = SimpleNamespace(output_dir="runs/x", max_steps=3, beta=0.1, use_bias_correction_kl=False)
+    assert Trainer(MODEL, "format", [exact, stale], "x.parquet").config.algorithm.kl == Kl(0.1)
 
 
 def test_fields_of_trl_without_a_counterpart_are_errors_all_at_once() -> None:
