@@ -24,7 +24,7 @@ demo-seeds: venv
 	for seed in 0 1 2; do $(VENV)/bin/saccade demo --seed $$seed --output-dir runs/demo-seed-$$seed $(ARGS) || exit 1; done
 
 # Two passes: the tests of one process in as many processes as there are cores, then those of whole systems, two at a
-# time, since each starts several processes, the longest file first. A slip shows within minutes. One thread per process.
+# time, since each starts several processes. A slip shows within minutes. One thread per process.
 test test-all test-unit test-model test-system: export OMP_NUM_THREADS := 1
 SELECT := -m "not slow"
 QUICK = $(PYTEST) -q $(SELECT) -n auto --maxprocesses 8 $(ARGS)
@@ -33,13 +33,13 @@ SYSTEM = $(PYTEST) -q $(SELECT) -n 2 --dist loadfile --no-loadscope-reorder --du
 test-all: SELECT :=
 test test-all: venv
 	$(QUICK) tests/unit tests/model
-	$(SYSTEM) tests/system/saccade/test_end_to_end.py tests/system
+	$(SYSTEM) tests/system
 
 test-unit test-model: test-%: venv
 	$(QUICK) tests/$*
 
 test-system: venv
-	$(SYSTEM) tests/system/saccade/test_end_to_end.py tests/system
+	$(SYSTEM) tests/system
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -41,7 +41,7 @@ from vlm.config import Lora
 from vlm.media.video_audio import decode
 from vlm.tiny import TINY, build_tiny
 
-FAMILIES = ("idefics3", "internvl", "llava_next", "mistral3", "qwen2_5_omni", "qwen3_vl")
+FAMILIES = ("internvl", "llava_next", "qwen2_5_omni")
 OTHERS = sorted(set(TINY) - {*FAMILIES, "llama", "qwen2", "qwen3"})
 MIXES = (["image"], [], ["image"] * 3)
 TOWERS = ("vision", "audio", "projector")

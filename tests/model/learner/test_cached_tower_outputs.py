@@ -33,7 +33,7 @@ from vlm.config import Lora
 from vlm.families.registry import ADAPTERS
 from vlm.tiny import TINY, build_tiny
 
-FAMILIES = ("gemma3", "idefics3", "internvl", "llava_next", "mistral3", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("gemma3", "internvl", "llava_next", "qwen3_vl")
 OTHERS = sorted(set(TINY) - {*FAMILIES, "llama", "qwen2", "qwen3"})
 ALL = [*FAMILIES, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)]
 ATTENTION = re.compile(r"\.(blocks|layers?)\.\d+\.(attn|self_attn|attention)$")

@@ -84,6 +84,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_omni", "internvl"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_with_and_without_new_images_train_as_one_rank_does(results: Path, family: str, stage: int) -> None:

@@ -56,7 +56,6 @@ def test_engines_are_asked_in_the_chat_template_with_special_tokens_taken_out(
         ray.kill(engine.actor)
 
 
-@pytest.mark.slow
 def test_all_reward_actors_share_one_model_actor(local_ray: ModuleType, model: Path) -> None:
     from rewards.actor import RewardActor
     from rewards.model_actor import RewardModelActor, RewardModelService

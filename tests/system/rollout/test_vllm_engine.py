@@ -234,6 +234,7 @@ def test_nccl_gives_every_engine_ranks_of_its_own(monkeypatch: pytest.MonkeyPatc
     sender.close()
 
 
+@pytest.mark.slow
 def test_a_failed_start_shows_the_engines_own_log(tiny_model: Path, adapter: MultimodalAdapter) -> None:
     engine = VLLMEngine(options(tiny_model, kv_cache_memory_bytes=1), adapter)
     with pytest.raises(

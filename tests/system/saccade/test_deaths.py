@@ -112,7 +112,7 @@ def test_an_engine_whose_core_died_is_named_with_its_last_words(processes):
     )
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_died_is_named_not_the_one_that_gloo_told_of_it(processes, tmp_path, rank):
     group = LearnerGroup(options(tmp_path, ranks=2), [{}, {}])
     calls = [processes["a"].fail.remote(), processes["b"].die.remote()]

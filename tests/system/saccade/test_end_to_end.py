@@ -120,12 +120,6 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(settings, tmp
     different = [name for name in expected if not expected[name].equal(actual[name])]
     assert different == []
 
-    # The saved model is what vLLM loads and evaluates to the same figures.
-    again = evaluate(
-        parse_config({**settings, "output_dir": "unused", "model": {"path": str(whole.model_dir), "dtype": "float32"}})
-    )
-    assert again == whole.evaluations[4]
-
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_before_or_behind_a_step_that_was_not_taken_ends_as_the_undisturbed_one(
@@ -279,6 +273,7 @@ def test_videos_sounds_images_and_text_train_together(settings, tmp_path, local_
     assert json.loads((result.model_dir / "config.json").read_text())["model_type"] == "qwen2_5_omni"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_no_process(settings, tmp_path, repository):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, "steps": 10_000, "output_dir": str(tmp_path / "run")}))

@@ -73,7 +73,6 @@ def test_a_batch_is_generated_scored_retried_and_sealed_by_reference(local_ray, 
     assert [v.score for v in local_ray.get(first.groups[2].verdicts)] == [0.0, 1.0]
 
 
-@pytest.mark.slow
 def test_what_an_actor_raised_is_said_in_its_own_words(fleet):
     with pytest.raises(RunError, match=r"^while waiting for prompts: (can only|unsupported operand)"):
         wait_for(RayData(fleet[0]).take("x"), 60.0, "prompts")  # type: ignore[arg-type]

@@ -147,6 +147,7 @@ def scored(group: RolloutGroup, rng: np.random.Generator) -> RolloutGroup:
     return replace(group, verdicts=tuple(Verdict.scored(float(r)) for r in rewards))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [pytest.param("nccl", marks=pytest.mark.slow), "gloo"], indirect=True)
 def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Path) -> None:
     ray, learner, handles = cluster.ray, cluster.learner, cluster.handles
@@ -169,6 +170,7 @@ def test_three_updates_reach_both_engines_exactly(cluster: Cluster, tmp_path: Pa
             groups += new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["gloo"], indirect=True)
 def test_a_killed_engine_is_an_answer_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     """Death while generating is plain data, at once; the sync names the engine; the other one goes on without it; the

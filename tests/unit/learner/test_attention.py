@@ -118,10 +118,13 @@ def test_completions_without_tokens_are_seen_by_nobody():
 
 COMPILED = pytest.param(
     "flex",
-    marks=pytest.mark.skipif(
-        torch.backends.cpu.get_cpu_capability() == "DEFAULT",
-        reason="torch writes flex_attention for CPUs with vector instructions only (AVX2 or more)",
-    ),
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+            reason="torch writes flex_attention for CPUs with vector instructions only (AVX2 or more)",
+        ),
+    ],
 )
 
 
