@@ -23,6 +23,8 @@ VerdictStatus = Literal["scored", "unscorable", "timeout", "error"]
 
 MEDIA_PER_PROMPT: Mapping[MediaKind, int] = {"image": 8, "video": 2, "audio": 2}
 """The most items of each kind in one prompt. The data side refuses rows with more, and engines make room for them."""
+BAN = -100.0
+"""Engine and learner add this to the logit of a banned token. vLLM clamps its `logit_bias` to it."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-BAN = -100.0
-"""Added to a banned token's logit: the engine's `logit_bias`, which it clamps to this."""
+from rollout.types import BAN
+
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
 """Logits held at once, unless their rows are given: few enough not to matter, enough for a matrix product at full rate
 (of 152k tokens 110 rows on CPUs and 883 on GPUs, which read the weight again for every chunk)."""

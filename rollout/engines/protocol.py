@@ -19,9 +19,6 @@ from vlm.media.types import Media
 if TYPE_CHECKING:
     from weight_sync.verify import WeightReport
 
-BAN = -100.0
-"""Added to the logit of a banned token, by the engine and by the learner (learner.model.logprobs.BAN) alike."""
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

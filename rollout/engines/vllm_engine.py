@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rollout.engines.log_tail import LogTail
 from rollout.engines.protocol import (
-    BAN,
     EngineDeadError,
     EngineOptions,
     EngineOutput,
@@ -28,7 +27,7 @@ from rollout.engines.protocol import (
 from rollout.engines.vllm_config import check_build, engine_config
 from rollout.engines.vllm_outputs import all_or_none, completion_of
 from rollout.engines.vllm_process import check_device, set_environment
-from rollout.types import Prompt
+from rollout.types import BAN, Prompt
 from vlm.adapter import MultimodalAdapter
 from vlm.encoding import concatenate_padded
 from vlm.errors import AdapterError

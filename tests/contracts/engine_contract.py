@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rollout.engines.protocol import BAN, EngineDeadError, PromptRefusedError, RolloutEngine, SamplingParams
-from rollout.types import Completion, Prompt, PromptRef, Segment
+from rollout.engines.protocol import EngineDeadError, PromptRefusedError, RolloutEngine, SamplingParams
+from rollout.types import BAN, Completion, Prompt, PromptRef, Segment
 from vlm.adapter import MultimodalAdapter
 from vlm.media.images import digest
 from vlm.media.types import Media

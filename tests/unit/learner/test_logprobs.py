@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from learner.algorithm.objective import GlobalCounts, TokenTerms, policy_update_loss
 from learner.config import AlgorithmConfig, Current
-from learner.model.logprobs import BAN, LogprobHead, chunked_logprobs
+from learner.model.logprobs import LogprobHead, chunked_logprobs
+from rollout.types import BAN
 
 
 def plain(

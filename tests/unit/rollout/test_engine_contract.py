@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import pytest
 from torch import nn
 
-from learner.model.logprobs import BAN as LEARNER_BAN
 from rollout.config import RolloutConfig
-from rollout.engines.protocol import BAN, EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
+from rollout.engines.protocol import EngineDeadError, EngineOptions, RolloutEngine, SamplingParams
 from rollout.engines.simulated_engine import SimulatedEngine, Simulation
 from tests.contracts.engine_contract import (
     MAX_MODEL_LEN,
@@ -77,10 +76,6 @@ class TestSimulatedEngine(EngineContract):
 def test_it_is_a_rollout_engine(adapter: MultimodalAdapter) -> None:
     engine = SimulatedEngine(EngineOptions(MODEL), adapter)
     assert isinstance(engine, RolloutEngine)
-
-
-def test_engine_and_learner_ban_alike() -> None:
-    assert BAN == LEARNER_BAN
 
 
 def test_latency_is_steps_times_step_time(adapter: MultimodalAdapter, simulate: Simulate) -> None:
