@@ -73,6 +73,13 @@ def quantization_problems(model: ModelConfig, learner: LearnerConfig) -> list[st
     return found
 
 
+def precision_problems(model: ModelConfig, learner: LearnerConfig) -> list[str]:
+    """Combinations of a precision and a ZeRO stage in which small steps would be lost to rounding."""
+    if learner.zero_stage > 0 or model.dtype != "bfloat16":
+        return []
+    return ["zero_stage=0 keeps no float32 master weights; with bfloat16 use zero_stage 1, 2 or 3"]
+
+
 @dataclass(frozen=True, slots=True)
 class LearnerOptions:
     """The options of a LearnerGroup, the same on every rank: the sections of the configuration that it reads, and what
@@ -105,8 +112,7 @@ class LearnerOptions:
 
     def __post_init__(self) -> None:
         problems = role_problems(self.model) + quantization_problems(self.model, self.learner)
-        if self.learner.zero_stage == 0 and self.model.dtype == "bfloat16":
-            problems.append("zero_stage=0 keeps no float32 master weights: with bfloat16 use zero_stage 1, 2 or 3")
+        problems += precision_problems(self.model, self.learner)
         if isinstance(self.algorithm.off_policy, Auto):
             problems.append("off_policy=auto is for whoever knows the run: behavior where batches may be stale")
         if problems:

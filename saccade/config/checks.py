@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from learner.types import quantization_problems
+from learner.types import precision_problems, quantization_problems
 from saccade.config.algorithm_checks import algorithm_problems
 from saccade.config.engine_checks import engine_option_problems
 from saccade.config.idle_knobs import idle_problems
@@ -19,12 +19,11 @@ def problems(config: RunFields) -> list[str]:
     found += engine_option_problems(rollout.engine_options)
     found += [f"model.{text}" for text in role_problems(model)]
     found += [f"model.lora.{text}" for text in quantization_problems(model, learner)]
+    found += [f"learner.{text}" for text in precision_problems(model, learner)]
     if learner.offload == "parameters" and learner.zero_stage != 3:
         found.append(f"learner.offload=parameters needs learner.zero_stage=3, not {learner.zero_stage}")
     if learner.offload == "optimizer" and learner.zero_stage == 0:
         found.append("learner.offload=optimizer needs learner.zero_stage of at least 1")
-    if learner.zero_stage == 0 and config.model.dtype == "bfloat16":
-        found.append("learner.zero_stage=0 keeps no float32 master weights; use stage 1 or more with bfloat16")
     longest = config.data.max_prompt_length + rollout.max_completion_length
     tokens = learner.micro_batch_tokens
     if tokens is not None and longest > tokens:
