@@ -71,7 +71,6 @@ class RewardWorker:
         self._memory = memory
         self.traits = Traits(needs_media=False, separable=False)
         """Properties of the rewards, once they are loaded."""
-        self.restarts = 0
         self._process, self._channel = self._spawn()
 
     def start(self) -> None:
@@ -192,7 +191,6 @@ class RewardWorker:
     def _restart(self) -> None:
         """Replace the child by another one, which starts in the background."""
         self._end()
-        self.restarts += 1
         self._process, self._channel = self._spawn()
 
     def _end(self, grace: float = 0.0) -> str:

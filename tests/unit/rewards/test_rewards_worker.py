@@ -123,11 +123,11 @@ def assert_all_holders_died(reader: int) -> None:
     ],
 )
 def test_a_group_that_ends_the_process(worker: RewardWorker, what: str, status: str, reason: str) -> None:
-    pid, restarts = worker.pid, worker.restarts
+    pid = worker.pid
     verdicts = worker.score(ScoringRequest("", (what, "ab", "abc"))).verdicts
     assert [v.status for v in verdicts] == [status] * 3
     assert reason in verdicts[0].reason
-    assert worker.restarts == restarts + 1 and worker.pid != pid
+    assert worker.pid != pid
     assert_scores_normally(worker)
 
 
