@@ -74,7 +74,7 @@ async def measure(model: Path, data: Path) -> list[dict[str, Any]]:
     section = ModelConfig(str(model), dtype="float32")
     options = EngineOptions(section, RolloutConfig(kv_cache_gib=0.25), device="cpu", max_model_len=256)
     adapter = load_adapter(str(model))
-    actor = RolloutActor("engine", options, partial(load_adapter, str(model)))
+    actor = RolloutActor("engine", options, partial(load_adapter, str(model)), group_timeout=600.0)
     await actor.start()
     try:
         # Every K has its own images, so that no cache has them from the previous K.

@@ -4,7 +4,7 @@ driver ── sample(prompt, sampling) ──▶ [media fetched] ─▶ engine �
        └─ with Together(batch, size): the engine is paused until all `size` groups of the batch wait in its queue
 learner rank 0 ── RayEngineHandle ────▶ pause, receive, commit, resume
 
-actor = ray.remote(RolloutActor).options(max_concurrency=1000, ...).remote(name, options, load_adapter_callable)
+actor = ray.remote(RolloutActor).options(max_concurrency=1000, ...).remote(name, options, load_adapter, group_timeout=9)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RolloutActor:
         options: EngineOptions,
         adapter: Callable[[], MultimodalAdapter],
         *,
-        group_timeout: float = 600.0,
+        group_timeout: float,
         engine: EngineFactory = vllm_engine,
     ) -> None:
         """`adapter` is called in this process, when the engine starts. `group_timeout` in seconds bounds one group."""

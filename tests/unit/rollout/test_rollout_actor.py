@@ -131,7 +131,7 @@ def test_a_shutdown_answers_groups_that_are_being_generated(adapter: MultimodalA
 
     async def play() -> Any:
         engine = Silent(lambda sampling: None)  # type: ignore[arg-type, return-value]
-        actor = RolloutActor("e", OPTIONS, lambda: adapter, engine=lambda options, adapter: engine)  # type: ignore[arg-type]
+        actor = RolloutActor("e", OPTIONS, lambda: adapter, group_timeout=60.0, engine=lambda *given: engine)
         await actor.start()
         running = asyncio.create_task(actor.sample(make_prompt(adapter, "?"), SAMPLING))
         while not engine.asked:
@@ -145,7 +145,7 @@ def test_a_shutdown_answers_groups_that_are_being_generated(adapter: MultimodalA
 
 
 def test_an_actor_that_was_not_started_answers_too(adapter: MultimodalAdapter) -> None:
-    actor = RolloutActor("e", OPTIONS, lambda: adapter)
+    actor = RolloutActor("e", OPTIONS, lambda: adapter, group_timeout=5.0)
     failure = asyncio.run(actor.sample(make_prompt(adapter, "?"), SAMPLING))
     assert isinstance(failure, RolloutFailure) and failure.engine_dead and "not running" in failure.reason
 
