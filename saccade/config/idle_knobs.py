@@ -141,7 +141,9 @@ def idle(config: RunFields) -> dict[str, str]:
 
 def idle_problems(config: RunFields) -> list[str]:
     """One text for each knob that was given and does nothing."""
-    return _complaints(config, idle(config))
+    group = config.data.columns.get("group")
+    alone = f"data.columns.group={group} would do nothing: evaluation reports by it, and data.eval names no files"
+    return [*_complaints(config, idle(config)), *([alone] if group and not config.data.eval else [])]
 
 
 def data_idle_problems(config: RunFields, facts: Facts) -> list[str]:

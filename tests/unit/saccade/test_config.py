@@ -172,7 +172,7 @@ def test_every_knob_of_the_data_reaches_those_who_read_them():
         "media_from": ["/data", "urls"],
         "max_refused_share": 0.5,
     }
-    config = parse_config({**MINIMAL, "seed": 5, "data": {"train": ["a"], **changed}})
+    config = parse_config({**MINIMAL, "seed": 5, "data": {"train": ["a"], "eval": ["c"], **changed}})
     assert {"train", "eval", *changed} == {field.name for field in fields(config.data)}
     options = data_options(config, ["b"])
     assert options.data == config.data

@@ -132,6 +132,7 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
             ["learner.offload=optimizer"],
         ),
         (EVAL, ["evaluation.every=5", "evaluation.temperature=0.5", "evaluation.max_prompts=3"]),
+        ({"data": {"train": "x.parquet", "columns": {"group": "kind"}}}, ["data.columns.group=kind"]),
     ],
 )
 def test_a_given_knob_that_does_nothing_is_named_with_what_it_depends_on(given: dict[str, Any], named: list[str]):
