@@ -62,6 +62,7 @@ FORMER: dict[str, tuple[Any, str]] = {
 
 
 BESIDE = {
+    "data.columns.group": "data.eval=[x.parquet]",
     "algorithm.kl.": "algorithm.kl=0.1",
     "algorithm.off_policy.max": "algorithm.off_policy=tis",
     "learner.lr_schedule.min_ratio": "learner.lr_schedule=linear",
