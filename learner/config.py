@@ -78,13 +78,13 @@ class Kl:
     where: Literal["loss", "reward"] = "loss"
     """Where the KL enters."""
     refresh: Annotated[int, Ge(0)] = 0
-    """Steps after which the current policy becomes the reference; 0: the initial policy stays it."""
+    """Steps after which the current policy becomes the reference; 0: the initial policy stays the reference."""
 
 
 @section
 class Uncorrected:
     name: str
-    """How tokens are treated that another policy sampled. behavior: the ratio's denominator is what the engine sampled
+    """How tokens sampled by another policy are treated. behavior: the ratio's denominator is what the engine sampled
     with. current: it is the learner's policy before the step, and nothing is corrected. auto: behavior when
     max_staleness > 0, else current. The others take the learner's policy too, and weight the loss: by truncated
     importance weights of tokens (tis) or completions (tis_sequence), masked (icepop), unbounded (decoupled), or with
@@ -181,7 +181,7 @@ class AlgorithmConfig:
     kl: Annotated[Kl | None, short("weight")] = None
     """The KL to the reference policy; null: no reference model is loaded. A number is its weight."""
     off_policy: Annotated[OffPolicy, ByName()] = Auto()
-    """How tokens are treated that another policy sampled."""
+    """How tokens sampled by another policy are treated."""
     entropy_bonus: Annotated[float, Ge(0)] = 0.0
     """Weight of the entropy that the loss rewards."""
     optimizer_steps: Annotated[int, Ge(1)] = 1
@@ -273,7 +273,7 @@ class LearnerConfig:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
-    """Gradient norm to which gradients are clipped."""
+    """Gradients are clipped to this norm."""
     micro_batch: Annotated[int | str, Parsed(_micro_batch)] = DEFAULT_TOKENS
     """Limit of one micro-batch: language positions (8192), or memory beside the model's states, as `saccade plan`
     predicts it (12 GiB)."""

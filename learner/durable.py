@@ -194,7 +194,7 @@ def damage(directory: Path) -> str | None:
     with ThreadPoolExecutor(4) as pool:
         for name, found in zip(expected, pool.map(lambda n: _measure(directory / n), expected), strict=True):
             if tuple(found) != expected[name]:
-                return f"{directory / name} has other content than was written"
+                return f"{directory / name} has changed since it was written"
     inner = (directory / name for name in expected if name.endswith(f"/{DIGESTS}"))
     return next((text for path in inner if (text := damage(path.parent))), None)
 
@@ -209,7 +209,7 @@ def check_room(path: Path, needed: int) -> None:
     free = _free(path)
     if free is not None and needed * MARGIN > free:
         raise StorageError(
-            f"{path} needs {_gib(needed)}, and {_gib(free)} are free there; free space, or name another output_dir"
+            f"{path} needs {_gib(needed)}, and {_gib(free)} are free there; free some space, or name another output_dir"
         )
 
 
@@ -226,7 +226,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         free = _free(path)
         room = f" ({_gib(free)} free)" if free is not None else ""
         raise StorageError(
-            f"{at} cannot be written: {os.strerror(number)}{room}; free space or make the folder writable, or name "
+            f"{at} cannot be written: {os.strerror(number)}{room}; free some space, make the folder writable, or name "
             "another output_dir"
         ) from error
 

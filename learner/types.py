@@ -46,7 +46,7 @@ class NothingToLearnError(UserError, ValueError):
 
 
 class NotFiniteError(UserError, ValueError):
-    """Numbers that are not finite, where the run cannot go on with them: one step after another that is not taken,
+    """Numbers that are not finite, where the run cannot continue with them: one step after another that is not taken,
     rewards, or weights that would be written."""
 
 
@@ -65,11 +65,11 @@ def quantization_problems(model: ModelConfig, learner: LearnerConfig) -> list[st
         return found
     if learner.zero_stage == 3:
         found.append(
-            f"quantize={model.quantize} with zero_stage=3 was never verified: ZeRO-3 partitions weights, and would "
+            f"quantize={model.quantize} with zero_stage=3 has not been tested: ZeRO-3 partitions weights, and would "
             "have to do so with 4-bit blocks and their scales together; use zero_stage 0, 1 or 2"
         )
     if learner.offload == "parameters":
-        found.append(f"quantize={model.quantize} with offload=parameters was never verified: switch one of them off")
+        found.append(f"quantize={model.quantize} with offload=parameters has not been tested: switch one of them off")
     return found
 
 
@@ -114,7 +114,7 @@ class LearnerOptions:
         problems = role_problems(self.model) + quantization_problems(self.model, self.learner)
         problems += precision_problems(self.model, self.learner)
         if isinstance(self.algorithm.off_policy, Auto):
-            problems.append("off_policy=auto is for whoever knows the run: behavior where batches may be stale")
+            problems.append("off_policy must be resolved before the learner starts, and not be auto")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -102,7 +102,7 @@ class RewardActor:
         return self._worker.score(replace(request, media=media))
 
     def _fetch(self, media: Media) -> Media:
-        """With its bytes in place of a reference to them: the child process is no part of the Ray cluster."""
+        """With its bytes in place of a reference to them: the child process is not part of the Ray cluster."""
         if not isinstance(media.data, ray.ObjectRef):
             return media
         return replace(media, data=ray.get(media.data, timeout=self._timeout))

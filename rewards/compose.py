@@ -7,7 +7,7 @@
     format 1.0, accuracy error("...")   ──▶ error("accuracy: ..."); never 0.5, never 0
 
 `combine` says which of the three a reward is: `sum` (the default), `product` (a gate) or `minimum` (a cap). Where there
-is no `sum`, the sum counts as 1, and where there are caps alone, their minimum is the score.
+is no `sum`, the sum counts as 1, and where there are only caps, their minimum is the score.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def read_state(path: Path) -> dict[str, Any]:
     other = state.get("format") if isinstance(state, dict) else None
     if isinstance(other, int) and other != FORMAT:
         raise RunError(
-            f"{path} has checkpoint format {other}, and this version of saccade reads {FORMAT}: go on with the version "
-            "that wrote it, or start a new run from its model"
+            f"{path} has checkpoint format {other}, and this version of saccade reads {FORMAT}: continue with the "
+            "version that wrote it, or start a new run from its model"
         )
     if other != FORMAT:
         raise DamagedError(f"checkpoint {path} is damaged: run.json names no format")

@@ -6,7 +6,7 @@ from vlm.errors import UserError
 
 
 class RunError(UserError, RuntimeError):
-    """The run cannot go on; says what happened, where, and what to do."""
+    """The run cannot continue; says what happened, where, and what to do."""
 
 
 class MismatchError(RunError):

@@ -6,7 +6,7 @@
     driver:    admit ▸ collect ▸ update ▸ sync ▸ record, and again
 
 Who waits for whom: `collect(v)` waits until every group of batch v is scored; `update` waits for the learner, while the
-engines go on with the batches already admitted (`max_staleness` of them); `sync_weights` pauses the engines for the
+engines continue with the batches already admitted (`max_staleness` of them); `sync_weights` pauses the engines for the
 length of a transfer. With max_staleness 0 nothing is admitted before the engines hold the newest weights, so generation
 and training alternate, strictly on-policy.
 """
@@ -30,12 +30,12 @@ def train(
     """Train by `config`; returns where the model is and what was measured.
 
     `resume` continues from the newest checkpoint in `config.output_dir`; `address` joins a running Ray cluster. Raises
-    ConfigError before anything starts, and RunError when the run cannot go on; it saves a checkpoint before that.
+    ConfigError before anything starts, and RunError when the run cannot continue; it saves a checkpoint before that.
     """
     if resume and (done := finished(config)):
         display = display or SilentDisplay()
         display.phase(
-            f"{done.output_dir}: all {config.steps} steps are done and the model is saved; to train on, raise steps"
+            f"{done.output_dir}: all {config.steps} steps are done and the model is saved; to train longer, raise steps"
         )
         return done
     with open_run(config, resume=resume, address=address, display=display) as run:

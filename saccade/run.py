@@ -124,13 +124,13 @@ class Run:
             except StorageError as error:
                 if due or not self._overdue:
                     self.display.phase(
-                        f"no checkpoint of step {self.version}: {error}; the newest is still {self._newest()}; "
+                        f"no checkpoint of step {self.version}: {error}; {self._newest()}; "
                         "the run continues and tries again after each step"
                     )
                 self._overdue = True
 
     def _newest(self) -> str:
-        return f"that of step {self._saved}" if self._saved >= 0 else "none"
+        return f"the newest checkpoint is from step {self._saved}" if self._saved >= 0 else "there is no checkpoint yet"
 
     def checkpoint(self) -> None:
         """Save weights, optimizer, cursor and ledger as of now, unless that was done already."""
@@ -162,8 +162,8 @@ class Run:
         dead = isinstance(reason, DeathError) and any(who.startswith("learner") for who in reason.dead)
         cut_off = isinstance(error, WeightSyncError) and config.ranks > 1 and config.zero_stage == 3
         if isinstance(error, LearnerError | MismatchError) or cut_off or dead:
-            what = "the last update is not kept" if isinstance(error, MismatchError) else "the learner failed"
-            self.display.phase(f"{what}; the newest checkpoint: {self._newest()}")
+            what = "the last update was discarded" if isinstance(error, MismatchError) else "the learner failed"
+            self.display.phase(f"{what}; {self._newest()}")
             return reason
         if self.version == 0 and self._saved < 0:
             return reason  # nothing was trained: a checkpoint would only stand in the way of the next attempt

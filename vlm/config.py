@@ -20,7 +20,7 @@ class Lora:
     rank: Annotated[int, Ge(1)] = 16
     """Rank of the adapter. Switched off, it is the reference policy, so that no second copy of the model is held."""
     alpha: Annotated[float, Gt(0)] = 32.0
-    """LoRA scale: updates count alpha / rank."""
+    """LoRA scale: updates are scaled by alpha / rank."""
     targets: Annotated[tuple[LoraRole, ...], ListOfOne] = DEFAULT_LORA_TARGETS
     """Parts of the model whose linear layers get an adapter: language.attention, language.mlp, projector, vision,
     audio. The family's adapter knows the layers."""
@@ -69,6 +69,6 @@ def role_problems(model: ModelConfig) -> list[str]:
     if both := [role for role in model.lora_targets if part_of(role) in model.freeze]:
         found.append(
             f"lora.targets names {', '.join(both)}, which freeze={', '.join(model.freeze)} rules out; take one of them "
-            "away (with LoRA everything that is no target stays as it is)"
+            "away (with LoRA everything that is not a target stays as it is)"
         )
     return found

@@ -45,7 +45,7 @@ class MediaTokens:
         refuses."""
         if self.stacks_videos and len({len(m.frames) for m in media if m.kind == "video"}) > 1:
             raise AdapterError(
-                f"{type(self).__name__} takes several videos in one prompt only with equally many frames"
+                f"{type(self).__name__} takes several videos in one prompt only if they have equally many frames"
             )
         images = [m for m in media if m.kind == "image"]
         counted: dict[int, int] = {}

@@ -137,4 +137,4 @@ class ParameterNames:
 
     def _targets(self) -> str:
         roles = (*self.language_layers, *(part for part in self.parts if part != "language"))
-        return f"there are {', '.join(role for role in roles if role not in self.not_adapted)}"
+        return f"choose from {', '.join(role for role in roles if role not in self.not_adapted)}"

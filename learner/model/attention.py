@@ -136,7 +136,9 @@ def _forward(
     attend: GroupAttention | None = kwargs.pop("group_attention", None)
     if attend is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
-            raise RuntimeError(f"{type(module).__name__} is not handed what its model was given: no packed rows for it")
+            raise RuntimeError(
+                f"{type(module).__name__} does not pass on its model's inputs, so packed rows are not supported"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attend(module, query, key, value, kwargs["scaling"]), None
 

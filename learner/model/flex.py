@@ -53,8 +53,8 @@ def compiled_flex(backend: str = "inductor") -> Callable[..., Tensor]:
 
 
 def attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float) -> Tensor:
-    """Every variant of strides and of gradients is compiled apart: inputs are made contiguous, and the pass without
-    gradients is the same where gradients are off and where no input has one."""
+    """Every variant of strides and of gradients is compiled separately: inputs are made contiguous, and the pass
+    without gradients is the same where gradients are off and where no input has one."""
     length = query.shape[2]
     filled = [pad(x, (0, 0, 0, flex_length(length) - length)).contiguous() for x in (query, key, value)]
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in filled)

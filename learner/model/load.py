@@ -92,7 +92,7 @@ def _targets(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) ->
     layers = adapter.linear_layers(model)
     if absent := [role for role in options.model.lora_targets if role not in layers]:
         raise ValueError(
-            f"lora.targets: {type(model).__name__} has no linear layers of {' or '.join(absent)}; there are "
+            f"lora.targets: {type(model).__name__} has no linear layers of {' or '.join(absent)}; it has "
             f"{', '.join(layers)}"
         )
     reached = adapter.reached(options.media_kinds)

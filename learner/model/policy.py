@@ -174,7 +174,7 @@ class PolicyModule(nn.Module):
     def _model_kwargs(self, batch: MultimodalBatch) -> dict[str, Any]:
         """Return the inputs of the model's forward, with each item of media encoded once and shared prompts laid out.
 
-        The towers always run first and apart: the order of modules must not differ between ranks either."""
+        The towers always run first and separately: the order of modules must not differ between ranks either."""
         features = self.media_features(batch)
         for kind, index in batch.media_index.items():
             self.adapter.repeat_features(features[kind], index)

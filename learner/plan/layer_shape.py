@@ -72,7 +72,7 @@ def describe_layer(layer: nn.Module) -> LayerShape:
     leaf = {name.rpartition(".")[2]: module for name, module in linears.items()}
     first = next((leaf[name] for name in ("qkv", "q_proj", "q") if name in leaf), None)
     if first is None:
-        raise ValueError(f"{type(layer).__name__}: no projections q, k and v, but {', '.join(leaf)}")
+        raise ValueError(f"{type(layer).__name__}: expected projections q, k and v, found {', '.join(leaf)}")
     fused, hidden = "qkv" in leaf, int(first.in_features)
     query = hidden if fused else int(first.out_features)
     key_value = hidden if fused else int(leaf["k_proj" if "k_proj" in leaf else "k"].out_features)
@@ -83,7 +83,9 @@ def describe_layer(layer: nn.Module) -> LayerShape:
     widths = [leaf["gate_proj"].out_features] if gated else [m.out_features for m in mlp]
     others = [p for m in layer.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)]
     if not widths or any(p.ndim > 1 for p in others):
-        raise ValueError(f"{type(layer).__name__}: its MLP is not of linear layers alone (experts?): not planned for")
+        raise ValueError(
+            f"{type(layer).__name__}: its MLP is not only linear layers (experts?), which saccade plan does not support"
+        )
     return LayerShape(
         hidden=hidden,
         query=query,

@@ -13,7 +13,7 @@ from rollout.data.columns import Role
 from vlm.section import ListOfOne, section
 
 URLS = "urls"
-"""The word in data.media_from that allows to fetch."""
+"""The word in data.media_from that allows fetching."""
 PIXELS_PER_BYTE = 50_000_000 / (20 * 2**20)
 """Limit of an image's pixels for each byte of data.max_media_bytes: what is small on disk must not fill the memory."""
 SYSTEM_PROMPTS: Mapping[str, str] = {
@@ -32,9 +32,9 @@ class DataConfig:
     eval: Annotated[tuple[str, ...], ListOfOne] = ()
     """Files of held-out prompts; empty: no evaluation."""
     columns: dict[Role, str | None] = field(default_factory=dict)
-    """Which column is the prompt, image, video, audio and answer. A role that is not named goes to a column whose name
-    tells (docs/data.md lists them), null to none. The prompt's own column as answer: its last turn is the answer.
-    group: the column whose values evaluation reports apart."""
+    """Which column is the prompt, image, video, audio and answer. A role that is not named uses the column with a
+    known name (docs/data.md lists them); null turns the role off. The prompt's own column as answer: its last turn is
+    the answer. group: the column whose values evaluation reports separately."""
     system_prompt: str | None = None
     """System message put before every prompt that has none; the word 'think_answer' stands for the shipped one."""
     prompt_template: str | None = None

@@ -27,8 +27,10 @@ def missing_weights(config: RunConfig) -> list[str]:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             return [f"model.path: {folder / name} cannot be read: {error}"]
         missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+        if not missing:
+            return []
         few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        return [f"model.path: {path} lacks {len(missing)} of {len(shards)} weight files: {few}"] if missing else []
+        return [f"model.path: {len(missing)} of {len(shards)} weight files are missing in {path}: {few}"]
     return [f"model.path: {path} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"]
 
 

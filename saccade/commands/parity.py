@@ -239,7 +239,7 @@ def run_parity(
 
     Returns whether everything agreed. Give exactly one of `model` and `tiny`. Raises ConfigError."""
     if tiny is not None and tiny != "all" and tiny not in TINY:
-        raise ConfigError([f"no tiny model of family {tiny!r}; there are: {', '.join(sorted(TINY))}, all"])
+        raise ConfigError([f"no tiny model of family {tiny!r}; choose one of {', '.join(sorted(TINY))}, all"])
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
     families = sorted(TINY) if tiny == "all" else [tiny or ""]
     results: dict[str, list[CaseResult]] = {}

@@ -23,8 +23,8 @@ def algorithm_problems(config: RunFields) -> list[str]:
     kl = algorithm.kl
     if kl is not None and kl.estimator == "k1" and kl.where == "loss":
         found.append(
-            "algorithm.kl.estimator=k1 with where=loss: the gradient of k1 is zero in expectation, so it holds nothing "
-            "back; use k2 or k3, or where=reward"
+            "algorithm.kl.estimator=k1 with where=loss: the gradient of k1 is zero in expectation, so it has no "
+            "effect; use k2 or k3, or where=reward"
         )
     if kl is not None and kl.refresh and config.model.lora:
         found.append(
@@ -40,14 +40,14 @@ def algorithm_problems(config: RunFields) -> list[str]:
         found.append(f"algorithm.reward_range={list(algorithm.reward_range)}: the first must be less than the second")
     if config.learner.prompts_per_step % algorithm.optimizer_steps:
         found.append(
-            f"learner.prompts_per_step={config.learner.prompts_per_step} cannot be dealt out evenly to "
+            f"learner.prompts_per_step={config.learner.prompts_per_step} cannot be divided evenly among "
             f"algorithm.optimizer_steps={algorithm.optimizer_steps}"
         )
     return found + _by_reward_problems(config)
 
 
 def _by_reward_problems(config: RunFields) -> list[str]:
-    """gdpo normalises the scores of each reward apart."""
+    """gdpo normalises the scores of each reward separately."""
     found: list[str] = []
     if config.algorithm.advantage != "gdpo":
         return found
@@ -57,7 +57,9 @@ def _by_reward_problems(config: RunFields) -> list[str]:
             "algorithm.advantage=gdpo: two of reward.functions have one name, so their scores cannot be told apart"
         )
     if gates := [f"{f.name} (combine: {f.combine})" for f in functions if f.combine != "sum"]:
-        found.append(f"algorithm.advantage=gdpo normalises the parts of a sum, and takes no {', '.join(gates)}")
+        found.append(
+            f"algorithm.advantage=gdpo normalises the parts of a sum, and cannot be combined with {', '.join(gates)}"
+        )
     return found
 
 
@@ -68,17 +70,19 @@ def _reinforce_problems(config: RunFields) -> list[str]:
     if not isinstance(algorithm.loss, Reinforce):
         return found
     if algorithm.off_policy.name == "behavior":
-        found.append("algorithm.off_policy=behavior is about a ratio, and algorithm.loss=reinforce has none; use auto")
+        found.append(
+            "algorithm.off_policy=behavior is about the ratio, but algorithm.loss=reinforce has no ratio; use auto"
+        )
     elif algorithm.off_policy.name in ("auto", "current") and staleness > 0:
         found.append(
-            f"algorithm.loss=reinforce with rollout.max_staleness={staleness}: it has no ratio, and would take tokens "
-            "of older weights for its own; use algorithm.off_policy=tis, a loss with a ratio (ppo_clip, cispo), or "
-            "max_staleness=0"
+            f"algorithm.loss=reinforce with rollout.max_staleness={staleness}: it has no ratio, and would treat "
+            "tokens from older weights as its own; use algorithm.off_policy=tis, a loss with a ratio (ppo_clip, "
+            "cispo), or max_staleness=0"
         )
     if algorithm.optimizer_steps > 1:
         found.append(
             f"algorithm.loss=reinforce with algorithm.optimizer_steps={algorithm.optimizer_steps}: it has no ratio, "
-            "and would take tokens from before the first step for its own in the later ones; use a loss with a ratio "
+            "and in later steps would treat tokens from before the first step as its own; use a loss with a ratio "
             "(ppo_clip, cispo), or optimizer_steps=1"
         )
     return found
@@ -92,13 +96,13 @@ def _maxrl_problems(config: RunFields) -> list[str]:
     functions = config.reward.functions
     kl = algorithm.kl
     makers = {
-        f"algorithm.overlong={algorithm.overlong} takes up to 1 off them": algorithm.overlong_share > 0,
-        "algorithm.kl.where=reward takes the KL off them": kl is not None and kl.where == "reward",
+        f"algorithm.overlong={algorithm.overlong} lowers them by up to 1": algorithm.overlong_share > 0,
+        "algorithm.kl.where=reward subtracts the KL from them": kl is not None and kl.where == "reward",
         **{f"the weight of reward {f.name} is {f.weight:g}": f.combine == "sum" and f.weight < 0 for f in functions},
-        "reward_model gives scores of either sign": any(f.name == "reward_model" and f.weight for f in functions),
+        "reward_model can give negative scores": any(f.name == "reward_model" and f.weight for f in functions),
     }
     return [
-        f"algorithm.advantage=maxrl takes rewards of 0 and more, but {why}; leave that out, or use another advantage"
+        f"algorithm.advantage=maxrl needs rewards of at least 0, but {why}; leave that out, or use another advantage"
         for why, makes in makers.items()
         if makes
     ]

@@ -33,16 +33,17 @@ def problems(config: RunFields) -> list[str]:
         )
     if learner.lr_schedule.name != "constant" and learner.warmup_steps >= config.steps:
         found.append(
-            f"learner.warmup_steps={learner.warmup_steps} leaves nothing of steps={config.steps} to decay over"
+            f"learner.warmup_steps={learner.warmup_steps} must be less than steps={config.steps}, or no step is left "
+            "for the decay"
         )
     found += _shared_gpu_problems(config)
     if len(folders := config.data.folders) > 1:
-        found.append(f"data.media_from={list(folders)}: media have one folder; name the one that all paths start in")
+        found.append(f"data.media_from={list(folders)}: name a single folder that contains all media")
     if "prompt" in config.data.columns and config.data.columns["prompt"] is None:
-        found.append("data.columns.prompt=null: without prompts there is nothing to do; name their column")
+        found.append("data.columns.prompt=null: without prompts there is nothing to train on; name their column")
     template = config.data.prompt_template
     if template is not None and template.count("{prompt}") != 1:
-        found.append(f"data.prompt_template={template!r}: {{prompt}} must stand in it once, for the row's text")
+        found.append(f"data.prompt_template={template!r}: {{prompt}} must appear in it once, for the row's text")
     if not config.data.train:
         found.append("data.train names no files: there is nothing to train on")
     if not config.reward.functions:

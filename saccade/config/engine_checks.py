@@ -15,15 +15,15 @@ def engine_option_problems(options: Mapping[str, Any]) -> list[str]:
     for name in options:
         where = f"rollout.engine_options.{name}"
         if name in INSTEAD:
-            found.append(f"{where}: it would reach the engine alone, and nothing else know of it; use {INSTEAD[name]}")
+            found.append(f"{where}: only the engine would see this option; use {INSTEAD[name]}")
         elif name in REFUSED:
             found.append(
                 f"{where}: it changes what the engine computes or how it is reached; the learner would not follow"
             )
         elif name in RENDERED_HERE:
             found.append(
-                f"{where}: the engine is given tokens and renders nothing; the template is chat_template.jinja in the "
-                "folder of model.path"
+                f"{where}: the engine receives tokens, so it renders no template; the template is "
+                "chat_template.jinja in the folder of model.path"
             )
         elif name not in ALLOWED:
             nearest = difflib.get_close_matches(name, [*ALLOWED, *INSTEAD], n=1, cutoff=0.5)

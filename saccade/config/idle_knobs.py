@@ -74,23 +74,23 @@ IDLE = (
     Idle(
         ("model.freeze",),
         lambda c: c.model.lora is not None,
-        "model.lora trains adapters alone, on model.lora.targets",
+        "model.lora trains only adapters, on model.lora.targets",
     ),
     Idle(
         ("algorithm.name",),
         _all_given_otherwise,
-        "all that it sets is given otherwise",
+        "every knob that this preset sets is overridden",
     ),
     Idle(
         ("algorithm.loss.low", "algorithm.loss.high", "algorithm.loss.dual"),
         lambda c: c.off_policy.name != "behavior" and c.algorithm.optimizer_steps == 1,
-        "every ratio is 1, since its denominator is the policy before the step, and a batch is one step; "
-        "rollout.max_staleness, algorithm.off_policy=behavior and algorithm.optimizer_steps make ratios",
+        "every ratio is 1; ratios differ from 1 only with algorithm.off_policy=behavior (which auto means where "
+        "rollout.max_staleness > 0) or algorithm.optimizer_steps > 1",
     ),
     Idle(
         ("learner.feature_cache_gib",),
         _no_frozen_tower,
-        "every tower is trained, so nothing of it can be cached; model.freeze or model.lora leave one as it is",
+        "every tower is trained, so nothing of it can be cached; freeze a tower with model.freeze, or use model.lora",
     ),
     Idle(
         ("learner.offload",),

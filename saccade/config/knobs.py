@@ -86,7 +86,8 @@ def _joined(own: list[tuple[Knob, type[Any]]], members: list[type[Any]]) -> Knob
     first = own[0][0]
     text = next((knob.text for knob, _ in own if knob.text), "")
     if len(own) < len(members):
-        text = f"{text} Of {', '.join(str(member.name) for _, member in own)}."
+        *others, last = (str(member.name) for _, member in own)
+        text = f"{text} Applies to {' and '.join(filter(None, (', '.join(others), last)))}."
     allowed = tuple(dict.fromkeys(choice for knob, _ in own for choice in knob.choices))
     return Knob(first.name, first.default, text, allowed)
 

@@ -65,7 +65,7 @@ def problems_of(error: ValidationError) -> list[str]:
 
 def location(detail: Any) -> tuple[Any, ...]:
     """Where a pydantic error is; a wrong key of a dictionary is where its value stands, and the name by which a union
-    was chosen is no part of it."""
+    was chosen is not part of it."""
     found: list[Any] = []
     for part in detail["loc"]:
         if part != "[key]" and not (found and part in unions().get(".".join(map(str, found)), ())):
@@ -79,9 +79,9 @@ def _explain(detail: Any) -> str:
         return renamed(where, detail["input"]) or _misplaced(where, detail) or _unknown(where)
     if detail["type"] == "missing":
         is_item = isinstance(detail["loc"][-1], int)
-        return f"{where}: a value is missing there" if is_item else f"{where}: required, but not given"
+        return f"{where}: the value is missing" if is_item else f"{where}: required, but not given"
     if "[key]" in detail["loc"]:
-        return f"{where}: unknown role; there are {detail['ctx']['expected']}"
+        return f"{where}: unknown role; choose one of {detail['ctx']['expected']}"
     if detail["type"] == "literal_error":
         return _not_among(where, detail["input"], detail["ctx"]["expected"])
     if detail["type"] == "union_tag_invalid":
@@ -105,7 +105,7 @@ def _misplaced(where: str, detail: Any) -> str | None:
     if where not in knobs() or union not in unions():
         return None
     chosen = detail["loc"][-2]
-    return f"{where}: {union}={chosen} has none; leave it out, or choose another {union.rpartition('.')[2]}"
+    return f"{where}: {union}={chosen} has no such knob; leave it out, or choose another {union.rpartition('.')[2]}"
 
 
 def _shown(value: Any) -> str:
@@ -137,7 +137,7 @@ def _unknown(where: str) -> str:
     if re.fullmatch(r"reward\.functions\.\d+", parent):
         names = [field.name for field in fields(RewardSpec)]
         meant = _meant(leaf, names)
-        return f"{where}: unknown key; " + (f"did you mean {meant}?" if meant else f"there are {', '.join(names)}")
+        return f"{where}: unknown key; " + (f"did you mean {meant}?" if meant else f"choose one of {', '.join(names)}")
     if matches := [name for name in knobs() if leaf == name.split(".")[-1]]:
         return f"{where}: unknown key; did you mean {matches[0]}?"
     if known := synonym_of(leaf):

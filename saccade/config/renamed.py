@@ -93,7 +93,7 @@ def renamed(where: str, value: Any) -> str | None:
         return None
     remark = f" ({now.remark})" if now.remark else ""
     if now.knob is None:
-        return f"{where}: there is no such knob any more; leave it out{remark}"
+        return f"{where}: this knob no longer exists; leave it out{remark}"
     try:
         carried = now.value(value)
     except (TypeError, ValueError, IndexError):

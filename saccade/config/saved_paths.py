@@ -1,4 +1,4 @@
-"""Paths of a configuration as it is saved: a run goes on from any folder.
+"""Paths of a configuration as it is saved: a run continues from any folder.
 
 Relative paths of a configuration count from the working directory at the start. What is saved has them absolute, but in
 a submitted job that was shipped its working directory: the next job's copy of it stands elsewhere.

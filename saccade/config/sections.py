@@ -31,7 +31,7 @@ class EvalConfig:
 @section
 class CheckpointConfig:
     every: Annotated[int, Ge(0)] = 50
-    """Steps between checkpoints: what a crash costs at most; 0: only at the end and on interruption."""
+    """Steps between checkpoints: a crash loses at most this many; 0: only at the end and on interruption."""
     keep: Annotated[int, Ge(1)] = 2
     """Checkpoints kept."""
 

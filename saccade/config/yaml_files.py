@@ -1,4 +1,4 @@
-"""YAML as configurations are written: a key that stands twice in one mapping is refused."""
+"""YAML as configurations are written: a key that appears twice in one mapping is refused."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    self.twice.append(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice; keep one")
+                    self.twice.append(f"line {key.start_mark.line + 1}: the key {key.value!r} appears twice; keep one")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(text: str, name: str) -> tuple[Any, list[str]]:
-    """The content, and a text for each key that stands twice. `name`: of the file, for errors. Raises
+    """The content, and a text for each key that appears twice. `name`: of the file, for errors. Raises
     yaml.YAMLError."""
     loader = _Loader(text, name)
     try:

@@ -35,7 +35,7 @@ class DeathError(RunError):
     def __init__(self, dead: Mapping[str, str], noticed: str) -> None:
         deaths = "; ".join(f"{who} died{how}" for who, how in dead.items())
         super().__init__(
-            f"{deaths}\nIt was noticed as: {noticed}\n"
+            f"{deaths}\nIt was first noticed as: {noticed}\n"
             "Use --resume to continue from the newest checkpoint, if there is one."
         )
         self.dead = tuple(dead)

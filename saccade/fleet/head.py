@@ -49,7 +49,7 @@ class HeadWatch:
         self.local = local
         """Whether this process started it, for this run."""
         self._patience = patience or (LOCAL_PATIENCE if local else JOINED_PATIENCE)
-        again = "start the same command" if local else "start Ray anew (ray start --head), and then the same command"
+        again = "run the same command" if local else "restart Ray (ray start --head), then run the same command"
         self.text = (
             f"Ray's head service (gcs_server at {address}) died or cannot be reached, so the run's processes on Ray "
             f"are lost; {again} with --resume to continue from the newest checkpoint"

@@ -166,16 +166,16 @@ def remedies(
         add = "or add nodes; an engine's GPUs must be in one node" if device == "cuda" else "or add nodes"
         if "GPU" in missing:
             knobs = "rollout.engines, rollout.tensor_parallel_size and learner.ranks"
-            lines.append(f"set {knobs} to what the cluster has, {add}")
+            lines.append(f"lower {knobs} to fit the cluster, {add}")
         for name in [name for name in missing if name != "GPU"]:
             lines.append(f"lower {'the CPUs' if name == 'CPU' else name} in cluster.resources, {add}")
     elif held:
         lines.append(
-            f"other jobs hold the {', '.join(held)} that is lacking: wait for their end (a larger "
+            f"other jobs are using the missing {', '.join(held)}: wait until they end (with a larger "
             "cluster.timeout), or stop one (ray job list)"
         )
     else:
         lines.append(
-            "the cluster has enough in total, but no single node has what one of those asks for: add larger nodes"
+            "the cluster has enough in total, but no single node has what one of these asks for: add larger nodes"
         )
     return lines

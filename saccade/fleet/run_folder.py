@@ -87,7 +87,7 @@ def _open_locked(path: Path) -> tuple[int, str | None]:
             if error.errno in NO_LOCKS:
                 return (
                     descriptor,
-                    f"output_dir: {path.parent} has no file locks: make sure that no second run writes there",
+                    f"output_dir: {path.parent} does not support file locks; make sure that no second run writes there",
                 )
             os.close(descriptor)
             raise

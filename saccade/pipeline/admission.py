@@ -49,6 +49,6 @@ def checked_lag(summaries: Sequence[GroupSummary], version: int, max_staleness: 
     if not 0 <= lag <= max_staleness:
         raise AssertionError(
             f"group {oldest.ref} was sampled by version {oldest.oldest_version}, to be trained at version {version}: "
-            f"a lag of {lag}, allowed are 0..{max_staleness}"
+            f"its lag is {lag}; it must be between 0 and {max_staleness}"
         )
     return lag

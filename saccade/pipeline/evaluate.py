@@ -31,7 +31,7 @@ class Evaluator:
 
     def run(self) -> Results:
         """Means per file, group and reward; `n` counts the prompts, `failed` those without a score. Raises RunError
-        when an engine died: what is left is no evaluation."""
+        when an engine died: what is left is not an evaluation."""
         dispatcher = replace(self.dispatcher, groups=GroupBuffer())
         groups = dispatcher.groups.issue(0, [prompt for prompt, _ in self.prompts])
         dispatcher.start(groups)

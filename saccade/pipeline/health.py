@@ -1,4 +1,4 @@
-"""Decides whether a run may go on: steps that were not taken, and engines that disagree with the learner.
+"""Decides whether a run may continue: steps that were not taken, and engines that disagree with the learner.
 
 UpdateStats ──judge────▶ a line, or MismatchError: before anything of the update is booked
             ──observe──▶ lines, or NotFiniteError: its prompts are booked by then, with the reason
@@ -55,8 +55,8 @@ class Health:
             return []
         text = (
             f"engine and learner hold the same weights and give the sampled tokens log-probabilities that differ by "
-            f"{gap:.3g} on average (mismatch_mean; up to {usual:g} is usual in {self.dtype}). Look at what reaches the "
-            f"engine alone (rollout.engine_options), and compare both with: saccade parity {self.model} "
+            f"{gap:.3g} on average (mismatch_mean; up to {usual:g} is usual in {self.dtype}). Look at the options that "
+            f"only the engine gets (rollout.engine_options), and compare both with: saccade parity {self.model} "
             f"--dtype {self.dtype}"
         )
         if gap > STOP_FACTOR * usual:

@@ -21,7 +21,7 @@ def unscored(summary: GroupSummary) -> str | None:
 
 
 def check_failures(summaries: Sequence[GroupSummary], max_share: float) -> None:
-    """Raises RunError when the rewards failed (`error` or `timeout`; `unscorable` is no failure) for more than
+    """Raises RunError when the rewards failed (`error` or `timeout`; `unscorable` is not a failure) for more than
     `max_share` of all completions: with the reasons grouped, the most frequent first, and an example of each."""
     completions = sum(len(summary.valid) for summary in summaries)
     kinds: dict[str, list[str]] = {}

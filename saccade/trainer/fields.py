@@ -49,7 +49,7 @@ class Fields:
         default = self._defaults.get(field)
         hint = f"; the nearest knob is {knob}" if (knob := synonym_of(field)) else ""
         return (
-            f"{self._name}.{field}={self._values[field]!r}: there is no counterpart here; leave it at {default!r}{hint}"
+            f"{self._name}.{field}={self._values[field]!r}: it has no counterpart here; leave it at {default!r}{hint}"
         )
 
 

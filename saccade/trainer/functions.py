@@ -60,7 +60,7 @@ class GivenRewards:
 
 def given_rewards(functions: Any, weights: Sequence[float] | None, rows: Rows | None) -> GivenRewards:
     """`functions`: one or several names, functions, or mappings of a reward's keys; `rows`: of the training data, where
-    they are no files."""
+    they are not files."""
     one = isinstance(functions, str | Mapping) or callable(functions)
     listed = [functions] if one else list(functions)
     made = GivenRewards()
@@ -85,7 +85,7 @@ def _problem(target: Any) -> str:
     if hasattr(target, "forward"):
         return "a model: name the shipped reward `reward_model`, with the model's path among its options"
     if inspect.isclass(target) or not callable(target):
-        return f"{target!r:.60} is no function, no name of a reward, and no file.py:function"
+        return f"{target!r:.60} is not a function, a reward's name, or file.py:function"
     return ""
 
 

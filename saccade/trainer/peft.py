@@ -24,7 +24,7 @@ def carry_over(given: Any) -> tuple[Knobs, list[str]]:
         targets = [named] if isinstance(named, str) else list(named)
         if unknown := sorted(set(targets) - set(roles)):
             problems.append(
-                f"peft_config.target_modules={unknown}: name parts of the model in place of modules: {', '.join(roles)}"
+                f"peft_config.target_modules={unknown}: name parts of the model instead of modules: {', '.join(roles)}"
             )
         knobs["model.lora.targets"] = [role for role in roles if role in targets]
     return knobs, [*problems, *fields.refused(HONOURED)]

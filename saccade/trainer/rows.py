@@ -42,7 +42,7 @@ class Rows:
         media = (*MEDIA_COLUMNS, *(name for role in MEDIA_ROLES if (name := named.get(role))))
         table = _table(data, media)
         if not len(table):
-            raise RowsError("there are no rows in it")
+            raise RowsError("it has no rows")
         prompt = next((name for name in wanted if name in table.column_names), None)
         return cls(table, prompt, tuple(name for name in table.column_names if name in media))
 
@@ -87,7 +87,7 @@ def _table(data: Any, media: Sequence[str]) -> pa.Table:
     rows = [data[n] for n in range(len(data))]
     for n, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise RowsError(f"row {n} is no dictionary but {type(row).__name__}")
+            raise RowsError(f"row {n} is not a dictionary but {type(row).__name__}")
     return _columns_of([{name: _plain(value, name in media) for name, value in row.items()} for row in rows])
 
 

@@ -64,7 +64,7 @@ class Trainer:
         tree, train, weights = _settings(args, train_dataset, problems)
         self._rewards = GivenRewards() if reward_funcs is None else given_rewards(reward_funcs, weights, train)
         if reward_funcs is None and weights is not None:
-            problems.append("args.reward_weights: there are no reward_funcs that they could be of")
+            problems.append("args.reward_weights: given without reward_funcs")
         problems += self._rewards.problems
         self._folder = Path(str(tree.get("output_dir", "."))).absolute() / "given"
         self._files = {} if train is None else {"train.parquet": train}
@@ -128,7 +128,7 @@ class Trainer:
 
 
 def _settings(args: Any, data: Any, problems: list[str]) -> tuple[Tree, Rows | None, Sequence[float] | None]:
-    """Return the settings in `args`, the training rows if they are no files, and the weights of the rewards."""
+    """Return the settings in `args`, the training rows if they are not files, and the weights of the rewards."""
     several = list(args) if isinstance(args, list | tuple) else [] if args is None else [args]
     ours: Tree = {}
     for one in several:
@@ -147,7 +147,7 @@ def _settings(args: Any, data: Any, problems: list[str]) -> tuple[Tree, Rows | N
             put_all(tree, knobs)
             problems += found
         else:
-            problems.append(f"args: {type(one).__name__} is no RunConfig, no dictionary and no GRPOConfig of TRL")
+            problems.append(f"args: {type(one).__name__} is not a RunConfig, a dictionary, or TRL's GRPOConfig")
     return tree, rows, weights
 
 
@@ -195,7 +195,7 @@ def _objects(model: Any, adapter: Any, peft_config: Any) -> tuple[Tree, list[str
     if inspect.isclass(adapter):
         if (name := importable_name(adapter)) is None:
             problems.append(
-                f"adapter: {adapter.__name__} is of the script itself; put it in a file, which actors import"
+                f"adapter: {adapter.__name__} is defined in the script; move it to a module that actors can import"
             )
         adapter = name
     if adapter is not None:

@@ -227,7 +227,10 @@ def _saving_and_evaluation(fields: Fields) -> Knobs:
         if strategy == "no":
             knobs[knob] = 0
         elif strategy != "steps" or every is None or every < 1:
-            raise RefusedError(f"{kind}_strategy={strategy!r}, {kind}_steps={every}: here it is every so many steps")
+            raise RefusedError(
+                f"{kind}_strategy={strategy!r}, {kind}_steps={every}: only 'steps' with a positive interval is "
+                "supported"
+            )
         else:
             knobs[knob] = int(every)
     return knobs

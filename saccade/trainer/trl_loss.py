@@ -73,7 +73,7 @@ def correction(fields: Fields) -> Knobs:
     if mode not in CORRECTIONS or high is None or (low and mode != "token_mask"):
         raise RefusedError(
             f"vllm_importance_sampling_mode={mode!r} within {low} and {high}: here it can be {', '.join(CORRECTIONS)}, "
-            "with an upper limit, and a lower one for token_mask alone"
+            "with an upper limit, and a lower one only for token_mask"
         )
     bounds = {"max": high, **({"min": low or 0.0} if mode == "token_mask" else {})}
     return {"algorithm.off_policy": {"name": CORRECTIONS[mode], **bounds}}

@@ -21,11 +21,11 @@ class AriaAdapter(MultimodalAdapter):
     }
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<|img|>",)
     tower: ClassVar[str | None] = "vision_tower"
-    image_tokens_fixed: ClassVar[str] = "an image takes as many tokens whatever its size"
+    image_tokens_fixed: ClassVar[str] = "every image takes the same number of tokens"
     shares_prompts: ClassVar[bool] = True
     untrainable_on: ClassVar[Mapping[str, str]] = {
         "cpu": "vLLM keeps the old experts after an update",
-        "cuda": "it was never verified that vLLM takes new experts there",
+        "cuda": "it has not been tested that vLLM takes new experts there",
     }
 
     not_adapted: ClassVar[Mapping[str, str]] = {

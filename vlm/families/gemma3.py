@@ -22,7 +22,7 @@ class Gemma3Adapter(MultimodalAdapter):
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("<start_of_image>")}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
     tower: ClassVar[str | None] = "vision_tower"
-    image_tokens_fixed: ClassVar[str] = "an image takes as many tokens whatever its size"
+    image_tokens_fixed: ClassVar[str] = "every image takes the same number of tokens"
     nested_images: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
     untrainable_on: ClassVar[Mapping[str, str]] = {

@@ -59,7 +59,7 @@ class InternVLAdapter(MultimodalAdapter):
     def comparable(
         self, learner: Mapping[str, Tensor], engine: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Join images and frames, which vLLM keeps apart. (Prompts with images after videos cannot be compared.)"""
+        """Join images and frames, which vLLM keeps separate. (Prompts with images after videos cannot be compared.)"""
         tiles = [engine[name] for name in ("pixel_values", "pixel_values_videos") if name in engine]
         return learner, {"pixel_values": torch.cat(tiles)} if tiles else {}
 

@@ -20,7 +20,7 @@ class LlavaAdapter(MultimodalAdapter):
     modalities: ClassVar[Mapping[MediaKind, Modality]] = {"image": Modality("<image>")}
     placeholder_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     tower: ClassVar[str | None] = "vision_tower"
-    image_tokens_fixed: ClassVar[str] = "an image takes as many tokens whatever its size"
+    image_tokens_fixed: ClassVar[str] = "every image takes the same number of tokens"
     shares_prompts: ClassVar[bool] = True
     engine_name_parts = (TOWER_LEVEL,)
 

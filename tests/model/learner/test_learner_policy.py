@@ -176,16 +176,16 @@ REFUSED = {
     "no such part": ({"freeze": ("audio",)}, "QwenVLAdapter has no audio; it has language, vision, projector"),
     "no such role": (
         {"lora": Lora(2, targets=("audio",))},
-        "has no audio; there are language.attention, language.mlp, vision, projector",
+        "has no audio; choose from language.attention, language.mlp, vision, projector",
     ),
     "a role that no data reach": (
         {"lora": Lora(2, targets=("vision",)), "media_kinds": ()},
         "nothing would be trained: LoRA is on vision; media of the data: none",
     ),
-    "4 bits under ZeRO-3": ({"lora": Lora(2, quantize="nf4"), "zero_stage": 3}, "zero_stage=3 was never verified"),
+    "4 bits under ZeRO-3": ({"lora": Lora(2, quantize="nf4"), "zero_stage": 3}, "zero_stage=3 has not been tested"),
     "4 bits offloaded": (
         {"lora": Lora(2, quantize="nf4"), "offload": "parameters"},
-        "offload=parameters was never verified",
+        "offload=parameters has not been tested",
     ),
 }
 

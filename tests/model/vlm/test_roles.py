@@ -173,11 +173,11 @@ def test_the_default_is_the_language_model() -> None:
 
 
 REFUSED = {
-    ("gemma3", ("projector",)): "Gemma3Adapter, projector: it is a bare matrix and not a linear layer; there are "
+    ("gemma3", ("projector",)): "Gemma3Adapter, projector: it is a bare matrix and not a linear layer; choose from "
     "language.attention, language.mlp, vision$",
     ("aria", ("language.mlp",)): "AriaAdapter, language.mlp: the experts of a layer are stacked",
-    ("llama", ("vision", "language.mlp")): "TextAdapter has no vision; there are language.attention, language.mlp$",
-    ("llava", ("audio", "vision")): "LlavaAdapter has no audio; there are",
+    ("llama", ("vision", "language.mlp")): "TextAdapter has no vision; choose from language.attention, language.mlp$",
+    ("llava", ("audio", "vision")): "LlavaAdapter has no audio; choose from",
 }
 
 

@@ -82,7 +82,7 @@ def test_the_dead_are_named_in_place_of_what_others_say_of_it(local_ray, process
     assert isinstance(shown, DeathError) and isinstance(shown, RunError) and shown.dead == ("learner rank 0",)
     first, noticed, advice = str(shown).splitlines()
     assert first.startswith(f"learner rank 0 died (process {pid} at ") and "it was killed or crashed" in first
-    assert noticed == f"It was noticed as: weight sync failed while receiving the weights: {GLOO}"
+    assert noticed == f"It was first noticed as: weight sync failed while receiving the weights: {GLOO}"
     assert "--resume" in advice
     assert explain(shown, asked, HEAD) is shown
     (tmp_path / "fifo").write_text("")
@@ -108,7 +108,7 @@ def test_an_engine_whose_core_died_is_named_with_its_last_words(processes):
     asked = {"engine rollout-1": partial(processes["a"].check_health.remote, "vLLM died; the end of its log: | OOM")}
     shown = explain(RuntimeError(GLOO), asked, HEAD)
     assert str(shown).startswith(
-        "engine rollout-1 died: vLLM died; the end of its log: | OOM\nIt was noticed as: [gloo"
+        "engine rollout-1 died: vLLM died; the end of its log: | OOM\nIt was first noticed as: [gloo"
     )
 
 

@@ -46,7 +46,7 @@ def pins() -> dict[str, str]:
     lines = (ROOT / "deploy/constraints-cpu.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     found = {canonicalize_name(name): version for name, version in pairs}
-    assert len(found) == len(pairs), "a name stands twice"
+    assert len(found) == len(pairs), "a name appears twice"
     return found
 
 
@@ -78,7 +78,7 @@ def test_gpu_constraints_satisfy_every_requirement_and_are_what_the_image_instal
     lines = (ROOT / "deploy/constraints-gpu.txt").read_text().splitlines()
     pairs = [line.partition(";")[0].strip().split("==") for line in lines if line and not line.startswith("#")]
     pinned = {canonicalize_name(name): version for name, version in pairs}
-    assert len(pinned) == len(pairs) > 200, "a name stands twice"
+    assert len(pinned) == len(pairs) > 200, "a name appears twice"
     extras = PROJECT["optional-dependencies"]
     for requirement in map(Requirement, [*PROJECT["dependencies"], *extras["gpu"], *extras["qlora"]]):
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement

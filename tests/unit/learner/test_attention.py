@@ -152,5 +152,5 @@ def test_bfloat16_is_as_near_as_the_plain_kernel():
 
 def test_a_model_that_does_not_hand_its_arguments_on_is_found_out():
     q, k, v = random_inputs(GROUPS, 2, 2, torch.float32, 0)
-    with pytest.raises(RuntimeError, match="no packed rows for it"):
+    with pytest.raises(RuntimeError, match="packed rows are not supported"):
         _forward(SimpleNamespace(), q, k, v, torch.ones(1, 1, 1, 1, dtype=torch.bool), scaling=1.0)

@@ -61,9 +61,9 @@ def test_a_choice_is_written_in_short_and_has_no_knobs_of_others(tmp_path):
     )
     config = load_config(tmp_path / "run.yaml", ["algorithm.off_policy.max=3", "algorithm.loss.high=4"])
     assert (config.algorithm.loss, config.algorithm.off_policy) == (Cispo(high=4.0), Tis(max=3.0))
-    with pytest.raises(ConfigError, match=r"algorithm.loss.dual: algorithm.loss=cispo has none; leave it out"):
+    with pytest.raises(ConfigError, match=r"algorithm.loss.dual: algorithm.loss=cispo has no such knob; leave it out"):
         load_config(tmp_path / "run.yaml", ["algorithm.loss.dual=3"])
-    with pytest.raises(ConfigError, match=r"algorithm.off_policy.min: algorithm.off_policy=tis has none"):
+    with pytest.raises(ConfigError, match=r"algorithm.off_policy.min: algorithm.off_policy=tis has no such knob"):
         load_config(tmp_path / "run.yaml", ["algorithm.off_policy.min=0.5"])
     with pytest.raises(ConfigError, match=r"algorithm.kl.weight: required, but not given"):
         load_config(tmp_path / "run.yaml", ["algorithm.kl.estimator=k2"])
@@ -76,28 +76,28 @@ def test_a_choice_is_written_in_short_and_has_no_knobs_of_others(tmp_path):
     [
         (
             {"algorithm": {"loss": "reinforce", "off_policy": "behavior"}},
-            "is about a ratio, and",
+            "is about the ratio, but",
         ),
         ({"algorithm": {"kl": {"weight": 0.1, "estimator": "k1"}}}, "gradient of k1 is zero in expectation"),
         ({"algorithm": {"kl": {"weight": 1, "refresh": 5}}, "model": {"path": "m", "lora": 4}}, "never changes"),
         ({"algorithm": {"off_policy": {"name": "icepop", "min": 2.0, "max": 0.5}}}, "min=2 must be less than"),
         ({"algorithm": {"reward_range": [0.9, 0.1]}}, "the first must be less"),
-        ({"algorithm": {"optimizer_steps": 3}, "learner": {"prompts_per_step": 64}}, "cannot be dealt out evenly"),
+        ({"algorithm": {"optimizer_steps": 3}, "learner": {"prompts_per_step": 64}}, "cannot be divided evenly"),
         ({"algorithm": "grpp"}, "algorithm.name"),
         ({"algorithm": {"off_policy": {"name": "tis", "max": float("inf")}}}, "algorithm.off_policy.max.*finite"),
         ({"algorithm": {"loss": "reinforce"}}, "no ratio.*older weights.*off_policy=tis.*max_staleness=0"),
         ({"algorithm": {"name": "rloo", "off_policy": "auto"}}, "no ratio.*older weights"),
         ({"algorithm": {"name": "rloo", "optimizer_steps": 4}}, "no ratio.*before the first step.*optimizer_steps=1"),
-        ({"algorithm": {"advantage": "maxrl", "overlong": 0.9}}, "maxrl takes.*overlong=0.9"),
-        ({"algorithm": {"name": "dapo", "advantage": "maxrl"}}, "maxrl takes.*overlong=0.2"),
-        ({"algorithm": {"advantage": "maxrl", "kl": {"weight": 1, "where": "reward"}}}, "maxrl takes.*kl.where=reward"),
+        ({"algorithm": {"advantage": "maxrl", "overlong": 0.9}}, "maxrl needs.*overlong=0.9"),
+        ({"algorithm": {"name": "dapo", "advantage": "maxrl"}}, "maxrl needs.*overlong=0.2"),
+        ({"algorithm": {"advantage": "maxrl", "kl": {"weight": 1, "where": "reward"}}}, "maxrl needs.*kl.where=reward"),
         (
             {"algorithm": {"advantage": "maxrl"}, "reward": {"functions": [{"name": "length", "weight": -0.5}]}},
-            "maxrl takes.*weight of reward length is -0.5",
+            "maxrl needs.*weight of reward length is -0.5",
         ),
         (
             {"algorithm": {"advantage": "maxrl"}, "reward": {"functions": [{"name": "reward_model"}]}},
-            "maxrl takes.*either sign",
+            "maxrl needs.*negative scores",
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_the_learner_is_told_what_auto_means(staleness, resolved):
     options = learner_options(config, "cpu", ["image"])
     assert (config.algorithm.off_policy, options.algorithm.off_policy) == (Auto(), resolved)
     assert pickle.loads(pickle.dumps(options)) == options
-    with pytest.raises(ValueError, match="off_policy=auto"):
+    with pytest.raises(ValueError, match="off_policy must be resolved"):
         replace(options, algorithm=config.algorithm)
 
 

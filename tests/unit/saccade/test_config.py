@@ -55,24 +55,24 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
     [
         ({"learner": {"offload": "parameters"}}, "needs learner.zero_stage=3"),
         ({"learner": {"offload": "optimizer", "zero_stage": 0}}, "of at least 1"),
-        ({"learner": {"lr_schedule": "linear", "warmup_steps": 10}}, "leaves nothing of steps=10"),
+        ({"learner": {"lr_schedule": "linear", "warmup_steps": 10}}, "must be less than steps=10"),
         ({"learner": {"zero_stage": 0}}, "keeps no float32 master weights"),
         ({"learner": {"micro_batch": 4096}}, "learner.micro_batch=4096 cannot hold one sample of up to"),
         ({"learner": {"micro_batch": "12 MB"}}, "such as 8192, or memory, such as 12 GiB"),
         ({"algorithm": {"overlong": 1.5}}, "algorithm.overlong=1.5: should be keep, mask, or a share"),
-        ({"data": {"train": ["a"], "media_from": ["/a", "urls", "/b"]}}, "media have one folder"),
+        ({"data": {"train": ["a"], "media_from": ["/a", "urls", "/b"]}}, "name a single folder"),
         ({"reward": {"functions": []}}, "nothing would be learned"),
         ({"num_generations": 4}, "did you mean rollout.num_generations?"),
         ({"learner": {"rankz": 1}}, "did you mean learner.ranks?"),
         (
             {"data": {"train": ["a"], "prompt_template": "Q:"}},
-            "data.prompt_template='Q:': {prompt} must stand in it once",
+            "data.prompt_template='Q:': {prompt} must appear in it once",
         ),
-        ({"data": {"train": ["a"], "prompt_template": "{prompt}{prompt}"}}, "must stand in it once"),
+        ({"data": {"train": ["a"], "prompt_template": "{prompt}{prompt}"}}, "must appear in it once"),
         ({"data": {"train": ["a"], "columns": {"prompt": None}}}, "data.columns.prompt=null: without prompts"),
         (
             {"data": {"train": ["a"], "columns": {"picture": "x"}}},
-            "data.columns.picture: unknown role; there are 'prompt'",
+            "data.columns.picture: unknown role; choose one of 'prompt'",
         ),
         ({"data": {"train": ["a"], "overlong_prompts": "cut"}}, "should be 'refuse' or 'truncate'"),
         ({"learnr": {"ranks": 1}}, "did you mean learner?"),
@@ -95,17 +95,20 @@ def test_all_problems_are_reported_at_once_and_name_the_nearest_key():
         ({"model": {"path": "m", "lora": {"targets": []}}}, "model.lora.targets is empty"),
         (
             {"model": {"path": "m", "lora": {"quantize": "nf4"}}, "learner": {"zero_stage": 3}},
-            "model.lora.quantize=nf4 with zero_stage=3 was never verified",
+            "model.lora.quantize=nf4 with zero_stage=3 has not been tested",
         ),
         (
             {"model": {"path": "m", "lora": {"quantize": "nf4"}}, "learner": {"offload": "parameters"}},
-            "model.lora.quantize=nf4 with offload=parameters was never verified",
+            "model.lora.quantize=nf4 with offload=parameters has not been tested",
         ),
         (
             {"model": {"path": "m", "lora": {"quantize": "int3"}}},
             "model.lora.quantize='int3': should be 'none' or 'nf4'",
         ),
-        ({"cluster": {"resources": {"rolout": {}}}}, "cluster.resources.rolout: unknown role; there are 'rollout', "),
+        (
+            {"cluster": {"resources": {"rolout": {}}}},
+            "resources.rolout: unknown role; choose one of 'rollout', ",
+        ),
         ({"cluster": {"resources": {"reward": {"CPU": -1}}}}, "cluster.resources.reward.CPU=-1: should be"),
     ],
 )

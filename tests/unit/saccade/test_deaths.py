@@ -100,6 +100,6 @@ def test_the_state_is_saved_unless_the_learner_is_what_failed(error, dead, saved
     run.display = SimpleNamespace(phase=said.append)  # type: ignore[assignment]
     run._saved = 4
     shown = run.checkpoint_after(error)
-    why = "the last update is not kept" if isinstance(error, MismatchError) else "the learner failed"
-    assert said == (["saved"] if saved else [f"{why}; the newest checkpoint: that of step 4"])
+    why = "the last update was discarded" if isinstance(error, MismatchError) else "the learner failed"
+    assert said == (["saved"] if saved else [f"{why}; the newest checkpoint is from step 4"])
     assert (shown is error) == (not dead)

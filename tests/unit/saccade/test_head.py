@@ -71,7 +71,7 @@ def test_before_ray_would_abort_the_process_it_ends_with_our_words(monkeypatch: 
     service.socket.close()
     with HeadWatch(service.address, Told(), local=True, patience=0.01, limit=0.02) as watch:
         assert ended.wait(WAIT)
-    assert texts[0] == watch.text and "start the same command with --resume" in texts[0]
+    assert texts[0] == watch.text and "run the same command with --resume" in texts[0]
 
 
 def test_the_last_words_are_written_before_the_process_is_left(capsys: pytest.CaptureFixture[str]):

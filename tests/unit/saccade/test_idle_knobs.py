@@ -221,7 +221,7 @@ def test_checks_across_sections_run_in_python_too():
 
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(MINIMAL) + "seed: 1\nseed: 2\n")
-    with pytest.raises(ConfigError, match="the key 'seed' stands twice"):
+    with pytest.raises(ConfigError, match="the key 'seed' appears twice"):
         load_config(tmp_path / "run.yaml")
 
 
@@ -244,9 +244,12 @@ def test_other_programs_names_are_known(key: str, ours: str):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"mm_processor_kwargs": {"do_normalize": False}}, "mm_processor_kwargs: it would reach the engine alone"),
+        (
+            {"mm_processor_kwargs": {"do_normalize": False}},
+            "processor_kwargs: only the engine would see this option",
+        ),
         ({"override_generation_config": {"top_p": 0.5}}, "use rollout.temperature"),
-        ({"chat_template": "x"}, "chat_template: the engine is given tokens and renders nothing"),
+        ({"chat_template": "x"}, "chat_template: the engine receives tokens, so it renders no template"),
         ({"enable_lora": True}, "use model.lora"),
         ({"kv_cache_memory_bytes": 1}, "use rollout.kv_cache_gib"),
         ({"speculative_config": {}}, "speculative_config: it changes what the engine computes"),

@@ -25,7 +25,7 @@ TOLD = {
     "learner.learning_rate=.inf": "learner.learning_rate=inf: should be a finite number",
     "learner.learning_rate=.nan": "learner.learning_rate=nan: should be a finite number",
     "learner.betas=0.9": "learner.betas=0.9: should be a list",
-    "learner.betas=[0.9]": "learner.betas.1: a value is missing there",
+    "learner.betas=[0.9]": "learner.betas.1: the value is missing",
     "learner.betas=[0.9, 0.9, 0.9]": "should have 2 values, not 3",
     "learner.betas=[0.9, 2]": "learner.betas.1=2: should be less than 1",
     "data.max_refused_share=2": "should be at most 1",
@@ -39,7 +39,7 @@ TOLD = {
     "learner=3": "learner=3: should be a mapping of names to values",
     "reward.functions=3": "reward.functions=3: should be a list",
     "reward.functions=[{nme: accuracy}]": "reward.functions.0.nme: unknown key; did you mean name?",
-    "reward.functions=[{name: accuracy, tolerance: 1}]": "there are name, weight, options, combine",
+    "reward.functions=[{name: accuracy, tolerance: 1}]": "choose one of name, weight, options, combine",
     # values
     "algorithm=gpro": f"algorithm.name='gpro': did you mean grpo? {CHOICES}",
     "algorithm.loss=ppo": "did you mean ppo_clip?",
@@ -63,7 +63,7 @@ TOLD = {
     "save_steps=8": "here it is called checkpoint.every",
     # what does not go together
     "rollout.num_generations=1": "compares the completions of one prompt with each other; use at least 2",
-    "learner.prompts_per_step=5 algorithm.optimizer_steps=2": "cannot be dealt out evenly",
+    "learner.prompts_per_step=5 algorithm.optimizer_steps=2": "cannot be divided evenly",
     "rollout.top_p=0.9": "the learner cannot reproduce a filtered distribution",
 }
 TAKEN = {
@@ -122,9 +122,9 @@ def test_a_section_left_empty_has_its_defaults(tmp_path: Path) -> None:
     [
         (b"", "it is empty; a configuration gives at least output_dir, steps, model.path and data.train"),
         (b"words", "found 'words'; a configuration gives at least"),
-        (b"\xff\xfe", "no text in UTF-8"),
+        (b"\xff\xfe", "the file is not UTF-8 text"),
         (b"steps: [1", 'in "mine.yaml", line 1, column 8'),
-        (b"steps: 1\nsteps: 2", "line 2: the key 'steps' stands twice; keep one"),
+        (b"steps: 1\nsteps: 2", "line 2: the key 'steps' appears twice; keep one"),
     ],
 )
 def test_files_that_are_no_configuration(content: bytes, told: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_shortage_is_told_by_who_holds_what_is_lacking():
     assert shortages(wanted, wanted, total, {"CPU": 0.0}) == [
         "CPU: the run needs 3.5, the cluster has 3.5 (0 free); other jobs hold 3.5"
     ]
-    assert "other jobs hold the CPU that is lacking" in taken_by_others[0] and "lower" not in taken_by_others[0]
+    assert "other jobs are using the missing CPU" in taken_by_others[0] and "lower" not in taken_by_others[0]
     assert remedies(wanted, wanted, {"CPU": 1.0}, {"CPU": 1.0}, "cpu") == [
         "lower the CPUs in cluster.resources, or add nodes"
     ]

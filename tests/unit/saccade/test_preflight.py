@@ -106,7 +106,7 @@ def test_parts_and_roles_that_the_family_does_not_have_are_refused_by_name(setti
 
     assert "model.freeze: QwenVLAdapter has no audio; it has language, vision, projector" in problems(freeze=["audio"])
     assert "model.nothing would" not in problems(freeze=["audio"])
-    assert "model.lora.targets: QwenVLAdapter has no audio; there are language.attention, language.mlp, vision, " in (
+    assert "model.lora.targets: QwenVLAdapter has no audio; choose from language.attention, language.mlp, vision, " in (
         problems(lora={"targets": ["audio"]})
     )
     everything = {"freeze": ["vision", "projector", "language"]}
@@ -333,7 +333,7 @@ def test_a_folder_without_all_its_weights_and_a_port_in_use_are_said(settings: d
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     config = parse_config({**given, "model": {"path": str(model)}})
     assert missing_weights(config) == [
-        f"model.path: {model} lacks 1 of 2 weight files: model-00002-of-00002.safetensors"
+        f"model.path: 1 of 2 weight files are missing in {model}: model-00002-of-00002.safetensors"
     ]
     (model / "model-00002-of-00002.safetensors").touch()
     hub = parse_config({**given, "model": {"path": "Qwen/Qwen2.5-VL-3B-Instruct"}})

@@ -66,7 +66,7 @@ def test_rare_kinds_are_counted_together() -> None:
 def test_gates_cannot_be_normalised_apart(tmp_path: Path) -> None:
     tree = {"output_dir": "x", "steps": 1, "model": {"path": "m"}, "data": {"train": ["t.parquet"]}}
     functions = [{"name": "format", "combine": "product"}, {"name": "accuracy"}]
-    with pytest.raises(ConfigError, match=r"takes no format \(combine: product\)"):
+    with pytest.raises(ConfigError, match=r"cannot be combined with format \(combine: product\)"):
         parse_config({**tree, "algorithm": {"advantage": "gdpo"}, "reward": {"functions": functions}})
 
 

@@ -223,7 +223,7 @@ def test_staleness_within_bounds_is_measured(oldest, version, allowed):
 
 @pytest.mark.parametrize(("oldest", "version", "allowed"), [(2, 3, 0), (1, 3, 1), (4, 3, 1)])
 def test_staleness_out_of_bounds_is_an_error(oldest, version, allowed):
-    with pytest.raises(AssertionError, match=f"a lag of {version - oldest}"):
+    with pytest.raises(AssertionError, match=f"its lag is {version - oldest}"):
         checked_lag(summaries(oldest), version, allowed)
 
 

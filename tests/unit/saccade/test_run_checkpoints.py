@@ -259,7 +259,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with run_folder.held(tmp_path) as remark:
-        assert remark is not None and "no file locks" in remark
+        assert remark is not None and "does not support file locks" in remark
         assert run_folder.in_use(tmp_path) is None
 
 
@@ -369,7 +369,7 @@ def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp
     error = MismatchError("they differ")
     run.actors.questions, run.head = dict, SimpleNamespace(gone=lambda: False)
     assert run.checkpoint_after(error) is error and checkpoints.found(tmp_path / "checkpoints") == []
-    assert said == ["the last update is not kept; the newest checkpoint: none"]
+    assert said == ["the last update was discarded; there is no checkpoint yet"]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run_and_is_never_half_there(tmp_path, monkeypatch):
@@ -410,7 +410,7 @@ def test_a_run_with_nothing_left_to_do_is_told_from_one_that_was_not_evaluated_o
     said: list[str] = []
     result = train(config, resume=True, display=SimpleNamespace(phase=said.append))
     assert result == RunResult(tmp_path, tmp_path / "model", 2, {2: {"all": {"score": 1.0}}})
-    assert said == [f"{tmp_path}: all 2 steps are done and the model is saved; to train on, raise steps"]
+    assert said == [f"{tmp_path}: all 2 steps are done and the model is saved; to train longer, raise steps"]
     assert finished(parse_config(given | {"steps": 3})) is None
     assert finished(parse_config(given | {"steps": 1})) == result
     lines.pop(1)

@@ -78,7 +78,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         train_dataset=iter(()),
         peft_config={"r": 8, "lora_dropout": 0.1, "target_modules": ["q_proj"]},
     )
-    starts = ["args: int is no RunConfig", "reward_funcs[1]: 3 is no function", "model: object: give a folder"]
+    starts = ["args: int is not a RunConfig", "reward_funcs[1]: 3 is not a function", "model: object: give a folder"]
     starts += ["train_dataset: tuple_iterator", "peft_config.target_modules=['q_proj']", "peft_config.lora_dropout=0.1"]
     starts += ["output_dir: required", "steps: required", "learner.rnks: unknown key; did you mean learner.ranks?"]
     assert all(any(text.startswith(start) for text in found) for start in starts), found
@@ -324,8 +324,8 @@ def test_the_real_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_values_that_are_no_column_are_named() -> None:
     (problem,) = problems_of(train_dataset=[{"prompt": "p", "meta": 1}, {"prompt": "p", "meta": {"a": 1}}])
     assert problem.startswith("train_dataset: column 'meta' cannot be stored")
-    assert problems_of(train_dataset=[]) == ("train_dataset: there are no rows in it",)
-    assert problems_of(train_dataset=["p", {}]) == ("train_dataset: row 0 is no dictionary but str",)
+    assert problems_of(train_dataset=[]) == ("train_dataset: it has no rows",)
+    assert problems_of(train_dataset=["p", {}]) == ("train_dataset: row 0 is not a dictionary but str",)
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
