@@ -178,7 +178,7 @@ CAUGHT = {
     *("TransientError", "ServiceError", "SandboxError", "LinkEndedError", "UnsupportedError"),  # a verdict says so
     *("_UnjudgeableError", "NotJSONError", "_SlowPatternError"),
     *("EngineDeadError", "PromptRefusedError", "BroadcastError"),  # named by the driver, or by the sync
-    "_RefusedError",  # the trainer lists it with the others
+    "RefusedError",  # the trainer lists it with the others
 }
 """Errors that are caught where they arise, and become something else."""
 DEFECTS = {"LedgerError", "StalenessError"}
