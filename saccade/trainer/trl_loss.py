@@ -1,4 +1,4 @@
-"""What TRL's GRPOConfig says of the policy's loss, its KL and its correction, as knobs."""
+"""Translate the policy's loss, its KL and its correction in TRL's GRPOConfig into knobs."""
 
 from __future__ import annotations
 
