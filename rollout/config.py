@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 
-from vlm.section import section
+from vlm.section import After, section
+
+
+def _sizes_are_numbers(options: dict[str, Any]) -> dict[str, Any]:
+    for name in ("max_num_seqs", "gpu_memory_utilization"):
+        value = options.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} should be a number, not {value!r}")
+    return options
 
 
 @section
@@ -28,7 +36,7 @@ class RolloutConfig:
     kv_cache_gib: Annotated[float, Gt(0)] | None = None
     """KV cache in GiB; default: what is left of the engine's share of a GPU (engine_options.gpu_memory_utilization),
     on CPU 1 GiB."""
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    engine_options: Annotated[dict[str, Any], After(_sizes_are_numbers)] = field(default_factory=dict)
     """Further options of vLLM's AsyncEngineArgs, by vLLM's names: max_num_seqs (256 here), gpu_memory_utilization (0.85
     here: the share of a GPU that must be free when an engine starts, and that it takes), enforce_eager, ..."""
 

@@ -73,6 +73,15 @@ def local_ray() -> Iterator[ModuleType]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a tiny model are computed in several chunks, as those of a large vocabulary are."""
+    from learner.model.logprobs import CHUNK_BYTES
+    from tests.helpers.learner_cases import FEW_ROWS
+
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", FEW_ROWS)
+
+
 @pytest.fixture(scope="session")
 def process_group(tiny_model: Path) -> Iterator[None]:
     """A default group of this process alone. One for all modules: DeepSpeed keeps the first that it sees."""

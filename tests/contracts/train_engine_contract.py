@@ -19,11 +19,9 @@ from learner.config import Behavior, CosineDecay, Current, Kl, LinearDecay, OffP
 from learner.engines.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learner.engines.protocol import TrainEngine
 from learner.model.load import load_policy
-from learner.model.logprobs import CHUNK_BYTES
 from learner.types import LearnerOptions, NotFiniteError, NothingToLearnError
 from rollout.types import Verdict
 from tests.helpers.learner_cases import (
-    FEW_ROWS,
     Case,
     adapter_of,
     changed,
@@ -59,14 +57,11 @@ def assert_gradients_close(ours: dict[str, Tensor], expected: dict[str, Tensor])
         torch.testing.assert_close(ours[name].double(), gradient.double(), rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.usefixtures("logits_in_several_chunks")
 class TrainEngineContract:
     """Every test takes a `make(options) -> engine` of one rank."""
 
     make: Make
-
-    @pytest.fixture(autouse=True)
-    def logits_in_several_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(CHUNK_BYTES, "cpu", FEW_ROWS)
 
     @pytest.fixture
     def adapter(self, tiny_model: Path) -> MultimodalAdapter:

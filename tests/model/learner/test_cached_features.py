@@ -41,6 +41,8 @@ from vlm.config import Lora
 from vlm.media.video_audio import decode
 from vlm.tiny import TINY, build_tiny
 
+pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
+
 FAMILIES = ("internvl", "llava_next", "qwen2_5_omni")
 OTHERS = sorted(set(TINY) - {*FAMILIES, "llama", "qwen2", "qwen3"})
 MIXES = (["image"], [], ["image"] * 3)

@@ -33,6 +33,8 @@ from vlm.config import Lora
 from vlm.families.registry import ADAPTERS
 from vlm.tiny import TINY, build_tiny
 
+pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
+
 FAMILIES = ("gemma3", "internvl", "llava_next", "qwen3_vl")
 OTHERS = sorted(set(TINY) - {*FAMILIES, "llama", "qwen2", "qwen3"})
 ALL = [*FAMILIES, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)]

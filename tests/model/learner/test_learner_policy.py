@@ -22,6 +22,8 @@ from vlm.adapter import MultimodalAdapter
 from vlm.batch import MultimodalBatch
 from vlm.config import Lora, ModelConfig
 
+pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
+
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path) -> MultimodalAdapter:

@@ -23,9 +23,12 @@ from tests.model.vlm.test_roles import FAMILIES, batch_of, model_of, options_of
 from vlm.config import Lora
 from weight_sync.source import PolicySource
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (the extra qlora) is not installed"
-)
+pytestmark = [
+    pytest.mark.usefixtures("logits_in_several_chunks"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (the extra qlora) is not installed"
+    ),
+]
 QLORA: dict[str, Any] = {"lora": Lora(4, targets=("language.attention", "vision"), quantize="nf4")}
 
 

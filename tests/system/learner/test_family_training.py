@@ -21,6 +21,8 @@ from tests.helpers.ranks import run_ranks
 from vlm.adapter import MultimodalAdapter
 from vlm.tiny import TINY, build_tiny
 
+pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
+
 REPRESENTATIVE = ("qwen2_5_omni", "qwen2_5_vl")
 """Sounds, and patches in rows; the others are slow. The last group of a case is text alone."""
 OTHERS = sorted(set(TINY) - set(REPRESENTATIVE))

@@ -25,6 +25,8 @@ from tests.helpers.ranks import run_ranks
 from tests.model.learner.test_quantize import QLORA, update
 from tests.system.learner.test_learner_ranks import TWO, assert_same_update
 
+pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
+
 TEN = {"micro_batch": 90, "learning_rate": 1e-2}
 
 

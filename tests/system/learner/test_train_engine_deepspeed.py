@@ -17,6 +17,8 @@ from learner.types import LearnerOptions
 from tests.contracts.train_engine_contract import Make, TrainEngineContract, assert_gradients_close, gradients_of
 from tests.helpers.learner_cases import adapter_of, changed, expected_update, mixed_case, options
 
+pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
+
 
 class TestZero2(TrainEngineContract):
     """The default stage; the others follow below, in what can differ in them."""

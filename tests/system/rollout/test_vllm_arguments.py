@@ -65,6 +65,10 @@ def reaches(options: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> tuple[di
 
 def test_every_option_of_an_engine_has_another_value_here() -> None:
     assert {f.name for f in fields(EngineOptions)} == {"model", "rollout", *OTHER, *HERE}
+    by_learner_and_processor = {"adapter", "lora", "max_image_tokens", "freeze"}
+    assert {f.name for f in fields(ModelConfig)} == {*MODEL, *by_learner_and_processor}
+    by_request_and_driver = {"engines", "num_generations", "max_completion_length", "temperature", "max_staleness"}
+    assert {f.name for f in fields(RolloutConfig)} == {*ROLLOUT, *by_request_and_driver}
 
 
 @pytest.mark.parametrize("name", CHANGED)

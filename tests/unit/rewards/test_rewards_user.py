@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -396,3 +397,17 @@ def test_a_working_directory_that_is_gone_hides_nothing(tmp_path: Path, monkeypa
     assert [v.score for v in load_reward(f"{tmp_path}/mine.py:one")(ScoringRequest("?", ("a",)))] == [1.0]
     with pytest.raises(RewardSetupError, match=r"no file his\.py in a folder that is gone or on the import path"):
         load_reward("his.py:one")
+
+
+def test_what_was_found_in_a_working_directory_is_found_again_once_it_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "job"
+    for times in range(2):
+        folder.mkdir()
+        (folder / "of_a_job.py").write_text("def one(completions): return [1.0] * len(completions)\n")
+        if times == 0:
+            monkeypatch.chdir(folder)
+        for name in ("of_a_job.py:one", "of_a_job:one"):
+            assert [v.score for v in load_reward(name)(ScoringRequest("?", ("a",)))] == [1.0]
+        shutil.rmtree(folder)

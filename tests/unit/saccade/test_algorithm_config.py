@@ -134,6 +134,8 @@ def test_the_learner_reads_the_sections_themselves():
         "optimizer_steps": 2,
         "overlong": 0.5,
     }
+    by_the_driver = {"name", "refill", "reward_range"}
+    assert {field.name for field in fields(AlgorithmConfig)} == {*given, *by_the_driver}
     config = parse_config({**MINIMAL, "algorithm": given, "rollout": {"max_completion_length": 100}, "steps": 10})
     options = learner_options(config, "cpu", ["image"])
     assert (options.model, options.learner, options.rollout) == (config.model, config.learner, config.rollout)

@@ -273,7 +273,7 @@ def test_a_dead_engine_is_found_before_anything_is_broadcast(model: nn.Module) -
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="'smoke' is unknown; known: gloo, nccl"):
+    with pytest.raises(ValueError, match="unknown transport 'smoke'; known: gloo, nccl"):
         WeightSender(PolicySource(nn.Linear(1, 1)), backend="smoke", rank=0)
 
 
