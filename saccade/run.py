@@ -207,7 +207,7 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
     with on_ray(config, address, display, training=True) as started:
         require_trainable(config, resolved.adapter, started.placement.device)
         display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
-        started.start_actors(config, resolved.media_kinds, training=True)
+        started.start_actors(config, resolved.adapter, resolved.media_kinds, training=True)
         if saved is None:
             (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
         run = _assemble(config, resolved, started, display)
@@ -273,7 +273,7 @@ def open_engines(config: RunConfig, *, address: str | None, display: Display | N
         display.phase(line)
     with on_ray(config, address, display, training=False) as started:
         display.phase(f"starting {config.rollout.engines} engine(s)")
-        started.start_actors(config, resolved.media_kinds, training=False)
+        started.start_actors(config, resolved.adapter, resolved.media_kinds, training=False)
         yield open_evaluator(config, resolved, started, display)
 
 

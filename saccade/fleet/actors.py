@@ -35,6 +35,7 @@ from saccade.fleet.placement import Placement
 from saccade.fleet.pool import EnginePool
 from saccade.fleet.reward_services import create_services
 from saccade.fleet.waiting import CALL_TIMEOUT, wait_for
+from vlm.adapter import MultimodalAdapter
 from vlm.media.types import MediaKind
 
 CONCURRENT_GROUPS = 10_000
@@ -95,6 +96,7 @@ class Actors:
 def start_actors(
     config: RunConfig,
     placement: Placement,
+    adapter: MultimodalAdapter,
     media_kinds: Sequence[MediaKind],
     check_stop: Callable[[], None],
     *,
@@ -105,7 +107,7 @@ def start_actors(
     Raises RunError naming the first that is not ready."""
     actors = Actors()
     try:
-        _create(actors, config, placement, media_kinds, training)
+        _create(actors, config, placement, adapter, media_kinds, training)
         starting = {actors.data.actor.start.remote(): "the data actor"}
         starting |= {engine.actor.start.remote(): f"engine {engine.name}" for engine in actors.pool.members}
         starting |= {r.actor.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
@@ -134,12 +136,17 @@ def start_actors(
 
 
 def _create(
-    actors: Actors, config: RunConfig, placement: Placement, media_kinds: Sequence[MediaKind], training: bool
+    actors: Actors,
+    config: RunConfig,
+    placement: Placement,
+    adapter: MultimodalAdapter,
+    media_kinds: Sequence[MediaKind],
+    training: bool,
 ) -> None:
-    adapter = partial(config_adapter, config)
+    load = partial(config_adapter, config)  # processors are loaded where they are used, and do not travel
     held_out = data_options(config, config.data.eval, train=False) if config.data.eval else None
     actors._data = RayData(
-        ray.remote(DataActor).options(num_cpus=0).remote(adapter, data_options(config, config.data.train), held_out)
+        ray.remote(DataActor).options(num_cpus=0).remote(load, data_options(config, config.data.train), held_out)
     )
     options = engine_options(config, placement.device, media_kinds, weights_change=training)
     threads = {"env_vars": {"OMP_NUM_THREADS": str(options.threads)}}
@@ -148,9 +155,9 @@ def _create(
             max_concurrency=CONCURRENT_GROUPS, runtime_env=threads, **placement.options("rollout", i)
         )
         name = f"rollout-{i}"
-        actor = engine.remote(name, options, adapter, group_timeout=config.cluster.group_timeout)
+        actor = engine.remote(name, options, load, group_timeout=config.cluster.group_timeout)
         actors.pool.add(RayEngineHandle(name, actor, config.rollout.tensor_parallel_size))
-    services = create_services(config, placement, actors.pool.members, adapter)
+    services = create_services(config, placement, actors.pool.members, load)
     actors.models = services.models
     for i in range(config.reward.actors):
         reward = ray.remote(RewardActor).options(**placement.options("reward", i))
@@ -167,17 +174,19 @@ def _create(
         learner = config.learner
         environment = {"env_vars": learner_environment(config, placement.device)}
         places = [{**placement.options("learner", r), "runtime_env": environment} for r in range(learner.ranks)]
-        options_ = _learner_options(config, placement, media_kinds)
+        options_ = _learner_options(config, placement, adapter, media_kinds)
         actors._learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
 
 
-def _learner_options(config: RunConfig, placement: Placement, media_kinds: Sequence[MediaKind]) -> LearnerOptions:
+def _learner_options(
+    config: RunConfig, placement: Placement, adapter: MultimodalAdapter, media_kinds: Sequence[MediaKind]
+) -> LearnerOptions:
     """The learner's options. Micro-batches that are limited in bytes need to know what tokens and patches take."""
     options = learner_options(config, placement.device, media_kinds)
     if options.learner.micro_batch_bytes is None:
         return options
     try:
-        return predict(options, config_adapter(config)).options
+        return predict(options, adapter).options
     except ValueError as error:
         raise RunError(f"learner.micro_batch: {error}") from error
 

@@ -17,6 +17,7 @@ from saccade.fleet.head import HeadWatch
 from saccade.fleet.placement import Placement, place
 from saccade.fleet.signals import stop_on_signals
 from saccade.observe.display import Display
+from vlm.adapter import MultimodalAdapter
 from vlm.media.types import MediaKind
 
 
@@ -35,8 +36,10 @@ class Started:
         self.stop_requested()
         self.head.check()
 
-    def start_actors(self, config: RunConfig, media_kinds: Sequence[MediaKind], *, training: bool) -> None:
-        self.actors = start_actors(config, self.placement, media_kinds, self.check, training=training)
+    def start_actors(
+        self, config: RunConfig, adapter: MultimodalAdapter, media_kinds: Sequence[MediaKind], *, training: bool
+    ) -> None:
+        self.actors = start_actors(config, self.placement, adapter, media_kinds, self.check, training=training)
         self.all_started = True
 
 
