@@ -1,4 +1,4 @@
-# make demo        train a tiny model on this machine's CPU and show that it learned to see (3 to 6 minutes)
+# make demo        train a tiny model on this machine's CPU and show that it learned to see (3 to 8 minutes)
 # make demo-seeds  the same for seeds 0, 1 and 2
 # make test        the tests; make test-all adds the slow ones; make test-unit, test-model, test-system: those of one folder
 # make lint        style, format and types
