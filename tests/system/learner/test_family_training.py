@@ -23,8 +23,8 @@ from vlm.tiny import TINY, build_tiny
 
 pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
 
-REPRESENTATIVE = ("qwen2_5_omni", "qwen2_5_vl")
-"""Sounds, and patches in rows; the others are slow. The last group of a case is text alone."""
+REPRESENTATIVE = ("qwen2_5_omni",)
+"""Images, videos and sounds; the others are slow. The last group of a case is text alone."""
 OTHERS = sorted(set(TINY) - set(REPRESENTATIVE))
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in OTHERS]
 

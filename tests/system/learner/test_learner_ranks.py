@@ -1,6 +1,7 @@
 """The same update on one to four ranks: loss, gradients, statistics, checkpoints. Gloo, ZeRO-2 and ZeRO-3.
 
-Two processes are started, then three, then four; each runs the scenarios it is given one after another.
+Two processes are started; in the slow tests three more, then four. Each runs the scenarios it is given one after
+another.
 """
 
 from __future__ import annotations
@@ -140,9 +141,25 @@ def four_ranks(rank: int, model: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
-    for scenario, ranks in ((two_ranks, 2), (three_ranks, 3), (four_ranks, 4)):
-        run_ranks(scenario, ranks, tiny_model, out)
+    run_ranks(two_ranks, 2, tiny_model, out)
     return out
+
+
+@pytest.fixture(scope="module")
+def more_results(results: Path, tiny_model: Path) -> Path:
+    run_ranks(three_ranks, 3, tiny_model, results)
+    run_ranks(four_ranks, 4, tiny_model, results)
+    return results
+
+
+@pytest.fixture
+def run(name: str, request: pytest.FixtureRequest) -> Path:
+    """Where the results called `name` are."""
+    folder: Path = request.getfixturevalue("more_results" if name == "three" else "results")
+    return folder
+
+
+RUNS = ["2", "3", pytest.param("three", marks=pytest.mark.slow)]
 
 
 def stats_of(results: Path, name: str) -> Sequence[Any]:
@@ -167,32 +184,33 @@ def one_rank(tiny_model: Path) -> tuple[TorchEngine, list[dict[str, Any]]]:
     return engine, [update(engine, chosen, case) for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", ["2", "3", "three"])
+@pytest.mark.parametrize("name", RUNS)
 def test_loss_and_gradients_do_not_depend_on_ranks(
-    results: Path, tiny_model: Path, one_rank: tuple[TorchEngine, list[dict[str, Any]]], name: str
+    run: Path, tiny_model: Path, one_rank: tuple[TorchEngine, list[dict[str, Any]]], name: str
 ):
-    first, second = stats_of(results, name)[:2]
+    first, second = stats_of(run, name)[:2]
     assert_same_update(first, one_rank[1][0])
     assert_same_update(second, one_rank[1][1])
     expected = expected_update(tiny_model, mixed_case(adapter_of(tiny_model)), options(tiny_model))
     assert first["loss"] == pytest.approx(expected.loss, abs=1e-5)
-    assert_gradients_close(load_file(results / f"gradients-{name}.safetensors"), expected.gradients)
+    assert_gradients_close(load_file(run / f"gradients-{name}.safetensors"), expected.gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [0, 2])
 def test_four_ranks_with_text_images_videos_and_nothing_are_as_one(
-    results: Path, tiny_model: Path, recomputed: int
+    more_results: Path, tiny_model: Path, recomputed: int
 ) -> None:
     chosen = options(tiny_model, **MEDIA)
     adapter = adapter_of(tiny_model)
     case = media_case(adapter)
     engine = TorchEngine(chosen, adapter)
     expected = expected_update(tiny_model, case, chosen)
-    first, second = stats_of(results, f"four-{recomputed}")
+    first, second = stats_of(more_results, f"four-{recomputed}")
     assert first["metrics"]["micro_batches"] > 1  # of which a rank without groups has none, and others fewer
     assert_same_update(first, update(engine, chosen, case))
     assert_same_update(second, update(engine, chosen, case))
-    assert_gradients_close(load_file(results / f"gradients-four-{recomputed}.safetensors"), expected.gradients)
+    assert_gradients_close(load_file(more_results / f"gradients-four-{recomputed}.safetensors"), expected.gradients)
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +219,11 @@ def elaborate(tiny_model: Path) -> list[dict[str, Any]]:
     return elaborate_updates(TorchEngine(chosen, adapter_of(tiny_model)), chosen, range(4))
 
 
-@pytest.mark.parametrize("name", ["2", "3", "three"])
+@pytest.mark.parametrize("name", RUNS)
 def test_nothing_of_an_elaborate_objective_depends_on_ranks(
-    results: Path, elaborate: list[dict[str, Any]], name: str
+    run: Path, elaborate: list[dict[str, Any]], name: str
 ) -> None:
-    first, second, divergence = stats_of(results, f"elaborate-{name}")
+    first, second, divergence = stats_of(run, f"elaborate-{name}")
     assert_same_update(first, elaborate[0])
     assert_same_update(second, elaborate[1])
     assert divergence["divergence"] == pytest.approx(elaborate[2]["divergence"], rel=1e-3)
@@ -238,8 +256,9 @@ def test_the_model_saved_by_two_ranks_is_the_policy(results: Path, tiny_model: P
     assert AutoModelForImageTextToText.from_pretrained(results / f"model-{stage}").config.tie_word_embeddings
 
 
-def test_lora_on_three_ranks_is_lora_on_one(results: Path, tiny_model: Path):
+@pytest.mark.slow
+def test_lora_on_three_ranks_is_lora_on_one(more_results: Path, tiny_model: Path):
     chosen = options(tiny_model, lora=Lora(2), **TEN)
     engine = TorchEngine(chosen, adapter_of(tiny_model))
-    for ours in stats_of(results, "three")[2:]:
+    for ours in stats_of(more_results, "three")[2:]:
         assert_same_update(ours, update(engine, chosen, mixed_case(adapter_of(tiny_model))))

@@ -13,37 +13,14 @@ import pytest
 
 from learner.group import LearnerGroup
 from learner.types import LearnerError
-from rollout.engines.protocol import EngineDeadError
 from saccade.errors import RunError
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain, find_dead
 from saccade.fleet.handles import RayData, RayRewards
 from tests.helpers.learner_cases import options
+from tests.helpers.process import Process
 from tests.unit.saccade.test_deaths import GLOO, HEAD
 from weight_sync.verify import WeightSyncError
-
-
-class Process:
-    """An actor of a run."""
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def check_health(self, core: str) -> None:
-        if core != "lives":
-            raise EngineDeadError(core)
-
-    def read(self, path: str) -> None:
-        """Waits until somebody writes."""
-        with open(path) as waiting:
-            waiting.read()
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def fail(self) -> None:
-        """What a rank says whose peer is gone."""
-        raise RuntimeError(GLOO)
 
 
 @pytest.fixture
@@ -115,10 +92,10 @@ def test_an_engine_whose_core_died_is_named_with_its_last_words(processes):
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_died_is_named_not_the_one_that_gloo_told_of_it(processes, tmp_path, rank):
     group = LearnerGroup(options(tmp_path, ranks=2), [{}, {}])
-    calls = [processes["a"].fail.remote(), processes["b"].die.remote()]
+    calls = [processes["a"].fail.remote(GLOO), processes["b"].die.remote()]
     with pytest.raises(
         LearnerError, match=rf"^learner rank {rank} died while saving a checkpoint \(process \d+ at .*killed"
     ):
         group._wait("saving a checkpoint", calls if rank == 1 else calls[::-1])
     with pytest.raises(LearnerError, match=r"learner rank 1 failed while loading(.|\n)*gloo"):
-        group._wait("loading", [processes["a"].pid.remote(), processes["a"].fail.remote()])
+        group._wait("loading", [processes["a"].pid.remote(), processes["a"].fail.remote(GLOO)])

@@ -154,28 +154,6 @@ def timeless(record: dict) -> dict:
     return {name: value for name, value in record.items() if name not in ("seconds", "busy", "reward_seconds")}
 
 
-def test_overlap_within_its_bound_on_two_engines_and_two_ranks(settings, tmp_path, local_ray):
-    config = parse_config(
-        {
-            **settings,
-            "output_dir": str(tmp_path / "overlap"),
-            "algorithm": {"name": "dapo", "off_policy": "tis", "optimizer_steps": 2, "entropy_bonus": 0.001},
-            "rollout": {**settings["rollout"], "max_staleness": 1, "engines": 2},
-            "learner": {**settings["learner"], "ranks": 2, "zero_stage": 3},
-            "reward": {**settings["reward"], "actors": 2},
-        }
-    )
-    result = train(config)
-    steps = read_metrics(result.output_dir)
-    assert [s["staleness"] for s in steps] == [0, 1, 1, 1]
-    assert all(0 < s["learner"]["effective_sample_size"] <= 1 + 1e-5 for s in steps)
-    assert steps[0]["learner"]["mismatch_max"] < 1e-4 < steps[-1]["learner"]["mismatch_max"]  # older weights sampled
-    assert {k for s in steps for k in s["busy"] if k.startswith("generate/")} == {
-        "generate/rollout-0",
-        "generate/rollout-1",
-    }
-
-
 @pytest.mark.slow
 def test_lora_trains_adapters_and_the_engine_samples_from_the_merged_model(settings, tiny_model, tmp_path, local_ray):
     result = train(

@@ -43,7 +43,7 @@ class Rewards:
         return verdicts, summary.result()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fleet(local_ray) -> Iterator[tuple]:
     """A data actor, an engine that fails once for row 1, and a reward actor."""
     rewards = type("RewardActor", (Rewards,), {"score": local_ray.method(num_returns=2)(Rewards.score)})
@@ -79,6 +79,7 @@ def test_what_an_actor_raised_is_said_in_its_own_words(fleet):
 
 
 def test_a_lost_reward_actor_is_named_not_awaited_forever(local_ray, fleet):
+    """Last: the fleet has no rewards afterwards."""
     run = make_run(fleet)
     local_ray.kill(fleet[2])
     run.admit(0)
