@@ -65,9 +65,9 @@ def _as_in(value: Any, usual: Any) -> bool:
     return bool(value == usual)
 
 
-def _no_frozen_tower(config: RunFields) -> bool:
+def _frozen_towers(config: RunFields) -> set[str]:
     model, towers = config.model, {"vision", "audio"}
-    return towers <= {*model.lora.targets} if model.lora else not towers & {*model.freeze}
+    return towers - {*model.lora.targets} if model.lora else towers & {*model.freeze}
 
 
 IDLE = (
@@ -89,7 +89,7 @@ IDLE = (
     ),
     Idle(
         ("learner.feature_cache_gib",),
-        _no_frozen_tower,
+        lambda c: not _frozen_towers(c),
         "every tower is trained, so nothing of it can be cached; freeze a tower with model.freeze, or use model.lora",
     ),
     Idle(
@@ -140,10 +140,32 @@ def idle(config: RunFields) -> dict[str, str]:
 
 
 def idle_problems(config: RunFields) -> list[str]:
-    """One text for each knob that was given and does nothing."""
-    group = config.data.columns.get("group")
-    alone = f"data.columns.group={group} would do nothing: evaluation reports by it, and data.eval names no files"
-    return [*_complaints(config, idle(config)), *([alone] if group and not config.data.eval else [])]
+    """One text for each knob, or part of a knob, that was given and does nothing."""
+    return [*_complaints(config, idle(config)), *_idle_parts(config)]
+
+
+def _idle_parts(config: RunFields) -> list[str]:
+    """One text for each entry of a knob that was given and does nothing."""
+    found = []
+    if (group := config.data.columns.get("group")) and not config.data.eval:
+        found.append(
+            f"data.columns.group={group} would do nothing: evaluation reports by it, and data.eval names no files"
+        )
+    recomputed = config.learner.gradient_checkpointing
+    if recomputed != default_of(config, "learner.gradient_checkpointing"):
+        found += [
+            f"learner.gradient_checkpointing names {part}, which would do nothing: no gradient goes through the frozen "
+            f"{part} tower; leave {part} out"
+            for part in recomputed
+            if part in _frozen_towers(config)
+        ]
+    share = config.rollout.engine_options.get("gpu_memory_utilization")
+    if share is not None and config.cluster.device == "cpu":
+        found.append(
+            f"rollout.engine_options.gpu_memory_utilization={share} would do nothing: cluster.device=cpu; "
+            "rollout.kv_cache_gib says there how much memory the engine's cache takes"
+        )
+    return found
 
 
 def data_idle_problems(config: RunFields, facts: Facts) -> list[str]:

@@ -133,6 +133,18 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
         ),
         (EVAL, ["evaluation.every=5", "evaluation.temperature=0.5", "evaluation.max_prompts=3"]),
         ({"data": {"train": "x.parquet", "columns": {"group": "kind"}}}, ["data.columns.group=kind"]),
+        (
+            {"model": {"path": "m", "freeze": "vision"}, "learner": {"gradient_checkpointing": ["language", "vision"]}},
+            ["gradient_checkpointing names vision, which would do nothing", "leave vision out"],
+        ),
+        (
+            {"model": {"path": "m", "lora": {"rank": 4}}, "learner": {"gradient_checkpointing": "audio"}},
+            ["gradient_checkpointing names audio"],
+        ),
+        (
+            {"cluster": {"device": "cpu"}, "rollout": {"engine_options": {"gpu_memory_utilization": 0.5}}},
+            ["engine_options.gpu_memory_utilization=0.5 would do nothing", "rollout.kv_cache_gib"],
+        ),
     ],
 )
 def test_a_given_knob_that_does_nothing_is_named_with_what_it_depends_on(given: dict[str, Any], named: list[str]):
@@ -143,6 +155,10 @@ def test_a_given_knob_that_does_nothing_is_named_with_what_it_depends_on(given: 
 
 
 def test_defaults_neutral_values_and_what_a_preset_sets_are_no_errors():
+    frozen = {"model": {"path": "m", "freeze": "vision"}}
+    parse_config({**MINIMAL, **frozen})  # by default all parts are recomputed
+    parse_config({**MINIMAL, **frozen, "learner": {"gradient_checkpointing": "language"}})
+    parse_config({**MINIMAL, "learner": {"gradient_checkpointing": ["vision"]}})
     parse_config({**MINIMAL, "algorithm": "rloo", "rollout": {"max_staleness": 0}})  # a KL would be in the reward
     parse_config(
         {**MINIMAL, "algorithm": "reinforce_pp", "evaluation": {"every": 0}, "model": {"path": "m", "freeze": []}}
