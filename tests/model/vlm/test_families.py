@@ -266,7 +266,9 @@ def test_rows_of_one_prompt_share_its_media_and_see_what_each_would_alone(family
             torch.testing.assert_close(layout[key], value, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64], ids=["float32", "float64"]
+)
 @pytest.mark.parametrize("family", [family for family in sorted(TINY) if family != "gemma3"])
 def test_packed_groups_give_the_loss_and_gradients_of_padded_rows(family: str, dtype: torch.dtype) -> None:
     """Several turns and lengths from 1 to 60 tokens, among text, one image and two; of every parameter, towers too."""

@@ -106,6 +106,7 @@ def test_ranks_with_and_without_new_images_train_as_one_rank_does(results: Path,
     assert_gradients_close({name: state[f"{stage}/{name}"] for name in moments}, moments)
 
 
+@pytest.mark.slow
 def test_ranks_find_in_the_object_store_what_others_computed(local_ray: ModuleType, tiny_model: Path) -> None:
     """Groups are dealt to the ranks in another way for the KL than to be trained; memory holds one image."""
     adapter = f"{FrozenQwenVL.__module__}:{FrozenQwenVL.__name__}"

@@ -21,12 +21,7 @@ from tests.helpers.ranks import run_ranks
 from vlm.adapter import MultimodalAdapter
 from vlm.tiny import TINY, build_tiny
 
-pytestmark = pytest.mark.usefixtures("logits_in_several_chunks")
-
-REPRESENTATIVE = ("qwen2_5_omni",)
-"""Images, videos and sounds; the others are slow. The last group of a case is text alone."""
-OTHERS = sorted(set(TINY) - set(REPRESENTATIVE))
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in OTHERS]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("logits_in_several_chunks")]
 
 
 def case_of(adapter: MultimodalAdapter) -> Case:
@@ -66,31 +61,20 @@ def two_ranks(rank: int, models: Path, out: Path) -> None:
                 (out / f"{model.name}-{stage}.json").write_text(json.dumps(loss))
 
 
-def on_two_ranks(families: tuple[str, ...] | list[str], folder: Path) -> Path:
-    models, out = folder / "models", folder / "out"
-    out.mkdir(parents=True)
-    for family in families:
-        build_tiny(family, models / family)
-    run_ranks(two_ranks, 2, models, out)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of all families, and what two ranks made of them."""
+    folder = tmp_path_factory.mktemp("families")
+    (folder / "out").mkdir()
+    for family in TINY:
+        build_tiny(family, folder / "models" / family)
+    run_ranks(two_ranks, 2, folder / "models", folder / "out")
     return folder
 
 
-@pytest.fixture(scope="module")
-def representative(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return on_two_ranks(REPRESENTATIVE, tmp_path_factory.mktemp("representative"))
-
-
-@pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return on_two_ranks(OTHERS, tmp_path_factory.mktemp("others"))
-
-
-@pytest.mark.parametrize("family", [*REPRESENTATIVE, *SLOW])
-def test_a_mixed_batch_trains_as_its_samples_one_by_one_and_on_ranks(
-    family: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_a_mixed_batch_trains_as_its_samples_one_by_one_and_on_ranks(family: str, folder: Path) -> None:
     """The expected loss and gradients come from the Hugging Face model's own forward over each sample, in float64."""
-    folder = request.getfixturevalue("representative" if family in REPRESENTATIVE else "others")
     model = folder / "models" / family
     case = case_of(adapter_of(model))
     # Experts are multiplied in one call that takes no float64.

@@ -166,6 +166,7 @@ def test_checkpoint_model_and_failure(local_ray: ModuleType, tiny_model: Path, l
     learner.shutdown()
 
 
+@pytest.mark.slow
 def test_a_divergence_in_the_reward_moves_the_advantages(local_ray: ModuleType, tiny_model: Path):
     """The update is that of the reference engine with advantages of scores from which beta x KL was taken."""
     chosen = options(tiny_model, kl=Kl(0.05, "k1", "reward", refresh=1), advantage="rloo")

@@ -42,7 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(v, id=name, marks=pytest.mark.slow if name in ("zero 0", "zero 1") else ())
+        for name, v in VARIANTS.items()
+    ],
+)
 def test_deepspeed_updates_as_plain_torch_does(
     tiny_model: Path, process_group: None, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -64,7 +70,7 @@ def test_deepspeed_updates_as_plain_torch_does(
     assert update(resumed)["grad_norm"] == third["grad_norm"]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bfloat16_keeps_the_base_in_four_bits(
     tiny_model: Path, process_group: None, tmp_path: Path, stage: int
 ) -> None:
@@ -111,6 +117,7 @@ def two_ranks(rank: int, model: Path, out: Path) -> None:
             save_file(weights, out / f"{stage}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(tiny_model: Path, tmp_path: Path) -> None:
     run_ranks(two_ranks, 2, tiny_model, tmp_path)
     engine = TorchEngine(options(tiny_model, **QLORA, **TEN), adapter_of(tiny_model))

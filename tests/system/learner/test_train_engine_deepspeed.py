@@ -120,16 +120,13 @@ def test_bfloat16_without_zero_is_refused(tiny_model: Path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"zero_stage": 3},
-        *(pytest.param({"zero_stage": stage}, marks=pytest.mark.slow) for stage in (0, 1)),
-        *(pytest.param({"zero_stage": stage, "dtype": "bfloat16"}, marks=pytest.mark.slow) for stage in (1, 2, 3)),
-        *(
-            pytest.param({"zero_stage": stage, "dtype": "bfloat16", "offload": "optimizer"}, marks=pytest.mark.slow)
-            for stage in (1, 2, 3)
-        ),
+        *({"zero_stage": stage} for stage in (0, 1, 3)),
+        *({"zero_stage": stage, "dtype": "bfloat16"} for stage in (1, 2, 3)),
+        *({"zero_stage": stage, "dtype": "bfloat16", "offload": "optimizer"} for stage in (1, 2, 3)),
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_stage_and_precision_refuses_steps_that_are_not_finite(
     tiny_model: Path, process_group: None, changes: dict[str, object]
 ):

@@ -49,7 +49,7 @@ with connect(config, address, SilentDisplay()) as head:
 """
 
 
-@pytest.mark.parametrize("killed", ["driver", "head"])
+@pytest.mark.parametrize("killed", ["driver", pytest.param("head", marks=pytest.mark.slow)])
 def test_nothing_of_a_local_ray_outlives_a_killed_driver_or_a_killed_head(repository: Path, killed: str):
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     command = [sys.executable, "-c", RUN, killed, ""]

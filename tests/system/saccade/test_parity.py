@@ -107,6 +107,7 @@ def test_in_bfloat16_the_mean_agrees_and_pixels_are_equal(tmp_path: Path) -> Non
     assert max(r.largest for r in results) > TOLERANCES["float32"]  # it was no float32 that was compared
 
 
+@pytest.mark.slow
 def test_a_learner_with_other_pixels_is_found_out(tmp_path: Path) -> None:
     results = parity(str(build_tiny("qwen2_5_vl", tmp_path)), adapter="tests.model.saccade.test_parity:OtherPixels")
     verdicts = {r.case: r.agrees(TOLERANCE) for r in results}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -14,6 +15,7 @@ from tests.model.saccade.test_warm_start import model as model
 from vlm.families.registry import load_adapter
 
 
+@pytest.mark.slow
 def test_the_format_is_learned_and_the_answers_are_guesses(model: Path, files: ShapesFiles, tmp_path: Path) -> None:
     result = warm_start(model, files.train, files.test, tmp_path / "warm", seed=0)
     assert result.format_rate > 0.95

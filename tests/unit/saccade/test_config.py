@@ -198,11 +198,6 @@ def test_old_policy_follows_staleness():
     assert parse_config({**MINIMAL, "rollout": {"max_staleness": 1}}).off_policy == Behavior()
 
 
-def test_knobs_are_few_and_documented():
-    assert len(knobs()) <= 80
-    assert [knob.name for knob in knobs().values() if not knob.text] == []
-
-
 def test_momenta_of_one_and_more_are_refused():
     assert "learner.betas" in problems_of({**MINIMAL, "learner": {"betas": [1.5, -2]}})
 
