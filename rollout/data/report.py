@@ -60,6 +60,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     if then.get("files") != now["files"]:
         found.append(f"files: they were {_files(then.get('files', []))}, now {_files(now['files'])}")
+    elif then.get("contents") != now["contents"]:
+        marks = zip(now["files"], then.get("contents", []), now["contents"], strict=False)
+        changed = [name for (name, _), before, after in marks if before != after]
+        found.append(f"contents: {', '.join(changed[:5])} changed since, with as many rows as before")
     for key, knob in (("seed", "seed"), ("shuffle", "data.shuffle")):
         if then.get(key) != now[key]:
             found.append(f"{knob}: it was {then.get(key)}, now {now[key]}")

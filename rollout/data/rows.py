@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -31,6 +31,8 @@ FORMATS: dict[str, Callable[[Path], RowFile]] = {
     ".json": open_json,
 }
 
+WHOLE_BYTES = 64 * 2**20
+SAMPLES, SAMPLE_BYTES = 256, 2**16
 SHOWN = 80
 """The most characters of a value that a message quotes."""
 MAX_REASON = 300
@@ -52,6 +54,21 @@ class RowRefusedError(ValueError):
             reason = f"{reason[: MAX_REASON - 4]} ..."
         super().__init__(kind, reason)
         self.kind, self.reason = kind, reason
+
+
+def content_mark(path: Path) -> str:
+    """Return a digest of a file's size and contents, by which a change is noticed: of all of it up to WHOLE_BYTES, of
+    SAMPLES pieces of a larger file, its beginning and its end among them."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            for i in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def open_files(patterns: Sequence[str], problems: list[str]) -> list[RowFile]:
@@ -82,6 +99,11 @@ class RowStore:
         self._cached_bytes, self._cache_bytes = 0, cache_bytes
         self.blocks_loaded = 0
         """Blocks read from disk so far. A block that is read again counts again."""
+
+    @cached_property
+    def content_marks(self) -> list[str]:
+        """The `content_mark` of each file, as of when it was asked for first."""
+        return [content_mark(file.path) for file in self.files]
 
     def __len__(self) -> int:
         return self._file_starts[-1]

@@ -245,6 +245,7 @@ class PromptSource:
         options = self.options
         return {
             "files": files,
+            "contents": self._store.content_marks,
             "seed": options.seed,
             "shuffle": options.shuffle,
             "order": self._order.fingerprint(),

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rollout.data.config import SYSTEM_PROMPTS
+from rollout.data.rows import content_mark
 from rollout.data.source import DataError, PromptSource
 from rollout.types import Prompt, PromptRef
 from tests.helpers.data_helpers import FakeTextAdapter, fake_adapter, png, source, write_rows
@@ -396,6 +397,25 @@ def test_a_cursor_of_other_data_is_refused(numbered: list[Path]) -> None:
         open_numbered(numbered[:1]).load_state(state)
     with pytest.raises(DataError, match="order of the rows: other columns"):
         open_numbered(numbered, window_bytes=100).load_state(state)
+
+
+def test_a_cursor_of_files_that_changed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in files:
+        path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    state = open_numbered(files).state()
+    open_numbered(files).load_state(state)
+    files[1].write_text('{"prompt": "one"}\n{"prompt": "six"}\n')
+    with pytest.raises(
+        DataError, match=r"contents: b\.jsonl changed since, with as many rows as before\n  - Resume with"
+    ):
+        open_numbered(files).load_state(state)
+    # Of a large file pieces are looked at, the last bytes among them.
+    monkeypatch.setattr("rollout.data.rows.WHOLE_BYTES", 10)
+    monkeypatch.setattr("rollout.data.rows.SAMPLE_BYTES", 2)
+    before = content_mark(files[0])
+    files[0].write_bytes(files[0].read_bytes()[:-2] + b" \n")
+    assert content_mark(files[0]) != before
 
 
 def test_one_epoch_leaves_the_cursor_alone(numbered: list[Path]) -> None:
