@@ -10,6 +10,7 @@ Beside the two systems stand their bounds, measured in the same run: generation 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from saccade.config.options import threads_of
 from saccade.config.run_config import RunConfig
 from saccade.loop import step
 from saccade.observe.metrics import read_metrics
-from saccade.run import open_run
+from saccade.run import Run, open_run
 
 PROMPTS, K = 8, 8
 SCENARIOS: dict[str, tuple[int, ...]] = {
@@ -62,6 +63,7 @@ def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int
                 "num_generations": K,
                 "max_completion_length": max(lengths),
                 "max_staleness": staleness,
+                "admission": "strict",
                 "kv_cache_gib": 0.25,
                 "engine_options": {"max_num_seqs": PROMPTS * K * (1 + staleness)},
             },
@@ -84,18 +86,25 @@ def ours(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, warm
     total, alone = warmup + steps, 1 + min(steps, 5)
     config = our_config(model, lengths, staleness, total + alone, work)
     with open_run(config, resume=False, address=None, display=None) as run:
+        return asyncio.run(_our_steps(run, config, lengths, staleness, total, alone, warmup))
+
+
+async def _our_steps(
+    run: Run, config: RunConfig, lengths: tuple[int, ...], staleness: int, total: int, alone: int, warmup: int
+) -> dict[str, Any]:
+    async with run.rollouts.running():
         dispatcher = run.rollouts.dispatcher
         dispatcher.sampling = replace(dispatcher.sampling, ignore_eos=True, stop_token_ids=(), max_tokens_each=lengths)
         ends = [time.perf_counter()]
         for _ in range(total):
-            step(run, config)
+            await step(run, config)
             ends.append(time.perf_counter())
         records = read_metrics(run.directory)[warmup:]
         generation, learning = [], []
         for batch in range(total, total + alone):
             start = time.perf_counter()
             run.rollouts.admit(batch - staleness)
-            sealed = run.rollouts.collect(batch)
+            sealed = await run.rollouts.batch(batch)
             generation.append(time.perf_counter() - start)
         for _ in range(alone):
             start = time.perf_counter()

@@ -166,8 +166,8 @@ class RefusedStep:
 
     @property
     def reason(self) -> str:
-        """Why its prompts were not trained, the same for all of a kind."""
-        return f"its optimizer step was not taken: {', '.join(self.terms) or 'the gradient'} not finite"
+        """What was not finite, in the same words for all of a kind."""
+        return f"{', '.join(self.terms) or 'the gradient'} not finite"
 
     def __str__(self) -> str:
         named = ", ".join(map(str, (self.suspects or self.prompts)[:MOST_NAMED]))

@@ -3,12 +3,14 @@
     engines:   generate b0 ─┬─ generate b1 ──┬─ generate b2 ──┬─ ...      (Ray actors, all the time)
     rewards:        score b0└──── score b1   └──── score b2   └──── ...   (chained behind each group)
     learner:                 ── train b0 ──    ── train b1 ──             (one call per step)
-    driver:    admit ▸ collect ▸ update ▸ sync ▸ record, and again
+    driver:    admit ▸ batch ▸ update ▸ sync ▸ record, and again
 
-Who waits for whom: `collect(v)` waits until every group of batch v is scored; `update` waits for the learner, while the
-engines continue with the batches already admitted (`max_staleness` of them); `sync_weights` pauses the engines for the
-length of a transfer. With max_staleness 0 nothing is admitted before the engines hold the newest weights, so generation
-and training alternate, strictly on-policy.
+Who waits for whom: four things go on beside each other. Three are in `saccade/pipeline/rollouts.py`: places are given
+to prompts as soon as the engines' weights are new enough, each group is followed through engine and rewards, and the
+batch of a step is sealed. The fourth is `step`: it waits for its batch; then for the learner, while the engines
+continue with the groups already admitted (`max_staleness` batches of them); `sync_weights` pauses the engines for the
+length of a transfer. With max_staleness 0 nothing is admitted before the engines hold the newest weights, so
+generation and training alternate, strictly on-policy.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from learner.durable import StorageError
 from saccade.config.run_config import RunConfig
 from saccade.errors import RunStopped
 from saccade.finished import finished
+from saccade.fleet.waiting import in_thread, to_end
 from saccade.observe.display import Display, SilentDisplay
 from saccade.observe.timing import Stopwatch
 from saccade.pipeline.admission import checked_lag
@@ -39,56 +42,62 @@ def train(
         )
         return done
     with open_run(config, resume=resume, address=address, display=display) as run:
-        try:
-            run.evaluate_if_due()
+        return to_end(_train(run, config))
+
+
+async def _train(run: Run, config: RunConfig) -> RunResult:
+    try:
+        async with run.rollouts.running():
+            await run.evaluate_if_due()
             while run.version < config.steps:
-                step(run, config)
-        except RunStopped:
-            run.checkpoint()
-            return run.result(interrupted=True)
-        except Exception as error:
-            reason = run.checkpoint_after(error)
-            if reason is error:
-                raise
-            raise reason from error
-        try:
-            run.checkpoint()
-        except StorageError:
-            run.save_model()  # a part of the checkpoint's size: it may find room
+                await step(run, config)
+    except RunStopped:
+        await run.checkpoint()
+        return run.result(interrupted=True)
+    except Exception as error:
+        reason = await run.checkpoint_after(error)
+        if reason is error:
             raise
-        run.save_model()
-        return run.result()
+        raise reason from error
+    try:
+        await run.checkpoint()
+    except StorageError:
+        run.save_model()  # a part of the checkpoint's size: it may find room
+        raise
+    run.save_model()
+    return run.result()
 
 
-def step(run: Run, config: RunConfig) -> None:
+async def step(run: Run, config: RunConfig) -> None:
     """Do one update, from prompts admitted to weights that the engines sample with. Where its optimizer step was not
     taken, the next version has the same weights, and the ledger has its prompts with the reason."""
     watch = Stopwatch()
     run.rollouts.admit(run.version)
 
     with watch.phase("rollout"):
-        batch = run.rollouts.collect(run.version)
+        batch = await run.rollouts.batch(run.version)
     staleness = checked_lag(batch.summaries, run.version, config.rollout.max_staleness)
 
     with watch.phase("learn"):
-        update = run.learner.update(batch.groups, batch.summaries, run.version)
+        update = await in_thread(lambda: run.learner.update(batch.groups, batch.summaries, run.version))
     run.judge(update)
     run.rollouts.book(batch, update.refused)
     run.version += 1
+    run.rollouts.check()
 
     with watch.phase("sync"):
-        run.sync_weights()
+        await in_thread(run.sync_weights)
 
     run.record(batch, update, staleness, watch.seconds())
     run.heed(update)
-    run.evaluate_if_due()
-    run.checkpoint_if_due()
+    await run.evaluate_if_due()
+    await run.checkpoint_if_due()
 
 
 def evaluate(config: RunConfig, *, address: str | None = None, display: Display | None = None) -> Results:
     """Evaluate `config.model.path` on `config.data.eval`, with engines and rewards but no learner."""
     with open_engines(config, address=address, display=display) as evaluator:
-        return evaluator.run()
+        return to_end(evaluator.run())
 
 
 __all__ = ["RunConfig", "evaluate", "step", "train"]

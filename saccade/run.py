@@ -30,14 +30,15 @@ from saccade.fleet.head import HeadWatch
 from saccade.fleet.protocols import Learner
 from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
-from saccade.fleet.waiting import first_lines
+from saccade.fleet.waiting import first_lines, in_thread
 from saccade.observe.display import Display, SilentDisplay
 from saccade.observe.metrics import MetricsLog, StepRecord, read_metrics
-from saccade.pipeline.admission import Strict
+from saccade.pipeline.admission import make_admission
 from saccade.pipeline.difficulty import Difficulty
 from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.evaluate import Evaluator, Results
 from saccade.pipeline.health import Health
+from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
 from saccade.preflight import Resolved, resolve
 from weight_sync.sync import sync_weights
@@ -60,6 +61,8 @@ class Run:
     health: Health = field(init=False)
     evaluations: dict[int, Results] = field(default_factory=dict)
     _saved: int = -1
+    _due_since: float = field(default_factory=time.monotonic)
+    """When a checkpoint was due last, on the clock of `time.monotonic`."""
     _overdue: bool = False
     """Whether the last checkpoint that was due found no room."""
 
@@ -95,32 +98,31 @@ class Run:
             self.version,
             batch.summaries,
             update,
-            dropped=batch.dropped,
-            replaced=batch.replaced,
+            **batch.counts(),
             staleness=staleness,
             seconds=seconds,
         )
         self.log.step(record)
         self.display.step(record, self.config.steps)
 
-    def evaluate_if_due(self) -> None:
+    async def evaluate_if_due(self) -> None:
         """Evaluate at the start, at the end, and every `evaluation.every` steps."""
         every = self.config.evaluation.every
         due = self.version in (0, self.config.steps) or (every and self.version % every == 0)
         if self.evaluator is None or not due or self.version in self.evaluations:
             return
         begin = time.perf_counter()
-        results = self.evaluator.run()
+        results = await self.evaluator.run()
         self.evaluations[self.version] = results
         self.log.evaluation(self.version, results, time.perf_counter() - begin)
         self.display.evaluation(self.version, results)
 
-    def checkpoint_if_due(self) -> None:
-        every = self.config.checkpoint.every
-        due = bool(every) and self.version % every == 0
+    async def checkpoint_if_due(self) -> None:
+        if due := self.config.checkpoint.due(self.version, time.monotonic() - self._due_since):
+            self._due_since = time.monotonic()
         if self._overdue or due:
             try:
-                self.checkpoint()
+                await self.checkpoint()
             except StorageError as error:
                 if due or not self._overdue:
                     self.display.phase(
@@ -132,26 +134,25 @@ class Run:
     def _newest(self) -> str:
         return f"the newest checkpoint is from step {self._saved}" if self._saved >= 0 else "there is no checkpoint yet"
 
-    def checkpoint(self) -> None:
+    async def checkpoint(self) -> None:
         """Save weights, optimizer, cursor and ledger as of now, unless that was done already."""
         if self._saved == self.version:
             return
         self.log.flush()
         state = {
             "version": self.version,
-            **self.rollouts.state(),
+            **await self.rollouts.state(),
             "refused_in_row": self.health.refused_in_row,
             "config": config_tree(absolute(self.config)),
         }
-        directory = self.directory / "checkpoints"
-        keep = self.config.checkpoint.keep
-        path = checkpoints.save(directory, self.version, state, self.learner.save_checkpoint, keep)
-        self.display.phase(f"checkpoint of step {self.version} in {path}")
-        if remark := self.actors.data_report().train.remark:
-            self.display.phase(f"data.train: {remark}")
+        given = (self.directory / "checkpoints", self.version, state, self.learner.save_checkpoint)
+        path = await in_thread(lambda: checkpoints.save(*given, self.config.checkpoint.keep))
         self._saved, self._overdue = self.version, False
+        self.display.phase(f"checkpoint of step {self.version} in {path}")
+        if remark := (await in_thread(self.actors.data_report)).train.remark:
+            self.display.phase(f"data.train: {remark}")
 
-    def checkpoint_after(self, error: Exception) -> Exception:
+    async def checkpoint_after(self, error: Exception) -> Exception:
         """Save the state before `error` ends the run. Returns the error to show: who died, if that is its cause.
 
         Nothing is saved where the learner itself failed, or trained on what it disagrees about with the engines; nor
@@ -168,7 +169,7 @@ class Run:
         if self.version == 0 and self._saved < 0:
             return reason  # nothing was trained: a checkpoint would only stand in the way of the next attempt
         try:
-            self.checkpoint()
+            await self.checkpoint()
         except Exception as second:
             self.display.phase(f"no checkpoint of step {self.version} could be written: {first_lines(second)}")
         return reason
@@ -226,12 +227,15 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
     log = MetricsLog(directory, config.cluster.metrics_port, display.phase, config.steps)
     atomic_file(directory / "config.yaml", dump_config(absolute(config)))
     rollouts = RolloutPipeline(
-        data=actors.data,
+        prompts=PromptStream(
+            actors.data,
+            config.cluster.group_timeout,
+            None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
+        ),
         dispatcher=_dispatcher(config, started, sampling_params(config, resolved.adapter)),
-        admission=Strict(config.rollout.max_staleness, config.steps),
+        admission=make_admission(config.rollout, config.steps, config.learner.prompts_per_step),
         prompts_per_step=config.learner.prompts_per_step,
         refill=round(config.algorithm.refill * config.learner.prompts_per_step),
-        difficulty=None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
         max_failed_share=config.reward.max_failed_share,
     )
     actors.learner.form_weight_group(actors.pool.members)

@@ -20,7 +20,6 @@ def engine_arguments(options: EngineOptions, adapter: MultimodalAdapter) -> dict
         "dtype": model.dtype,
         "max_model_len": options.max_model_len,
         "max_num_seqs": rollout.max_num_seqs,
-        "tensor_parallel_size": rollout.tensor_parallel_size,
         "seed": options.seed,
         "trust_remote_code": model.trust_remote_code,
         "logprobs_mode": "processed_logprobs",

@@ -59,7 +59,7 @@ def _shared_gpu_problems(config: RunFields) -> list[str]:
     if "learner" in shares and config.learner.ranks > 1:
         found.append(f"{where}: learner ranks may share a GPU, and NCCL refuses that; use learner.ranks=1")
     if "rollout" in shares and rollout.tensor_parallel_size > 1:
-        found.append(f"{where}: an engine on a share of a GPU needs rollout.tensor_parallel_size=1")
+        found.append(f"{where}: an engine on a share of a GPU needs rollout.engine_options.tensor_parallel_size=1")
     taken = rollout.gpu_memory_utilization
     if taken > shares.get("rollout", 1.0):
         found.append(

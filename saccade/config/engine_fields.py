@@ -24,6 +24,7 @@ ALLOWED = frozenset(
         "enable_prefix_caching",
         "prefix_caching_hash_algo",
         "disable_cascade_attn",
+        "tensor_parallel_size",
         "max_num_batched_tokens",
         "max_num_seqs",
         "gpu_memory_utilization",
@@ -92,7 +93,6 @@ INSTEAD = {
     "trust_remote_code": "model.trust_remote_code",
     "max_model_len": "data.max_prompt_length and rollout.max_completion_length",
     "kv_cache_memory_bytes": "rollout.kv_cache_gib",
-    "tensor_parallel_size": "rollout.tensor_parallel_size",
     "quantization": "model.lora.quantize",
     "quantization_config": "model.lora.quantize",
     "mm_processor_kwargs": "model.max_image_tokens for the size of images, or the model's own "

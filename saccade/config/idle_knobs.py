@@ -88,6 +88,11 @@ IDLE = (
         "rollout.max_staleness > 0) or algorithm.optimizer_steps > 1",
     ),
     Idle(
+        ("rollout.admission",),
+        lambda c: c.rollout.max_staleness == 0 and c.rollout.windowed,
+        "with rollout.max_staleness=0 nothing is generated beside the batch that is due",
+    ),
+    Idle(
         ("learner.feature_cache_gib",),
         lambda c: not _frozen_towers(c),
         "every tower is trained, so nothing of it can be cached; freeze a tower with model.freeze, or use model.lora",

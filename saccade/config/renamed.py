@@ -47,6 +47,7 @@ RENAMED: Mapping[str, Now] = {
     "data.max_image_pixels": Now("data.max_media_bytes", lambda pixels: round(pixels / PIXELS_PER_BYTE)),
     "data.root": Now("data.media_from"),
     "data.allow_urls": Now("data.media_from", _where(bool, lambda value: "urls")),
+    "rollout.tensor_parallel_size": Now("rollout.engine_options.tensor_parallel_size"),
     "rollout.max_num_seqs": Now("rollout.engine_options.max_num_seqs"),
     "rollout.gpu_memory_utilization": Now("rollout.engine_options.gpu_memory_utilization"),
     "rollout.start_timeout": Now("cluster.timeout", _times(3), "a third of it is the limit for the start"),

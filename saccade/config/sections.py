@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from vlm.section import After, section
+from vlm.section import After, Parsed, section
 
 ActorRole = Literal["rollout", "learner", "reward"]
 Resources = dict[ActorRole, dict[str, Annotated[float, Ge(0)]]]
@@ -28,12 +29,33 @@ class EvalConfig:
     """Held-out prompts used, drawn from all files with the run's seed; default all."""
 
 
+def _interval(value: Any) -> int | str:
+    """Steps as a number; time as `<number> s`, `min` or `h`."""
+    text = str(value)
+    time = re.fullmatch(r"\s*([0-9.]+)\s*(s|min|h)\s*", text)
+    try:
+        size = float(time[1]) if time else float(int(text))
+    except ValueError:
+        size = -1.0
+    if isinstance(value, bool) or size < 0 or (time and not size):
+        raise ValueError("should be a number of steps, such as 50, or a time, such as 15 min (s, min, h)")
+    return f"{size:.12g} {time[2]}" if time else int(text)
+
+
 @section
 class CheckpointConfig:
-    every: Annotated[int, Ge(0)] = 50
-    """Steps between checkpoints: a crash loses at most this many; 0: only at the end and on interruption."""
+    every: Annotated[int | str, Parsed(_interval)] = "15 min"
+    """What lies between checkpoints, and is lost at most in a crash: steps (50), or time (15 min), after which one is
+    written with the step that ends next; 0: only at the end and on interruption."""
     keep: Annotated[int, Ge(1)] = 2
     """Checkpoints kept."""
+
+    def due(self, version: int, seconds: float) -> bool:
+        """Return whether one is due after `version` updates, `seconds` after the one before."""
+        if isinstance(self.every, int):
+            return self.every > 0 and version % self.every == 0
+        size, unit = self.every.split()
+        return seconds >= float(size) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
 @section

@@ -25,7 +25,7 @@ SYNONYMS = {
     "data.max_prompt_length": "max_prompt_len prompt_max_len max_input_length prompt_length",
     "data.overlong_prompts": "filter_overlong_prompts truncation",
     "rollout.engines": "vllm_num_engines num_engines rollout_num_engines",
-    "rollout.tensor_parallel_size": "tensor_model_parallel_size vllm_tensor_parallel_size tp tp_size",
+    "rollout.engine_options.tensor_parallel_size": "tensor_model_parallel_size vllm_tensor_parallel_size tp tp_size",
     "rollout.num_generations": "n n_samples_per_prompt group_size num_samples num_samples_per_prompt rollout_n k",
     "rollout.max_completion_length": "max_tokens max_new_tokens response_length max_response_length generate_max_len "
     "max_completion_len max_gen_len",

@@ -165,7 +165,7 @@ def remedies(
     if missing:
         add = "or add nodes; an engine's GPUs must be in one node" if device == "cuda" else "or add nodes"
         if "GPU" in missing:
-            knobs = "rollout.engines, rollout.tensor_parallel_size and learner.ranks"
+            knobs = "rollout.engines, rollout.engine_options.tensor_parallel_size and learner.ranks"
             lines.append(f"lower {knobs} to fit the cluster, {add}")
         for name in [name for name in missing if name != "GPU"]:
             lines.append(f"lower {'the CPUs' if name == 'CPU' else name} in cluster.resources, {add}")

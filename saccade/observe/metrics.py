@@ -47,9 +47,11 @@ class StepRecord:
     invalid: Mapping[str, int]
     """Completions without a score, by reason."""
     dropped: int
-    """Groups that were given up in this step."""
+    """Groups that were given up since the step before, and whose prompts are not trained in this epoch."""
     replaced: int
     """Groups without a learning signal that others replaced (algorithm.refill)."""
+    issued_again: int
+    """Groups that were overtaken until they were too old; their prompts were issued again."""
     truncated_share: float
     """Share of completions cut off at max_completion_length."""
     completion_length: float
@@ -73,19 +75,22 @@ class StepRecord:
         summaries: Sequence[GroupSummary],
         update: UpdateStats,
         *,
+        left_out: Sequence[GroupSummary] = (),
         dropped: int,
         replaced: int,
+        issued_again: int = 0,
         staleness: int,
         seconds: Mapping[str, float],
     ) -> StepRecord:
-        """The record of an update on these groups."""
+        """The record of an update on these groups; others were scored for it and `left_out`."""
         return cls(
             step=step,
-            **group_statistics(summaries),
+            **group_statistics(summaries, left_out),
             groups_without_signal=update.groups_dropped + update.groups_flat,
             steps_not_taken=len(update.refused),
             dropped=dropped,
             replaced=replaced,
+            issued_again=issued_again,
             staleness=staleness,
             loss=update.loss,
             grad_norm=update.grad_norm,
@@ -106,8 +111,9 @@ def _busy(summaries: Sequence[GroupSummary], update: UpdateStats) -> dict[str, f
     return busy | {f"learn/{name}": value for name, value in update.seconds.items()}
 
 
-def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
-    """Compute the counts and means of one step. `parts` are means over scored completions only."""
+def group_statistics(summaries: Sequence[GroupSummary], left_out: Sequence[GroupSummary] = ()) -> dict[str, Any]:
+    """Compute the counts and means of one step. `parts` are means over scored completions only. `invalid` counts those
+    of groups that were `left_out` too."""
     rewards = [r for s in summaries for r, ok in zip(s.rewards, s.valid, strict=True) if ok]
     lengths = [n for s in summaries for n in s.lengths]
     reasons = [r for s in summaries for r in s.finish_reasons]
@@ -116,7 +122,7 @@ def group_statistics(summaries: Sequence[GroupSummary]) -> dict[str, Any]:
     timed = sorted({name for s in summaries for name in s.part_seconds})
     latency = {n: float(np.mean([s.part_seconds[n] for s in summaries if n in s.part_seconds])) for n in timed}
     invalid: dict[str, int] = {}
-    for summary in summaries:
+    for summary in (*summaries, *left_out):
         for reason in summary.invalid_reasons:
             invalid[reason] = invalid.get(reason, 0) + 1
     return {

@@ -38,7 +38,7 @@ class Difficulty:
         return count == 0 or self.low <= total / count <= self.high
 
     def state(self) -> dict[str, Any]:
-        return {"passed_over": self.passed_over, "totals": self._totals}
+        return {"passed_over": self.passed_over, "totals": dict(self._totals)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.passed_over = state["passed_over"]

@@ -1,14 +1,14 @@
 """Dispatcher: takes an issued prompt to a group that is scored or given up. Training and evaluation both use it.
 
 start   EnginePool.sample ─▶ Rewards.score ─▶ (verdicts, GroupSummary)     chained by reference
-finish  waits for the summaries; what failed and may succeed is attempted again, by another engine if there is one
+follow  waits for the summary; what failed and may succeed is attempted again, by another engine if there is one
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ from rollout.types import GroupSummary, StoredGroup, draw_seed
 from saccade.errors import RunError
 from saccade.fleet.pool import EnginePool, Request
 from saccade.fleet.protocols import Rewards
-from saccade.fleet.waiting import POLL_SECONDS, first_lines
-from saccade.pipeline.groups import Group, GroupBuffer
+from saccade.fleet.waiting import POLL_SECONDS, answer, first_lines
+from saccade.pipeline.groups import DropReason, Group, GroupBuffer
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Dispatcher:
         are scored together, then perhaps one by one."""
         return self.group_timeout + 2 * self.reward_timeout + 60.0
 
-    def start(self, groups: Sequence[Group], *, together: bool = False) -> None:
-        """Send groups that were issued to engines, with their rewards chained behind."""
+    def start(self, groups: Sequence[Group], version: int = 0, *, together: bool = False) -> None:
+        """Send groups that were issued to engines, which hold `version`, with their rewards chained behind."""
         requests = [
             Request(group.prompt, group.slot, draw_seed(self.run_seed, group.ref.uid, group.ref.epoch))
             for group in groups
@@ -56,42 +56,55 @@ class Dispatcher:
         for group, reference in zip(groups, sampled, strict=True):
             verdicts, group.pending = self.rewards[group.slot % len(self.rewards)].score(reference)
             group.stored = StoredGroup(reference, verdicts) if self.keep else None
+            group.version = version
 
-    def finish(self, groups: Sequence[Group], what: str) -> None:
-        """Wait until each of `groups` is scored or dropped. `what` they are, for the user.
+    async def follow(self, group: Group, version: Callable[[], int] = lambda: 0) -> None:
+        """Wait until `group`, which was started, is scored or dropped. `version` says what the engines hold.
+
+        Raises RunError when an engine or an actor died."""
+        failures = 0
+        while group.pending is not None:
+            try:
+                group.summary = await answer(group.pending)
+            except Exception as error:
+                raise RunError(f"a group was lost with its actor: {first_lines(error, 1)}") from error
+            group.pending, failure = None, group.summary.failure
+            if failure is None:
+                self.groups.score(group)
+                return
+            if failure.engine_dead:
+                raise RunError(f"engine {failure.engine} died while generating {failure.ref}: {failure.reason}")
+            failures += 1
+            if not failure.retryable or failures >= self.max_attempts:
+                self.groups.drop(group.ref, DropReason.FAILED, failure.reason)
+                return
+            self.groups.retry(group)
+            self.start([group], version())
+
+    async def finish(self, groups: Sequence[Group], what: str) -> list[GroupSummary]:
+        """Wait until each of `groups` is scored or dropped, and return their summaries. `what` they are, for the user.
 
         Raises RunError when an engine or an actor died, or nothing ended in time."""
-        pending = {group.pending: group for group in groups if group.pending is not None}
-        deadline = time.monotonic() + self.patience
-        while pending:
-            self.check_stop()
-            done, _ = wait(pending, POLL_SECONDS)
-            for call in [call for call in pending if call in done]:
-                group = pending.pop(call)
-                self._settle(group, call)
-                if group.pending is not None:
-                    pending[group.pending] = group
-            if done:
-                deadline = time.monotonic() + self.patience
-            elif pending and time.monotonic() > deadline:
-                names = ", ".join(str(group.ref) for group in list(pending.values())[:3])
-                raise RunError(
-                    f"waited {self.patience:g} s for {len(pending)} of {len(groups)} {what} (first: {names}); raise "
-                    "cluster.timeout (a third of it) if completions take that long"
-                )
+        waiting = {asyncio.create_task(self.follow(group)): group for group in groups}
+        progress = time.monotonic()
+        try:
+            while waiting:
+                self.check_stop()
+                done, _ = await asyncio.wait(waiting, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del waiting[task]
+                    task.result()
+                    progress = time.monotonic()
+                self.check_silence(list(waiting.values()), progress, f"of {len(groups)} {what}")
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return [group.summary for group in groups if group.summary is not None]
 
-    def _settle(self, group: Group, call: Future[GroupSummary]) -> None:
-        """Enter how an attempt ended; start the next one where that may help."""
-        if (error := call.exception()) is not None:
-            raise RunError(f"a group was lost with its actor: {first_lines(error, 1)}") from error
-        group.pending, group.summary = None, call.result()
-        failure = group.summary.failure
-        if failure is None:
-            self.groups.score(group)
-        elif failure.engine_dead:
-            raise RunError(f"engine {failure.engine} died while generating {failure.ref}: {failure.reason}")
-        elif failure.retryable and group.ref.attempt + 1 < self.max_attempts:
-            self.groups.retry(group)
-            self.start([group])
-        else:
-            self.groups.drop(group.ref, failure.reason)
+    def check_silence(self, waiting: Sequence[Group], progress: float, what: str) -> None:
+        """Raises RunError where nothing began or ended for too long since `progress`, as `time.monotonic` counts."""
+        if time.monotonic() - progress > self.patience:
+            names = ", ".join(str(group.ref) for group in waiting[:3])
+            first = f" (first: {names}); raise cluster.timeout (a third of it) if completions take that long"
+            raise RunError(f"waited {self.patience:g} s for {len(waiting)} {what}{first if waiting else ''}")

@@ -29,14 +29,13 @@ class Evaluator:
     report: Callable[[str], None] = lambda text: None
     """Told what could not be scored, and why."""
 
-    def run(self) -> Results:
+    async def run(self) -> Results:
         """Means per file, group and reward; `n` counts the prompts, `failed` those without a score. Raises RunError
         when an engine died: what is left is not an evaluation."""
         dispatcher = replace(self.dispatcher, groups=GroupBuffer())
         groups = dispatcher.groups.issue(0, [prompt for prompt, _ in self.prompts])
         dispatcher.start(groups)
-        dispatcher.finish(groups, "held-out groups")
-        summaries = [group.summary for group in groups if group.summary is not None]
+        summaries = await dispatcher.finish(groups, "held-out groups")
         self._report_failures(summaries)
         return summarise(zip((name for _, name in self.prompts), summaries, strict=True))
 

@@ -1,8 +1,8 @@
 """GroupBuffer: the ledger and the groups in flight are one thing, a state machine per group.
 
-    issued(batch) ─▶ scored ─▶ sealed ─▶ trained
+    issued(batch) ─▶ scored ─▶ sealed(step) ─▶ trained(step)
      ▲  └── retry: the next attempt
-     └───────── dropped(reason), from any state before trained
+     └───────── dropped(reason, detail), from any state before trained
 
 A prompt that was handed out is trained exactly once per epoch, or was dropped with its reason. Together with the data
 cursor this is what a resume needs: rows before the cursor are outstanding here, trained or dropped.
@@ -10,10 +10,11 @@ cursor this is what a resume needs: rows before the cursor are outstanding here,
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -33,15 +34,35 @@ class State(StrEnum):
     DROPPED = "dropped"
 
 
+class DropReason(StrEnum):
+    """Why a group was not trained. What exactly happened stands beside it, as a detail."""
+
+    FAILED = "its completions could not be sampled"
+    UNSCORED = "fewer than two scores"
+    NO_SIGNAL = "its scores are all equal (algorithm.refill)"
+    NOT_TAKEN = "its optimizer step was not taken"
+    STALE = "older than rollout.max_staleness"
+    """The one reason for which the same prompt is issued again."""
+
+
 @dataclass(eq=False)
 class Group:
     """One group as the driver knows it: references and a summary, no tokens and no pixels."""
 
     prompt: StoredPrompt
     batch: int
+    """The batch that it was admitted for; a policy may seal it with another."""
     slot: int
     """Its place in the batch."""
+    late: bool = False
+    """Whether its prompt was dropped as too stale before: now the step waits for it."""
+    version: int = 0
+    """The version that the engines held when this attempt was sent: none of its tokens is older."""
     state: State = State.ISSUED
+    step: int | None = None
+    """The step that it was sealed for."""
+    since: float = field(default_factory=time.monotonic)
+    """The time of the last transition, on the clock of `time.monotonic`."""
     stored: StoredGroup | None = None
     """The place where the group is, or will be, in the object store; None where it is not kept."""
     pending: Future[GroupSummary] | None = None
@@ -61,15 +82,22 @@ class GroupBuffer:
         self._groups: dict[tuple[str, int], Group] = {}
         self.trained = 0
         """Groups trained so far."""
-        self.dropped: Counter[str] = Counter()
-        """Groups given up so far, by reason."""
+        self.dropped: Counter[tuple[DropReason, str]] = Counter()
+        """Groups given up so far, by reason and detail."""
         self.next_batch = 0
         """The first batch that was not admitted yet."""
 
-    def issue(self, batch: int, prompts: Sequence[StoredPrompt], slots: Sequence[int] | None = None) -> list[Group]:
+    def issue(
+        self,
+        batch: int,
+        prompts: Sequence[StoredPrompt],
+        slots: Sequence[int] | None = None,
+        *,
+        late: bool = False,
+    ) -> list[Group]:
         """Enter prompts that were handed out for `batch`, at the places `slots` of it (by default 0, 1, ...)."""
         slots = range(len(prompts)) if slots is None else slots
-        groups = [Group(prompt, batch, slot) for prompt, slot in zip(prompts, slots, strict=True)]
+        groups = [Group(prompt, batch, slot, late) for prompt, slot in zip(prompts, slots, strict=True)]
         for group in groups:
             key = (group.ref.uid, group.ref.epoch)
             if key in self._groups:
@@ -79,44 +107,52 @@ class GroupBuffer:
 
     def retry(self, group: Group) -> None:
         """Enter that `group` is attempted once more."""
-        self._expect(group.ref, State.ISSUED)
+        self._enter(self._expect(group.ref, State.ISSUED), State.ISSUED)
         group.prompt = replace(group.prompt, ref=group.ref.retry())
 
     def score(self, group: Group) -> None:
         """Enter that `group` was generated and scored."""
-        self._expect(group.ref, State.ISSUED).state = State.SCORED
+        self._enter(self._expect(group.ref, State.ISSUED), State.SCORED)
 
-    def seal(self, batch: int) -> list[Group]:
-        """Seal `batch`: what is left of it, all scored, goes into an update. Returns it in the order of its places."""
-        groups = self.of(batch)
+    def seal(self, step: int, groups: Sequence[Group]) -> None:
+        """Enter that `groups`, all scored, go into the update `step`."""
         for group in groups:
-            self._expect(group.ref, State.SCORED).state = State.SEALED
-        return groups
+            self._enter(self._expect(group.ref, State.SCORED), State.SEALED)
+            group.step = step
 
     def train(self, ref: PromptRef) -> None:
         """Enter that this group went into an optimizer step that was taken."""
         self._end(self._expect(ref, State.SEALED), State.TRAINED)
         self.trained += 1
 
-    def drop(self, ref: PromptRef, reason: str) -> None:
-        """Give this group up: it will not be trained in this epoch."""
+    def drop(self, ref: PromptRef, reason: DropReason, detail: str = "") -> None:
+        """Give this group up. `detail` says in words for the user what happened."""
         self._end(self._expect(ref, State.ISSUED, State.SCORED, State.SEALED), State.DROPPED)
-        self.dropped[reason] += 1
+        self.dropped[reason, detail] += 1
 
     def of(self, batch: int) -> list[Group]:
-        """The groups of `batch`, in the order of their places."""
+        """The groups that were admitted for `batch`, in the order of their places."""
         return sorted((g for g in self._groups.values() if g.batch == batch), key=lambda g: g.slot)
+
+    def unsealed(self) -> list[Group]:
+        """The groups that are issued or scored, in the order in which they were issued."""
+        return [g for g in self._groups.values() if g.state is not State.SEALED]
 
     def outstanding(self) -> list[tuple[int, PromptRef]]:
         """`(batch, ref)` of all groups that are neither trained nor dropped, in order of issue."""
         return [(group.batch, group.ref) for group in self._groups.values()]
 
+    def reasons(self) -> str:
+        """Return in words how many groups were given up, and why."""
+        texts = {(reason, detail): f"{reason}: {detail}" if detail else reason for reason, detail in self.dropped}
+        return "; ".join(f"{n} x {texts[key]}" for key, n in self.dropped.items())
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, JSON-compatible. A resume starts `outstanding` again."""
         return {
-            "outstanding": [{"batch": batch, **asdict(ref)} for batch, ref in self.outstanding()],
+            "outstanding": [{"batch": g.batch, "late": g.late, **asdict(g.ref)} for g in self._groups.values()],
             "trained": self.trained,
-            "dropped": dict(self.dropped),
+            "dropped": [[reason, detail, n] for (reason, detail), n in self.dropped.items()],
         }
 
     def load_state(
@@ -124,17 +160,21 @@ class GroupBuffer:
         state: Mapping[str, Any],
         next_batch: int,
         read: Callable[[Sequence[PromptRef]], Sequence[StoredPrompt]],
+        place: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
-        """Become what `state` was taken of. `read` returns prompts again; batches before `next_batch` were trained."""
+        """Become what `state` was taken of. `read` returns prompts again; batches before `next_batch` were trained.
+        `place(i, batch)` says where the i-th outstanding group belongs, by default behind the others of its batch."""
         entries = [dict(entry) for entry in state["outstanding"]]
-        batches = [entry.pop("batch") for entry in entries]
+        batches = [(entry.pop("batch"), entry.pop("late")) for entry in entries]
         prompts = read([PromptRef(**entry) for entry in entries]) if entries else ()
         self._groups.clear()
         sizes: Counter[int] = Counter()
-        for batch, prompt in zip(batches, prompts, strict=True):
-            self.issue(batch, [prompt], [sizes[batch]])
+        for i, ((batch, late), prompt) in enumerate(zip(batches, prompts, strict=True)):
+            batch, slot = place(i, batch) if place else (batch, sizes[batch])
+            self.issue(batch, [prompt], [slot], late=late)
             sizes[batch] += 1
-        self.trained, self.dropped, self.next_batch = state["trained"], Counter(state["dropped"]), next_batch
+        self.trained, self.next_batch = state["trained"], next_batch
+        self.dropped = Counter({(DropReason(reason), detail): n for reason, detail, n in state["dropped"]})
 
     def _expect(self, ref: PromptRef, *states: State) -> Group:
         group = self._groups.get((ref.uid, ref.epoch))
@@ -144,6 +184,9 @@ class GroupBuffer:
             raise LedgerError(f"{ref} is {group.state}, where it should be {' or '.join(states)}")
         return group
 
+    def _enter(self, group: Group, state: State) -> None:
+        group.state, group.since = state, time.monotonic()
+
     def _end(self, group: Group, state: State) -> None:
         del self._groups[group.ref.uid, group.ref.epoch]
-        group.state = state
+        self._enter(group, state)

@@ -17,13 +17,14 @@ def unscored(summary: GroupSummary) -> str | None:
     """Return why a group has no baseline, hence no part in any step; None where it has one."""
     if sum(summary.valid) >= 2:
         return None
-    return f"fewer than two scores: {next(iter(summary.invalid_reasons), 'no reason was given')[:200]}"
+    return next(iter(summary.invalid_reasons), "no reason was given")[:200]
 
 
-def check_failures(summaries: Sequence[GroupSummary], max_share: float) -> None:
+def check_failures(summaries: Sequence[GroupSummary], max_share: float, of_at_least: int = 0) -> None:
     """Raises RunError when the rewards failed (`error` or `timeout`; `unscorable` is not a failure) for more than
-    `max_share` of all completions: with the reasons grouped, the most frequent first, and an example of each."""
-    completions = sum(len(summary.valid) for summary in summaries)
+    `max_share` of all completions, or of so many if they are fewer: with the reasons grouped, the most frequent first,
+    and an example of each."""
+    completions = max(of_at_least, sum(len(summary.valid) for summary in summaries))
     kinds: dict[str, list[str]] = {}
     for summary in summaries:
         excerpts = summary.invalid_excerpts or ("",) * len(summary.invalid_reasons)

@@ -1,168 +1,296 @@
-"""RolloutPipeline: admits prompts batch by batch, and seals batches in order.
+"""RolloutPipeline: what goes on around the ledger, beside the steps of `loop.py`.
 
-    admit(version)   Admission says which batches are due ─▶ data.take ─▶ Difficulty ─▶ GroupBuffer ─▶ Dispatcher.start
-    collect(batch)   Dispatcher.finish ─▶ rewards that failed? ─▶ refill ─▶ sealed
-    book(batch)      each group of it is trained or dropped
+    admit             gives places to prompts          waits for weights that are new enough, and for vacant places
+    sample and score  follows each group to its end    waits for engines and rewards
+    seal              makes the batch of a step        waits until its admission has one ready
+    train and sync    uses it (saccade/loop.py)        waits for the batch, the learner and the transfer
 
 The driver holds references and a `GroupSummary` per group; tokens and pixels go from actor to actor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from learner.types import RefusedStep
 from rollout.types import GroupSummary, PromptRef, StoredGroup, StoredPrompt
 from saccade.errors import RunError
-from saccade.fleet.protocols import Data
-from saccade.fleet.waiting import CALL_TIMEOUT, wait_for
+from saccade.fleet.waiting import POLL_SECONDS
 from saccade.pipeline.admission import Admission
-from saccade.pipeline.difficulty import Difficulty, without_signal
+from saccade.pipeline.difficulty import without_signal
 from saccade.pipeline.dispatch import Dispatcher
-from saccade.pipeline.groups import Group, GroupBuffer
+from saccade.pipeline.groups import DropReason, Group, GroupBuffer, State
+from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.reward_failures import check_failures, unscored
+from saccade.pipeline.tasks import Tasks
 
-MOST_PASSED_OVER = 1000
-"""Prompts looked at for each that is taken, before a run is taken for finished."""
+MOST_GIVEN_UP = 20
+"""Groups given up for each of a batch, before a run is taken for one that no prompt gets through."""
+
+
+END_TIMEOUT = 30.0
+"""Seconds to wait at the end for prompts that are on their way: less than a run survives the head of its Ray."""
 
 
 @dataclass(frozen=True)
 class SealedBatch:
-    """The scored groups of one optimizer step: where they are, and their summaries, in order of admission."""
+    """The scored groups of one optimizer step: where they are, and their summaries, in the order of their places."""
 
     groups: tuple[StoredGroup, ...]
     summaries: tuple[GroupSummary, ...]
     dropped: int
-    """Groups admitted for this batch that were given up; the ledger has the reasons."""
+    """Groups that were given up since the batch before; the ledger has the reasons."""
     replaced: int = 0
     """Groups without a policy gradient in whose place others were generated."""
+    issued_again: int = 0
+    """Groups that were too old, whose prompts were issued again."""
+    left_out: tuple[GroupSummary, ...] = ()
+    """Groups that were scored and are not in the batch: given up for too few scores, or replaced."""
+
+    def counts(self) -> dict[str, Any]:
+        """Return what a step's record has beside the batch."""
+        return {name: getattr(self, name) for name in ("left_out", "dropped", "replaced", "issued_again")}
+
+
+@dataclass
+class _Tally:
+    """What was counted since the last batch was sealed."""
+
+    given_up: int = 0
+    replaced: int = 0
+    issued_again: int = 0
+    left_out: list[GroupSummary] = field(default_factory=list)
 
 
 @dataclass
 class RolloutPipeline:
-    data: Data
+    prompts: PromptStream
     dispatcher: Dispatcher
     admission: Admission
     prompts_per_step: int
     refill: int = 0
     """Groups without a policy gradient that may be replaced in one batch."""
-    difficulty: Difficulty | None = None
-    """Passes over prompts; None passes over none."""
     max_failed_share: float = 1.0
     """Share of a batch's completions whose reward may fail."""
+    _version: int = -1
+    """What the engines hold; -1 until the first `admit`."""
+    _fills_up: bool = False
+    """Whether a batch of which a resume found some groups gets others beside them."""
+    _vacant: list[tuple[int, int]] = field(default_factory=list)
+    """Batch and slot of places whose group was given up, and that go to another prompt."""
+    _tally: _Tally = field(default_factory=_Tally)
+    _progress: float = 0.0
+    """When a group ended last, on the clock of `time.monotonic`."""
+    _taking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while prompts are on their way from the data actor into the ledger."""
+    _tasks: Tasks = field(default_factory=Tasks)
 
     @property
     def groups(self) -> GroupBuffer:
         """The ledger: where each group stands that was handed out."""
         return self.dispatcher.groups
 
-    def admit(self, version: int) -> int:
-        """Hand out prompts for every batch that is due while the engines hold `version`. Returns how many groups were
-        started. What a resume found outstanding comes before new prompts."""
-        started = 0
-        for batch in self.admission.due(self.groups, version):
-            # The ledger has prompts before an engine does: the data cursor is past them, whatever fails from here on.
-            groups = self.groups.of(batch) or self.groups.issue(batch, self._take(self.prompts_per_step))
-            self.dispatcher.start(groups, together=self.admission.together)
-            self.groups.next_batch = batch + 1
-            started += len(groups)
-        return started
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the loops beside the body. What a loop raises is raised by `batch`: an update that goes on meanwhile
+        comes to its end and is booked first."""
+        self._tasks, self._progress = Tasks(), time.monotonic()
+        self._tasks.spawn(self._admit_loop())
+        try:
+            yield
+        finally:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT):
+                    await self._taking.acquire()  # what the data actor has handed out is in the ledger
+            await self._tasks.cancel()
+            self._taking = asyncio.Lock()
 
-    def collect(self, batch: int) -> SealedBatch:
-        """Wait until every group of `batch` is scored or given up, and seal it.
+    def admit(self, version: int) -> None:
+        """Let prompts be handed out for every batch that is due while the engines hold `version`. What a resume found
+        outstanding comes before new prompts."""
+        self._version = version
+        self._tasks.notify()
 
-        Raises RunError when an engine died, a group missed every deadline, the rewards failed for too many completions,
-        or nothing of the batch is left."""
-        groups = self.groups.of(batch)
-        self._finish(batch, groups)
-        replacements = self._replace_without_signal(batch)
-        failed = [g for g in (*groups, *replacements) if g.summary is not None and g.summary.failure is not None]
-        sealed = self.groups.seal(batch)
-        if not sealed:
-            raise RunError(f"every group of batch {batch} was given up: {dict(self.groups.dropped)}")
-        summaries = _summaries(sealed)
-        self._observe(summaries)
-        stored = tuple(group.stored for group in sealed if group.stored is not None)
-        return SealedBatch(stored, tuple(summaries), len(failed), len(replacements))
+    def check(self) -> None:
+        """Raises what a loop raised."""
+        self._tasks.check()
+
+    async def batch(self, step: int) -> SealedBatch:
+        """Wait for the batch of the update `step`.
+
+        Raises RunError when an engine died, nothing ended in time, the rewards failed for too many completions, or
+        nothing of the batch is left."""
+        self._progress = time.monotonic()
+        while True:
+            changed = self._tasks.changed
+            self.dispatcher.check_stop()
+            self.check()
+            if (sealed := self._seal(step)) is not None:
+                return sealed
+            unsealed = self.groups.unsealed()
+            waiting = [group for group in unsealed if group.state is State.ISSUED and group.pending is not None]
+            self.dispatcher.check_silence(waiting, self._progress, f"of {len(unsealed)} groups in flight")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), POLL_SECONDS)
 
     def book(self, batch: SealedBatch, refused: Sequence[RefusedStep]) -> None:
         """Enter a batch that went through an update into the ledger. A group with fewer than two scores took no part
         in it, and one whose step was `refused` was not trained: they are dropped with their reasons."""
         reasons = {ref: step.reason for step in refused for ref in step.prompts}
         for summary in batch.summaries:
-            if reason := unscored(summary) or reasons.get(summary.ref):
-                self.groups.drop(summary.ref, reason)
+            if detail := unscored(summary):
+                self.groups.drop(summary.ref, DropReason.UNSCORED, detail)
+            elif detail := reasons.get(summary.ref):
+                self.groups.drop(summary.ref, DropReason.NOT_TAKEN, detail)
             else:
                 self.groups.train(summary.ref)
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of data and groups."""
-        return {
-            "ledger": self.groups.state(),
-            "cursor": wait_for(self.data.state(), CALL_TIMEOUT, "the data cursor"),
-            "difficulty": None if self.difficulty is None else self.difficulty.state(),
-        }
+    async def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of data and groups, as of one moment."""
+        async with self._taking:
+            return {**await self.prompts.state(), "ledger": self.groups.state()}
 
     def load_state(self, state: Mapping[str, Any], version: int, timeout: float) -> None:
-        """Continue from `state` at `version`: groups that were outstanding start again when their batch is due."""
-        wait_for(self.data.load_state(state["cursor"]), CALL_TIMEOUT, "the data cursor to be set")
+        """Continue as of `state`, with `version` updates done; before the loops run. Raises RunError if prompts cannot
+        be read again within `timeout`."""
+        self.prompts.load_state(state)
 
         def read(refs: Sequence[PromptRef]) -> list[StoredPrompt]:
-            return wait_for(self.data.read(refs), timeout, "prompts in flight (cluster.timeout)")
+            return self.prompts.read(refs, timeout)
 
-        self.groups.load_state(state["ledger"], version, read)
-        if self.difficulty is not None and state["difficulty"] is not None:
-            self.difficulty.load_state(state["difficulty"])
+        def place(i: int, batch: int) -> tuple[int, int]:
+            return version + i // self.prompts_per_step, i % self.prompts_per_step
 
-    def _take(self, count: int) -> list[StoredPrompt]:
-        """The next prompts that are worth it. Raises RunError when hardly any is."""
-        taken: list[StoredPrompt] = []
-        looked_at = 0
-        while len(taken) < count:
-            if looked_at > MOST_PASSED_OVER * count:
-                raise RunError(
-                    f"{looked_at - len(taken)} prompts in a row have a mean reward outside algorithm.reward_range: "
-                    "widen it, or end the run"
-                )
-            missing = count - len(taken)
-            prompts = wait_for(self.data.take(missing), self.dispatcher.group_timeout, "the next prompts")
-            looked_at += missing
-            for prompt in prompts:
-                if self.difficulty is None or self.difficulty.admits(prompt.ref):
-                    taken.append(prompt)
-                else:
-                    self.difficulty.passed_over += 1
-        return taken
+        # A batch of which groups went into others has gaps, and is filled up.
+        overtaken = any(entry["batch"] < version for entry in state["ledger"]["outstanding"])
+        self._fills_up = self.admission.refills_places or overtaken
+        self.groups.load_state(state["ledger"], version, read, place if self._fills_up else None)
 
-    def _finish(self, batch: int, groups: Sequence[Group]) -> None:
-        self.dispatcher.finish(groups, f"groups of batch {batch}")
-        check_failures(_summaries(self.groups.of(batch)), self.max_failed_share)
+    # ------------------------------------------------------------------ admit
 
-    def _replace_without_signal(self, batch: int) -> list[Group]:
-        """Put new prompts in the place of groups whose scores are all equal, until none is left or `refill` is spent.
-        Returns the new groups."""
-        replacements: list[Group] = []
-        while spare := self.refill - len(replacements):
-            scored = self.groups.of(batch)
-            flat = [g for g, none in zip(scored, without_signal(_summaries(scored)), strict=True) if none][:spare]
-            if not flat:
-                break
-            prompts = self._take(len(flat))
-            for group, summary in zip(flat, _summaries(flat), strict=True):
-                self._observe([summary])
-                self.groups.drop(group.ref, unscored(summary) or "its scores are all equal (algorithm.refill)")
-            new = self.groups.issue(batch, prompts, [group.slot for group in flat])
-            self.dispatcher.start(new, together=self.admission.together)
-            self._finish(batch, new)
-            replacements += new
-        return replacements
+    async def _admit_loop(self) -> None:
+        while True:
+            changed = self._tasks.changed
+            async with self._taking:
+                due = self.admission.due(self.groups, self._version) if self._version >= 0 else ()
+                for batch in due:
+                    await self._admit_batch(batch)
+                vacant = sorted(self._vacant)
+                for batch in dict.fromkeys(batch for batch, _ in vacant):
+                    slots = [slot for b, slot in vacant if b == batch]
+                    groups = await self._issue(batch, slots)
+                    self._vacant = [place for place in self._vacant if place not in vacant or place[0] != batch]
+                    self._start(groups)
+            if due or vacant:
+                self._tasks.notify()
+            await changed.wait()
 
-    def _observe(self, summaries: Sequence[GroupSummary]) -> None:
-        if self.difficulty is not None:
-            for summary in summaries:
-                self.difficulty.observe(summary)
+    async def _admit_batch(self, batch: int) -> None:
+        """Start what a resume found outstanding of `batch`, or else new prompts."""
+        known = self.groups.of(batch)
+        slots = {*range(self.prompts_per_step)} - {group.slot for group in known}
+        if known and not self._fills_up:
+            slots = set()
+        self._start([*known, *await self._issue(batch, sorted(slots))])
+        self.groups.next_batch = batch + 1
+
+    async def _issue(self, batch: int, slots: Sequence[int]) -> list[Group]:
+        """Give the places `slots` of `batch` to the next prompts."""
+        return self.groups.issue(batch, await self.prompts.take(len(slots)), slots)
+
+    # ------------------------------------------------------------------ sample and score
+
+    def _start(self, groups: Sequence[Group]) -> None:
+        self.dispatcher.start(groups, self._version, together=self.admission.together)
+        self._progress = time.monotonic()
+        for group in groups:
+            self._tasks.spawn(self._follow(group))
+
+    async def _follow(self, group: Group) -> None:
+        await self.dispatcher.follow(group, lambda: self._version)
+        self._progress = time.monotonic()
+        if group.state is State.DROPPED:
+            self._give_up(group)
+        elif self.admission.refills_places and group.summary is not None:
+            if detail := unscored(group.summary):
+                # Before it is given up: where the rewards fail altogether, the run ends with its prompts outstanding.
+                completions = self.prompts_per_step * len(group.summary.valid)
+                check_failures([*self._tally.left_out, group.summary], self.max_failed_share, completions)
+                self._tally.left_out.append(group.summary)
+                self.groups.drop(group.ref, DropReason.UNSCORED, detail)
+                self._give_up(group)
+            elif self._tally.replaced < self.refill and without_signal([group.summary])[0]:
+                self._replace(group)
+        self._tasks.notify()
+
+    def _give_up(self, group: Group) -> None:
+        """Count a group that was dropped, and give its place away."""
+        self._tally.given_up += 1
+        self._check_progress()
+        if self.admission.refills_places:
+            self._vacant.append((group.batch, group.slot))
+
+    def _check_progress(self) -> None:
+        """Raises RunError when so many groups led to nothing that no batch will ever come together."""
+        if self._tally.given_up + self._tally.issued_again > MOST_GIVEN_UP * self.prompts_per_step:
+            raise RunError(f"no batch comes together: {self.groups.reasons()}")
+
+    def _replace(self, group: Group) -> None:
+        """Give the place of a group without a policy gradient to another prompt."""
+        assert group.summary is not None
+        self.prompts.observe([group.summary])
+        if detail := unscored(group.summary):
+            self.groups.drop(group.ref, DropReason.UNSCORED, detail)
+        else:
+            self.groups.drop(group.ref, DropReason.NO_SIGNAL)
+        self._tally.replaced += 1
+        self._tally.left_out.append(group.summary)
+        self._vacant.append((group.batch, group.slot))
+
+    # ------------------------------------------------------------------ seal
+
+    def _seal(self, step: int) -> SealedBatch | None:
+        """The batch of `step`, if it is ready."""
+        for group in self.admission.stale(self.groups, step):
+            self._issue_again(group)
+        found = self.admission.ready(self.groups, step)
+        if found is None or (self._vacant and not self.admission.refills_places):
+            return None
+        beside = self._tally.left_out if self.admission.refills_places else ()
+        check_failures([*_summaries(found), *beside], self.max_failed_share)
+        if not self.admission.refills_places and (flat := self._flat(found)):
+            for group in flat:
+                self._replace(group)
+            self._tasks.notify()
+            return None
+        if not found:
+            raise RunError(f"every group of batch {step} was given up: {self.groups.reasons()}")
+        self.groups.seal(step, found)
+        summaries = _summaries(found)
+        self.prompts.observe(summaries)
+        stored = tuple(group.stored for group in found if group.stored is not None)
+        tally, self._tally = self._tally, _Tally()
+        return SealedBatch(
+            stored, tuple(summaries), tally.given_up, tally.replaced, tally.issued_again, tuple(tally.left_out)
+        )
+
+    def _issue_again(self, group: Group) -> None:
+        """Drop a group that is too old to be trained, and issue its prompt again."""
+        self.groups.drop(group.ref, DropReason.STALE)
+        prompt = replace(group.prompt, ref=group.ref.retry())
+        self._start(self.groups.issue(group.batch, [prompt], [group.slot], late=True))
+        self._tally.issued_again += 1
+        self._check_progress()
+
+    def _flat(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of `groups` without a policy gradient, as many as may still be replaced."""
+        flat = [g for g, none in zip(groups, without_signal(_summaries(groups)), strict=True) if none]
+        return flat[: self.refill - self._tally.replaced]
 
 
 def _summaries(groups: Sequence[Group]) -> list[GroupSummary]:

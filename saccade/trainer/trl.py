@@ -25,7 +25,6 @@ SAME = {
     "num_generations": "rollout.num_generations",
     "max_completion_length": "rollout.max_completion_length",
     "temperature": "rollout.temperature",
-    "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
     "shuffle_dataset": "data.shuffle",
     "trust_remote_code": "model.trust_remote_code",
 }
@@ -214,6 +213,8 @@ def _engine(fields: Fields) -> Knobs:
     knobs: Knobs = {}
     if share != DEFAULTS["vllm_gpu_memory_utilization"]:
         knobs["rollout.engine_options.gpu_memory_utilization"] = share
+    if fields["vllm_tensor_parallel_size"] > 1:
+        knobs["rollout.engine_options.tensor_parallel_size"] = fields["vllm_tensor_parallel_size"]
     if longest is not None:
         knobs["data.max_prompt_length"] = longest - fields["max_completion_length"]
     return knobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -27,9 +28,11 @@ from rollout.types import (
     Verdict,
 )
 from saccade.fleet.pool import EnginePool
-from saccade.pipeline.admission import Strict
+from saccade.pipeline.admission import Strict, Windowed
+from saccade.pipeline.difficulty import Difficulty
 from saccade.pipeline.dispatch import Dispatcher
-from saccade.pipeline.rollouts import RolloutPipeline
+from saccade.pipeline.prompt_stream import PromptStream
+from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
 from weight_sync.protocols import TransferReport
 from weight_sync.verify import WeightReport
 
@@ -123,6 +126,9 @@ class FakeRewards:
     slow: Collection[int] = ()
     lost: bool = False
     """Whether its actor is dead."""
+    held: Collection[int] = ()
+    """Rows of which nothing is heard before a test releases them."""
+    waiting: dict[int, tuple[Future[GroupSummary], GroupSummary]] = field(default_factory=dict)
 
     def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], Future[GroupSummary]]:
         if self.lost:
@@ -135,7 +141,17 @@ class FakeRewards:
         verdicts = tuple(Verdict.scored(1.0 if row in self.flat else float(k)) for k in range(count))
         if row in self.slow:
             verdicts = (Verdict("timeout", reason="no score in 60 s"),) * count
-        return verdicts, done(GroupSummary.of(replace(group, verdicts=verdicts)))
+        summary = GroupSummary.of(replace(group, verdicts=verdicts))
+        if row in self.held:
+            call = Future()
+            self.waiting[row] = call, summary
+            return verdicts, call
+        return verdicts, done(summary)
+
+    def release(self, row: int) -> None:
+        """Say now what was held back of `row`."""
+        call, summary = self.waiting.pop(row)
+        call.set_result(summary)
 
 
 @dataclass
@@ -186,10 +202,51 @@ def make_pipeline(
     *,
     staleness: int = 0,
     batches: int = 99,
+    windowed: bool = False,
+    data: FakeData | None = None,
+    difficulty: Difficulty | None = None,
     dispatcher: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> RolloutPipeline:
     """Three prompts a step through one engine, with one further attempt."""
     made = make_dispatcher([FakeEngine(script or {})], [FakeRewards(flat, slow)], **(dispatcher or {}))
     given = {"prompts_per_step": 3, **changes}
-    return RolloutPipeline(FakeData(), made, Strict(staleness, batches), **given)
+    admission = Windowed(staleness, batches, 3) if windowed else Strict(staleness, batches)
+    return RolloutPipeline(PromptStream(data or FakeData(), 60.0, difficulty), made, admission, **given)
+
+
+class Driven:
+    """A pipeline whose loops run as far as a test says."""
+
+    def __init__(self, pipeline: RolloutPipeline) -> None:
+        self.pipeline, self.groups = pipeline, pipeline.groups
+        self._runner, self._loops = asyncio.Runner(), pipeline.running()
+        self._runner.run(self._loops.__aenter__())
+
+    def settle(self) -> None:
+        """Let the loops run until each of them waits."""
+
+        async def turns() -> None:
+            for _ in range(100):
+                await asyncio.sleep(0)
+
+        self._runner.run(turns())
+
+    def admit(self, version: int) -> int:
+        """Admit at `version`; returns how many groups were sent to the first engine for it."""
+        asked = self.pipeline.dispatcher.pool.members[0].asked
+        before = len(asked)
+        self.pipeline.admit(version)
+        self.settle()
+        return len(asked) - before
+
+    def batch(self, step: int, timeout: float | None = None) -> SealedBatch:
+        """The batch of `step`. Raises TimeoutError where it is not there after `timeout` seconds."""
+        return self._runner.run(asyncio.wait_for(self.pipeline.batch(step), timeout))
+
+    def state(self) -> dict[str, Any]:
+        return self._runner.run(self.pipeline.state())
+
+    def close(self) -> None:
+        self._runner.run(self._loops.__aexit__(None, None, None))
+        self._runner.close()

@@ -68,7 +68,7 @@ def configured(model: str) -> dict[str, Any]:
 
     options = EngineOptions(
         ModelConfig(model),
-        RolloutConfig(tensor_parallel_size=2, engine_options={"max_num_seqs": 64, "gpu_memory_utilization": 0.4}),
+        RolloutConfig(engine_options={"tensor_parallel_size": 2, "max_num_seqs": 64, "gpu_memory_utilization": 0.4}),
         device="cuda",
         max_model_len=3072,
         weight_transfer_backend="nccl",

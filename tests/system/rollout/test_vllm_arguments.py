@@ -41,7 +41,6 @@ OTHER: dict[str, Any] = {
 }
 MODEL: dict[str, Any] = {"path": "other", "dtype": "float32", "trust_remote_code": True}
 ROLLOUT: dict[str, Any] = {
-    "tensor_parallel_size": 2,
     "kv_cache_gib": 0.5,
     "engine_options": {"max_num_batched_tokens": 999},
 }
@@ -68,6 +67,7 @@ def test_every_option_of_an_engine_has_another_value_here() -> None:
     by_learner_and_processor = {"adapter", "lora", "max_image_tokens", "freeze"}
     assert {f.name for f in fields(ModelConfig)} == {*MODEL, *by_learner_and_processor}
     by_request_and_driver = {"engines", "num_generations", "max_completion_length", "temperature", "max_staleness"}
+    by_request_and_driver |= {"admission"}
     assert {f.name for f in fields(RolloutConfig)} == {*ROLLOUT, *by_request_and_driver}
 
 
@@ -84,7 +84,7 @@ def test_names_of_arguments_are_those_of_the_pinned_vllm() -> None:
 
     known = {f.name for f in fields(AsyncEngineArgs)}
     for device in ("cuda", "cpu"):
-        rollout = RolloutConfig(kv_cache_gib=1, tensor_parallel_size=2)
+        rollout = RolloutConfig(kv_cache_gib=1, engine_options={"tensor_parallel_size": 2})
         options = EngineOptions(ModelConfig("m"), rollout, device=device, weight_transfer_backend="nccl")
         assert engine_arguments(options, ADAPTER).keys() <= known
     assert {"usage_context"} <= inspect.signature(AsyncEngineArgs.create_engine_config).parameters.keys()

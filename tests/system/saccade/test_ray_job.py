@@ -115,7 +115,7 @@ def test_a_submitted_job_overlaps_across_nodes_reports_metrics_and_stops_with_a_
 
     metrics = wait_until(lambda: (m := sample()).get("ray_saccade_step", 0) >= 4 and m, "metrics", jobs.logs)
     assert metrics["ray_saccade_samples_per_second"] > 0
-    assert metrics["ray_saccade_staleness"] == 1
+    assert metrics["ray_saccade_staleness"] in (0, 1)
     listed = json.loads(urllib.request.urlopen(f"http://{cluster['dashboard']}/logical/actors", timeout=30).read())
     alive = {actor["reprName"] for actor in listed["data"]["actors"].values() if actor["state"] == "ALIVE"}
     assert alive >= {"data", *(f"{role}-{i}" for role in ("rollout", "learner", "reward") for i in (0, 1))}
@@ -127,7 +127,8 @@ def test_a_submitted_job_overlaps_across_nodes_reports_metrics_and_stops_with_a_
     steps = read_metrics(tmp_path / "run")
     assert {s["staleness"] for s in steps} == {0, 1} and steps[0]["staleness"] == 0
     assert all(0 < s["learner"]["effective_sample_size"] <= 1 + 1e-5 for s in steps)
-    assert steps[0]["learner"]["mismatch_max"] < 1e-4 < steps[3]["learner"]["mismatch_max"]  # older weights sampled
+    older = [s["learner"]["mismatch_max"] for s in steps if s["staleness"] > 0]  # older weights sampled
+    assert steps[0]["learner"]["mismatch_max"] < 1e-4 < max(older)
     generated = {k for s in steps for k in s["busy"] if k.startswith("generate/")}
     assert generated == {"generate/rollout-0", "generate/rollout-1"}
 

@@ -11,7 +11,7 @@ from rewards.actor import RewardActor
 from rewards.config import RewardSpec
 from saccade.errors import RunError
 from saccade.fleet.handles import RayRewards
-from tests.helpers.fake_fleet import make_pipeline
+from tests.helpers.fake_fleet import Driven, make_pipeline
 
 
 def test_the_batch_of_a_broken_reward_is_not_sealed(local_ray: ModuleType, tmp_path: Path) -> None:
@@ -27,12 +27,13 @@ def test_the_batch_of_a_broken_reward_is_not_sealed(local_ray: ModuleType, tmp_p
     actor = ray.remote(RewardActor).options(num_cpus=0).remote([RewardSpec(f"{tmp_path}/mine.py:mine")], 60.0)
     for share, passes in ((0.7, True), (0.6, False)):  # two of three groups fail
         ray.get(actor.start.remote())
-        run = make_pipeline(max_failed_share=share)
-        run.dispatcher.rewards = [RayRewards(actor)]
+        run = Driven(make_pipeline(max_failed_share=share))
+        run.pipeline.dispatcher.rewards = [RayRewards(actor)]
         run.admit(0)
         if passes:
-            assert [s.valid for s in run.collect(0).summaries] == [(True, True), (False, False), (False, False)]
-            continue
-        with pytest.raises(RunError, match=r"6 of 6 completions(.|\n)*6 x error: .*ValueError: call 1"):
-            run.collect(0)
+            assert [s.valid for s in run.batch(0).summaries] == [(True, True), (False, False), (False, False)]
+        else:
+            with pytest.raises(RunError, match=r"6 of 6 completions(.|\n)*6 x error: .*ValueError: call 1"):
+                run.batch(0)
+        run.close()
     ray.kill(actor)

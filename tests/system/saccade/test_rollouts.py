@@ -12,8 +12,9 @@ from saccade.errors import RunError
 from saccade.fleet.handles import RayData, RayRewards
 from saccade.fleet.waiting import wait_for
 from saccade.pipeline.admission import Strict
+from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.rollouts import RolloutPipeline
-from tests.helpers.fake_fleet import FakeData, FakeEngine, FakeRewards, make_dispatcher
+from tests.helpers.fake_fleet import Driven, FakeData, FakeEngine, FakeRewards, make_dispatcher
 
 BYTES = 300_000
 """Of a group's ids: too large to travel in Ray's messages, so that it lies in the object store."""
@@ -56,16 +57,18 @@ def fleet(local_ray) -> Iterator[tuple]:
         local_ray.kill(actor)
 
 
-def make_run(fleet: tuple) -> RolloutPipeline:
+@pytest.fixture
+def run(fleet: tuple) -> Iterator[Driven]:
     data, engine, rewards = fleet
     dispatcher = make_dispatcher([RayEngineHandle("rollout-0", engine)], [RayRewards(rewards)])
-    return RolloutPipeline(RayData(data), dispatcher, Strict(1, 9), prompts_per_step=3)
+    driven = Driven(RolloutPipeline(PromptStream(RayData(data), 60.0), dispatcher, Strict(1, 9), prompts_per_step=3))
+    yield driven
+    driven.close()
 
 
-def test_a_batch_is_generated_scored_retried_and_sealed_by_reference(local_ray, fleet):
-    run = make_run(fleet)
-    assert run.admit(0) == 6
-    first, second = run.collect(0), run.collect(1)
+def test_a_batch_is_generated_scored_retried_and_sealed_by_reference(local_ray, run):
+    run.pipeline.admit(0)
+    first, second = run.batch(0), run.batch(1)
     assert [s.ref.row for b in (first, second) for s in b.summaries] == [0, 1, 2, 3, 4, 5]
     assert [s.ref.attempt for s in first.summaries] == [0, 1, 0] and first.summaries[0].rewards == (0.0, 1.0)
     group = local_ray.get(first.groups[2].group)
@@ -78,10 +81,9 @@ def test_what_an_actor_raised_is_said_in_its_own_words(fleet):
         wait_for(RayData(fleet[0]).take("x"), 60.0, "prompts")  # type: ignore[arg-type]
 
 
-def test_a_lost_reward_actor_is_named_not_awaited_forever(local_ray, fleet):
+def test_a_lost_reward_actor_is_named_not_awaited_forever(local_ray, fleet, run):
     """Last: the fleet has no rewards afterwards."""
-    run = make_run(fleet)
     local_ray.kill(fleet[2])
-    run.admit(0)
+    run.pipeline.admit(0)
     with pytest.raises(RunError, match="lost with its actor"):
-        run.collect(0)
+        run.batch(0)

@@ -106,7 +106,7 @@ def cluster(local_ray: ModuleType, tiny_model: Path, request: pytest.FixtureRequ
     for name, workers in (("single", 1), ("pair", 2)):
         options = EngineOptions(
             ModelConfig(str(tiny_model), dtype="float32"),
-            RolloutConfig(tensor_parallel_size=workers, kv_cache_gib=0.125, engine_options={"max_num_seqs": 32}),
+            RolloutConfig(kv_cache_gib=0.125, engine_options={"max_num_seqs": 32, "tensor_parallel_size": workers}),
             device="cpu",
             max_model_len=512,
             weight_transfer_backend=backend,

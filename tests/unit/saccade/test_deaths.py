@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,13 +94,17 @@ def test_the_state_is_saved_unless_the_learner_is_what_failed(error, dead, saved
     monkeypatch.setattr(
         "saccade.run.explain", lambda e, asked, head: DeathError(dict.fromkeys(dead, ""), "x") if dead else e
     )
-    monkeypatch.setattr(Run, "checkpoint", lambda self: said.append("saved"))
+
+    async def saves(self: Run) -> None:
+        said.append("saved")
+
+    monkeypatch.setattr(Run, "checkpoint", saves)
     run = object.__new__(Run)
     run.config = SimpleNamespace(learner=SimpleNamespace(ranks=2, zero_stage=2))  # type: ignore[assignment]
     run.actors, run.head = SimpleNamespace(questions=dict), HEAD  # type: ignore[assignment]
     run.display = SimpleNamespace(phase=said.append)  # type: ignore[assignment]
     run._saved = 4
-    shown = run.checkpoint_after(error)
+    shown = asyncio.run(run.checkpoint_after(error))
     why = "the last update was discarded" if isinstance(error, MismatchError) else "the learner failed"
     assert said == (["saved"] if saved else [f"{why}; the newest checkpoint is from step 4"])
     assert (shown is error) == (not dead)

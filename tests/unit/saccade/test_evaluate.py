@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -63,7 +64,7 @@ def test_it_goes_the_way_of_training_with_its_retries_and_can_be_repeated():
     said: list[str] = []
     slow = {"reason": "no answer in time", "retryable": True}
     evaluator = make_evaluator({0: [slow], 2: [slow, slow]}, said)
-    first, second = evaluator.run(), evaluator.run()
+    first, second = asyncio.run(evaluator.run()), asyncio.run(evaluator.run())
     assert (
         first
         == second
@@ -85,11 +86,11 @@ def test_it_goes_the_way_of_training_with_its_retries_and_can_be_repeated():
 
 def test_an_evaluation_with_a_dead_engine_is_none_and_it_can_be_stopped():
     with pytest.raises(RunError, match="engine a died while generating"):
-        make_evaluator({0: [{"reason": "gone", "engine_dead": True}]}, []).run()
+        asyncio.run(make_evaluator({0: [{"reason": "gone", "engine_dead": True}]}, []).run())
 
     def stop() -> None:
         raise RunStopped
 
     evaluator = make_evaluator({}, [])
     with pytest.raises(RunStopped):
-        replace(evaluator, dispatcher=replace(evaluator.dispatcher, check_stop=stop)).run()
+        asyncio.run(replace(evaluator, dispatcher=replace(evaluator.dispatcher, check_stop=stop)).run())

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.types import PromptRef, StoredPrompt
-from saccade.pipeline.groups import Group, GroupBuffer, LedgerError, State
+from saccade.pipeline.groups import DropReason, Group, GroupBuffer, LedgerError, State
 
 
 def prompt(row: int, epoch: int = 0) -> StoredPrompt:
@@ -23,9 +23,11 @@ def read(refs: Sequence[PromptRef]) -> list[StoredPrompt]:
 
 
 def sealed(groups: GroupBuffer, batch: int, *issued: StoredPrompt) -> list[Group]:
-    for group in groups.issue(batch, issued):
+    entered = groups.issue(batch, issued)
+    for group in entered:
         groups.score(group)
-    return groups.seal(batch)
+    groups.seal(batch, entered)
+    return entered
 
 
 def test_a_group_is_trained_once_and_only_if_issued():
@@ -38,15 +40,15 @@ def test_a_group_is_trained_once_and_only_if_issued():
     groups.issue(1, [again])  # another epoch is another unit of work
     groups.train(one.ref)
     with pytest.raises(LedgerError):
-        groups.drop(one.ref, "late")
-    assert (groups.trained, group.state) == (1, State.TRAINED)
+        groups.drop(one.ref, DropReason.STALE)
+    assert (groups.trained, group.state, group.step) == (1, State.TRAINED, 0)
     assert groups.outstanding() == [(1, again.ref)]
 
 
 def test_transitions_that_the_picture_does_not_have_are_refused():
     groups = GroupBuffer()
     (group,) = groups.issue(0, [prompt(3)])
-    for refused in (lambda: groups.train(group.ref), lambda: groups.seal(0)):
+    for refused in (lambda: groups.train(group.ref), lambda: groups.seal(0, [group])):
         with pytest.raises(LedgerError, match="is issued, where it should be"):
             refused()
     groups.score(group)
@@ -62,7 +64,7 @@ def test_retry_keeps_identity_and_batch():
     assert (group.ref.uid, group.ref.epoch, group.ref.attempt) == ("train.parquet:3", 0, 1)
     assert groups.outstanding() == [(7, group.ref)]
     groups.score(group)
-    groups.seal(7)
+    groups.seal(9, [group])
     groups.train(prompt(3).ref)  # an older attempt's reference names the same unit
     assert groups.outstanding() == []
 
@@ -71,13 +73,15 @@ def test_a_batch_is_read_in_the_order_of_its_places_and_resumed_without_gaps():
     groups = GroupBuffer()
     groups.issue(0, [prompt(1), prompt(2), prompt(3)])
     groups.issue(1, [prompt(4)])
-    groups.drop(prompt(1).ref, "flat")
+    groups.drop(prompt(1).ref, DropReason.NO_SIGNAL)
     groups.issue(0, [prompt(5)], [0])
     assert [group.ref.row for group in groups.of(0)] == [5, 2, 3]
-    groups.drop(prompt(2).ref, "flat")
+    groups.drop(prompt(2).ref, DropReason.NO_SIGNAL)
     again = GroupBuffer()
     again.load_state(json.loads(json.dumps(groups.state())), 0, read)
-    assert [(g.ref.row, g.slot) for g in again.of(0)] == [(3, 0), (5, 1)] and again.dropped == {"flat": 2}
+    assert [(g.ref.row, g.slot) for g in again.of(0)] == [(3, 0), (5, 1)] and again.dropped == {
+        (DropReason.NO_SIGNAL, ""): 2
+    }
 
 
 ACTIONS = ("issue", "retry", "score", "seal and train", "drop", "resume")
@@ -97,13 +101,13 @@ def test_nothing_is_lost_or_counted_twice(events):
         elif row in live:
             group = live[row]
             if action == "drop":
-                groups.drop(group.ref, "why")
+                groups.drop(group.ref, DropReason.FAILED, "why")
             elif action == "retry" and group.state is State.ISSUED:
                 groups.retry(group)
             elif action == "score" and group.state is State.ISSUED:
                 groups.score(group)
             elif action == "seal and train" and group.state is State.SCORED:
-                groups.seal(row)
+                groups.seal(row, [group])
                 groups.train(group.ref)
             if group.state in (State.DROPPED, State.TRAINED):
                 del live[row]

@@ -106,6 +106,6 @@ def test_what_ranks_saw_of_a_step_is_put_together():
     assert (other.terms, other.suspects) == ((), ())
     (whole,) = joined([(other,), (first,)], [[refs[3]], refs[:3]])
     assert (whole.terms, whole.suspects, whole.prompts) == (("kl", "loss"), (refs[1],), tuple(refs[:3]))
-    assert whole.reason == "its optimizer step was not taken: kl, loss not finite"
+    assert whole.reason == "kl, loss not finite"
     assert "d:1" in str(whole) and "d:0" not in str(whole)
     assert "d:0" in str(replace(other, prompts=tuple(refs[:3])))  # where no term tells, all are named

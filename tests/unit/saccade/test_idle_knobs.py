@@ -63,7 +63,6 @@ ALWAYS: frozenset[str] = frozenset(
         "data.media_from",
         "data.max_refused_share",
         "rollout.engines",
-        "rollout.tensor_parallel_size",
         "rollout.num_generations",
         "rollout.max_completion_length",
         "rollout.temperature",
@@ -127,6 +126,7 @@ EVAL = {"evaluation": {"every": 5, "temperature": 0.5, "max_prompts": 3}}
             ["algorithm.loss.high=0.28 would do nothing: every ratio is 1", "algorithm.loss.dual=3.0"],
         ),
         ({"learner": {"feature_cache_gib": 2.0}}, ["learner.feature_cache_gib=2.0"]),
+        ({"rollout": {"max_staleness": 0, "admission": "windowed"}}, ["rollout.admission=windowed would do nothing"]),
         (
             {"learner": {"offload": "optimizer"}, "cluster": {"device": "cpu"}},
             ["learner.offload=optimizer"],

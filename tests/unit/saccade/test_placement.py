@@ -23,7 +23,7 @@ def config(**sections) -> RunConfig:
 
 def test_demands_scale_independently_and_custom_resources_pass():
     c = config(
-        rollout={"engines": 3, "tensor_parallel_size": 2},
+        rollout={"engines": 3, "engine_options": {"tensor_parallel_size": 2}},
         learner={"ranks": 8},
         reward={"actors": 2},
         cluster={"resources": {"rollout": {"CPU": 4}, "reward": {"reward_node": 1}}},
@@ -56,7 +56,7 @@ def test_gpus_of_reward_models_are_placed_with_the_rest():
     [
         ({}, "gpu_memory_utilization=0.85 is more than the engine's share"),
         ({"learner": {"ranks": 2}}, "use learner.ranks=1"),
-        ({"rollout": {"tensor_parallel_size": 2}}, "needs rollout.tensor_parallel_size=1"),
+        ({"rollout": {"engine_options": {"tensor_parallel_size": 2}}}, "engine_options.tensor_parallel_size=1"),
     ],
 )
 def test_what_cannot_work_on_a_share_of_a_gpu_is_refused(sections, problem):
@@ -86,7 +86,11 @@ def test_a_shortage_is_told_by_who_holds_what_is_lacking():
 
 
 def test_config_sums_up_what_is_asked_of_ray():
-    c = config(rollout={"engines": 8, "tensor_parallel_size": 2}, learner={"ranks": 4}, cluster={"device": "cuda"})
+    c = config(
+        rollout={"engines": 8, "engine_options": {"tensor_parallel_size": 2}},
+        learner={"ranks": 4},
+        cluster={"device": "cuda"},
+    )
     assert asked_for(c) == [
         "asks Ray for 20 GPU, 12.5 CPU: rollout 8 x (2 GPU + 1 CPU), learner 4 x (1 GPU + 1 CPU), reward 1 x (0.5 CPU)"
     ]

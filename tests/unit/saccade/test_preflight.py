@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import io
 import json
@@ -315,7 +316,7 @@ def test_nothing_is_saved_of_a_run_that_trained_nothing(monkeypatch: pytest.Monk
     run.config = SimpleNamespace(learner=SimpleNamespace(ranks=1, zero_stage=0))  # type: ignore[assignment]
     run.actors, run.head = SimpleNamespace(questions=dict), None  # type: ignore[assignment]
     error = RunError("no usable row")
-    assert run.checkpoint_after(error) is error
+    assert asyncio.run(run.checkpoint_after(error)) is error
 
 
 def test_a_folder_without_all_its_weights_and_a_port_in_use_are_said(settings: dict, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ FORMER: dict[str, tuple[Any, str]] = {
     "data.root": ("/images", "data.media_from=/images"),
     "data.allow_urls": (True, "data.media_from=urls"),
     "rollout.max_num_seqs": (512, "rollout.engine_options.max_num_seqs=512"),
+    "rollout.tensor_parallel_size": (2, "rollout.engine_options.tensor_parallel_size=2"),
     "rollout.gpu_memory_utilization": (0.5, "rollout.engine_options.gpu_memory_utilization=0.5"),
     "rollout.start_timeout": (600, "cluster.timeout=1800"),
     "rollout.group_timeout": (900, "cluster.timeout=2700"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import json
@@ -25,12 +26,14 @@ from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade import checkpoints
 from saccade.config.load import parse_config
 from saccade.config.messages import ConfigError
+from saccade.config.sections import CheckpointConfig
 from saccade.demo.demo import prepare_folder
 from saccade.errors import MismatchError, RunError
 from saccade.finished import finished
 from saccade.fleet import run_folder
 from saccade.loop import step as one_step
 from saccade.loop import train
+from saccade.pipeline.groups import DropReason
 from saccade.pipeline.rollouts import SealedBatch
 from saccade.run import Run, RunResult
 from tests.helpers.fake_fleet import make_pipeline
@@ -106,12 +109,12 @@ def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
         display=SimpleNamespace(phase=said.append),
         head=None,
     )
-    run.checkpoint()
+    asyncio.run(run.checkpoint())
     assert said[1:] == [
         "data.train: 2 of 40 rows refused: 2 missing image; 3 truncated; the first: a.json row 7: image 0: no file x"
     ]
     report, run.version = DataReport(100, 80), 1
-    run.checkpoint()
+    asyncio.run(run.checkpoint())
     assert len(said) == 3
 
 
@@ -201,13 +204,29 @@ def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_
         head=None,
     )
     for run.version in (1, 2, 3, 4, 5, 6, 7):  # said whenever one is due, not after each attempt
-        run.checkpoint_if_due()
+        asyncio.run(run.checkpoint_if_due())
     assert [text.split(":")[0] for text in said] == ["no checkpoint of step 3", "no checkpoint of step 6"]
     assert "No space left" in said[0]
     full[0] = False
     for run.version in (8, 10):
-        run.checkpoint_if_due()
+        asyncio.run(run.checkpoint_if_due())
     assert checkpoints.found(tmp_path / "checkpoints") == [8]
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_time(tmp_path):
+    def every(given: object) -> CheckpointConfig:
+        tree = {"output_dir": "x", "steps": 1, "model": {"path": "m"}, "data": {"train": ["a.json"]}}
+        return parse_config({**tree, "checkpoint": {"every": given}}).checkpoint
+
+    assert [every(3).due(version, 1e9) for version in (1, 3, 4, 6)] == [False, True, False, True]
+    assert not every(0).due(0, 1e9)
+    for given, seconds in (("90 s", 90), ("15 min", 900), (" 0.5h ", 1800)):
+        assert [every(given).due(1, seconds + more) for more in (-1, 0)] == [False, True]
+    assert CheckpointConfig().due(1, 900) and not CheckpointConfig().due(50, 899)
+    assert every("15").every == 15
+    for wrong in (-1, "0 min", True, "5 days", "often"):
+        with pytest.raises(ConfigError, match=r"checkpoint.every.*such as 15 min"):
+            every(wrong)
 
 
 def test_of_runs_that_start_together_one_gets_the_folder(tmp_path):
@@ -294,15 +313,16 @@ def test_a_folder_in_which_nobody_may_look_is_said_too(tmp_path, monkeypatch, re
 def run_of(directory, summaries, stats):
     """A run whose every batch has these summaries, and whose every update these figures; and what it says."""
 
-    def collect(version):
-        for group in run.rollouts.groups.issue(version, [StoredPrompt(s.ref, None) for s in summaries]):
+    async def batch_of(version):
+        groups = run.rollouts.groups.issue(version, [StoredPrompt(s.ref, None) for s in summaries])
+        for group in groups:
             run.rollouts.groups.score(group)
-        run.rollouts.groups.seal(version)
+        run.rollouts.groups.seal(version, groups)
         batch = [replace(s, oldest_version=version) for s in summaries]
         return SealedBatch((), tuple(batch), 0)
 
     rollouts = make_pipeline()
-    rollouts.admit, rollouts.collect = lambda version: 0, collect
+    rollouts.batch = batch_of
     said: list[str] = []
     run = Run(
         config=parse_config(
@@ -343,17 +363,20 @@ def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_ste
     run, said = run_of(tmp_path, summaries, stats)
     run.log.step = recorded.append
     run.sync_weights = lambda: synced.append(run.version)
-    one_step(run, run.config)
+    asyncio.run(one_step(run, run.config))
     assert (run.version, synced, run.rollouts.groups.trained, run.rollouts.groups.outstanding()) == (1, [1], 1, [])
-    reason = "its optimizer step was not taken: kl not finite"
-    assert run.rollouts.groups.dropped == {reason: 1, "fewer than two scores: timeout: 9 s": 1}
+    assert run.rollouts.groups.dropped == {
+        (DropReason.NOT_TAKEN, "kl not finite"): 1,
+        (DropReason.UNSCORED, "timeout: 9 s"): 1,
+    }
     assert recorded[0].steps_not_taken == 1 and "step 1: the gradient is not finite" in said[0]
-    one_step(run, run.config)
+    asyncio.run(one_step(run, run.config))
     with pytest.raises(NotFiniteError, match="3 optimizer steps in a row"):
-        one_step(run, run.config)
-    run.checkpoint()
+        asyncio.run(one_step(run, run.config))
+    asyncio.run(run.checkpoint())
     state = checkpoints.newest(tmp_path / "checkpoints", print)[1]
-    assert (state["version"], state["refused_in_row"], state["ledger"]["dropped"][reason]) == (3, 0, 3)
+    assert (state["version"], state["refused_in_row"]) == (3, 0)
+    assert [DropReason.NOT_TAKEN, "kl not finite", 3] in state["ledger"]["dropped"]
 
 
 def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp_path):
@@ -364,11 +387,11 @@ def test_nothing_is_booked_of_an_update_in_which_engine_and_learner_disagree(tmp
     stats = update_stats(metrics={"mismatch_mean": 2.0})
     run, said = run_of(tmp_path, summaries, stats)
     with pytest.raises(MismatchError, match=r"differ by 2 on average"):
-        one_step(run, run.config)
+        asyncio.run(one_step(run, run.config))
     assert (run.version, run.rollouts.groups.trained, len(run.rollouts.groups.outstanding())) == (0, 0, 2)
     error = MismatchError("they differ")
     run.actors.questions, run.head = dict, SimpleNamespace(gone=lambda: False)
-    assert run.checkpoint_after(error) is error and checkpoints.found(tmp_path / "checkpoints") == []
+    assert asyncio.run(run.checkpoint_after(error)) is error and checkpoints.found(tmp_path / "checkpoints") == []
     assert said == ["the last update was discarded; there is no checkpoint yet"]
 
 
