@@ -166,7 +166,7 @@ class RefusedStep:
 
     @property
     def reason(self) -> str:
-        """What was not finite, in the same words for all of a kind."""
+        """The terms that were not finite, in the same words for all of a kind."""
         return f"{', '.join(self.terms) or 'the gradient'} not finite"
 
     def __str__(self) -> str:

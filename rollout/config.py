@@ -35,8 +35,8 @@ class RolloutConfig:
     """Policy versions that a token may lag behind the weights it trains; 0 is strictly on-policy, 1 overlaps generation
     of the next batch with training of this one."""
     admission: Literal["auto", "strict", "windowed"] = "auto"
-    """What a batch consists of: the groups that were admitted for it (strict), or the first that are scored, so that a
-    long completion holds nobody up (windowed). auto: windowed with max_staleness > 0."""
+    """Groups of a batch: those that were admitted for it (strict), or the first that are scored, so that a long
+    completion holds nobody up (windowed). auto: windowed with max_staleness > 0."""
     kv_cache_gib: Annotated[float, Gt(0)] | None = None
     """KV cache in GiB; default: what is left of the engine's share of a GPU (engine_options.gpu_memory_utilization),
     on CPU 1 GiB."""

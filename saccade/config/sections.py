@@ -45,8 +45,8 @@ def _interval(value: Any) -> int | str:
 @section
 class CheckpointConfig:
     every: Annotated[int | str, Parsed(_interval)] = "15 min"
-    """What lies between checkpoints, and is lost at most in a crash: steps (50), or time (15 min), after which one is
-    written with the step that ends next; 0: only at the end and on interruption."""
+    """Distance between checkpoints, lost at most in a crash: steps (50), or time (15 min), after which one is written
+    with the step that ends next; 0: only at the end and on interruption."""
     keep: Annotated[int, Ge(1)] = 2
     """Checkpoints kept."""
 

@@ -49,7 +49,7 @@ async def answer(call: Future[T]) -> T:
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, which blocks. It runs in a thread of its own, to its end, whoever waits for it."""
+    """Return or raise what `work` does, which blocks. It runs in a thread of its own, to its end, whoever waits."""
     call: Future[T] = Future()
     Thread(target=_complete, args=(call, work), daemon=True).start()
     return await answer(call)

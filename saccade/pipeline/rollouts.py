@@ -59,7 +59,7 @@ class SealedBatch:
 
 @dataclass
 class _Tally:
-    """What was counted since the last batch was sealed."""
+    """Counts since the last batch was sealed."""
 
     given_up: int = 0
     replaced: int = 0
@@ -78,7 +78,7 @@ class RolloutPipeline:
     max_failed_share: float = 1.0
     """Share of a batch's completions whose reward may fail."""
     _version: int = -1
-    """What the engines hold; -1 until the first `admit`."""
+    """The version that the engines hold; -1 until the first `admit`."""
     _fills_up: bool = False
     """Whether a batch of which a resume found some groups gets others beside them."""
     _vacant: list[tuple[int, int]] = field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Tasks:
-    """What a task raises is raised by `check`, so that whoever checks decides when a failure ends what it does."""
+    """A set of tasks. `check` raises what one of them raised: whoever checks decides when a failure ends its work."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[None]] = set()
