@@ -32,6 +32,7 @@ def record(step: int) -> StepRecord:
         invalid={"timeout": 1},
         dropped=0,
         replaced=0,
+        issued_again=0,
         truncated_share=0.25,
         completion_length=3.5,
         staleness=1,
