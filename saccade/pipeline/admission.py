@@ -91,14 +91,13 @@ class Windowed(_Places):
     refills_places = True
 
     def stale(self, groups: GroupBuffer, step: int) -> list[Group]:
-        return [g for g in _scored(groups) if step - _oldest(g) > self.max_staleness]
+        return [g for g in groups.scored() if step - _oldest(g) > self.max_staleness]
 
     def ready(self, groups: GroupBuffer, step: int) -> list[Group] | None:
-        # Late groups first, then what would be too old soonest, then what has waited longest.
-        scored = sorted(_scored(groups), key=lambda g: (not g.late, _oldest(g), g.since))
-        chosen = scored[: self.size]
-        if len(chosen) < self.size:
+        if len(scored := groups.scored()) < self.size:
             return None
+        # Late groups first, then what would be too old soonest, then what has waited longest.
+        chosen = sorted(scored, key=lambda g: (not g.late, _oldest(g), g.since))[: self.size]
         late = [g for g in groups.unsealed() if g.late and g.batch < groups.next_batch and g not in chosen]
         bounds = sorted(g.version + self.max_staleness for g in late)
         behind = any(step + 1 + i // self.size > bound for i, bound in enumerate(bounds))
@@ -112,10 +111,6 @@ def make_admission(rollout: RolloutConfig, steps: int, size: int) -> Admission:
     if rollout.windowed:
         return Windowed(rollout.max_staleness, steps, size)
     return Strict(rollout.max_staleness, steps)
-
-
-def _scored(groups: GroupBuffer) -> list[Group]:
-    return [g for g in groups.unsealed() if g.state is State.SCORED]
 
 
 def _oldest(group: Group) -> int:

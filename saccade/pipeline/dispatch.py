@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from rollout.engines.protocol import SamplingParams
 from rollout.types import GroupSummary, StoredGroup, draw_seed
@@ -95,16 +95,16 @@ class Dispatcher:
                     del waiting[task]
                     task.result()
                     progress = time.monotonic()
-                self.check_silence(list(waiting.values()), progress, f"of {len(groups)} {what}")
+                if time.monotonic() - progress > self.patience:
+                    self.end_silence(list(waiting.values()), f"of {len(groups)} {what}")
         finally:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
         return [group.summary for group in groups if group.summary is not None]
 
-    def check_silence(self, waiting: Sequence[Group], progress: float, what: str) -> None:
-        """Raises RunError where nothing began or ended for too long since `progress`, as `time.monotonic` counts."""
-        if time.monotonic() - progress > self.patience:
-            names = ", ".join(str(group.ref) for group in waiting[:3])
-            first = f" (first: {names}); raise cluster.timeout (a third of it) if completions take that long"
-            raise RunError(f"waited {self.patience:g} s for {len(waiting)} {what}{first if waiting else ''}")
+    def end_silence(self, waiting: Sequence[Group], what: str) -> NoReturn:
+        """Raises RunError: for `patience` seconds nothing began or ended, and `waiting` is awaited."""
+        names = ", ".join(str(group.ref) for group in waiting[:3])
+        first = f" (first: {names}); raise cluster.timeout (a third of it) if completions take that long"
+        raise RunError(f"waited {self.patience:g} s for {len(waiting)} {what}{first if waiting else ''}")

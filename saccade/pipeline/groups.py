@@ -80,6 +80,9 @@ class GroupBuffer:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, int], Group] = {}
+        self._batches: dict[int, dict[int, Group]] = {}
+        """The same by batch and slot, since every end of a group asks about a batch."""
+        self._scored: dict[tuple[str, int], Group] = {}
         self.trained = 0
         """Groups trained so far."""
         self.dropped: Counter[tuple[DropReason, str]] = Counter()
@@ -102,7 +105,10 @@ class GroupBuffer:
             key = (group.ref.uid, group.ref.epoch)
             if key in self._groups:
                 raise LedgerError(f"{group.ref} is already outstanding for batch {self._groups[key].batch}")
-            self._groups[key] = group
+            places = self._batches.setdefault(batch, {})
+            if group.slot in places:
+                raise LedgerError(f"place {group.slot} of batch {batch} belongs to {places[group.slot].ref}")
+            self._groups[key] = places[group.slot] = group
         return groups
 
     def retry(self, group: Group) -> None:
@@ -132,11 +138,16 @@ class GroupBuffer:
 
     def of(self, batch: int) -> list[Group]:
         """The groups that were admitted for `batch`, in the order of their places."""
-        return sorted((g for g in self._groups.values() if g.batch == batch), key=lambda g: g.slot)
+        found = self._batches.get(batch, {})
+        return [found[slot] for slot in sorted(found)]
 
     def unsealed(self) -> list[Group]:
         """The groups that are issued or scored, in the order in which they were issued."""
         return [g for g in self._groups.values() if g.state is not State.SEALED]
+
+    def scored(self) -> list[Group]:
+        """The groups that are scored and not sealed, in the order in which they were scored."""
+        return list(self._scored.values())
 
     def outstanding(self) -> list[tuple[int, PromptRef]]:
         """`(batch, ref)` of all groups that are neither trained nor dropped, in order of issue."""
@@ -167,7 +178,8 @@ class GroupBuffer:
         entries = [dict(entry) for entry in state["outstanding"]]
         batches = [(entry.pop("batch"), entry.pop("late")) for entry in entries]
         prompts = read([PromptRef(**entry) for entry in entries]) if entries else ()
-        self._groups.clear()
+        for known in (self._groups, self._batches, self._scored):
+            known.clear()
         sizes: Counter[int] = Counter()
         for i, ((batch, late), prompt) in enumerate(zip(batches, prompts, strict=True)):
             batch, slot = place(i, batch) if place else (batch, sizes[batch])
@@ -185,8 +197,15 @@ class GroupBuffer:
         return group
 
     def _enter(self, group: Group, state: State) -> None:
+        key = (group.ref.uid, group.ref.epoch)
+        self._scored.pop(key, None)
+        if state is State.SCORED:
+            self._scored[key] = group
         group.state, group.since = state, time.monotonic()
 
     def _end(self, group: Group, state: State) -> None:
         del self._groups[group.ref.uid, group.ref.epoch]
+        del self._batches[group.batch][group.slot]
+        if not self._batches[group.batch]:
+            del self._batches[group.batch]
         self._enter(group, state)

@@ -132,9 +132,10 @@ class RolloutPipeline:
             self.check()
             if (sealed := self._seal(step)) is not None:
                 return sealed
-            unsealed = self.groups.unsealed()
-            waiting = [group for group in unsealed if group.state is State.ISSUED and group.pending is not None]
-            self.dispatcher.check_silence(waiting, self._progress, f"of {len(unsealed)} groups in flight")
+            if time.monotonic() - self._progress > self.dispatcher.patience:
+                unsealed = self.groups.unsealed()
+                waiting = [group for group in unsealed if group.pending is not None]
+                self.dispatcher.end_silence(waiting, f"of {len(unsealed)} groups in flight")
             with suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), POLL_SECONDS)
 

@@ -73,6 +73,8 @@ def test_a_batch_is_read_in_the_order_of_its_places_and_resumed_without_gaps():
     groups = GroupBuffer()
     groups.issue(0, [prompt(1), prompt(2), prompt(3)])
     groups.issue(1, [prompt(4)])
+    with pytest.raises(LedgerError, match=r"place 0 of batch 0 belongs to train.parquet:1"):
+        groups.issue(0, [prompt(5)], [0])
     groups.drop(prompt(1).ref, DropReason.NO_SIGNAL)
     groups.issue(0, [prompt(5)], [0])
     assert [group.ref.row for group in groups.of(0)] == [5, 2, 3]

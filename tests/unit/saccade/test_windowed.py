@@ -226,11 +226,11 @@ def prompt(row: int) -> StoredPrompt:
 def test_late_groups_that_cannot_all_be_trained_in_time_are_waited_for_before_their_last_step():
     """Two batches of late groups with one bound: the first of them goes into the step before it."""
     policy, groups = Windowed(2, 9, 1), GroupBuffer()
-    groups.next_batch = 2
+    groups.next_batch = 3
     for row in (0, 1):
-        (late,) = groups.issue(0, [prompt(row)], late=True)
+        (late,) = groups.issue(row, [prompt(row)], late=True)
         late.version = 0
-    (new,) = groups.issue(1, [prompt(2)])
+    (new,) = groups.issue(2, [prompt(2)])
     new.version = 1
     new.summary = SimpleNamespace(oldest_version=1)  # type: ignore[assignment]
     groups.score(new)
