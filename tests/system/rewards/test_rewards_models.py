@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import pytest
 
 from rewards.base import ServiceError, TransientError
@@ -14,22 +12,10 @@ from rewards.config import RewardSpec
 from rewards.functions.judge import Question
 from rewards.functions.reward_model import ModelOptions, RewardModel
 from rollout.actor import RayEngineHandle
-from rollout.engines.protocol import SamplingParams
-from rollout.types import Completion, Prompt, RolloutFailure, RolloutGroup, Segment
+from tests.helpers.scripted_engine import ScriptedEngine
 from tests.unit.rewards.test_rewards_models import PATIENCE, PNG, TEXTS
 from tests.unit.rewards.test_rewards_models import model as model
 from vlm.media.types import Media
-
-
-class ScriptedEngine:
-    """Answers with what it was asked; as told, not at all."""
-
-    def sample(self, prompt: Prompt, sampling: SamplingParams, *given: Any) -> RolloutGroup | RolloutFailure:
-        if "too long" in prompt.text or "later" in prompt.text:
-            return RolloutFailure(prompt.ref, "no answer", retryable="later" in prompt.text)
-        assert (sampling.n, sampling.temperature, sampling.max_tokens) == (1, 0.0, 50)
-        segment = Segment(np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32))
-        return RolloutGroup(prompt, prompt.token_ids, (Completion((segment,), prompt.text, "stop", seed=0),))
 
 
 def test_engines_are_asked_in_the_chat_template_with_special_tokens_taken_out(

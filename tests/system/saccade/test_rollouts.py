@@ -7,41 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from rollout.actor import RayEngineHandle
-from rollout.types import GroupSummary, RolloutFailure, RolloutGroup, StoredPrompt, Verdict
 from saccade.errors import RunError
 from saccade.fleet.handles import RayData, RayRewards
 from saccade.fleet.waiting import wait_for
 from saccade.pipeline.admission import Strict
 from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.rollouts import RolloutPipeline
-from tests.helpers.fake_fleet import Driven, FakeData, FakeEngine, FakeRewards, make_dispatcher
-
-BYTES = 300_000
-"""Of a group's ids: too large to travel in Ray's messages, so that it lies in the object store."""
-
-
-class Data:
-    """FakeData as an actor: Ray makes the futures."""
-
-    def __init__(self) -> None:
-        self.fake = FakeData()
-
-    def take(self, n: int) -> list[StoredPrompt]:
-        return self.fake.take(n).result()
-
-
-class Engine(FakeEngine):
-    def sample(self, *given: object) -> RolloutGroup | RolloutFailure:
-        answer = super().sample(*given)  # type: ignore[arg-type]
-        if isinstance(answer, RolloutGroup):
-            object.__setattr__(answer, "prompt_token_ids", answer.prompt_token_ids.repeat(BYTES // 8))
-        return answer
-
-
-class Rewards:
-    def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], GroupSummary]:
-        verdicts, summary = FakeRewards().score(group)
-        return verdicts, summary.result()
+from tests.helpers.fake_actors import Data, Engine, Rewards
+from tests.helpers.fake_fleet import Driven, make_dispatcher
 
 
 @pytest.fixture(scope="module")
