@@ -26,9 +26,10 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.common import images, median, report, write_parquet
+from bench.common import median, report
+from bench.vs_trl import PROMPTS, K, our_config
 from rollout.engines.protocol import SamplingParams
-from saccade.config.load import parse_config
+from saccade.config.load import config_tree, parse_config
 from saccade.config.run_config import RunConfig
 from saccade.fleet.pool import EnginePool, Request
 from saccade.loop import step
@@ -37,8 +38,7 @@ from saccade.pipeline.admission import Windowed
 from saccade.pipeline.groups import Group, GroupBuffer, State
 from saccade.run import Run, open_run
 
-PROMPTS, K, SHORT, LONG, EVERY = 8, 8, 32, 320, 8
-IMAGES = 512
+SHORT, LONG, EVERY = 32, 320, 8
 SCENARIOS = ("equal", "tail")
 
 
@@ -66,35 +66,14 @@ class Unbounded(Windowed):
         return []
 
 
-def config_of(model: Path, scenario: str, staleness: int, admission: str, steps: int, work: Path) -> RunConfig:
-    data = write_parquet(work / "images.parquet", images(IMAGES))
-    return parse_config(
-        {
-            "output_dir": str(work / "run"),
-            "steps": steps,
-            "model": {"path": str(model), "dtype": "float32"},
-            "data": {"train": [str(data)], "max_prompt_length": 256, "shuffle": False},
-            "rollout": {
-                "num_generations": K,
-                "max_completion_length": LONG,
-                "max_staleness": staleness,
-                "admission": admission,
-                "kv_cache_gib": 0.5,
-                "engine_options": {"max_num_seqs": PROMPTS * K * (1 + staleness)},
-            },
-            "reward": {"functions": [{"name": "bench.vs_trl:reward_color"}]},
-            "algorithm": {"kl": 0.04},
-            "learner": {
-                "prompts_per_step": PROMPTS,
-                "learning_rate": 1e-4,
-                "micro_batch": 4096,
-                "zero_stage": 0,
-                "gradient_checkpointing": [],
-            },
-            "checkpoint": {"every": 0},
-            "cluster": {"device": "cpu", "resources": {role: {"CPU": 1} for role in ("rollout", "learner")}},
-        }
-    )
+def config_of(model: Path, staleness: int, admission: str, steps: int, work: Path) -> RunConfig:
+    """The configuration of `bench.vs_trl`, with one core for each side and the rows in the order of their file."""
+    config = our_config(model, (LONG,), staleness, steps, work, admission=admission, kv_cache_gib=0.5)
+    tree = config_tree(config)
+    tree["data"]["shuffle"] = False
+    tree["checkpoint"]["every"] = 0
+    tree["cluster"]["resources"] = {role: {"CPU": 1} for role in ("rollout", "learner")}
+    return parse_config(tree)
 
 
 async def measured(run: Run, config: RunConfig, scenario: str, warmup: int, steps: int) -> dict[str, Any]:
@@ -137,7 +116,7 @@ async def measured(run: Run, config: RunConfig, scenario: str, warmup: int, step
 
 def one(model: Path, scenario: str, staleness: int, admission: str, warmup: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="saccade-bench-") as folder:
-        config = config_of(model, scenario, staleness, admission, warmup + steps, Path(folder))
+        config = config_of(model, staleness, admission, warmup + steps, Path(folder))
         with open_run(config, resume=False, address=None, display=None) as run:
             return asyncio.run(measured(run, config, scenario, warmup, steps))
 

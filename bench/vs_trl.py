@@ -47,7 +47,9 @@ def reward_color(completions: list[str], answer: list[str], **columns: object) -
     return [float(name in text) + 0.001 * (len(text) % 7) for text, name in zip(completions, answer, strict=True)]
 
 
-def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int, work: Path) -> RunConfig:
+def our_config(
+    model: Path, lengths: tuple[int, ...], staleness: int, steps: int, work: Path, **rollout: Any
+) -> RunConfig:
     """Return a configuration with the same work as TRL's: one update per batch, k3 KL with beta 0.04, no gradient
     checkpointing."""
     data = write_parquet(work / "images.parquet", images(IMAGES))
@@ -66,6 +68,7 @@ def our_config(model: Path, lengths: tuple[int, ...], staleness: int, steps: int
                 "admission": "strict",
                 "kv_cache_gib": 0.25,
                 "engine_options": {"max_num_seqs": PROMPTS * K * (1 + staleness)},
+                **rollout,
             },
             "reward": {"functions": [{"name": "bench.vs_trl:reward_color"}]},
             "algorithm": {"kl": 0.04},

@@ -32,7 +32,9 @@ FORMATS: dict[str, Callable[[Path], RowFile]] = {
 }
 
 WHOLE_BYTES = 64 * 2**20
+"""Files up to this size are digested whole."""
 SAMPLES, SAMPLE_BYTES = 256, 2**16
+"""Number and size of the pieces of a larger file that are digested."""
 SHOWN = 80
 """The most characters of a value that a message quotes."""
 MAX_REASON = 300

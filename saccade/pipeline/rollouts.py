@@ -31,8 +31,6 @@ from saccade.pipeline.tasks import Tasks
 
 MOST_GIVEN_UP = 20
 """Groups given up for each of a batch, before a run is taken for one that no prompt gets through."""
-
-
 END_TIMEOUT = 30.0
 """Seconds to wait at the end for prompts that are on their way: less than a run survives the head of its Ray."""
 
@@ -85,7 +83,7 @@ class RolloutPipeline:
     """Batch and slot of places whose group was given up, and that go to another prompt."""
     _tally: _Tally = field(default_factory=_Tally)
     _progress: float = 0.0
-    """When a group ended last, on the clock of `time.monotonic`."""
+    """When a group was started or ended last, on the clock of `time.monotonic`."""
     _taking: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while prompts are on their way from the data actor into the ledger."""
     _tasks: Tasks = field(default_factory=Tasks)
