@@ -38,8 +38,9 @@ from rollout.types import GroupSummary, StoredGroup
 from weight_sync.protocols import EngineHandle, TransferReport
 from weight_sync.verify import WeightSyncError
 
-TRANSFER_MARGIN = 30.0
-"""Seconds that the ranks have, after the limit of a transfer itself, to say how it ended."""
+TRANSFER_MARGIN = 90.0
+"""Seconds that the ranks have beside the limit of a transfer itself: for the engines' health checks before it and after
+a failure, for gathering the rest of the weights then, and to say how it ended."""
 DEATH_SECONDS = 1.0
 """Seconds within which the death of a rank is known that made another rank fail."""
 

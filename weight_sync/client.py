@@ -13,9 +13,12 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from weight_sync.protocols import EngineHandle
-from weight_sync.verify import WeightReport, WeightSyncError
+from weight_sync.verify import WeightMismatchError, WeightReport, WeightSyncError
 
 T = TypeVar("T")
+
+HEALTH_SECONDS = 30.0
+"""The limit of a health check after a failure. A living engine first puts its half-loaded model in order."""
 
 
 def rank_offsets(workers: Sequence[int]) -> list[int]:
@@ -25,21 +28,30 @@ def rank_offsets(workers: Sequence[int]) -> list[int]:
 
 def await_all(phase: str, futures: Mapping[str, Future[T]], timeout: float) -> dict[str, T]:
     """Return results by engine name. Raises WeightSyncError at the first failure, or if an engine is not done after
-    `timeout` seconds."""
+    `timeout` seconds; WeightMismatchError for the engines that raised one."""
     done, pending = wait(futures.values(), timeout=timeout, return_when=FIRST_EXCEPTION)
-    failed = {name: future.exception() for name, future in futures.items() if future in done and future.exception()}
+    failed = {
+        name: _cause(error) for name, future in futures.items() if future in done and (error := future.exception())
+    }
+    if mismatched := {name: error for name, error in failed.items() if isinstance(error, WeightMismatchError)}:
+        raise WeightMismatchError(phase, tuple(mismatched), _reasons(mismatched))
     if failed:
-        reasons = "; ".join(f"{name}: {_describe(error)}" for name, error in failed.items())
-        raise WeightSyncError(phase, tuple(failed), reasons)
+        raise WeightSyncError(phase, tuple(failed), _reasons(failed))
     if pending:
         late = tuple(name for name, future in futures.items() if future in pending)
         raise WeightSyncError(phase, late, f"no answer within {timeout:g} s")
     return {name: future.result() for name, future in futures.items()}
 
 
-def _describe(error: BaseException | None) -> str:
-    cause = getattr(error, "cause", None) or error  # Ray wraps what was raised in another process
-    return f"{type(cause).__name__}: {cause}"
+def _cause(error: BaseException) -> BaseException:
+    return getattr(error, "cause", None) or error  # Ray wraps what was raised in another process
+
+
+def _reasons(failed: Mapping[str, BaseException]) -> str:
+    return "; ".join(
+        f"{name}: {error.reason if isinstance(error, WeightMismatchError) else f'{type(error).__name__}: {error}'}"
+        for name, error in failed.items()
+    )
 
 
 class WeightSyncClient:
@@ -74,7 +86,27 @@ class WeightSyncClient:
         """Check that every engine is alive before a broadcast, which could wait for a dead one. The update itself
         starts inside `update_weights`, in one call, so that a dying sender leaves no engine with an open update."""
         self.reports, self.failure = {}, None
-        self._all("checking its health before the transfer", lambda engine: engine.check_health())
+        self.check_health("the transfer")
+
+    def check_health(self, before: str) -> None:
+        """Raises WeightSyncError naming an engine that is not alive; `before`: what is to come."""
+        self._all(f"checking its health before {before}", lambda engine: engine.check_health())
+
+    def blamed(self, error: WeightSyncError) -> WeightSyncError:
+        """`error` at the engines alone that are dead or hang, if any: with one of them, the transfer to the others ends
+        too, and they may be the first to say so. Call this after the transport was shut down, which releases them."""
+        if isinstance(error, WeightMismatchError):
+            return error
+        futures = {engine.name: engine.check_health() for engine in self.engines}
+        limit = min(self.timeout, HEALTH_SECONDS)
+        wait(futures.values(), timeout=limit)
+        failed = {name: _cause(e) for name, future in futures.items() if future.done() and (e := future.exception())}
+        silent = [name for name, future in futures.items() if not future.done()]
+        if not failed and not silent:
+            return error
+        hangs = f"no answer to a health check within {limit:g} s"
+        reasons = [text for text in (_reasons(failed), *(f"{name}: {hangs}" for name in silent)) if text]
+        return WeightSyncError(error.phase, (*failed, *silent), "; ".join(reasons))
 
     def update_weights(self, update_info: Any) -> None:
         """Let all engines receive. Returns when all have received, digested and loaded the weights."""

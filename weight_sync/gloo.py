@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -125,6 +125,30 @@ def finish(work: dist.Work) -> None:
         raise BroadcastError(str(error)) from error
 
 
+# ---------------------------------------------------------------------------------------------------- engine side
+
+
+def received_buckets(
+    group: dist.ProcessGroupGloo, metadata: Sequence[ParamMeta], bucket_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Yield the named tensors of one bucket after another. While the caller works on one, the next arrives. Each bucket
+    has a buffer of its own, so its tensors may be kept. Raises BroadcastError."""
+
+    def post(bucket: Bucket) -> tuple[Tensor, dist.Work]:
+        buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        return buffer, broadcast(group, buffer)
+
+    buckets = plan_buckets(metadata, bucket_bytes)
+    pending = [post(bucket) for bucket in buckets[:1]]
+    for index, bucket in enumerate(buckets):
+        buffer, work = pending.pop()
+        finish(work)
+        if index + 1 < len(buckets):
+            pending.append(post(buckets[index + 1]))
+        metas = metadata[bucket.start : bucket.stop]
+        yield [(m.name, view_in(buffer, offset, m)) for m, offset in zip(metas, bucket.offsets, strict=True)]
+
+
 # ---------------------------------------------------------------------------------------------------- learner side
 
 
@@ -138,15 +162,10 @@ class GlooTrainerInitInfo:
     bucket_bytes: int
     timeout: float
     """The limit of joining and of every broadcast, in seconds."""
-    rank: int
-
-    @property
-    def is_sender(self) -> bool:
-        return self.rank == 0
 
 
 class GlooTrainer:
-    """Rank 0 broadcasts bucket by bucket. Other learner ranks only take part in the source's gathers."""
+    """Learner rank 0 broadcasts bucket by bucket. The other ranks have none: they only take part in the gathers."""
 
     def __init__(self, info: GlooTrainerInitInfo, client: WeightSyncClient, source: WeightSource) -> None:
         self.info, self.client, self.source = info, client, source
@@ -159,8 +178,6 @@ class GlooTrainer:
     ) -> GlooTrainer:
         """Form the group, each time with a new store and prefix, so that keys of a failed attempt are never seen."""
         trainer = cls(init_info, client, source)
-        if not init_info.is_sender:
-            return trainer
         try:
             trainer._join()
         except BaseException:
@@ -190,10 +207,6 @@ class GlooTrainer:
         joining.result()
 
     def send_weights(self) -> None:
-        if not self.info.is_sender:
-            for _ in self.source:
-                pass
-            return
         metadata = self.source.metadata()
         update_info = {
             "names": [m.name for m in metadata],

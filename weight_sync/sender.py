@@ -2,6 +2,9 @@
 
 rank 0    gather bucket ─▶ digest ─▶ broadcast ─▶ engines        (drives the engines through WeightSyncClient)
 rank 1..  gather bucket      (the collective only)
+
+Gathering is collective, so `send` is exactly one pass over the source on every rank, whatever fails on rank 0: after an
+error rank 0 gathers what is left and drops it. The other ranks end with it, and know neither engines nor transport.
 """
 
 from __future__ import annotations
@@ -57,31 +60,53 @@ class WeightSender:
         self._transport: Transport | None = None
 
     def form_group(self, engines: Sequence[EngineHandle]) -> None:
-        """Connect rank 0 with every worker of `engines` through a new store. A former group is dropped first.
+        """Connect rank 0 with every worker of `engines` through a new store. A former group is dropped first. The other
+        ranks have nothing to do.
 
         Raises WeightSyncError, which names the engines that did not join within `timeout`."""
         self.close()
-        self._client = WeightSyncClient(engines, self.timeout)
-        self._transport = TRANSPORTS[self.backend](self, self._client)
+        if self.rank != 0:
+            return
+        client = WeightSyncClient(engines, self.timeout)
+        client.check_health("joining the transfer group")  # nobody waits then for an engine that is dead already
+        try:
+            self._transport = TRANSPORTS[self.backend](self, client)
+        except WeightSyncError as error:
+            traceback.clear_frames(error.__traceback__)  # as below
+            raise client.blamed(error) from error
+        self._client = client
 
     def send(self) -> TransferReport | None:
         """Send one full set of weights to all engines of the group, which must be paused. Collective.
 
-        After an error the group is unusable and must be formed again. Raises WeightSyncError."""
+        After an error the group is unusable and must be formed again. Raises WeightSyncError, which names the engines
+        that are dead or hang, or else those that failed."""
+        self.source.begin()
+        if self.rank != 0:
+            self._finish_pass()
+            return None
         if self._transport is None or self._client is None:
+            self._finish_pass()
             raise WeightSyncError(
                 "sending the weights", (), "no weight-transfer group was formed yet, or the last one failed"
             )
+        client = self._client
         try:
             self._transport.send_weights()
         except BaseException as error:
             # The engines wait until the connection closes, and it stays open as long as a frame of the error holds it.
             traceback.clear_frames(error.__traceback__)
             self.close()
+            self._finish_pass()
+            if isinstance(error, WeightSyncError) and (blamed := client.blamed(error)) is not error:
+                raise blamed from error
             raise
-        if self.rank != 0:
-            return None
-        return TransferReport(self.source.digests(), dict(self._client.reports))
+        return TransferReport(self.source.digests(), dict(client.reports))
+
+    def _finish_pass(self) -> None:
+        self.source.finish()
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # rank 0 sends what these gathers give it
 
     def close(self) -> None:
         """Leave the group; safe to call again."""
@@ -91,21 +116,32 @@ class WeightSender:
 
 
 class DigestingSource:
-    """A source that remembers the digest of every tensor of its last complete pass, if `enabled`."""
+    """The source that a transport iterates over, one pass for each send. It remembers the digest of every tensor of the
+    pass, if `enabled`."""
 
     def __init__(self, inner: WeightSource, enabled: bool) -> None:
         self._inner, self._enabled = inner, enabled
         self._hashes: dict[str, Tensor] = {}
+        self._pass: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[ParamMeta]:
         return self._inner.metadata()
 
+    def begin(self) -> None:
+        """A send begins: forget the pass of the former one."""
+        self._hashes, self._pass = {}, None
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        self._hashes = {}
-        for name, tensor in self._inner:
+        self._pass = iter(self._inner)  # held here: it can be continued after whoever iterates has failed
+        for name, tensor in self._pass:
             if self._enabled:
                 self._hashes[name] = hash_words(tensor)  # stays on its device: a GPU is not waited for in between
             yield name, tensor
+
+    def finish(self) -> None:
+        """Gather, and drop, what is left of this send's pass: all of it where none began."""
+        for _ in iter(self._inner) if self._pass is None else self._pass:
+            pass
 
     def digests(self) -> dict[str, str]:
         return {m.name: digest_text(m.dtype, m.shape, self._hashes[m.name]) for m in self.metadata() if self._enabled}
@@ -119,7 +155,6 @@ def _gloo(sender: WeightSender, client: WeightSyncClient) -> Transport:
         world_size=client.world_size,
         bucket_bytes=sender.bucket_bytes,
         timeout=sender.timeout,
-        rank=sender.rank,
     )
     return GlooTrainer.trainer_init(info, client=client, source=sender.source)
 
@@ -173,7 +208,7 @@ def _nccl(sender: WeightSender, client: WeightSyncClient) -> Transport:
         master_port=free_port(),
         world_size=client.world_size,
         packed_buffer_size_bytes=sender.bucket_bytes,
-        rank=sender.rank,
+        rank=0,
     )
     with same_stream():
         return NcclTransport(

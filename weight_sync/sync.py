@@ -26,14 +26,16 @@ from concurrent.futures import Future
 
 from weight_sync.client import await_all
 from weight_sync.protocols import EngineHandle, TransferReport, WeightLearner
-from weight_sync.verify import WeightSyncError, problems_of
+from weight_sync.verify import WeightMismatchError, WeightSyncError, problems_of
+
+COMPARING = "comparing the weights with those sent"
 
 
 def sync_weights(learner: WeightLearner, engines: Sequence[EngineHandle], version: int, *, timeout: float) -> None:
     """Give all `engines` the learner's current weights, as `version`. `engines` are those of the formed group.
 
-    Raises WeightSyncError, which says which phase failed, at which engines, and why; the engines are then still
-    paused."""
+    Raises WeightSyncError, which says which phase failed, at which engines, and why, and its WeightMismatchError if
+    that is true of any engine in their place. The engines are then still paused."""
 
     def everywhere(phase: str, call: Callable[[EngineHandle], Future[None]]) -> None:
         await_all(phase, {engine.name: call(engine) for engine in engines}, timeout)
@@ -45,13 +47,15 @@ def sync_weights(learner: WeightLearner, engines: Sequence[EngineHandle], versio
 
 
 def check_transfer(report: TransferReport, engines: Sequence[EngineHandle]) -> None:
-    """Raises WeightSyncError unless every engine received, loaded and applied exactly what was sent."""
-    wrong: dict[str, str] = {}
-    for engine in engines:
-        received = report.received.get(engine.name)
-        problem = "it did not take part" if received is None else problems_of(report.sent, received)
-        if problem:
-            wrong[engine.name] = problem
+    """Raises WeightMismatchError unless every engine loaded and applied exactly what was sent, and WeightSyncError if
+    one was not asked to."""
+    received = report.received
+    wrong = {
+        e.name: text for e in engines if e.name in received and (text := problems_of(report.sent, received[e.name]))
+    }
     if wrong:
         reasons = "; ".join(f"{name}: {text}" for name, text in wrong.items())
-        raise WeightSyncError("comparing the weights with those sent", tuple(wrong), reasons)
+        raise WeightMismatchError(COMPARING, tuple(wrong), reasons)
+    if absent := [engine.name for engine in engines if engine.name not in received]:
+        reasons = "; ".join(f"{name}: it did not take part" for name in absent)
+        raise WeightSyncError(COMPARING, absent, reasons)

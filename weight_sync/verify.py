@@ -36,6 +36,11 @@ class WeightSyncError(UserError, RuntimeError):
         return f"weight sync failed{where} while {self.phase}: {self.reason}"
 
 
+class WeightMismatchError(WeightSyncError):
+    """An engine received the weights, and what it holds is not what the learner trained. Nothing may be sampled from
+    it, and another engine in its place would be no better: the names or the values are wrong, not the machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightReport:
     """One engine's report of an update that it received. Plain data, so that it crosses processes as it is."""
@@ -93,12 +98,12 @@ def tensor_digest(tensor: Tensor) -> str:
 def merge_worker_reports(reports: Sequence[WeightReport]) -> WeightReport:
     """Merge the reports of an engine's workers (tensor parallel ranks), which must have received the same.
 
-    Raises WeightSyncError naming the first names on which workers differ."""
+    Raises WeightMismatchError naming the first names on which workers differ."""
     first = reports[0]
     for rank, other in enumerate(reports[1:], start=1):
         problems = mismatches(first.digests, other.digests)
         if problems:
-            raise WeightSyncError(
+            raise WeightMismatchError(
                 "receiving the weights", (), f"worker {rank} and worker 0 received different bytes: {problems}"
             )
     return WeightReport(

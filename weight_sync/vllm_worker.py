@@ -25,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from weight_sync.gloo import GlooInitInfo, broadcast, finish, join_group, plan_buckets, view_in
+from weight_sync.gloo import GlooInitInfo, join_group, received_buckets
 from weight_sync.protocols import ParamMeta
 from weight_sync.verify import digest_text, hash_words
 
@@ -83,23 +83,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooWorkerInitInfo, GlooUpda
         group = self.group
         if group is None:
             raise RuntimeError("this engine has not joined a weight-transfer group")
-
-        def post(nbytes: int) -> tuple[Tensor, Any]:
-            # A buffer of its own for each bucket: the layerwise reload keeps views of it until a layer is complete.
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
-            return buffer, broadcast(group, buffer)
-
-        metadata = update_info.metadata()
-        buckets = plan_buckets(metadata, self.bucket_bytes)
-        pending = [post(bucket.nbytes) for bucket in buckets[:1]]
-        for index, bucket in enumerate(buckets):
-            buffer, work = pending.pop()
-            finish(work)
-            if index + 1 < len(buckets):
-                pending.append(post(buckets[index + 1].nbytes))  # arrives while this one is loaded
-            metas = metadata[bucket.start : bucket.stop]
-            tensors = zip(metas, bucket.offsets, strict=True)
-            self.model.load_weights([(meta.name, view_in(buffer, offset, meta)) for meta, offset in tensors])
+        for bucket in received_buckets(group, update_info.metadata(), self.bucket_bytes):
+            self.model.load_weights(bucket)  # the layerwise reload keeps views of its buffer until a layer is complete
 
     def shutdown(self) -> None:
         group, self.group = self.group, None

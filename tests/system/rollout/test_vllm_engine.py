@@ -219,11 +219,16 @@ def test_nccl_gives_every_engine_ranks_of_its_own(monkeypatch: pytest.MonkeyPatc
     def engine(name: str, workers: int) -> Any:
         def init_weight_transfer(info: dict[str, Any]) -> Future[None]:
             joined[name] = nccl_engine.NCCLWeightTransferInitInfo(**info).__dict__
+            return check_health()
+
+        def check_health() -> Future[None]:
             done: Future[None] = Future()
             done.set_result(None)
             return done
 
-        return SimpleNamespace(name=name, workers=workers, init_weight_transfer=init_weight_transfer)
+        return SimpleNamespace(
+            name=name, workers=workers, init_weight_transfer=init_weight_transfer, check_health=check_health
+        )
 
     sender = WeightSender(PolicySource(nn.Linear(2, 2)), backend="nccl", rank=0, bucket_bytes=123, host="10.0.0.1")
     sender.form_group([engine("a", 2), engine("b", 4), engine("c", 1)])

@@ -1,4 +1,5 @@
-"""PolicySource under ZeRO-3 with LoRA, on two ranks: merged values, and never more than a bucket gathered at a time."""
+"""Two learner ranks under ZeRO-3, in processes of their own: what the source gathers, and that a failed transfer leaves
+the ranks aligned. An engine is a process that receives over gloo (bench/weight_receiver.py)."""
 
 from __future__ import annotations
 
@@ -7,29 +8,29 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 LAYERS, WIDTH = 6, 32
 WORLD = 2
+BUCKET_BYTES = 4 * WIDTH * (WIDTH + 1)
+"""One layer: six buckets."""
+RANK_TIMEOUT = 100.0
 
 
-def main() -> None:
-    """One rank: train a step, then compare every tensor of the source with full parameters merged by hand."""
+def trained_engine(settings: dict[str, Any] | None = None) -> Any:
+    """A stack of linear layers after two steps under ZeRO-3, with LoRA of these `settings`, if given."""
     import deepspeed
     import torch
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
-    from weight_sync.source import PolicySource
-
     torch.manual_seed(0)
-    rank = int(os.environ["RANK"])
     deepspeed.init_distributed(dist_backend="gloo")
-    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["1", "4"])
-    model = get_peft_model(nn.Sequential(*layers), lora)
+    model: Any = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    if settings is not None:
+        model = get_peft_model(model, LoraConfig(**settings))
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -39,13 +40,36 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     engine = deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
     for _ in range(2):  # B starts at zero: A moves from the second step on
-        engine.backward(engine(torch.randn(4, WIDTH)).square().mean())
-        engine.step()
+        step(engine)
+    return engine
 
-    full: dict[str, torch.Tensor] = {}
+
+def step(engine: Any) -> None:
+    import torch
+
+    engine.backward(engine(torch.randn(4, WIDTH)).square().mean())
+    engine.step()
+
+
+def full_parameters(engine: Any) -> dict[str, Any]:
+    import deepspeed
+
+    full = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            full[name] = parameter.detach().double().clone()
+            full[name] = parameter.detach().clone()
+    return full
+
+
+def lora() -> None:
+    """One rank: compare every tensor of the source with full parameters merged by hand."""
+    import torch
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    from weight_sync.source import PolicySource
+
+    engine = trained_engine({"r": 4, "lora_alpha": 8, "target_modules": ["1", "4"]})
+    full = {name: value.double() for name, value in full_parameters(engine).items()}
     source = PolicySource(engine.module, bucket_bytes=3 * 4 * WIDTH * WIDTH)
     declared = [(m.name, m.shape) for m in source.metadata()]
     seen = []
@@ -63,11 +87,44 @@ def main() -> None:
         seen.append((name, tuple(tensor.shape)))
     assert seen == declared and len(seen) == 2 * LAYERS
     assert all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in engine.module.parameters())
-    sys.stdout.write(f"rank {rank} agrees\n")
+
+
+def death() -> None:
+    """One rank: an engine is killed in the middle of a transfer. The next one, to the other engine, succeeds; so does
+    the update between them, which needs all ranks in the same collectives."""
+    from bench.weight_receiver import ProcessEngine
+    from weight_sync.sender import WeightSender
+    from weight_sync.source import PolicySource
+    from weight_sync.verify import WeightSyncError, tensor_digest
+
+    rank = int(os.environ["RANK"])
+    engine = trained_engine()
+    source = PolicySource(engine.module, bucket_bytes=BUCKET_BYTES)
+    sender = WeightSender(source, backend="gloo", rank=rank, bucket_bytes=BUCKET_BYTES, timeout=20.0)
+    living, dying = [ProcessEngine("living"), ProcessEngine("dying", dies_at=2)] if rank == 0 else ["living", "dying"]
+    sender.form_group([living, dying])  # type: ignore[list-item]
+    try:
+        sender.send()
+        assert rank == 1, "rank 0 saw no failure"
+    except WeightSyncError as error:
+        assert error.engines == ("dying",) and "the process of dying is gone" in error.reason, error
+    try:
+        sender.form_group([living, dying])  # type: ignore[list-item]
+        assert rank == 1
+    except WeightSyncError as error:
+        assert error.engines == ("dying",), error
+    step(engine)
+    sender.form_group([living])  # type: ignore[list-item]
+    report = sender.send()
+    expected = {name: tensor_digest(value) for name, value in full_parameters(engine).items()}
+    if report is not None:
+        assert dict(report.sent) == expected and report.received["living"].digests == expected
+        living.close()  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
-def test_lora_under_zero3_is_merged_bucket_by_bucket(repository: Path) -> None:
+@pytest.mark.parametrize("case", ["lora", "death"])
+def test_ranks_agree(case: str, repository: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -82,7 +139,7 @@ def test_lora_under_zero3_is_merged_bucket_by_bucket(repository: Path) -> None:
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, case],
             env={**shared, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -91,7 +148,7 @@ def test_lora_under_zero3_is_merged_bucket_by_bucket(repository: Path) -> None:
         for rank in range(WORLD)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in ranks]
+        outputs = [process.communicate(timeout=RANK_TIMEOUT)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
@@ -100,4 +157,5 @@ def test_lora_under_zero3_is_merged_bucket_by_bucket(repository: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    {"lora": lora, "death": death}[sys.argv[1]]()
+    sys.stdout.write(f"rank {os.environ['RANK']} agrees\n")

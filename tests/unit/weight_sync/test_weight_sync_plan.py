@@ -17,8 +17,8 @@ from weight_sync.sender import DigestingSource
 from weight_sync.source import PolicySource
 from weight_sync.verify import (
     CHUNK_WORDS,
+    WeightMismatchError,
     WeightReport,
-    WeightSyncError,
     hash_words,
     merge_worker_reports,
     mismatches,
@@ -143,7 +143,7 @@ def test_problems_of_a_report() -> None:
 def test_workers_of_one_engine_must_agree() -> None:
     merged = merge_worker_reports([WeightReport({"a": "1"}, (), ("x",)), WeightReport({"a": "1"}, ("n",), ("y", "x"))])
     assert merged == WeightReport({"a": "1"}, ("n",), ("x", "y"))
-    with pytest.raises(WeightSyncError, match="worker 1 and worker 0"):
+    with pytest.raises(WeightMismatchError, match=r"worker 1 and worker 0 .*a \(sent 1, received 2\)"):
         merge_worker_reports([WeightReport({"a": "1"}), WeightReport({"a": "2"})])
 
 

@@ -2,61 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.helpers.weight_engines import FakeEngine, LocalLearner, ThreadEngine, fail
 from weight_sync.client import WeightSyncClient, await_all
-from weight_sync.gloo import GlooInitInfo, broadcast, join_group, plan_buckets, view_in
-from weight_sync.protocols import EngineHandle, ParamMeta, TransferReport
+from weight_sync.protocols import EngineHandle, TransferReport
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
 from weight_sync.sync import sync_weights
-from weight_sync.verify import WeightReport, WeightSyncError, tensor_digest
+from weight_sync.verify import WeightMismatchError, WeightReport, WeightSyncError
 
 DOING = {"pause": "pausing", "commit": "committing the version", "resume": "resuming"}
-
-
-class FakeEngine:
-    """Records what it was told; one phase of it can be replaced."""
-
-    def __init__(self, name: str, journal: list[str], faults: Mapping[str, Callable[[], Any]] | None = None) -> None:
-        self.name, self.workers = name, 1
-        self.journal, self.faults = journal, dict(faults or {})
-        self.paused, self.held_version = False, 0
-        self._pool = ThreadPoolExecutor(1)
-
-    def _do(self, phase: str, act: Callable[[], Any]) -> Future[Any]:
-        def run() -> Any:
-            if phase in self.faults:
-                return self.faults[phase]()
-            self.journal.append(f"{self.name}.{phase}")
-            return act()
-
-        return self._pool.submit(run)
-
-    def check_health(self) -> Future[None]:
-        return self._do("health", lambda: None)
-
-    def init_weight_transfer(self, init_info: Mapping[str, Any]) -> Future[None]:
-        return self._do("init", lambda: None)
-
-    def pause(self) -> Future[None]:
-        return self._do("pause", lambda: setattr(self, "paused", True))
-
-    def receive_weights(self, update_info: Mapping[str, Any]) -> Future[WeightReport]:
-        return self._do("receive", lambda: WeightReport({"w": "1"}))
-
-    def commit(self, version: int) -> Future[None]:
-        return self._do("commit", lambda: setattr(self, "held_version", version))
-
-    def resume(self) -> Future[None]:
-        return self._do("resume", lambda: setattr(self, "paused", False))
 
 
 class FakeLearner:
@@ -69,10 +32,6 @@ class FakeLearner:
     def send_weights(self) -> TransferReport:
         self.journal.append("learner.send")
         return TransferReport({"w": "1"}, self.received)
-
-
-def fail() -> None:
-    raise RuntimeError("out of order")
 
 
 def good(*names: str) -> dict[str, WeightReport]:
@@ -113,22 +72,62 @@ def test_a_hanging_engine_is_named_after_the_deadline(phase: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reports", "message"),
+    ("report", "message"),
     [
-        (good("a"), "b: it did not take part"),
-        ({**good("a"), "b": WeightReport({"w": "2"})}, r"w \(sent 1, received 2\)"),
-        ({**good("a"), "b": WeightReport({})}, "1 never arrived: w"),
-        ({**good("a"), "b": WeightReport({"w": "1"}, unconsumed=("w",))}, "no parameter of the engine took"),
-        ({**good("a"), "b": WeightReport({"w": "1"}, uncovered=("head (0 of 8 elements)",))}, "head"),
+        (WeightReport({"w": "2"}), r"w \(sent 1, received 2\)"),
+        (WeightReport({}), "1 never arrived: w"),
+        (WeightReport({"w": "1", "x": "1"}), "1 never sent: x"),
+        (WeightReport({"w": "1"}, unconsumed=("w",)), "no parameter of the engine took"),
+        (WeightReport({"w": "1"}, uncovered=("head (0 of 8 elements)",)), "head"),
     ],
 )
-def test_wrong_weights_are_never_committed(reports: dict[str, WeightReport], message: str) -> None:
+def test_wrong_weights_are_never_committed(report: WeightReport, message: str) -> None:
     journal: list[str] = []
     engines = [FakeEngine("a", journal), FakeEngine("b", journal)]
-    with pytest.raises(WeightSyncError, match=message) as caught:
-        sync_weights(FakeLearner(journal, reports), engines, 7, timeout=5.0)
+    with pytest.raises(WeightMismatchError, match=message) as caught:
+        sync_weights(FakeLearner(journal, {**good("a"), "b": report}), engines, 7, timeout=5.0)
     assert caught.value.phase == "comparing the weights with those sent" and caught.value.engines == ("b",)
     assert all(e.paused and e.held_version == 0 for e in engines)
+
+
+def test_an_engine_outside_the_group_is_no_mismatch() -> None:
+    """Its weights are not wrong: a new one in its place would do."""
+    engines = [FakeEngine("a", []), FakeEngine("b", [])]
+    with pytest.raises(WeightSyncError, match="b: it did not take part") as caught:
+        sync_weights(FakeLearner([], good("a")), engines, 7, timeout=5.0)
+    assert not isinstance(caught.value, WeightMismatchError) and caught.value.engines == ("b",)
+    assert all(e.paused and e.held_version == 0 for e in engines)
+
+
+def differ() -> None:
+    raise WeightMismatchError("receiving the weights", (), "worker 1 and worker 0 received different bytes: w")
+
+
+class RemoteError(Exception):
+    """As Ray raises it: with the error of the other process as its cause."""
+
+    cause = WeightMismatchError("receiving the weights", (), "w differs")
+
+
+def test_a_mismatch_that_an_engine_finds_stays_one() -> None:
+    failed: dict[str, Future[None]] = {name: Future() for name in ("dead", "wrong", "remote")}
+    failed["dead"].set_exception(RuntimeError("gone"))
+    failed["wrong"].set_exception(WeightMismatchError("receiving", (), "v differs"))
+    failed["remote"].set_exception(RemoteError())
+    with pytest.raises(WeightMismatchError) as caught:
+        await_all("receiving the weights", failed, 5.0)
+    assert caught.value.engines == ("wrong", "remote")
+    assert caught.value.reason == "wrong: v differs; remote: w differs"
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is WeightMismatchError and str(copy) == str(caught.value)
+
+
+def test_workers_that_differ_end_the_transfer_as_a_mismatch(model: nn.Module) -> None:
+    learner, engine = LocalLearner(model, timeout=2.0), ThreadEngine("a", {"receive": differ})
+    learner.form_weight_group([engine])
+    with pytest.raises(WeightMismatchError, match="at a while receiving the weights: a: worker 1 and worker 0"):
+        sync_weights(learner, [engine], 1, timeout=5.0)
+    assert engine.paused and engine.held_version == 0
 
 
 def test_a_failing_learner_leaves_engines_paused() -> None:
@@ -157,55 +156,6 @@ def test_engine_names_must_differ() -> None:
 # ---------------------------------------------------------------------------------------------------- gloo
 
 
-class ThreadEngine(FakeEngine):
-    """Receives over gloo in a thread, as `workers` ranks one after another would in processes."""
-
-    def __init__(self, name: str, faults: Mapping[str, Callable[[], Any]] | None = None, corrupt: bool = False) -> None:
-        super().__init__(name, [], faults)
-        self.corrupt = corrupt
-        self.ranks: list[int] = []
-        self.values: dict[str, Tensor] = {}
-
-    def init_weight_transfer(self, init_info: Mapping[str, Any]) -> Future[None]:
-        return self._do("init", lambda: self._join(GlooInitInfo(**init_info)))
-
-    def _join(self, info: GlooInitInfo) -> None:
-        self.ranks.append(info.rank_offset)
-        self.info, self.group = info, join_group(info, info.rank_offset)
-
-    def receive_weights(self, update_info: Mapping[str, Any]) -> Future[WeightReport]:
-        return self._do("receive", lambda: self._receive(update_info))
-
-    def _receive(self, info: Mapping[str, Any]) -> WeightReport:
-        rows = zip(info["names"], info["dtype_names"], info["shapes"], strict=True)
-        metadata = [ParamMeta(n, getattr(torch, d), tuple(s)) for n, d, s in rows]
-        for bucket in plan_buckets(metadata, self.info.bucket_bytes):
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
-            broadcast(self.group, buffer).wait()
-            if self.corrupt:
-                buffer[0] ^= 1
-            for meta, offset in zip(metadata[bucket.start : bucket.stop], bucket.offsets, strict=True):
-                self.values[meta.name] = view_in(buffer, offset, meta).clone()
-        return WeightReport({name: tensor_digest(value) for name, value in self.values.items()})
-
-
-class LocalLearner:
-    """A learner of one rank in this process."""
-
-    def __init__(self, model: nn.Module, timeout: float = 20.0, bucket_bytes: int = 256) -> None:
-        source = PolicySource(model, bucket_bytes=bucket_bytes)
-        self.sender = WeightSender(source, backend="gloo", rank=0, bucket_bytes=bucket_bytes, timeout=timeout)
-
-    def form_weight_group(self, engines: Sequence[EngineHandle]) -> None:
-        self.sender.form_group(engines)
-
-    def send_weights(self) -> TransferReport:
-        report = self.sender.send()
-        assert report is not None
-        self.sent = report.sent
-        return report
-
-
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
@@ -232,7 +182,7 @@ def test_a_corrupted_byte_is_found_and_named(model: nn.Module) -> None:
     engines = [ThreadEngine("a"), ThreadEngine("b", corrupt=True)]
     learner = LocalLearner(model)
     learner.form_weight_group(engines)
-    with pytest.raises(WeightSyncError, match=r"at b while .*differ: 0\.weight"):
+    with pytest.raises(WeightMismatchError, match=r"at b while .*differ: 0\.weight"):
         sync_weights(learner, engines, 1, timeout=20.0)
     assert all(e.held_version == 0 and e.paused for e in engines)
 
