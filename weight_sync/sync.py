@@ -49,13 +49,11 @@ def sync_weights(learner: WeightLearner, engines: Sequence[EngineHandle], versio
 def check_transfer(report: TransferReport, engines: Sequence[EngineHandle]) -> None:
     """Raises WeightMismatchError unless every engine loaded and applied exactly what was sent, and WeightSyncError if
     one was not asked to."""
-    received = report.received
-    wrong = {
-        e.name: text for e in engines if e.name in received and (text := problems_of(report.sent, received[e.name]))
-    }
+    names = [engine.name for engine in engines]
+    wrong = {n: text for n in names if n in report.received and (text := problems_of(report.sent, report.received[n]))}
     if wrong:
         reasons = "; ".join(f"{name}: {text}" for name, text in wrong.items())
         raise WeightMismatchError(COMPARING, tuple(wrong), reasons)
-    if absent := [engine.name for engine in engines if engine.name not in received]:
+    if absent := [name for name in names if name not in report.received]:
         reasons = "; ".join(f"{name}: it did not take part" for name in absent)
         raise WeightSyncError(COMPARING, absent, reasons)
