@@ -46,6 +46,28 @@ class TransferReport:
     """Name -> digest (`verify.tensor_digest`) of every tensor as it was sent."""
     received: Mapping[str, WeightReport]
     """Engine name -> that engine's report."""
+    gather_seconds: float = 0.0
+    """Seconds that rank 0 waited for the source: gathering, merging LoRA, dequantizing."""
+    transfer_seconds: float = 0.0
+    """The rest: copying into buckets, broadcasting, and waiting for the slowest engine to receive and load them."""
+    verify_seconds: float = 0.0
+    """Seconds for the digests of what is sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncTimes:
+    """Where the time of one synchronisation went, in seconds. Engines load while the next bucket is on its way, so
+    `load` and their part of `verify` lie within `transfer`."""
+
+    pause: float
+    """From the first call to pause until the last engine resumed: what generation lost."""
+    gather: float
+    """The learner's gathers, and the merging of LoRA (`TransferReport.gather_seconds`)."""
+    transfer: float
+    load: float
+    """Putting the weights in place, at the slowest engine."""
+    verify: float
+    """Digests at the learner, digests and coverage at the slowest engine, and their comparison."""
 
 
 class EngineHandle(Protocol):

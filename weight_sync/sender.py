@@ -10,6 +10,7 @@ error rank 0 gathers what is left and drops it. The other ranks end with it, and
 from __future__ import annotations
 
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ class WeightSender:
             raise WeightSyncError(
                 "sending the weights", (), "no weight-transfer group was formed yet, or the last one failed"
             )
-        client = self._client
+        client, begin = self._client, time.perf_counter()
         try:
             self._transport.send_weights()
         except BaseException as error:
@@ -101,7 +102,14 @@ class WeightSender:
             if isinstance(error, WeightSyncError) and (blamed := client.blamed(error)) is not error:
                 raise blamed from error
             raise
-        return TransferReport(self.source.digests(), dict(client.reports))
+        elapsed, source = time.perf_counter() - begin, self.source
+        return TransferReport(
+            source.digests(),
+            dict(client.reports),
+            gather_seconds=source.gather_seconds,
+            transfer_seconds=elapsed - source.gather_seconds - source.hash_seconds,
+            verify_seconds=source.hash_seconds,
+        )
 
     def _finish_pass(self) -> None:
         self.source.finish()
@@ -123,6 +131,7 @@ class DigestingSource:
         self._inner, self._enabled = inner, enabled
         self._hashes: dict[str, Tensor] = {}
         self._pass: Iterator[tuple[str, Tensor]] | None = None
+        self.gather_seconds = self.hash_seconds = 0.0
 
     def metadata(self) -> list[ParamMeta]:
         return self._inner.metadata()
@@ -130,13 +139,20 @@ class DigestingSource:
     def begin(self) -> None:
         """A send begins: forget the pass of the former one."""
         self._hashes, self._pass = {}, None
+        self.gather_seconds = self.hash_seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self._pass = iter(self._inner)  # held here: it can be continued after whoever iterates has failed
+        begin = time.perf_counter()
         for name, tensor in self._pass:
+            gathered = time.perf_counter()
+            self.gather_seconds += gathered - begin
             if self._enabled:
                 self._hashes[name] = hash_words(tensor)  # stays on its device: a GPU is not waited for in between
+            self.hash_seconds += time.perf_counter() - gathered
             yield name, tensor
+            begin = time.perf_counter()
+        self.gather_seconds += time.perf_counter() - begin
 
     def finish(self) -> None:
         """Gather, and drop, what is left of this send's pass: all of it where none began."""

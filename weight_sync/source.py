@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weight_sync.protocols import ParamMeta
+from weight_sync.verify import WeightMismatchError
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
@@ -45,6 +46,15 @@ class _Entry:
         shape = getattr(self.weight, "ds_shape", self.weight.shape)
         return ParamMeta(self.name, self.weight.dtype, tuple(shape))
 
+    @property
+    def problem(self) -> str:
+        """Why the merge would not give the weights that the learner trains; empty if it does."""
+        if self.lora is None:
+            return ""
+        if self.lora.disable_adapters or ADAPTER not in self.lora.active_adapters:
+            return "its adapter is switched off"
+        return "its adapter is merged already" if self.lora.merged else ""
+
     def tensor(self) -> Tensor:
         """The full tensor. Call this while `parameters` are gathered. The base weight is never changed by the merge."""
         base = dequantized(self.weight)
@@ -65,12 +75,13 @@ class PolicySource:
         (`MultimodalAdapter.engine_weight_name`).
 
         Raises ValueError for an adapter that cannot be merged into a linear layer's own weight (DoRA, LoRA on
-        embeddings or on a head that is tied to them)."""
-        self._entries = [
-            _Entry(new, weight, lora)
-            for name, weight, lora in _base_parameters(model)
-            if (new := rename(name)) is not None
-        ]
+        embeddings or on a head that is tied to them), and for one that no engine would get."""
+        self._entries = []
+        for name, weight, lora in _base_parameters(model):
+            if (new := rename(name)) is not None:
+                self._entries.append(_Entry(new, weight, lora))
+            elif lora is not None:
+                raise ValueError(f"{name} has a LoRA adapter, but the engine has no such weight (engine_weight_name)")
         self._bucket_bytes = bucket_bytes
         names = [entry.name for entry in self._entries]
         if len(set(names)) != len(names):
@@ -81,6 +92,10 @@ class PolicySource:
         return [entry.meta for entry in self._entries]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Raises WeightMismatchError, on every rank and before anything is gathered, if an adapter is not in use."""
+        if unbound := [f"{entry.name}: {entry.problem}" for entry in self._entries if entry.problem]:
+            text = f"{len(unbound)} LoRA layers cannot be merged into what the engines get: {'; '.join(unbound[:5])}"
+            raise WeightMismatchError("gathering the weights", (), text)
         for bucket in self._buckets():
             with gathered([p for entry in bucket for p in entry.parameters]):
                 for entry in bucket:
@@ -132,8 +147,11 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]
     adapted: dict[str, Any] = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     for name, module in adapted.items():
         _check_mergeable(name, module)
+    layers = tuple(adapted)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
+            if not name.startswith(tuple(f"{layer}.lora_" for layer in layers)):
+                raise ValueError(f"{name}: no layer has this LoRA weight, so no engine would get it")
             continue
         owner, _, leaf = name.rpartition(".base_layer.")
         lora = adapted.pop(owner, None) if leaf == "weight" else None

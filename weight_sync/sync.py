@@ -21,17 +21,18 @@ engines that are gone) and call `sync_weights` again: nothing was sampled from a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from weight_sync.client import await_all
-from weight_sync.protocols import EngineHandle, TransferReport, WeightLearner
+from weight_sync.protocols import EngineHandle, SyncTimes, TransferReport, WeightLearner
 from weight_sync.verify import WeightMismatchError, WeightSyncError, problems_of
 
 COMPARING = "comparing the weights with those sent"
 
 
-def sync_weights(learner: WeightLearner, engines: Sequence[EngineHandle], version: int, *, timeout: float) -> None:
+def sync_weights(learner: WeightLearner, engines: Sequence[EngineHandle], version: int, *, timeout: float) -> SyncTimes:
     """Give all `engines` the learner's current weights, as `version`. `engines` are those of the formed group.
 
     Raises WeightSyncError, which says which phase failed, at which engines, and why, and its WeightMismatchError if
@@ -40,10 +41,22 @@ def sync_weights(learner: WeightLearner, engines: Sequence[EngineHandle], versio
     def everywhere(phase: str, call: Callable[[EngineHandle], Future[None]]) -> None:
         await_all(phase, {engine.name: call(engine) for engine in engines}, timeout)
 
+    paused = time.perf_counter()
     everywhere("pausing", lambda engine: engine.pause())
-    check_transfer(learner.send_weights(), engines)
+    report = learner.send_weights()
+    sent = time.perf_counter()
+    check_transfer(report, engines)
+    checked = time.perf_counter()
     everywhere("committing the version", lambda engine: engine.commit(version))
     everywhere("resuming", lambda engine: engine.resume())
+    received = report.received.values()
+    return SyncTimes(
+        pause=time.perf_counter() - paused,
+        gather=report.gather_seconds,
+        transfer=report.transfer_seconds,
+        load=max((r.load_seconds for r in received), default=0.0),
+        verify=report.verify_seconds + max((r.verify_seconds for r in received), default=0.0) + checked - sent,
+    )
 
 
 def check_transfer(report: TransferReport, engines: Sequence[EngineHandle]) -> None:

@@ -50,7 +50,12 @@ class WeightReport:
     unconsumed: tuple[str, ...] = ()
     """Names of tensors that arrived and that no parameter of the engine's model took."""
     uncovered: tuple[str, ...] = ()
-    """Modules of the engine's model in which some weight elements were not written."""
+    """Modules of the engine's model in which some weight elements were not written, or are not computed with."""
+    load_seconds: float = 0.0
+    """Seconds the engine's processes spent putting what arrived in place, at the slowest of them. On a GPU these are
+    the seconds of the host, as in all timings here: kernels that still run are in the next figure."""
+    verify_seconds: float = 0.0
+    """Seconds for the digests and for looking at what was reached."""
 
 
 @lru_cache(maxsize=8)
@@ -110,6 +115,8 @@ def merge_worker_reports(reports: Sequence[WeightReport]) -> WeightReport:
         first.digests,
         tuple(sorted({n for r in reports for n in r.unconsumed})),
         tuple(sorted({n for r in reports for n in r.uncovered})),
+        max(r.load_seconds for r in reports),
+        max(r.verify_seconds for r in reports),
     )
 
 

@@ -7,6 +7,7 @@ reports what arrived and whether it reached every layer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,18 +130,43 @@ class PolicyWorker:
                 # a layer that mixes both for complete.
                 transfer.finish_weight_update()
                 raise
-            uncovered = uncovered_modules(model)
-            worker.finish_weight_update()
-        refresh_output_heads(model)
-        self.policy_names = names
-        digests = {name: digest_text(dtype, shape, words) for name, (dtype, shape, words) in record.hashes.items()}
-        return {"digests": digests, "unconsumed": record.unconsumed, "uncovered": uncovered}
+            with record.verifying():
+                wrong = uncovered_modules(model)
+            with record.loading():
+                worker.finish_weight_update()
+                refresh_output_heads(model)
+        with record.verifying():
+            wrong += stale_output_heads(model)
+            digests = {name: digest_text(dtype, shape, words) for name, (dtype, shape, words) in record.hashes.items()}
+        self.policy_names = () if record.unconsumed else names
+        return {
+            "digests": digests,
+            "unconsumed": record.unconsumed,
+            "uncovered": wrong,
+            "load_seconds": record.load_seconds,
+            "verify_seconds": record.verify_seconds,
+        }
 
 
 class LoadRecord:
+    """What one transfer gave to the model, and the seconds of this process for loading it and for checking it."""
+
     def __init__(self) -> None:
         self.hashes: dict[str, tuple[torch.dtype, torch.Size, Tensor]] = {}
         self.unconsumed: list[str] = []
+        self.load_seconds = self.verify_seconds = 0.0
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.load_seconds += time.perf_counter() - begin
+
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.verify_seconds += time.perf_counter() - begin
 
 
 @contextmanager
@@ -151,20 +177,29 @@ def recorded_loads(model: nn.Module, one_by_one: bool) -> Iterator[LoadRecord]:
     record = LoadRecord()
     load: Callable[[Iterable[tuple[str, Tensor]]], set[str] | None] = model.load_weights  # type: ignore[assignment]
 
+    def load_one(name: str, tensor: Tensor) -> set[str]:
+        try:
+            loaded = load([(name, tensor)])
+        except (LookupError, ValueError, AttributeError, AssertionError) as error:
+            # The name or the shape is unknown to the model, as it would be to any other engine's: the rest is received,
+            # so that nobody waits, and the report says it.
+            reason = str(error).partition(". ")[0][:200]  # vLLM goes on to list all that it has
+            record.unconsumed.append(f"{name} ({type(error).__name__}: {reason})")
+            return set()
+        if loaded is None:
+            raise TypeError(f"{type(model).__name__}.load_weights does not say what it loaded")
+        if not loaded:
+            record.unconsumed.append(name)
+        return loaded
+
     def load_weights(weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
         batch = list(weights)
-        record.hashes |= {name: (tensor.dtype, tensor.shape, hash_words(tensor)) for name, tensor in batch}
-        if not one_by_one:
-            return load(batch)
-        taken: set[str] = set()
-        for name, tensor in batch:
-            loaded = load([(name, tensor)])
-            if loaded is None:
-                raise TypeError(f"{type(model).__name__}.load_weights does not say what it loaded")
-            if not loaded:
-                record.unconsumed.append(name)
-            taken |= loaded
-        return taken
+        with record.verifying():
+            record.hashes |= {name: (tensor.dtype, tensor.shape, hash_words(tensor)) for name, tensor in batch}
+        with record.loading():
+            if not one_by_one:
+                return load(batch)
+            return {taken for name, tensor in batch for taken in load_one(name, tensor)}
 
     model.load_weights = load_weights  # type: ignore[assignment]
     try:
@@ -209,3 +244,21 @@ def refresh_output_heads(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and module.weight.device.type == "cpu":
             module.quant_method.process_weights_after_loading(module)
+
+
+def stale_output_heads(model: nn.Module) -> list[str]:
+    """Find output heads that compute with other weights than they hold, as far as `refresh_output_heads` is for them.
+
+    A product with a unit vector is a column of the weight, exactly; three columns of a copy that is still the former
+    one cannot all be equal after an update of the head."""
+    stale = []
+    for name, module in model.named_modules():
+        if not isinstance(module, ParallelLMHead) or module.weight.device.type != "cpu":
+            continue
+        weight = module.weight
+        columns = [0, weight.shape[1] // 2, weight.shape[1] - 1]
+        units = torch.zeros(len(columns), weight.shape[1], dtype=weight.dtype)
+        units[range(len(columns)), columns] = 1
+        if not torch.equal(module.quant_method.apply(module, units), weight[:, columns].T):
+            stale.append(f"{name} (it computes with a former copy of its weight)")
+    return stale

@@ -100,13 +100,24 @@ def _targets(model: Any, options: LearnerOptions, adapter: MultimodalAdapter) ->
 
 
 def with_lora(model: Any, layers: Sequence[str], *, rank: int, alpha: float, seed: int = 0) -> Any:
-    """A peft model with new LoRA adapters on `layers`; they alone are trained, and begin as a change of zero."""
+    """A peft model with new LoRA adapters on `layers`; they alone are trained, and begin as a change of zero.
+
+    Raises ValueError naming the layers where peft put none, or put one that is not asked for."""
     from peft import LoraConfig, get_peft_model
 
+    if not layers:
+        raise ValueError(f"lora.targets: none of the linear layers of {type(model).__name__} is chosen")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers), lora_dropout=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the same A on every rank
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    bound = {name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "base_layer")}
+    if wrong := sorted(bound ^ set(layers)):
+        raise ValueError(
+            f"lora.targets: peft's adapters and the layers chosen for them differ in {len(wrong)} of {len(layers)} "
+            f"layers: {', '.join(wrong[:5])}"
+        )
+    return adapted
 
 
 def _checkpoint(model: Any, roles: Collection[str], adapter: MultimodalAdapter) -> None:

@@ -236,9 +236,8 @@ class VLLMEngine:
     async def receive_weights(self, update_info: Mapping[str, Any]) -> WeightReport:
         call = self._alive().collective_rpc("receive_policy", kwargs={"update_info": dict(update_info)})
         reports = await self._control("receive weights", call)
-        return merge_worker_reports(
-            [WeightReport(r["digests"], tuple(r["unconsumed"]), tuple(r["uncovered"])) for r in reports]
-        )
+        names = ("unconsumed", "uncovered")  # lists on their way between the processes
+        return merge_worker_reports([WeightReport(**r | {n: tuple(r[n]) for n in names}) for r in reports])
 
     async def commit(self, version: int) -> None:
         await self._control("commit a version", self._alive().update_weight_version(str(version)))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -16,6 +17,7 @@ import pytest
 from torch import nn
 
 from rollout.config import RolloutConfig
+from rollout.engines import vllm_config
 from rollout.engines.protocol import EngineDeadError, EngineOptions, EngineOutput, SamplingParams
 from rollout.engines.vllm_engine import VLLMEngine
 from rollout.types import Prompt
@@ -34,11 +36,13 @@ from tests.contracts.engine_contract import (
     segment,
     small_policy,
 )
+from tests.helpers.faulty_worker import CORRUPTED, EXTENSION
 from tests.unit.rollout.test_vllm_engine import adapter as adapter
 from vlm.adapter import MultimodalAdapter
 from vlm.config import ModelConfig
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
+from weight_sync.verify import WeightMismatchError
 
 TOLERANCE = TOLERANCES["float32"]
 
@@ -87,7 +91,8 @@ class TestVLLMEngine(EngineContract):
     @pytest.fixture(scope="class")
     def harness(self, tiny_model: Path, adapter: MultimodalAdapter) -> Iterator[Harness]:
         harness = Harness(VLLMEngine(options(tiny_model), adapter), adapter)
-        harness.run(harness.engine.start())
+        with mock.patch.object(vllm_config, "WORKER_EXTENSION", EXTENSION):
+            harness.run(harness.engine.start())
         yield harness
         harness.run(harness.engine.shutdown())
         harness.runner.close()
@@ -169,28 +174,65 @@ class TestVLLMEngine(EngineContract):
         harness.synchronize(learner, 351)
         assert difference(harness, policy, prompt, sampling) < TOLERANCE
 
+    def refused(self, harness: Harness, learner: LocalLearner, version: int, message: str) -> None:
+        """The transfer is a mismatch that says `message`, and nothing can be sampled until one succeeds."""
+        before = harness.run(harness.engine.version())
+        with pytest.raises(WeightMismatchError, match=message) as caught:
+            harness.synchronize(learner, version)
+        assert caught.value.engines == ("engine",)
+        assert harness.run(harness.engine.version()) == before
+        assert harness.run(harness.engine._engine.is_paused())
+
     def test_a_weight_that_was_not_sent_is_missed(self, harness: Harness, policy: nn.Module) -> None:
         learner = LocalLearner(policy, rename=harness.adapter.engine_weight_name)
         entries = learner.sender.source._inner._entries
         (left_out,) = [e for e in entries if e.name.endswith("layers.1.self_attn.k_proj.weight")]
         entries.remove(left_out)
-        with pytest.raises(RuntimeError, match=r"kept old weight elements.*layers\.1\.self_attn\.qkv_proj"):
-            harness.synchronize(learner, 400)
-        assert harness.run(harness.engine.version()) != 400
+        self.refused(harness, learner, 400, r"kept old weight elements.*layers\.1\.self_attn\.qkv_proj")
         harness.synchronize(LocalLearner(policy, rename=harness.adapter.engine_weight_name), 401)
 
+    @pytest.mark.parametrize(
+        ("old", "new"), [("layers.1.mlp.down_proj", "layers.1.mlp.sideways"), ("visual.", "elsewhere.")]
+    )
     def test_a_name_the_engine_does_not_know_is_reported(
-        self, harness: Harness, policy: nn.Module, prompt: Prompt, sampling: SamplingParams
+        self, harness: Harness, policy: nn.Module, prompt: Prompt, sampling: SamplingParams, old: str, new: str
     ) -> None:
-        extra = nn.ModuleDict({"model": policy, "unknown": nn.Linear(2, 2)})
+        """Twice: the engine does not take the list of names for a checked one."""
+        learner = LocalLearner(policy, rename=lambda n: harness.adapter.engine_weight_name(n).replace(old, new))
+        for version in (500, 501):
+            self.refused(harness, learner, version, f"no parameter of the engine took.*{new}.*kept old weight elements")
+        harness.synchronize(LocalLearner(policy, rename=harness.adapter.engine_weight_name), 502)
+        assert difference(harness, policy, prompt, sampling) < TOLERANCE
 
-        def rename(name: str) -> str:
-            return harness.adapter.engine_weight_name(name.removeprefix("model.")) if "unknown" not in name else name
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("corrupted", rf"1 differ: [\w.]*{CORRUPTED} \(sent .*, received "),
+            ("stale head", r"kept old weight elements.*lm_head \(it computes with a former copy of its weight\)"),
+        ],
+    )
+    def test_a_fault_within_the_engine(
+        self,
+        harness: Harness,
+        policy: nn.Module,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        fault: str,
+        message: str,
+    ) -> None:
+        learner = LocalLearner(policy, rename=harness.adapter.engine_weight_name)
+        harness.synchronize(learner, 600)
+        move(policy, seed=600)
 
-        learner = LocalLearner(extra, timeout=3.0, rename=rename)
-        with pytest.raises(RuntimeError, match="unknown"):
-            harness.synchronize(learner, 500)
-        harness.synchronize(LocalLearner(policy, rename=harness.adapter.engine_weight_name), 501)
+        def inject(what: str | None) -> None:
+            harness.run(harness.engine._engine.collective_rpc("inject", args=(what,)))
+
+        inject(fault)
+        try:
+            self.refused(harness, learner, 601, message)
+        finally:
+            inject(None)
+        harness.synchronize(learner, 602)
         assert difference(harness, policy, prompt, sampling) < TOLERANCE
 
     def test_killed_engine(self, harness: Harness, prompt: Prompt, sampling: SamplingParams) -> None:

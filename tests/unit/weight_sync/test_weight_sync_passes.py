@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers.weight_engines import ThreadEngine, fail
+from weight_sync import gloo
+from weight_sync import sender as sender_module
 from weight_sync.protocols import ParamMeta
 from weight_sync.sender import WeightSender
 from weight_sync.sync import sync_weights
-from weight_sync.verify import WeightSyncError
+from weight_sync.verify import WeightReport, WeightSyncError
 
 NAMES = ("a", "b", "c", "d", "e")
 NBYTES = 16
@@ -169,3 +173,31 @@ class SimpleLearner:
     def __init__(self, sender: WeightSender) -> None:
         self.send_weights = sender.send
         self.form_weight_group = sender.form_group
+
+
+def test_gathering_hashing_and_sending_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only the parts move on: a gather by 1 s, a digest by 10 s, the transport by 100 s a tensor."""
+    now = [0.0]
+
+    def moves(seconds: float, act: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(*given: Any) -> Any:
+            now[0] += seconds
+            return act(*given)
+
+        return moved
+
+    monkeypatch.setattr(sender_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(sender_module, "hash_words", moves(10.0, sender_module.hash_words))
+    source = CountingSource()
+    source.gathered = SimpleNamespace(append=moves(1.0, lambda name: None))  # type: ignore[assignment]
+    monkeypatch.setattr(gloo, "view_in", moves(100.0, gloo.view_in))
+    sender = make_sender(source)
+    engine = ThreadEngine("x")
+    sender.form_group([engine])
+    monkeypatch.setattr(engine, "_receive", lambda info: WeightReport({}))
+    monkeypatch.setattr(gloo, "broadcast", lambda group, buffer: None)
+    monkeypatch.setattr(gloo, "finish", lambda work: None)
+    report = sender.send()
+    assert report is not None
+    times = (report.gather_seconds, report.verify_seconds, report.transfer_seconds)
+    assert times == (6.0, 50.0, 500.0)  # five tensors, and the end of the pass

@@ -143,6 +143,8 @@ def test_problems_of_a_report() -> None:
 def test_workers_of_one_engine_must_agree() -> None:
     merged = merge_worker_reports([WeightReport({"a": "1"}, (), ("x",)), WeightReport({"a": "1"}, ("n",), ("y", "x"))])
     assert merged == WeightReport({"a": "1"}, ("n",), ("x", "y"))
+    slowest = merge_worker_reports([WeightReport({}, (), (), 1.0, 4.0), WeightReport({}, (), (), 2.0, 3.0)])
+    assert (slowest.load_seconds, slowest.verify_seconds) == (2.0, 4.0)
     with pytest.raises(WeightMismatchError, match=r"worker 1 and worker 0 .*a \(sent 1, received 2\)"):
         merge_worker_reports([WeightReport({"a": "1"}), WeightReport({"a": "2"})])
 

@@ -6,14 +6,16 @@ import pickle
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from tests.helpers.weight_engines import FakeEngine, LocalLearner, ThreadEngine, fail
+from weight_sync import sync
 from weight_sync.client import WeightSyncClient, await_all
-from weight_sync.protocols import EngineHandle, TransferReport
+from weight_sync.protocols import EngineHandle, SyncTimes, TransferReport
 from weight_sync.sender import WeightSender
 from weight_sync.source import PolicySource
 from weight_sync.sync import sync_weights
@@ -45,6 +47,21 @@ def test_order_of_the_phases() -> None:
     stage = {"pause": 0, "send": 1, "commit": 2, "resume": 3}
     assert [stage[entry.split(".")[1]] for entry in journal] == [0, 0, 1, 2, 2, 3, 3]
     assert [e.held_version for e in engines] == [7, 7] and not any(e.paused for e in engines)
+
+
+def test_times_of_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pausing begins at 10, the weights are sent at 13, compared at 13.5; all have resumed at 15."""
+    clock = iter((10.0, 13.0, 13.5, 15.0))
+    monkeypatch.setattr(sync, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    received = {
+        "a": WeightReport({"w": "1"}, load_seconds=0.75, verify_seconds=1.0),
+        "b": WeightReport({"w": "1"}, load_seconds=0.5, verify_seconds=2.0),
+    }
+    learner = FakeLearner([], received)
+    report = TransferReport({"w": "1"}, received, gather_seconds=0.25, transfer_seconds=1.5, verify_seconds=0.125)
+    learner.send_weights = lambda: report  # type: ignore[method-assign]
+    times = sync_weights(learner, [FakeEngine("a", []), FakeEngine("b", [])], 7, timeout=5.0)
+    assert times == SyncTimes(pause=5.0, gather=0.25, transfer=1.5, load=0.75, verify=0.125 + 2.0 + 0.5)
 
 
 @pytest.mark.parametrize("phase", ["pause", "commit", "resume"])
