@@ -41,7 +41,6 @@ from saccade.pipeline.health import Health
 from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
 from saccade.preflight import Resolved, resolve
-from weight_sync.protocols import SyncTimes
 from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightSyncError
 
@@ -79,11 +78,9 @@ class Run:
     def directory(self) -> Path:
         return Path(self.config.output_dir)
 
-    def sync_weights(self) -> SyncTimes:
+    def sync_weights(self) -> None:
         """Send the learner's weights to every engine and commit them as the current version."""
-        return sync_weights(
-            self.learner, self.actors.pool.members, self.version, timeout=self.config.cluster.sync_timeout
-        )
+        sync_weights(self.learner, self.actors.pool.members, self.version, timeout=self.config.cluster.sync_timeout)
 
     def judge(self, update: UpdateStats) -> None:
         """Raise MismatchError where engine and learner do not compute the same; called before an update is booked."""

@@ -149,7 +149,7 @@ class PolicyWorker:
 
 
 class LoadRecord:
-    """What one transfer gave to the model, and the seconds of this process for loading it and for checking it."""
+    """One transfer as the model got it, and the seconds of this process for loading and for checking it."""
 
     def __init__(self) -> None:
         self.hashes: dict[str, tuple[torch.dtype, torch.Size, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""LoRA in weight synchronisation: every adapter that is trained reaches the engines, or an error says which does not."""
+"""LoRA in weight synchronisation: every trained adapter reaches the engines, or an error says which does not."""
 
 from __future__ import annotations
 
