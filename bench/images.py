@@ -91,7 +91,7 @@ async def one(actor: RolloutActor, adapter: MultimodalAdapter, file: Path, k: in
     start = time.perf_counter()
     with counting(lambda: side, counts):
         source.start()
-        stored = source.take(PROMPTS)
+        stored, _ = source.take(PROMPTS)
         prompts = ray.get([s.prompt for s in stored])
         sampling = SamplingParams(
             n=k, max_tokens=NEW_TOKENS, seed=0, ignore_eos=True, banned_token_ids=adapter.banned_token_ids

@@ -34,9 +34,10 @@ from saccade.config.run_config import RunConfig
 from saccade.fleet.pool import EnginePool, Request
 from saccade.loop import step
 from saccade.observe.metrics import read_metrics
+from saccade.opening import open_run
 from saccade.pipeline.admission import Windowed
 from saccade.pipeline.groups import Group, GroupBuffer, State
-from saccade.run import Run, open_run
+from saccade.run import Run
 
 SHORT, LONG, EVERY = 32, 320, 8
 SCENARIOS = ("equal", "tail")

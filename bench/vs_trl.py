@@ -30,7 +30,8 @@ from saccade.config.options import threads_of
 from saccade.config.run_config import RunConfig
 from saccade.loop import step
 from saccade.observe.metrics import read_metrics
-from saccade.run import Run, open_run
+from saccade.opening import open_run
+from saccade.run import Run
 
 PROMPTS, K = 8, 8
 SCENARIOS: dict[str, tuple[int, ...]] = {

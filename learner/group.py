@@ -24,6 +24,7 @@ from learner.deaths import how_it_died
 from learner.durable import StorageError
 from learner.refusal import joined
 from learner.types import (
+    ContentsLostError,
     LearnerError,
     LearnerOptions,
     LearnerTimeoutError,
@@ -33,7 +34,7 @@ from learner.types import (
     UpdateStats,
     WeightTransferOptions,
 )
-from learner.worker import LearnerWorker, ScoredGroup
+from learner.worker import LearnerWorker
 from rollout.types import GroupSummary, StoredGroup
 from weight_sync.protocols import EngineHandle, TransferReport
 from weight_sync.verify import WeightSyncError
@@ -90,7 +91,8 @@ class LearnerGroup:
 
         `version` is the policy version of the weights before the update. The order of the groups does not matter: they
         are sorted by uid and epoch, so that a rerun computes the same batches.
-        Raises NothingToLearnError and RewardError (before anything is trained), LearnerError, LearnerTimeoutError."""
+        Raises NothingToLearnError, RewardError and ContentsLostError (before anything is trained), LearnerError,
+        LearnerTimeoutError."""
         if len(groups) != len(summaries):
             raise ValueError(f"{len(groups)} groups but {len(summaries)} summaries")
         order = sorted(range(len(summaries)), key=lambda i: (summaries[i].ref.uid, summaries[i].ref.epoch))
@@ -107,19 +109,20 @@ class LearnerGroup:
         parts = [kept[m :: algorithm.optimizer_steps] for m in range(algorithm.optimizer_steps)]
         costs = [self._cost(s.prompt_length, s.lengths, s.media_length) for s in summaries]
         deal = [shard([costs[i] for i in part], self.options.learner.ranks) for part in parts]
-        if kl := algorithm.kl_in("reward"):
-            rewards -= kl.weight * self._reference_kl([g.group for g in groups], parts, deal, rewards.shape)
-        check_rewards(rewards, valid, summaries, self.options)
-        advantages = ADVANTAGES[algorithm.advantage](rewards, valid)
+        # What each rank gets: (index of the group, optimizer step that trains it).
         shards = [
-            [
-                ScoredGroup(groups[part[j]], tuple(advantages[part[j]]), m)
-                for m, (part, dealt) in enumerate(zip(parts, deal, strict=True))
-                for j in dealt[rank]
-            ]
+            [(part[j], m) for m, (part, dealt) in enumerate(zip(parts, deal, strict=True)) for j in dealt[rank]]
             for rank in range(self.options.learner.ranks)
         ]
-        calls = [w.update.remote(mine, version) for w, mine in zip(self._workers, shards, strict=True)]
+        self._fetch(groups, summaries, [[i for i, _ in own] for own in shards])
+        if kl := algorithm.kl_in("reward"):
+            rewards -= kl.weight * self._reference_kl([[i for i, _ in own] for own in shards], rewards.shape)
+        check_rewards(rewards, valid, summaries, self.options)
+        advantages = ADVANTAGES[algorithm.advantage](rewards, valid)
+        calls = [
+            w.update.remote([tuple(advantages[i]) for i, _ in own], [m for _, m in own], version)
+            for w, own in zip(self._workers, shards, strict=True)
+        ]
         ranks: list[RankStats] = self._wait(f"running the update at version {version}", calls)
         refused = joined([rank.refused for rank in ranks], [[summaries[i].ref for i in part] for part in parts])
         if algorithm.reference_every and (version + 1) % algorithm.reference_every == 0:
@@ -131,23 +134,22 @@ class LearnerGroup:
             groups_flat=int((used & ~contributes(rewards, valid)).sum()),
         )
 
-    def _reference_kl(
-        self,
-        group_refs: Sequence[ray.ObjectRef],
-        parts: Sequence[Sequence[int]],
-        deal: Sequence[Sequence[Sequence[int]]],
-        shape: tuple[int, ...],
-    ) -> np.ndarray:
+    def _fetch(
+        self, groups: Sequence[StoredGroup], summaries: Sequence[GroupSummary], shards: Sequence[Sequence[int]]
+    ) -> None:
+        """Let each rank get the contents of its groups: a rank that failed to in the middle of an update would leave
+        the others in a collective. Raises ContentsLostError."""
+        calls = [w.fetch.remote([groups[i] for i in own]) for w, own in zip(self._workers, shards, strict=True)]
+        found = self._wait("fetching the groups of a batch", calls)
+        lost = [summaries[own[j]].ref for own, missing in zip(shards, found, strict=True) for j in missing]
+        if lost:
+            raise ContentsLostError(lost)
+
+    def _reference_kl(self, shards: Sequence[Sequence[int]], shape: tuple[int, ...]) -> np.ndarray:
         """`[G, K]`: for every completion, the KL to the reference of the policy that sampled it."""
-        mine = [
-            [part[j] for part, dealt in zip(parts, deal, strict=True) for j in dealt[rank]]
-            for rank in range(self.options.learner.ranks)
-        ]
-        calls = [
-            w.reference_kl.remote([group_refs[i] for i in own]) for w, own in zip(self._workers, mine, strict=True)
-        ]
+        calls = [w.reference_kl.remote() for w in self._workers]
         result = np.zeros(shape)
-        for own, values in zip(mine, self._wait("computing the reference's log-probabilities", calls), strict=True):
+        for own, values in zip(shards, self._wait("computing the reference's log-probabilities", calls), strict=True):
             for i, kl in zip(own, values, strict=True):
                 result[i, : len(kl)] = kl
         return result

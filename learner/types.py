@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -39,6 +39,18 @@ class LearnerError(UserError, RuntimeError):
 
 class LearnerTimeoutError(LearnerError):
     """A learner call did not finish in its time; names the call and the ranks that were still running."""
+
+
+class ContentsLostError(UserError, RuntimeError):
+    """Groups of a batch are no longer in the object store: the node or the process that kept them is gone. Nothing was
+    trained."""
+
+    def __init__(self, refs: Sequence[PromptRef]) -> None:
+        super().__init__(tuple(refs))
+        self.refs = tuple(refs)
+
+    def __str__(self) -> str:
+        return f"the contents of {len(self.refs)} groups are lost (first: {self.refs[0]})"
 
 
 class NothingToLearnError(UserError, ValueError):

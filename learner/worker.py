@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +29,23 @@ if TYPE_CHECKING:
     from weight_sync.sender import WeightSender
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredGroup:
-    """A group in the object store, and the advantages of its K completions."""
+LOST = (ray.exceptions.ObjectLostError, ray.exceptions.RayActorError)
+"""What Ray raises where an object went with the node or the process that kept it."""
 
-    group: StoredGroup
-    advantages: tuple[float, ...]
-    minibatch: int = 0
-    """Which optimizer step of the update trains it."""
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """This rank's share of a batch."""
+
+    groups: Sequence[RolloutGroup]
+    """With their verdicts."""
+    media: Mapping[str, bytes]
+    """Encoded bytes of their distinct media, by digest."""
+    seconds: float
 
 
 class LearnerWorker:
-    """Every method but `open_store` is collective: the group calls it on all ranks."""
+    """Every method but `open_store` and `fetch` is collective: the group calls it on all ranks."""
 
     def __init__(self, options: LearnerOptions, rank: int, transfer: WeightTransferOptions | None) -> None:
         # DeepSpeed and transformers read these at import, which therefore happens in `setup`. Each rank sees one
@@ -53,6 +59,7 @@ class LearnerWorker:
         self._engine: TrainEngine
         self._updater: Updater
         self._sender: WeightSender | None = None
+        self._fetched = Fetched((), {}, 0.0)
 
     def __repr__(self) -> str:
         """The name of this actor in the dashboard, and before each line that it prints."""
@@ -104,21 +111,49 @@ class LearnerWorker:
         self._updater = Updater(self._engine, adapter, options, towers)
         return group_cost(adapter, self._engine.media_cost())
 
-    def update(self, scored: Sequence[ScoredGroup], version: int) -> RankStats:
-        """Train on this rank's share of the sealed batch."""
+    def fetch(self, stored: Sequence[StoredGroup]) -> list[int]:
+        """Get the groups that `reference_kl` and `update` are about. Returns the places of those whose contents are
+        lost; there is nothing to train then. Not collective."""
+        begin = time.perf_counter()
+        try:
+            groups, media = self._contents(stored)
+        except LOST:
+            return [place for place, each in enumerate(stored) if self._is_lost(each)]
+        self._fetched = Fetched(groups, media, time.perf_counter() - begin)
+        return []
+
+    def _contents(self, stored: Sequence[StoredGroup]) -> tuple[list[RolloutGroup], dict[str, bytes]]:
+        """Get groups with their verdicts, and the encoded bytes of their distinct media by digest."""
+        groups = self._get([each.group for each in stored])
+        verdicts = self._get([each.verdicts for each in stored])
+        media = {m.digest: m.data for group in groups for m in group.prompt.media}
+        held = {digest: data for digest, data in media.items() if isinstance(data, ray.ObjectRef)}
+        media |= dict(zip(held, self._get(list(held.values())), strict=True))
+        return [replace(group, verdicts=own) for group, own in zip(groups, verdicts, strict=True)], media
+
+    def _is_lost(self, stored: StoredGroup) -> bool:
+        try:
+            self._contents([stored])
+        except LOST:
+            return True
+        return False
+
+    def _get(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
+        return list(ray.get(list(refs), timeout=self.options.timeout))
+
+    def update(self, advantages: Sequence[Sequence[float]], minibatches: Sequence[int], version: int) -> RankStats:
+        """Train on the groups that were fetched, with the advantages of their K completions; `minibatches` says which
+        optimizer step trains each."""
         from learner.update import PhaseTimer, Share
 
         timer = PhaseTimer()
-        groups, media = self._fetch([s.group.group for s in scored])
-        verdicts = ray.get([s.group.verdicts for s in scored], timeout=self.options.timeout)
-        groups = [replace(group, verdicts=own) for group, own in zip(groups, verdicts, strict=True)]
-        timer.split("fetch")
-        share = Share(groups, [s.advantages for s in scored], media, [s.minibatch for s in scored])
+        timer.seconds["fetch"] = self._fetched.seconds
+        share = Share(self._fetched.groups, advantages, self._fetched.media, minibatches)
         return self._updater.update(share, version, timer)
 
-    def reference_kl(self, refs: Sequence[ray.ObjectRef]) -> list[list[float]]:
-        """Estimate the KL to the reference of each group's completions, summed over their tokens."""
-        return self._updater.reference_kl(*self._fetch(refs))
+    def reference_kl(self) -> list[list[float]]:
+        """Estimate the KL to the reference of the completions of each group that was fetched, summed over tokens."""
+        return self._updater.reference_kl(self._fetched.groups, self._fetched.media)
 
     def refresh_reference(self) -> None:
         self._engine.refresh_reference()
@@ -157,11 +192,3 @@ class LearnerWorker:
         if self._sender is None:
             raise RuntimeError("send_weights before form_weight_group")
         return self._sender.send()
-
-    def _fetch(self, refs: Sequence[ray.ObjectRef]) -> tuple[list[RolloutGroup], dict[str, bytes]]:
-        """Get the groups, and the encoded bytes of their distinct media by digest."""
-        groups: list[RolloutGroup] = ray.get(list(refs), timeout=self.options.timeout)
-        media = {m.digest: m.data for group in groups for m in group.prompt.media}
-        stored = {digest: data for digest, data in media.items() if isinstance(data, ray.ObjectRef)}
-        fetched = ray.get(list(stored.values()), timeout=self.options.timeout)
-        return groups, {**media, **dict(zip(stored, fetched, strict=True))}

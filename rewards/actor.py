@@ -85,6 +85,13 @@ class RewardActor:
         )
         return scores.verdicts, summary
 
+    def check_health(self) -> None:
+        """Answered as long as this process runs."""
+
+    def set_service(self, name: str, service: Service) -> None:
+        """Let rewards call upon `service` from now on under `name`."""
+        self._worker.set_service(name, service)
+
     def shutdown(self) -> None:
         """Ends the child process; score nothing afterwards."""
         self._worker.close()

@@ -236,13 +236,38 @@ async def _fetch(media: tuple[Media, ...]) -> tuple[Media, ...]:
 
 
 @dataclass(frozen=True)
-class RayEngineHandle:
-    """A RolloutActor as other processes see it: what samples groups, and `weight_sync.protocols.EngineHandle`. It
-    travels by value."""
+class RayHandle:
+    """An actor as other processes see it; it travels by value."""
 
     name: str
     actor: Any
-    """Ray's handle of the RolloutActor."""
+    """Ray's handle."""
+
+    @property
+    def id(self) -> str:
+        return str(self.actor._actor_id.hex())
+
+    def start(self) -> Future[None]:
+        return self.actor.start.remote().future()
+
+    def node(self) -> Future[str]:
+        return self.actor.__ray_call__.remote(_node).future()
+
+    def check_health(self) -> Future[None]:
+        return self.actor.check_health.remote().future()
+
+    def kill(self) -> None:
+        ray.kill(self.actor)
+
+
+def _node(actor: object) -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+@dataclass(frozen=True)
+class RayEngineHandle(RayHandle):
+    """A RolloutActor: what samples groups, and `weight_sync.protocols.EngineHandle`."""
+
     workers: int = 1
 
     def sample(
@@ -255,9 +280,6 @@ class RayEngineHandle:
     ) -> ray.ObjectRef:
         """`RolloutActor.sample`, for a Prompt or a reference of one."""
         return self.actor.sample.remote(prompt, sampling, seed, attempt, together)
-
-    def check_health(self) -> Future[None]:
-        return self.actor.check_health.remote().future()
 
     def init_weight_transfer(self, init_info: Mapping[str, Any]) -> Future[None]:
         return self.actor.init_weight_transfer.remote(init_info).future()

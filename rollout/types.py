@@ -76,6 +76,8 @@ class StoredPrompt:
     ref: PromptRef
     prompt: Any
     """Reference of the Prompt in the object store, whose `ref` is that of the first attempt."""
+    length: int = 0
+    """Its length in tokens, with media expanded."""
 
 
 @dataclass(frozen=True, slots=True)

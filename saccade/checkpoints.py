@@ -21,7 +21,7 @@ from typing import Any
 from learner.durable import atomic_directory, damage, remove_directory, strict_json
 from saccade.errors import RunError
 
-FORMAT = 4
+FORMAT = 5
 
 
 class DamagedError(RunError):

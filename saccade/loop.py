@@ -11,20 +11,25 @@ batch of a step is sealed. The fourth is `step`: it waits for its batch; then fo
 continue with the groups already admitted (`max_staleness` batches of them); `sync_weights` pauses the engines for the
 length of a transfer. With max_staleness 0 nothing is admitted before the engines hold the newest weights, so
 generation and training alternate, strictly on-policy.
+
+Who dies: engines, rewards and the data actor are replaced beside all this (`saccade/fleet/keeper.py`), and their groups
+sent to others. A learner that is lost takes the run back to its newest checkpoint (`Run.recover`).
 """
 
 from __future__ import annotations
 
 from learner.durable import StorageError
+from learner.types import ContentsLostError
 from saccade.config.run_config import RunConfig
 from saccade.errors import RunStopped
 from saccade.finished import finished
-from saccade.fleet.waiting import in_thread, to_end
+from saccade.fleet.waiting import to_end
 from saccade.observe.display import Display, SilentDisplay
 from saccade.observe.timing import Stopwatch
+from saccade.opening import open_engines, open_run
 from saccade.pipeline.admission import checked_lag
 from saccade.pipeline.evaluate import Results
-from saccade.run import Run, RunResult, open_engines, open_run
+from saccade.run import Run, RunResult
 
 
 def train(
@@ -46,19 +51,22 @@ def train(
 
 
 async def _train(run: Run, config: RunConfig) -> RunResult:
-    try:
-        async with run.rollouts.running():
-            await run.evaluate_if_due()
-            while run.version < config.steps:
-                await step(run, config)
-    except RunStopped:
-        await run.checkpoint()
-        return run.result(interrupted=True)
-    except Exception as error:
-        reason = await run.checkpoint_after(error)
-        if reason is error:
-            raise
-        raise reason from error
+    while True:
+        try:
+            async with run.running():
+                await run.evaluate_if_due()
+                while run.version < config.steps:
+                    await step(run, config)
+            break
+        except RunStopped:
+            await run.checkpoint()
+            return run.result(interrupted=True)
+        except Exception as error:
+            if not await run.recover(error):
+                reason = await run.checkpoint_after(error)
+                if reason is error:
+                    raise
+                raise reason from error
     try:
         await run.checkpoint()
     except StorageError:
@@ -70,7 +78,8 @@ async def _train(run: Run, config: RunConfig) -> RunResult:
 
 async def step(run: Run, config: RunConfig) -> None:
     """Do one update, from prompts admitted to weights that the engines sample with. Where its optimizer step was not
-    taken, the next version has the same weights, and the ledger has its prompts with the reason."""
+    taken, the next version has the same weights, and the ledger has its prompts with the reason. Where a node took
+    groups of its batch with it, these are issued again, and the step is still to be done."""
     watch = Stopwatch()
     run.rollouts.admit(run.version)
 
@@ -79,14 +88,18 @@ async def step(run: Run, config: RunConfig) -> None:
     staleness = checked_lag(batch.summaries, run.version, config.rollout.max_staleness)
 
     with watch.phase("learn"):
-        update = await in_thread(lambda: run.learner.update(batch.groups, batch.summaries, run.version))
+        try:
+            update = await run.update(batch)
+        except ContentsLostError as error:
+            await run.rollouts.give_back(batch, error.refs)
+            return
     run.judge(update)
     run.rollouts.book(batch, update.refused)
     run.version += 1
     run.rollouts.check()
 
     with watch.phase("sync"):
-        await in_thread(run.sync_weights)
+        await run.sync_weights()
 
     run.record(batch, update, staleness, watch.seconds())
     run.heed(update)
@@ -96,8 +109,8 @@ async def step(run: Run, config: RunConfig) -> None:
 
 def evaluate(config: RunConfig, *, address: str | None = None, display: Display | None = None) -> Results:
     """Evaluate `config.model.path` on `config.data.eval`, with engines and rewards but no learner."""
-    with open_engines(config, address=address, display=display) as evaluator:
-        return to_end(evaluator.run())
+    with open_engines(config, address=address, display=display) as measure:
+        return to_end(measure())
 
 
 __all__ = ["RunConfig", "evaluate", "step", "train"]

@@ -1,48 +1,50 @@
-"""A run: everything that `saccade/loop.py` moves, started, checked, saved and ended.
+"""A run: everything that `saccade/loop.py` moves, checked, saved, and brought back to its newest checkpoint.
 
-open_run: resolve ─▶ Ray ─▶ placement ─▶ actors start side by side ─▶ weight group ─▶ (resume) ─▶ Run ─▶ teardown
+`saccade/opening.py` starts and ends it.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from learner.durable import StorageError, atomic_file
-from learner.types import LearnerError, UpdateStats
-from rollout.data.elsewhere import address_problem
-from rollout.engines.protocol import SamplingParams
+from learner.durable import StorageError
+from learner.types import LearnerError, LearnerTimeoutError, UpdateStats
 from saccade import checkpoints
-from saccade.config.load import config_tree, dump_config, require_evaluation
-from saccade.config.options import evaluation_sampling, require_trainable, sampling_params
+from saccade.config.load import config_tree
 from saccade.config.run_config import RunConfig
 from saccade.config.saved_paths import absolute
 from saccade.errors import MismatchError
 from saccade.finished import RunResult
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain
+from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.head import HeadWatch
 from saccade.fleet.protocols import Learner
-from saccade.fleet.run_folder import held
-from saccade.fleet.started import Started, on_ray
 from saccade.fleet.waiting import first_lines, in_thread
-from saccade.observe.display import Display, SilentDisplay
+from saccade.observe.display import Display
 from saccade.observe.metrics import MetricsLog, StepRecord, read_metrics
-from saccade.pipeline.admission import make_admission
-from saccade.pipeline.difficulty import Difficulty
-from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.evaluate import Evaluator, Results
+from saccade.pipeline.groups import GroupBuffer
 from saccade.pipeline.health import Health
-from saccade.pipeline.prompt_stream import PromptStream
-from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
-from saccade.preflight import Resolved, resolve
-from weight_sync.sync import sync_weights
+from saccade.pipeline.rollouts import RolloutPipeline
+from saccade.pipeline.sealed_batch import SealedBatch
 from weight_sync.verify import WeightSyncError
+
+MOST_LEARNERS = 3
+"""Learners that may be lost in a row without a step beyond the last loss."""
+BEGINNING: Mapping[str, Any] = {
+    "version": 0,
+    "refused_in_row": 0,
+    "cursor": None,
+    "difficulty": None,
+    "ledger": GroupBuffer().state(),
+}
+"""What a checkpoint of a run would have before its first step."""
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Run:
 
     config: RunConfig
     actors: Actors
+    fleet: EngineFleet
     rollouts: RolloutPipeline
     evaluator: Evaluator | None
     log: MetricsLog
@@ -65,6 +68,10 @@ class Run:
     """When a checkpoint was due last, on the clock of `time.monotonic`."""
     _overdue: bool = False
     """Whether the last checkpoint that was due found no room."""
+    _lost_at: int = -1
+    """The last version at which a learner was lost."""
+    _learners_lost: int = 0
+    """Learners lost since a step beyond that."""
 
     def __post_init__(self) -> None:
         model = self.config.model
@@ -78,9 +85,39 @@ class Run:
     def directory(self) -> Path:
         return Path(self.config.output_dir)
 
-    def sync_weights(self) -> None:
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Generate, and replace who dies, beside the body."""
+        async with self.actors.kept(), self.rollouts.running():
+            yield
+
+    async def update(self, batch: SealedBatch) -> UpdateStats:
+        """Train on a batch."""
+        async with self.fleet.turn:
+            return await in_thread(lambda: self.learner.update(batch.groups, batch.summaries, self.version))
+
+    async def sync_weights(self) -> None:
         """Send the learner's weights to every engine and commit them as the current version."""
-        sync_weights(self.learner, self.actors.pool.members, self.version, timeout=self.config.cluster.sync_timeout)
+        await self.fleet.sync(self.version)
+
+    async def recover(self, error: Exception) -> bool:
+        """Go on from the newest checkpoint with another learner, and the same engines, where `error` means that a rank
+        died or hangs; returns whether it does. Where learners are lost again and again without a step, it does not."""
+        reason = await in_thread(lambda: explain(error, self.actors.questions(), self.head))
+        dead = reason.dead if isinstance(reason, DeathError) else ()
+        if not isinstance(reason, LearnerTimeoutError) and not any(who.startswith("learner") for who in dead):
+            return False
+        self._learners_lost = 0 if self.version > self._lost_at else self._learners_lost
+        self._learners_lost, self._lost_at = self._learners_lost + 1, max(self.version, self._lost_at)
+        if self._learners_lost > MOST_LEARNERS:
+            return False
+        self.display.phase(f"the learner was lost and is replaced; {self._newest()}: {first_lines(reason, 1)}")
+        async with self.fleet.turn:
+            await in_thread(self.actors.renew_learner)
+            self.fleet.renew(self.learner)
+        found = checkpoints.newest(self.directory / "checkpoints", self.display.phase) if self._saved >= 0 else None
+        await restore(self, *(found or (None, BEGINNING)))
+        return True
 
     def judge(self, update: UpdateStats) -> None:
         """Raise MismatchError where engine and learner do not compute the same; called before an update is booked."""
@@ -146,7 +183,8 @@ class Run:
             "config": config_tree(absolute(self.config)),
         }
         given = (self.directory / "checkpoints", self.version, state, self.learner.save_checkpoint)
-        path = await in_thread(lambda: checkpoints.save(*given, self.config.checkpoint.keep))
+        async with self.fleet.turn:
+            path = await in_thread(lambda: checkpoints.save(*given, self.config.checkpoint.keep))
         self._saved, self._overdue = self.version, False
         self.display.phase(f"checkpoint of step {self.version} in {path}")
         if remark := (await in_thread(self.actors.data_report)).train.remark:
@@ -185,115 +223,22 @@ class Run:
         return RunResult(self.directory, model, self.version, self.evaluations, interrupted)
 
 
-@contextmanager
-def open_run(config: RunConfig, *, resume: bool, address: str | None, display: Display | None) -> Iterator[Run]:
-    """Start everything, yield the run, end everything. Raises ConfigError before any process starts."""
-    directory, display = Path(config.output_dir), display or SilentDisplay()
-    with ExitStack() as stack:
-        # `resolve` reports a folder that cannot be made, together with all else that is wrong.
-        files = [path for path in (directory, *directory.parents) if os.path.exists(path) and not os.path.isdir(path)]
-        blocked = files or address_problem(config.output_dir)
-        if not blocked and (remark := stack.enter_context(held(directory))):
-            display.phase(remark)
-        yield from _open_run(config, resume, address, display)
-
-
-def _open_run(config: RunConfig, resume: bool, address: str | None, display: Display) -> Iterator[Run]:
-    resolved = resolve(config, resume=resume)
-    for line in resolved.lines:
-        display.phase(line)
-    directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
-    config = config.model_copy(update={"output_dir": str(directory)})
-    saved = checkpoints.newest(directory / "checkpoints", display.phase) if resume else None
-    with on_ray(config, address, display, training=True) as started:
-        require_trainable(config, resolved.adapter, started.placement.device)
-        display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
-        started.start_actors(config, resolved.adapter, resolved.media_kinds, training=True)
-        if saved is None:
-            (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
-        run = _assemble(config, resolved, started, display)
-        with closing(run.log):
-            if saved is not None:
-                restore(run, *saved)
-            elif config.model.lora is not None and config.model.lora.quantize != "none":
-                run.sync_weights()  # the engines have loaded the weights that the learner has rounded
-            yield run
-
-
-def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Run:
-    """Put actors, pipeline and logs together, and form the weight-transfer group."""
-    actors = started.actors
-    directory = Path(config.output_dir)
-    log = MetricsLog(directory, config.cluster.metrics_port, display.phase, config.steps)
-    atomic_file(directory / "config.yaml", dump_config(absolute(config)))
-    rollouts = RolloutPipeline(
-        prompts=PromptStream(
-            actors.data,
-            config.cluster.group_timeout,
-            None if config.algorithm.reward_range is None else Difficulty(*config.algorithm.reward_range),
-        ),
-        dispatcher=_dispatcher(config, started, sampling_params(config, resolved.adapter)),
-        admission=make_admission(config.rollout, config.steps, config.learner.prompts_per_step),
-        prompts_per_step=config.learner.prompts_per_step,
-        refill=round(config.algorithm.refill * config.learner.prompts_per_step),
-        max_failed_share=config.reward.max_failed_share,
-    )
-    actors.learner.form_weight_group(actors.pool.members)
-    evaluator = open_evaluator(config, resolved, started, display) if config.data.eval else None
-    return Run(config, actors, rollouts, evaluator, log, display, started.head)
-
-
-def _dispatcher(config: RunConfig, started: Started, sampling: SamplingParams, *, keep: bool = True) -> Dispatcher:
-    return Dispatcher(
-        pool=started.actors.pool,
-        rewards=started.actors.rewards,
-        sampling=sampling,
-        run_seed=config.seed,
-        group_timeout=config.cluster.group_timeout,
-        reward_timeout=config.reward.timeout,
-        check_stop=started.check,
-        keep=keep,
-    )
-
-
-def open_evaluator(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Evaluator:
-    actors = started.actors
-    group_by = config.data.columns.get("group")
-    prompts = actors.held_out(config.evaluation.max_prompts, group_by, config.cluster.start_timeout)
-    held_out = actors.data_report().evaluation
-    if held_out is not None and held_out.remark:
-        display.phase(f"data.eval: {held_out.remark}")
-    dispatcher = _dispatcher(config, started, evaluation_sampling(config, resolved.adapter), keep=False)
-    return Evaluator(prompts, dispatcher, display.phase)
-
-
-@contextmanager
-def open_engines(config: RunConfig, *, address: str | None, display: Display | None) -> Iterator[Evaluator]:
-    """Engines and rewards without a learner, for an evaluation of the model as it lies on disk."""
-    display = display or SilentDisplay()
-    require_evaluation(config)
-    resolved = resolve(config, resume=True)
-    for line in resolved.lines:
-        display.phase(line)
-    with on_ray(config, address, display, training=False) as started:
-        display.phase(f"starting {config.rollout.engines} engine(s)")
-        started.start_actors(config, resolved.adapter, resolved.media_kinds, training=False)
-        yield open_evaluator(config, resolved, started, display)
-
-
-def restore(run: Run, path: Path, state: Mapping[str, Any]) -> None:
-    """Continue from a checkpoint: weights to learner and engines, the data cursor, and all that was in flight."""
-    run.display.phase(f"resuming from {path}")
-    run.version = run._saved = state["version"]
+async def restore(run: Run, path: Path | None, state: Mapping[str, Any]) -> None:
+    """Continue from a checkpoint: weights to learner and engines, the data cursor, and all that was in flight. Without
+    a `path` the learner keeps the weights with which it started."""
+    run.version = state["version"]
     run.health.refused_in_row = state["refused_in_row"]
-    run.learner.load_checkpoint(path / "learner")
+    if path is not None:
+        run.display.phase(f"resuming from {path}")
+        run._saved = run.version
+        await in_thread(lambda: run.learner.load_checkpoint(path / "learner"))
     if cut := run.log.truncate_after(run.version):
         run.display.phase(f"metrics.jsonl: {cut} unreadable line(s) dropped; a run was killed while writing")
     run.evaluations = {e["step"]: e["results"] for e in read_metrics(run.directory, "evaluation")}
-    run.sync_weights()
-    run.rollouts.load_state(state, run.version, run.config.cluster.start_timeout)
-    if changed := checkpoints.changed_knobs(state["config"], config_tree(absolute(run.config))):
+    await run.sync_weights()
+    await run.rollouts.load_state(state, run.version)
+    if path is not None and (changed := checkpoints.changed_knobs(state["config"], config_tree(absolute(run.config)))):
         run.display.phase("changed since the checkpoint: " + "; ".join(changed))
 
 
-__all__ = ["Run", "RunResult", "open_run"]
+__all__ = ["BEGINNING", "Run", "RunResult", "restore"]

@@ -135,6 +135,10 @@ class RewardWorker:
             self._restart()
             raise
 
+    def set_service(self, name: str, service: Service) -> None:
+        """Let rewards call upon `service` from now on under `name`, which they could call upon before."""
+        self._services[name] = service
+
     def _serve(self, name: str, arguments: Sequence[object], deadline: float) -> tuple[str, object]:
         """Call a service for the child."""
         try:

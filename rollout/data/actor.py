@@ -93,12 +93,12 @@ class DataActor:
         adapter = self._load_adapter()
         self._source = PromptSource(self._train, adapter)
         self._eval_source = PromptSource(self._evaluation, adapter) if self._evaluation is not None else None
-        self._state = self._source.state()
+        self._state = self._beginning = self._source.state()
         return len(self._source)
 
-    def take(self, n: int) -> list[StoredPrompt]:
-        """Return the next `n` prompts. They and their media are in the store. The `n` prompts after them are then read
-        in the background.
+    def take(self, n: int) -> tuple[list[StoredPrompt], dict[str, Any]]:
+        """Return the next `n` prompts, and the cursor behind them. They and their media are in the store. The `n`
+        prompts after them are then read in the background, and do not count.
 
         If too many rows are refused, every call raises DataError and returns no prompts."""
         if self._reading is not None:
@@ -109,7 +109,7 @@ class DataActor:
             prompt, self._state = self._ahead.popleft()
             prompts.append(prompt)
         self._reading = self._thread.submit(self._read_ahead, n)
-        return prompts
+        return prompts, self._state
 
     def read(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
         """Return the prompts of `refs` again and put their media into the store again, after a resume or a loss."""
@@ -129,14 +129,13 @@ class DataActor:
             for prompt in self._eval_source.one_epoch(limit)
         ]
 
-    def state(self) -> dict[str, Any]:
-        """Return the cursor after the last prompt that `take` returned. Prompts that were read ahead do not count."""
-        return self._state
+    def check_health(self) -> None:
+        """Answered as long as this process runs."""
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. Raises DataError if the data or their order differ."""
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Continue behind a cursor; None is the beginning. Raises DataError if the data or their order differ."""
         self._wait()
-        self._source.load_state(state)
+        self._source.load_state(self._beginning if state is None else state)
         self._ahead.clear()
         self._state, self._reading = self._source.state(), None
 
@@ -156,7 +155,7 @@ class DataActor:
             self._ahead.append((self._stored(prompt), self._source.state()))
 
     def _stored(self, prompt: Prompt) -> StoredPrompt:
-        return StoredPrompt(prompt.ref, ray.put(self._with_references(prompt)))
+        return StoredPrompt(prompt.ref, ray.put(self._with_references(prompt)), prompt.expanded_length)
 
     def _with_references(self, prompt: Prompt) -> Prompt:
         return replace(prompt, media=tuple(map(self._media.put, prompt.media)))

@@ -1,10 +1,11 @@
-"""All actors of a run: created in their places, started side by side, ended together."""
+"""All actors of a run: started side by side, replaced one by one, ended together."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,51 +14,34 @@ import ray
 
 from learner.deaths import how_it_died
 from learner.group import LearnerGroup
-from learner.plan.predict import predict
-from learner.types import LearnerOptions
-from rewards.actor import RewardActor
-from rollout.actor import RayEngineHandle, RolloutActor
-from rollout.data.actor import DataActor, DataActorReport
+from rollout.actor import RayEngineHandle
+from rollout.data.actor import DataActorReport
 from rollout.types import StoredPrompt
-from saccade.config.options import (
-    config_adapter,
-    data_options,
-    engine_options,
-    learner_environment,
-    learner_options,
-    trace_shown,
-    weight_transfer_options,
-)
-from saccade.config.run_config import RunConfig
 from saccade.errors import RunError
+from saccade.fleet.create import Factory
+from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.handles import RayData, RayRewards
-from saccade.fleet.placement import Placement
-from saccade.fleet.pool import EnginePool
-from saccade.fleet.reward_services import create_services
+from saccade.fleet.keeper import Keeper
+from saccade.fleet.pool import EnginePool, Member, Pool
 from saccade.fleet.waiting import CALL_TIMEOUT, wait_for
-from vlm.adapter import MultimodalAdapter
-from vlm.media.types import MediaKind
 
-CONCURRENT_GROUPS = 10_000
-"""Calls one rollout actor may hold at once; the engine's scheduler decides how many of them run."""
+Rejoin = Callable[[Member[Any]], Awaitable[None]]
 
 
 @dataclass
 class Actors:
     """The only owner of the handles of everything that runs."""
 
-    pool: EnginePool[RayEngineHandle] = field(default_factory=EnginePool)
-    rewards: list[RayRewards] = field(default_factory=list)
+    engines: EnginePool[RayEngineHandle] = field(default_factory=EnginePool)
+    rewards: Pool[RayRewards] = field(default_factory=Pool)
+    data: Pool[RayData] = field(default_factory=Pool)
+    """One data actor."""
     models: list[Any] = field(default_factory=list)
     """Actors of reward models."""
-    _data: RayData | None = None
     _learner: LearnerGroup | None = None
     """None where nothing is trained."""
-
-    @property
-    def data(self) -> RayData:
-        assert self._data is not None, "the data actor was not created"
-        return self._data
+    _factory: Factory | None = None
+    _keepers: list[Keeper[Any]] = field(default_factory=list)
 
     @property
     def learner(self) -> LearnerGroup:
@@ -66,55 +50,99 @@ class Actors:
 
     def held_out(self, limit: int | None, group_by: str | None, timeout: float) -> list[tuple[StoredPrompt, str]]:
         """The held-out prompts, each with the name of its group."""
-        return wait_for(self.data.held_out(limit, group_by), timeout, "the held-out prompts (cluster.timeout)")
+        call = self.data.actors[0].held_out(limit, group_by)
+        return wait_for(call, timeout, "the held-out prompts (cluster.timeout)")
 
     def data_report(self) -> DataActorReport:
-        return wait_for(self.data.report(), CALL_TIMEOUT, "the report on the data")
+        return wait_for(self.data.actors[0].report(), CALL_TIMEOUT, "the report on the data")
 
     def questions(self) -> dict[str, Callable[[], ray.ObjectRef]]:
         """Every process of the run by its name for the user, and a call that it answers while it lives. For engines
         that were started: the whole engine answers. The others run a built-in function: one of ours they would have to
         import, for seconds in which they neither answer nor end."""
         named = {f"learner rank {i}": rank for i, rank in enumerate(self._learner.ranks if self._learner else ())}
-        named |= {f"reward actor {i}": rewards.actor for i, rewards in enumerate(self.rewards)}
+        named |= {f"reward actor {m.place}": m.actor.actor for m in self.rewards.members}
         named |= {f"reward model {i}": actor for i, actor in enumerate(self.models)}
-        named |= {"the data actor": self.data.actor}
-        engines = {f"engine {engine.name}": engine.actor.check_health.remote for engine in self.pool.members}
+        named |= dict.fromkeys(["the data actor"], self.data.members[0].actor.actor)
+        engines = {f"engine {engine.name}": engine.actor.check_health.remote for engine in self.engines.actors}
         return engines | {name: partial(actor.__ray_call__.remote, callable) for name, actor in named.items()}
+
+    # ------------------------------------------------------------------ while the run goes on
+
+    def keep(self, fleet: EngineFleet, say: Callable[[str], None], rejoin_data: Rejoin | None = None) -> None:
+        """Replace from now on who dies or hangs, as long as the body of `kept` runs."""
+        factory = self._factory
+        assert factory is not None
+        cluster = factory.config.cluster
+        limits: dict[str, Any] = {"start_timeout": cluster.start_timeout, "silence": cluster.sync_timeout, "say": say}
+
+        async def engine(dead: Member[Any]) -> RayEngineHandle:
+            await factory.placement.placed("rollout", dead.place, say)
+            return factory.engine(dead.place)
+
+        async def join(member: Member[Any]) -> None:
+            await fleet.join(member)
+            if judge := factory.judge(self.engines.actors):
+                for rewards in self.rewards.actors:
+                    rewards.set_service("generate", judge)
+
+        async def reward(dead: Member[Any]) -> RayRewards:
+            await factory.placement.placed("reward", dead.place, say)
+            return factory.reward(dead.place)
+
+        async def data(dead: Member[Any]) -> RayData:
+            return factory.data()
+
+        self._keepers = [
+            Keeper(self.engines, engine, join=join, excused=fleet.excused, **limits),
+            Keeper(self.rewards, reward, **limits),
+            Keeper(self.data, data, join=rejoin_data, **limits),
+        ]
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Watch over all pools beside the body."""
+        async with AsyncExitStack() as stack:
+            for keeper in self._keepers:
+                await stack.enter_async_context(keeper.running())
+            yield
+
+    def check(self) -> None:
+        """Raises RunError where nobody of a kind is left and nobody will come."""
+        for keeper in self._keepers:
+            keeper.check()
+
+    def renew_learner(self) -> None:
+        """Start another learner in the place of one that failed. Raises LearnerError."""
+        assert self._factory is not None
+        self.learner.shutdown()
+        self._learner = self._factory.learner()
+        self._learner.start(self._factory.config.cluster.start_timeout)
 
     def shutdown(self) -> None:
         """End every process; engines and rewards are asked first, since they have children of their own."""
-        parents = [engine.actor for engine in self.pool.members] + [rewards.actor for rewards in self.rewards]
+        parents = [engine.actor for engine in self.engines.actors] + [rewards.actor for rewards in self.rewards.actors]
         polite = [actor.shutdown.remote() for actor in parents]
         ray.wait(polite, num_returns=len(polite), timeout=20.0) if polite else None
         if self._learner is not None:
             self._learner.shutdown()
-        for actor in [*parents, *self.models, *([self._data.actor] if self._data is not None else [])]:
+        for actor in [*parents, *self.models, *(data.actor for data in self.data.actors)]:
             ray.kill(actor)
 
 
-def start_actors(
-    config: RunConfig,
-    placement: Placement,
-    adapter: MultimodalAdapter,
-    media_kinds: Sequence[MediaKind],
-    check_stop: Callable[[], None],
-    *,
-    training: bool = True,
-) -> Actors:
-    """Create all actors and wait until each is ready. `media_kinds`: what prompts may hold.
-
-    Raises RunError naming the first that is not ready."""
-    actors = Actors()
+def start_actors(factory: Factory, check_stop: Callable[[], None]) -> Actors:
+    """Create all actors and wait until each is ready. Raises RunError naming the first that is not ready."""
+    actors = Actors(_factory=factory)
+    timeout = factory.config.cluster.start_timeout
     try:
-        _create(actors, config, placement, adapter, media_kinds, training)
-        starting = {actors.data.actor.start.remote(): "the data actor"}
-        starting |= {engine.actor.start.remote(): f"engine {engine.name}" for engine in actors.pool.members}
-        starting |= {r.actor.start.remote(): f"reward actor {i}" for i, r in enumerate(actors.rewards)}
-        starting |= {m.start.remote(): "the reward model" for m in actors.models}
+        _create(actors, factory)
+        starting = {actors.data.actors[0].start(): "the data actor"}
+        starting |= {engine.start(): f"engine {engine.name}" for engine in actors.engines.actors}
+        starting |= {r.start(): f"reward actor {i}" for i, r in enumerate(actors.rewards.actors)}
+        starting |= {m.start.remote().future(): "the reward model" for m in actors.models}
         with ThreadPoolExecutor(1) as pool:
-            learner = actors.learner if training else None
-            learning = pool.submit(learner.start, config.cluster.start_timeout) if learner is not None else None
+            learner = actors._learner
+            learning = pool.submit(learner.start, timeout) if learner is not None else None
 
             def check() -> None:
                 check_stop()
@@ -122,7 +150,7 @@ def start_actors(
                     learning.result()  # a learner that failed ends the wait for the others
 
             try:
-                _await_start(starting, config.cluster.start_timeout, check)
+                _await_start(starting, timeout, check)
             except BaseException:
                 if learner is not None:
                     learner.shutdown()  # ends the wait of the other thread
@@ -135,71 +163,27 @@ def start_actors(
     return actors
 
 
-def _create(
-    actors: Actors,
-    config: RunConfig,
-    placement: Placement,
-    adapter: MultimodalAdapter,
-    media_kinds: Sequence[MediaKind],
-    training: bool,
-) -> None:
-    load = partial(config_adapter, config)  # processors are loaded where they are used, and do not travel
-    held_out = data_options(config, config.data.eval, train=False) if config.data.eval else None
-    actors._data = RayData(
-        ray.remote(DataActor).options(num_cpus=0).remote(load, data_options(config, config.data.train), held_out)
-    )
-    options = engine_options(config, placement.device, media_kinds, weights_change=training)
-    threads = {"env_vars": {"OMP_NUM_THREADS": str(options.threads)}}
-    for i in range(config.rollout.engines):
-        engine = ray.remote(RolloutActor).options(
-            max_concurrency=CONCURRENT_GROUPS, runtime_env=threads, **placement.options("rollout", i)
-        )
-        name = f"rollout-{i}"
-        actor = engine.remote(name, options, load, group_timeout=config.cluster.group_timeout)
-        actors.pool.add(RayEngineHandle(name, actor, config.rollout.tensor_parallel_size))
-    services = create_services(config, placement, actors.pool.members, load)
-    actors.models = services.models
-    for i in range(config.reward.actors):
-        reward = ray.remote(RewardActor).options(**placement.options("reward", i))
-        actor = reward.remote(
-            config.reward.functions,
-            timeout=config.reward.timeout,
-            start_timeout=config.cluster.start_timeout,
-            services=services.by_name,
-            trace=trace_shown(config),
-            name=f"reward-{i}",
-        )
-        actors.rewards.append(RayRewards(actor))
-    if training:
-        learner = config.learner
-        environment = {"env_vars": learner_environment(config, placement.device)}
-        places = [{**placement.options("learner", r), "runtime_env": environment} for r in range(learner.ranks)]
-        options_ = _learner_options(config, placement, adapter, media_kinds)
-        actors._learner = LearnerGroup(options_, places, weight_transfer_options(config, placement.device))
+def _create(actors: Actors, factory: Factory) -> None:
+    config = factory.config
+    actors.data = Pool([factory.data()])
+    engines = [factory.engine(i) for i in range(config.rollout.engines)]
+    actors.engines = EnginePool(engines, by_load=config.rollout.windowed)
+    factory.create_services(engines)
+    actors.models = factory.services.models
+    actors.rewards = Pool(factory.reward(i) for i in range(config.reward.actors))
+    if factory.training:
+        actors._learner = factory.learner()
 
 
-def _learner_options(
-    config: RunConfig, placement: Placement, adapter: MultimodalAdapter, media_kinds: Sequence[MediaKind]
-) -> LearnerOptions:
-    """The learner's options. Micro-batches that are limited in bytes need to know what tokens and patches take."""
-    options = learner_options(config, placement.device, media_kinds)
-    if options.learner.micro_batch_bytes is None:
-        return options
-    try:
-        return predict(options, adapter).options
-    except ValueError as error:
-        raise RunError(f"learner.micro_batch: {error}") from error
-
-
-def _await_start(starting: dict[ray.ObjectRef, str], timeout: float, check: Callable[[], None]) -> None:
+def _await_start(starting: dict[Future[None], str], timeout: float, check: Callable[[], None]) -> None:
     deadline = time.monotonic() + timeout
     while starting:
         check()
-        ready, _ = ray.wait(list(starting), timeout=1.0)
-        for reference in ready:
-            what = starting.pop(reference)
+        ready, _ = wait(starting, timeout=1.0, return_when="FIRST_COMPLETED")
+        for call in ready:
+            what = starting.pop(call)
             try:
-                ray.get(reference)
+                call.result()
             except ray.exceptions.RayTaskError as error:
                 raise RunError(f"{what} did not start: {error.cause}") from error
             except ray.exceptions.RayError as error:

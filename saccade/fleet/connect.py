@@ -43,6 +43,7 @@ def connect(config: RunConfig, address: str | None, display: Display) -> Iterato
         with _watched(display, local=False) as head:
             yield head
         return
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of answers that nobody waits for, of who was killed
     target = address or os.environ.get("RAY_ADDRESS")
     reaping = None if target else reaper.start(Path(ray.__file__).parent)
     try:

@@ -7,30 +7,44 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from rollout.actor import RayHandle
 from rollout.data.actor import DataActorReport
 from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade.fleet.protocols import Reference
 
+HEALTH = "health"
+"""The group of calls that an actor answers while it works on others."""
+
 
 @dataclass(frozen=True)
-class RayRewards:
-    """A RewardActor."""
+class RayWorkerHandle(RayHandle):
+    """An actor that does one thing at a time, and answers meanwhile whether it lives."""
 
-    actor: Any
+    def check_health(self) -> Future[None]:
+        call = self.actor.check_health.options(concurrency_group=HEALTH)
+        answer: Future[None] = call.remote().future()
+        return answer
+
+
+@dataclass(frozen=True)
+class RayRewards(RayWorkerHandle):
+    """A RewardActor."""
 
     def score(self, group: Reference) -> tuple[Reference, Future[GroupSummary]]:
         verdicts, summary = self.actor.score.remote(group)
         return verdicts, summary.future()
 
+    def set_service(self, name: str, service: Any) -> None:
+        """Let rewards call upon `service` from now on under this name."""
+        self.actor.set_service.options(concurrency_group=HEALTH).remote(name, service)
+
 
 @dataclass(frozen=True)
-class RayData:
+class RayData(RayWorkerHandle):
     """The DataActor."""
 
-    actor: Any
-
-    def take(self, n: int) -> Future[list[StoredPrompt]]:
-        call: Future[list[StoredPrompt]] = self.actor.take.remote(n).future()
+    def take(self, n: int) -> Future[tuple[list[StoredPrompt], dict[str, Any]]]:
+        call: Future[tuple[list[StoredPrompt], dict[str, Any]]] = self.actor.take.remote(n).future()
         return call
 
     def read(self, refs: Sequence[PromptRef]) -> Future[list[StoredPrompt]]:
@@ -41,11 +55,7 @@ class RayData:
         call: Future[list[tuple[StoredPrompt, str]]] = self.actor.held_out.remote(limit, group_by).future()
         return call
 
-    def state(self) -> Future[dict[str, Any]]:
-        call: Future[dict[str, Any]] = self.actor.state.remote().future()
-        return call
-
-    def load_state(self, state: Mapping[str, Any]) -> Future[None]:
+    def load_state(self, state: Mapping[str, Any] | None) -> Future[None]:
         call: Future[None] = self.actor.load_state.remote(state).future()
         return call
 

@@ -6,17 +6,24 @@ be met within a third of `cluster.timeout` fails, saying what is missing.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from saccade.config.demands import Demand, Device, demands, totals
 from saccade.config.run_config import RunConfig
+from saccade.fleet.waiting import in_thread
 from vlm.errors import UserError
 
 SAY_SECONDS = 5.0
@@ -45,6 +52,18 @@ class Placement:
             "resources": custom,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         }
+
+    async def placed(self, role: str, index: int, say: Callable[[str], None]) -> None:
+        """Wait until the role's i-th actor has a place again, for as long as it takes: its node may be gone, and the
+        run goes on without it."""
+        group = self._slots[role][index][0]
+        begin = time.monotonic()
+        told = False
+        while (await in_thread(lambda: placement_group_table(group)))["state"] != "CREATED":
+            if not told and time.monotonic() - begin > SAY_SECONDS:
+                told = True
+                say(f"{role}-{index} waits for a node that has {_asks_for(self._slots[role][index][2])}")
+            await asyncio.sleep(LOOK_SECONDS)
 
     def release(self) -> None:
         for group in {id(g): g for slots in self._slots.values() for g, _, _ in slots}.values():
@@ -120,7 +139,11 @@ def _explain(unmet: Sequence[Demand], wanted: Sequence[Demand], timeout: float |
 
 
 def _asks(demand: Demand) -> str:
-    return ", ".join(f"{v:g} {k}" for k, v in demand.resources.items())
+    return _asks_for(demand.resources)
+
+
+def _asks_for(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{v:g} {k}" for k, v in resources.items())
 
 
 def shortages(

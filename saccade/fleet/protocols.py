@@ -22,7 +22,37 @@ Reference = Any
 """Names something in the object store: Ray's ObjectRef."""
 
 
-class Engine(Protocol):
+class Actor(Protocol):
+    """An actor that another one like it may replace."""
+
+    @property
+    def id(self) -> str:
+        """Ray's id of it, which an error has as `actor_id` that comes of its death."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name for the user, which its replacement has too."""
+        ...
+
+    def start(self) -> Future[None]:
+        """Make it ready."""
+        ...
+
+    def node(self) -> Future[str]:
+        """Ray's id of its node."""
+        ...
+
+    def check_health(self) -> Future[None]:
+        """Answered as long as it can work, whatever else it is doing."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, also where it hangs. Whoever waits for one of its answers gets an error."""
+        ...
+
+
+class Engine(Actor, Protocol):
     """A rollout engine, which samples groups."""
 
     def sample(
@@ -37,7 +67,7 @@ class Engine(Protocol):
         ...
 
 
-class Rewards(Protocol):
+class Rewards(Actor, Protocol):
     """A reward actor, which scores one group at a time."""
 
     def score(self, group: Reference) -> tuple[Reference, Future[GroupSummary]]:
@@ -45,23 +75,19 @@ class Rewards(Protocol):
         ...
 
 
-class Data(Protocol):
+class Data(Actor, Protocol):
     """The one actor that reads data."""
 
-    def take(self, n: int) -> Future[list[StoredPrompt]]:
-        """The next `n` prompts."""
+    def take(self, n: int) -> Future[tuple[list[StoredPrompt], dict[str, Any]]]:
+        """The next `n` prompts, and the cursor behind them."""
         ...
 
     def read(self, refs: Sequence[PromptRef]) -> Future[list[StoredPrompt]]:
         """These prompts again."""
         ...
 
-    def state(self) -> Future[dict[str, Any]]:
-        """The cursor behind the last prompt that `take` returned."""
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> Future[None]:
-        """Go on where `state` was taken."""
+    def load_state(self, state: Mapping[str, Any] | None) -> Future[None]:
+        """Go on behind a cursor; None is the beginning."""
         ...
 
 

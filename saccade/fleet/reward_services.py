@@ -22,6 +22,7 @@ from rollout.types import Prompt, PromptRef, RolloutFailure
 from saccade.config.run_config import RunConfig
 from saccade.fleet.placement import Placement
 from saccade.fleet.protocols import Engine
+from saccade.fleet.waiting import first_lines
 from vlm.adapter import MultimodalAdapter
 from vlm.control_tokens import without
 
@@ -51,7 +52,10 @@ class EngineJudge:
             engine = self.engines[self._next % len(self.engines)]
             self._next += 1
             pending.append(engine.sample(_prompt(question, adapter), sampling))
-        groups = ray.get(pending, timeout=timeout)
+        try:
+            groups = ray.get(pending, timeout=timeout)
+        except ray.exceptions.RayActorError as error:
+            raise TransientError(f"the engine that judged was lost: {first_lines(error, 1)}") from error
         for group in groups:
             if isinstance(group, RolloutFailure):
                 raise (TransientError if group.retryable else ServiceError)(group.reason)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from saccade.config.run_config import RunConfig
 from saccade.fleet.actors import Actors, start_actors
 from saccade.fleet.connect import connect
+from saccade.fleet.create import Factory
 from saccade.fleet.deaths import explain
 from saccade.fleet.head import HeadWatch
 from saccade.fleet.placement import Placement, place
@@ -32,14 +33,17 @@ class Started:
     all_started: bool = False
 
     def check(self) -> None:
-        """Called while waiting. Raises RunStopped if the user asked to stop, HeadLostError if Ray's head is gone."""
+        """Called while waiting. Raises RunStopped if the user asked to stop, HeadLostError if Ray's head is gone,
+        RunError if nobody of a kind is left."""
         self.stop_requested()
         self.head.check()
+        self.actors.check()
 
     def start_actors(
         self, config: RunConfig, adapter: MultimodalAdapter, media_kinds: Sequence[MediaKind], *, training: bool
     ) -> None:
-        self.actors = start_actors(config, self.placement, adapter, media_kinds, self.check, training=training)
+        factory = Factory(config, self.placement, adapter, media_kinds, training)
+        self.actors = start_actors(factory, self.check)
         self.all_started = True
 
 

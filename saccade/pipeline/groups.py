@@ -1,11 +1,12 @@
 """GroupBuffer: the ledger and the groups in flight are one thing, a state machine per group.
 
-    issued(batch) ─▶ scored ─▶ sealed(step) ─▶ trained(step)
-     ▲  └── retry: the next attempt
-     └───────── dropped(reason, detail), from any state before trained
+    issued(batch) ─▶ scored ◀─▶ sealed(step) ─▶ trained(step)
+     ▲  │ └── retry: the next attempt
+     │  └───── quarantined(detail): too many engines died of it
+     └──────── dropped(reason, detail), from any state before trained
 
-A prompt that was handed out is trained exactly once per epoch, or was dropped with its reason. Together with the data
-cursor this is what a resume needs: rows before the cursor are outstanding here, trained or dropped.
+A prompt that was handed out is trained exactly once per epoch, or was dropped or quarantined with its reason. Together
+with the data cursor this is what a resume needs: rows before the cursor are outstanding here, trained or given up.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from rollout.types import GroupSummary, PromptRef, StoredGroup, StoredPrompt
+from saccade.fleet.pool import Member, Sent
 
 
 class LedgerError(AssertionError):
@@ -32,6 +34,7 @@ class State(StrEnum):
     SEALED = "sealed"
     TRAINED = "trained"
     DROPPED = "dropped"
+    QUARANTINED = "quarantined"
 
 
 class DropReason(StrEnum):
@@ -42,7 +45,9 @@ class DropReason(StrEnum):
     NO_SIGNAL = "its scores are all equal (algorithm.refill)"
     NOT_TAKEN = "its optimizer step was not taken"
     STALE = "older than rollout.max_staleness"
-    """The one reason for which the same prompt is issued again."""
+    """Its prompt is issued again."""
+    LOST = "its contents went with the node or the process that kept them"
+    """Its prompt is issued again."""
 
 
 @dataclass(eq=False)
@@ -65,8 +70,14 @@ class Group:
     """The time of the last transition, on the clock of `time.monotonic`."""
     stored: StoredGroup | None = None
     """The place where the group is, or will be, in the object store; None where it is not kept."""
+    sent: Sent[Any] | None = None
+    """With which engine the attempt is, or was; None before it was sent."""
+    scorer: Member[Any] | None = None
+    """The reward actor that scores it."""
     pending: Future[GroupSummary] | None = None
-    """Completed when the attempt has ended, scored or failed."""
+    """Completed when the attempt has ended, scored or failed; None before it was sent."""
+    deaths: int = 0
+    """Engines that died while they had this group."""
     summary: GroupSummary | None = None
     """Summary of the attempt that has ended."""
 
@@ -87,6 +98,8 @@ class GroupBuffer:
         """Groups trained so far."""
         self.dropped: Counter[tuple[DropReason, str]] = Counter()
         """Groups given up so far, by reason and detail."""
+        self.quarantined: dict[tuple[str, int], str] = {}
+        """What happened to the groups that are not tried again, by uid and epoch."""
         self.next_batch = 0
         """The first batch that was not admitted yet."""
 
@@ -126,6 +139,12 @@ class GroupBuffer:
             self._enter(self._expect(group.ref, State.SCORED), State.SEALED)
             group.step = step
 
+    def unseal(self, groups: Sequence[Group]) -> None:
+        """Enter that `groups` did not go into the update for which they were sealed."""
+        for group in groups:
+            self._enter(self._expect(group.ref, State.SEALED), State.SCORED)
+            group.step = None
+
     def train(self, ref: PromptRef) -> None:
         """Enter that this group went into an optimizer step that was taken."""
         self._end(self._expect(ref, State.SEALED), State.TRAINED)
@@ -136,14 +155,23 @@ class GroupBuffer:
         self._end(self._expect(ref, State.ISSUED, State.SCORED, State.SEALED), State.DROPPED)
         self.dropped[reason, detail] += 1
 
+    def quarantine(self, ref: PromptRef, detail: str) -> None:
+        """Give this group up, since engines die of it. `detail` says in words for the user what happened."""
+        self._end(self._expect(ref, State.ISSUED), State.QUARANTINED)
+        self.quarantined[ref.uid, ref.epoch] = detail
+
     def of(self, batch: int) -> list[Group]:
         """The groups that were admitted for `batch`, in the order of their places."""
         found = self._batches.get(batch, {})
         return [found[slot] for slot in sorted(found)]
 
+    def all(self) -> list[Group]:
+        """The groups that are neither trained nor given up, in the order in which they were issued."""
+        return list(self._groups.values())
+
     def unsealed(self) -> list[Group]:
         """The groups that are issued or scored, in the order in which they were issued."""
-        return [g for g in self._groups.values() if g.state is not State.SEALED]
+        return [g for g in self.all() if g.state is not State.SEALED]
 
     def scored(self) -> list[Group]:
         """The groups that are scored and not sealed, in the order in which they were scored."""
@@ -151,42 +179,43 @@ class GroupBuffer:
 
     def outstanding(self) -> list[tuple[int, PromptRef]]:
         """`(batch, ref)` of all groups that are neither trained nor dropped, in order of issue."""
-        return [(group.batch, group.ref) for group in self._groups.values()]
+        return [(group.batch, group.ref) for group in self.all()]
 
     def reasons(self) -> str:
         """Return in words how many groups were given up, and why."""
         texts = {(reason, detail): f"{reason}: {detail}" if detail else reason for reason, detail in self.dropped}
-        return "; ".join(f"{n} x {texts[key]}" for key, n in self.dropped.items())
+        apart = [f"{uid} (epoch {epoch}): {detail}" for (uid, epoch), detail in self.quarantined.items()]
+        return "; ".join([*(f"{n} x {texts[key]}" for key, n in self.dropped.items()), *apart])
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, JSON-compatible. A resume starts `outstanding` again."""
         return {
-            "outstanding": [{"batch": g.batch, "late": g.late, **asdict(g.ref)} for g in self._groups.values()],
+            "outstanding": [{"batch": g.batch, "late": g.late, "ref": asdict(g.ref)} for g in self.all()],
             "trained": self.trained,
             "dropped": [[reason, detail, n] for (reason, detail), n in self.dropped.items()],
+            "quarantined": [[uid, epoch, detail] for (uid, epoch), detail in self.quarantined.items()],
         }
 
     def load_state(
         self,
         state: Mapping[str, Any],
         next_batch: int,
-        read: Callable[[Sequence[PromptRef]], Sequence[StoredPrompt]],
+        prompts: Sequence[StoredPrompt],
         place: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
-        """Become what `state` was taken of. `read` returns prompts again; batches before `next_batch` were trained.
-        `place(i, batch)` says where the i-th outstanding group belongs, by default behind the others of its batch."""
-        entries = [dict(entry) for entry in state["outstanding"]]
-        batches = [(entry.pop("batch"), entry.pop("late")) for entry in entries]
-        prompts = read([PromptRef(**entry) for entry in entries]) if entries else ()
+        """Become what `state` was taken of, with the `prompts` of its outstanding groups; batches before `next_batch`
+        were trained. `place(i, batch)` says where the i-th of them belongs, by default behind the others of its
+        batch."""
         for known in (self._groups, self._batches, self._scored):
             known.clear()
         sizes: Counter[int] = Counter()
-        for i, ((batch, late), prompt) in enumerate(zip(batches, prompts, strict=True)):
-            batch, slot = place(i, batch) if place else (batch, sizes[batch])
-            self.issue(batch, [prompt], [slot], late=late)
+        for i, (entry, prompt) in enumerate(zip(state["outstanding"], prompts, strict=True)):
+            batch, slot = place(i, entry["batch"]) if place else (entry["batch"], sizes[entry["batch"]])
+            self.issue(batch, [prompt], [slot], late=entry["late"])
             sizes[batch] += 1
         self.trained, self.next_batch = state["trained"], next_batch
         self.dropped = Counter({(DropReason(reason), detail): n for reason, detail, n in state["dropped"]})
+        self.quarantined = {(uid, epoch): detail for uid, epoch, detail in state["quarantined"]}
 
     def _expect(self, ref: PromptRef, *states: State) -> Group:
         group = self._groups.get((ref.uid, ref.epoch))

@@ -1,31 +1,46 @@
 """PromptStream: the prompts of a run in their order, those left out that are not worth a step.
 
 data actor ─▶ take ─▶ Difficulty admits it? ─▶ the ledger
+     └─ lost ─▶ its replacement goes on behind the last prompt that arrived here
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade.errors import RunError
+from saccade.fleet.pool import Member, MemberState, Pool
 from saccade.fleet.protocols import Data
-from saccade.fleet.waiting import CALL_TIMEOUT, awaited, wait_for
+from saccade.fleet.waiting import CALL_TIMEOUT, awaited
 from saccade.pipeline.difficulty import Difficulty
 
 MOST_PASSED_OVER = 1000
 """Prompts looked at for each that is taken, before a run is taken for finished."""
 
 
+T = TypeVar("T")
+Cursor = dict[str, Any]
+
+
+def _take(data: Data, count: int) -> Future[tuple[list[StoredPrompt], Cursor]]:
+    return data.take(count)
+
+
 @dataclass
 class PromptStream:
-    data: Data
+    data: Pool[Any]
+    """The data actor."""
     timeout: float
-    """Seconds to wait for the next prompts."""
+    """Seconds to wait for prompts."""
     difficulty: Difficulty | None = None
     """Passes over prompts; None passes over none."""
+    cursor: Cursor | None = None
+    """Where the data stand behind the last prompt that arrived; None at their beginning."""
 
     async def take(self, count: int) -> list[StoredPrompt]:
         """The next prompts that are worth it. Raises RunError when hardly any is."""
@@ -38,7 +53,8 @@ class PromptStream:
                     "widen it, or end the run"
                 )
             missing = count - len(taken)
-            prompts = await awaited(self.data.take(missing), self.timeout, "the next prompts")
+            answer = await self._ask(partial(_take, count=missing), "the next prompts")
+            prompts, self.cursor = answer
             looked_at += missing
             for prompt in prompts:
                 if self.difficulty is None or self.difficulty.admits(prompt.ref):
@@ -47,9 +63,29 @@ class PromptStream:
                     self.difficulty.passed_over += 1
         return taken
 
-    def read(self, refs: Sequence[PromptRef], timeout: float) -> list[StoredPrompt]:
-        """These prompts again. Raises RunError where that takes more than `timeout` seconds."""
-        return wait_for(self.data.read(refs), timeout, "prompts in flight (cluster.timeout)")
+    async def read(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
+        """These prompts again."""
+        return await self._ask(lambda data: data.read(refs), "prompts in flight (cluster.timeout)")
+
+    async def renew(self, member: Member[Any]) -> None:
+        """Let a data actor that has started go on where the one before it was. Raises RunError."""
+        await awaited(member.actor.load_state(self.cursor), CALL_TIMEOUT, "the data cursor to be set")
+        self.data.enter(member, MemberState.SERVING)
+
+    async def _ask(self, call: Callable[[Data], Future[T]], what: str) -> T:
+        """What the data actor answers, or its replacement."""
+        while True:
+            await self.data.serves()
+            member = self.data.serving[0]
+            try:
+                result = await awaited(call(member.actor), self.timeout, what)
+            except RunError as error:
+                if getattr(error.__cause__, "actor_id", None) != member.actor.id:
+                    raise
+                self.data.lose(member, str(error))
+            else:
+                member.groups += 1
+                return result
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
         """Learn from scored groups how difficult their prompts are."""
@@ -57,13 +93,13 @@ class PromptStream:
             for summary in summaries:
                 self.difficulty.observe(summary)
 
-    async def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the cursor behind the last prompt that was taken, and the difficulties."""
-        cursor = await awaited(self.data.state(), CALL_TIMEOUT, "the data cursor")
-        return {"cursor": cursor, "difficulty": None if self.difficulty is None else self.difficulty.state()}
+        return {"cursor": self.cursor, "difficulty": None if self.difficulty is None else self.difficulty.state()}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    async def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue as of `state`."""
-        wait_for(self.data.load_state(state["cursor"]), CALL_TIMEOUT, "the data cursor to be set")
+        self.cursor = state["cursor"]
+        await self.renew(self.data.serving[0])
         if self.difficulty is not None and state["difficulty"] is not None:
             self.difficulty.load_state(state["difficulty"])

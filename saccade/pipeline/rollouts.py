@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from learner.types import RefusedStep
-from rollout.types import GroupSummary, PromptRef, StoredGroup, StoredPrompt
+from rollout.types import GroupSummary, PromptRef
 from saccade.errors import RunError
+from saccade.fleet.tasks import Tasks
 from saccade.fleet.waiting import POLL_SECONDS
 from saccade.pipeline.admission import Admission
 from saccade.pipeline.difficulty import without_signal
@@ -27,42 +28,12 @@ from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.groups import DropReason, Group, GroupBuffer, State
 from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.reward_failures import check_failures, unscored
-from saccade.pipeline.tasks import Tasks
+from saccade.pipeline.sealed_batch import SealedBatch, Tally
 
 MOST_GIVEN_UP = 20
 """Groups given up for each of a batch, before a run is taken for one that no prompt gets through."""
 END_TIMEOUT = 30.0
 """Seconds to wait at the end for prompts that are on their way: less than a run survives the head of its Ray."""
-
-
-@dataclass(frozen=True)
-class SealedBatch:
-    """The scored groups of one optimizer step: where they are, and their summaries, in the order of their places."""
-
-    groups: tuple[StoredGroup, ...]
-    summaries: tuple[GroupSummary, ...]
-    dropped: int
-    """Groups that were given up since the batch before; the ledger has the reasons."""
-    replaced: int = 0
-    """Groups without a policy gradient in whose place others were generated."""
-    issued_again: int = 0
-    """Groups that were too old, whose prompts were issued again."""
-    left_out: tuple[GroupSummary, ...] = ()
-    """Groups that were scored and are not in the batch: given up for too few scores, or replaced."""
-
-    def counts(self) -> dict[str, Any]:
-        """Return what a step's record has beside the batch."""
-        return {name: getattr(self, name) for name in ("left_out", "dropped", "replaced", "issued_again")}
-
-
-@dataclass
-class _Tally:
-    """Counts since the last batch was sealed."""
-
-    given_up: int = 0
-    replaced: int = 0
-    issued_again: int = 0
-    left_out: list[GroupSummary] = field(default_factory=list)
 
 
 @dataclass
@@ -81,7 +52,7 @@ class RolloutPipeline:
     """Whether a batch of which a resume found some groups gets others beside them."""
     _vacant: list[tuple[int, int]] = field(default_factory=list)
     """Batch and slot of places whose group was given up, and that go to another prompt."""
-    _tally: _Tally = field(default_factory=_Tally)
+    _tally: Tally = field(default_factory=Tally)
     _progress: float = 0.0
     """When a group was started or ended last, on the clock of `time.monotonic`."""
     _taking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -152,15 +123,14 @@ class RolloutPipeline:
     async def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of data and groups, as of one moment."""
         async with self._taking:
-            return {**await self.prompts.state(), "ledger": self.groups.state()}
+            return {**self.prompts.state(), "ledger": self.groups.state()}
 
-    def load_state(self, state: Mapping[str, Any], version: int, timeout: float) -> None:
+    async def load_state(self, state: Mapping[str, Any], version: int) -> None:
         """Continue as of `state`, with `version` updates done; before the loops run. Raises RunError if prompts cannot
-        be read again within `timeout`."""
-        self.prompts.load_state(state)
-
-        def read(refs: Sequence[PromptRef]) -> list[StoredPrompt]:
-            return self.prompts.read(refs, timeout)
+        be read again in time."""
+        await self.prompts.load_state(state)
+        outstanding = [PromptRef(**entry["ref"]) for entry in state["ledger"]["outstanding"]]
+        prompts = await self.prompts.read(outstanding) if outstanding else []
 
         def place(i: int, batch: int) -> tuple[int, int]:
             return version + i // self.prompts_per_step, i % self.prompts_per_step
@@ -168,7 +138,19 @@ class RolloutPipeline:
         # A batch of which groups went into others has gaps, and is filled up.
         overtaken = any(entry["batch"] < version for entry in state["ledger"]["outstanding"])
         self._fills_up = self.admission.refills_places or overtaken
-        self.groups.load_state(state["ledger"], version, read, place if self._fills_up else None)
+        self._version, self._vacant, self._tally = -1, [], Tally()
+        self.groups.load_state(state["ledger"], version, prompts, place if self._fills_up else None)
+
+    async def give_back(self, batch: SealedBatch, lost: Sequence[PromptRef]) -> None:
+        """Take back a batch that was not trained, since the contents of some groups are lost: their prompts are read
+        and issued again."""
+        refs, gone = {summary.ref for summary in batch.summaries}, set(lost)
+        groups = [group for group in self.groups.all() if group.ref in refs]
+        self.groups.unseal(groups)
+        again = [group for group in groups if group.ref in gone]
+        for group, prompt in zip(again, await self.prompts.read([group.ref for group in again]), strict=True):
+            group.prompt = prompt
+            self._issue_again(group, DropReason.LOST)
 
     # ------------------------------------------------------------------ admit
 
@@ -213,7 +195,7 @@ class RolloutPipeline:
     async def _follow(self, group: Group) -> None:
         await self.dispatcher.follow(group, lambda: self._version)
         self._progress = time.monotonic()
-        if group.state is State.DROPPED:
+        if group.state in (State.DROPPED, State.QUARANTINED):
             self._give_up(group)
         elif self.admission.refills_places and group.summary is not None:
             if detail := unscored(group.summary):
@@ -256,7 +238,7 @@ class RolloutPipeline:
     def _seal(self, step: int) -> SealedBatch | None:
         """The batch of `step`, if it is ready."""
         for group in self.admission.stale(self.groups, step):
-            self._issue_again(group)
+            self._issue_again(group, DropReason.STALE)
         found = self.admission.ready(self.groups, step)
         if found is None or (self._vacant and not self.admission.refills_places):
             return None
@@ -273,14 +255,14 @@ class RolloutPipeline:
         summaries = _summaries(found)
         self.prompts.observe(summaries)
         stored = tuple(group.stored for group in found if group.stored is not None)
-        tally, self._tally = self._tally, _Tally()
+        tally, self._tally = self._tally, Tally()
         return SealedBatch(
             stored, tuple(summaries), tally.given_up, tally.replaced, tally.issued_again, tuple(tally.left_out)
         )
 
-    def _issue_again(self, group: Group) -> None:
-        """Drop a group that is too old to be trained, and issue its prompt again."""
-        self.groups.drop(group.ref, DropReason.STALE)
+    def _issue_again(self, group: Group, reason: DropReason) -> None:
+        """Drop a group that cannot be trained, and issue its prompt again."""
+        self.groups.drop(group.ref, reason)
         prompt = replace(group.prompt, ref=group.ref.retry())
         self._start(self.groups.issue(group.batch, [prompt], [group.slot], late=True))
         self._tally.issued_again += 1

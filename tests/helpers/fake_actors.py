@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rollout.types import GroupSummary, RolloutFailure, RolloutGroup, StoredPrompt, Verdict
 from tests.helpers.fake_fleet import FakeData, FakeEngine, FakeRewards
 
@@ -15,7 +17,7 @@ class Data:
     def __init__(self) -> None:
         self.fake = FakeData()
 
-    def take(self, n: int) -> list[StoredPrompt]:
+    def take(self, n: int) -> tuple[list[StoredPrompt], dict[str, Any]]:
         return self.fake.take(n).result()
 
 

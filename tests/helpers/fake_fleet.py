@@ -27,12 +27,13 @@ from rollout.types import (
     Together,
     Verdict,
 )
-from saccade.fleet.pool import EnginePool
+from saccade.fleet.pool import EnginePool, Pool
 from saccade.pipeline.admission import Strict, Windowed
 from saccade.pipeline.difficulty import Difficulty
 from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.prompt_stream import PromptStream
-from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
+from saccade.pipeline.rollouts import RolloutPipeline
+from saccade.pipeline.sealed_batch import SealedBatch
 from weight_sync.protocols import TransferReport
 from weight_sync.verify import WeightReport
 
@@ -48,6 +49,12 @@ def done(value: T) -> Future[T]:
     return call
 
 
+def failed(error: Exception) -> Future[Any]:
+    call: Future[Any] = Future()
+    call.set_exception(error)
+    return call
+
+
 def prompt(row: int) -> Prompt:
     return Prompt(PromptRef(f"d:{row}", 0, 0, row), "p", np.zeros(2, np.int32), expanded_length=2)
 
@@ -56,29 +63,60 @@ def stored(row: int) -> StoredPrompt:
     return StoredPrompt(prompt(row).ref, prompt(row))
 
 
+class ActorLost(RuntimeError):
+    """What Ray raises where an actor died."""
+
+    def __init__(self, actor_id: str) -> None:
+        super().__init__("\nThe actor died.")
+        self.actor_id = actor_id
+
+
+class FakeActor:
+    """One that always starts, and lives until it is killed."""
+
+    name: str
+    killed = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.name} {id(self)}"
+
+    def start(self) -> Future[None]:
+        return done(None)
+
+    def node(self) -> Future[str]:
+        return done("here")
+
+    def check_health(self) -> Future[None]:
+        return failed(ActorLost(self.id)) if self.killed else done(None)
+
+    def kill(self) -> None:
+        self.killed = True
+
+
 @dataclass
-class FakeData:
+class FakeData(FakeActor):
     """Rows 0, 1, 2, ..."""
 
     row: int = 0
+    name: str = "data"
 
-    def take(self, n: int) -> Future[list[StoredPrompt]]:
+    def take(self, n: int) -> Future[tuple[list[StoredPrompt], dict[str, Any]]]:
+        if self.killed:
+            return failed(ActorLost(self.id))
         self.row += n
-        return done([stored(row) for row in range(self.row - n, self.row)])
+        return done(([stored(row) for row in range(self.row - n, self.row)], {"row": self.row}))
 
     def read(self, refs: Sequence[PromptRef]) -> Future[list[StoredPrompt]]:
         return done([StoredPrompt(ref, prompt(ref.row)) for ref in refs])
 
-    def state(self) -> Future[dict[str, Any]]:
-        return done({"row": self.row})
-
-    def load_state(self, state: Mapping[str, Any]) -> Future[None]:
-        self.row = state["row"]
+    def load_state(self, state: Mapping[str, Any] | None) -> Future[None]:
+        self.row = 0 if state is None else state["row"]
         return done(None)
 
 
 @dataclass
-class FakeEngine:
+class FakeEngine(FakeActor):
     """Fails as its script says; its groups are of the version that was committed last."""
 
     script: Script = field(default_factory=dict)
@@ -94,7 +132,10 @@ class FakeEngine:
         seed: int | None = None,
         attempt: int | None = None,
         together: Together | None = None,
-    ) -> RolloutGroup | RolloutFailure:
+    ) -> RolloutGroup | RolloutFailure | ActorLost:
+        """A group, a failure, or what a dead engine leaves of either."""
+        if self.killed:
+            return ActorLost(self.id)
         prompt = replace(prompt, ref=replace(prompt.ref, attempt=attempt or 0))
         self.asked.append((prompt.ref.row, prompt.ref.attempt, seed, together))
         failures = self.script.get(prompt.ref.row, ())
@@ -119,22 +160,23 @@ class FakeEngine:
 
 
 @dataclass
-class FakeRewards:
+class FakeRewards(FakeActor):
     """Scores 0, 1, ...; all 1 for the rows that are flat, and none in time for those that are slow."""
 
     flat: Collection[int] = ()
     slow: Collection[int] = ()
-    lost: bool = False
-    """Whether its actor is dead."""
+    name: str = "reward-0"
     held: Collection[int] = ()
     """Rows of which nothing is heard before a test releases them."""
     waiting: dict[int, tuple[Future[GroupSummary], GroupSummary]] = field(default_factory=dict)
 
-    def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], Future[GroupSummary]]:
-        if self.lost:
-            call: Future[GroupSummary] = Future()
-            call.set_exception(RuntimeError("\nThe actor died."))
-            return (), call
+    def score(
+        self, group: RolloutGroup | RolloutFailure | ActorLost
+    ) -> tuple[tuple[Verdict, ...], Future[GroupSummary]]:
+        if self.killed:
+            return (), failed(ActorLost(self.id))
+        if isinstance(group, ActorLost):
+            return (), failed(group)
         if isinstance(group, RolloutFailure):
             return (), done(GroupSummary.of_failure(group))
         row, count = group.prompt.ref.row, len(group.completions)
@@ -143,7 +185,7 @@ class FakeRewards:
             verdicts = (Verdict("timeout", reason="no score in 60 s"),) * count
         summary = GroupSummary.of(replace(group, verdicts=verdicts))
         if row in self.held:
-            call = Future()
+            call: Future[GroupSummary] = Future()
             self.waiting[row] = call, summary
             return verdicts, call
         return verdicts, done(summary)
@@ -180,6 +222,9 @@ class FakeLearner:
     def load_checkpoint(self, directory: str | Path) -> None:
         assert (Path(directory) / "weights").exists()
 
+    def form_weight_group(self, engines: Sequence[FakeEngine]) -> None:
+        self.engines = engines
+
     def send_weights(self) -> TransferReport:
         return TransferReport({}, {engine.name: WeightReport({}) for engine in self.engines})
 
@@ -192,7 +237,7 @@ def make_dispatcher(engines: Sequence[Any], rewards: Sequence[Any], **changes: A
         "group_timeout": 60.0,
         "reward_timeout": 60.0,
     }
-    return Dispatcher(EnginePool(engines), rewards, **{**defaults, **changes})
+    return Dispatcher(EnginePool(engines), Pool(rewards), **{**defaults, **changes})
 
 
 def make_pipeline(
@@ -212,7 +257,7 @@ def make_pipeline(
     made = make_dispatcher([FakeEngine(script or {})], [FakeRewards(flat, slow)], **(dispatcher or {}))
     given = {"prompts_per_step": 3, **changes}
     admission = Windowed(staleness, batches, 3) if windowed else Strict(staleness, batches)
-    return RolloutPipeline(PromptStream(data or FakeData(), 60.0, difficulty), made, admission, **given)
+    return RolloutPipeline(PromptStream(Pool([data or FakeData()]), 60.0, difficulty), made, admission, **given)
 
 
 class Driven:
@@ -234,7 +279,7 @@ class Driven:
 
     def admit(self, version: int) -> int:
         """Admit at `version`; returns how many groups were sent to the first engine for it."""
-        asked = self.pipeline.dispatcher.pool.members[0].asked
+        asked = self.pipeline.dispatcher.pool.members[0].actor.asked
         before = len(asked)
         self.pipeline.admit(version)
         self.settle()

@@ -60,6 +60,7 @@ ORDERS = {
             "demo",
             "trainer",
             "loop",
+            "opening",
             "run",
             "finished",
             "preflight",
@@ -93,7 +94,7 @@ ORDERS = {
         *("import_path", "errors", "__init__"),
     ),
 }
-SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "run", "finished", "preflight", "fleet", "observe")
+SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "opening", "run", "finished", "preflight", "fleet", "observe")
 """Of `saccade`, what may have Ray loaded."""
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

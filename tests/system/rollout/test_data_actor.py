@@ -60,7 +60,7 @@ def test_an_image_crosses_the_store_once_and_outlives_its_place_in_the_cache(
     ray = local_ray
     actor = ray.remote(DataActor).options(num_cpus=0).remote(fake_adapter, options, None, 0)
     assert ray.get(actor.start.remote(), timeout=120) == 20
-    (prompt, *others) = contents(ray.get(actor.take.remote(20), timeout=60))
+    (prompt, *others) = contents(ray.get(actor.take.remote(20), timeout=60)[0])
     assert isinstance(prompt.media[0].data, ray.ObjectRef)
     ray.get(actor.take.remote(20), timeout=60)  # more evictions
     ray.get(actor.read.remote([]), timeout=60)  # waits for what is read ahead
@@ -92,7 +92,7 @@ def test_equal_images_share_one_reference(
     make: Callable[..., Any], local_ray: ModuleType, options: DataOptions
 ) -> None:
     actor = make(options)
-    prompts = contents(actor.take(19))
+    prompts = contents(actor.take(19)[0])
     references: dict[str, set[Any]] = {}
     for prompt in prompts:
         references.setdefault(prompt.media[0].digest, set()).add(prompt.media[0].data)
@@ -107,7 +107,7 @@ def test_equal_images_share_one_reference(
 def test_prompts_carry_no_pixels(make: Callable[..., Any], tmp_path: Path, local_ray: ModuleType) -> None:
     noise = bytes(range(256)) * 4000
     path = write_rows(tmp_path / "a.parquet", [{"prompt": "q", "image": png() + noise, "answer": "a"}])
-    (prompt,) = contents(make(options_of(path)).take(1))
+    (prompt,) = contents(make(options_of(path)).take(1)[0])
     assert local_ray.get(prompt.media[0].data) == png() + noise
     bare = local_ray.cloudpickle.dumps(prompt.media[0].data)
     assert len(local_ray.cloudpickle.dumps(prompt)) < len(bare) + 2000
@@ -126,25 +126,25 @@ def test_reading_ahead_changes_neither_order_nor_state(make: Callable[..., Any],
     expected = identity(PromptSource(options, fake_adapter()).take(40))
     actor, got = make(options), []
     for n in (3, 1, 0, 7, 12):
-        got += contents(actor.take(n))
-        state = pickle.loads(pickle.dumps(actor.state()))
+        got += contents(actor.take(n)[0])
+        state = pickle.loads(pickle.dumps(actor.take(0)[1]))
         actor.read([])  # waits for what is read ahead
         if n in (1, 7):
             actor = make(options)
             actor.load_state(state)
     assert identity(got) == expected[:23]
-    actor.load_state(make(options).state())
-    assert identity(contents(actor.take(40))) == expected
+    actor.load_state(None)
+    assert identity(contents(actor.take(40)[0])) == expected
 
 
 def test_read_puts_the_media_again(make: Callable[..., Any], local_ray: ModuleType, options: DataOptions) -> None:
     actor = make(options)
-    (first,) = contents(actor.take(1))
+    (first,) = contents(actor.take(1)[0])
     (again,) = contents(actor.read([first.ref.retry()]))
     assert again.ref == first.ref.retry()
     assert again.media[0].data != first.media[0].data
     assert local_ray.get(again.media[0].data) == local_ray.get(first.media[0].data)
-    assert identity(contents(actor.take(5))) == identity(PromptSource(options, fake_adapter()).take(6))[1:]
+    assert identity(contents(actor.take(5)[0])) == identity(PromptSource(options, fake_adapter()).take(6))[1:]
     whole = contents(actor.read([p.ref for p in PromptSource(options, fake_adapter()).take(19)]))
     assert len({p.media[0].data for p in whole}) == 4, "also what is read again crosses the store once"
 
@@ -168,8 +168,8 @@ def test_too_many_refused_rows_stop_every_take_and_lose_nothing(make: Callable[.
     rows = [{"prompt": f"{n}", "answer": "a" if n < 10 else None} for n in range(50)]
     path = write_rows(tmp_path / "a.parquet", rows)
     actor = make(options_of(path, shuffle=False))
-    assert len(actor.take(4)) == 4
+    assert len(actor.take(4)[0]) == 4
     for _ in range(2):
         with pytest.raises(DataError, match=r"more than 1\.00% of the rows were refused"):
             actor.take(10)
-    assert actor.state()["position"] == 4
+    assert actor._state["position"] == 4

@@ -17,6 +17,7 @@ from saccade.errors import RunError
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import DeathError, explain, find_dead
 from saccade.fleet.handles import RayData, RayRewards
+from saccade.fleet.pool import Pool
 from tests.helpers.learner_cases import options
 from tests.helpers.process import Process
 from tests.unit.saccade.test_deaths import GLOO, HEAD
@@ -76,7 +77,12 @@ def test_who_is_asked_whether_it_lives_imports_nothing_of_ours_for_it(local_ray)
             return {name.split(".")[0] for name in sys.modules}
 
     actor = local_ray.remote(Bare).options(num_cpus=0).remote()
-    assert find_dead(Actors(rewards=[RayRewards(actor)], _data=RayData(actor)).questions(), 60.0) == {}
+    assert (
+        find_dead(
+            Actors(rewards=Pool([RayRewards("reward-0", actor)]), data=Pool([RayData("data", actor)])).questions(), 60.0
+        )
+        == {}
+    )
     assert not local_ray.get(actor.modules.remote()) & {"saccade", "learner", "rollout", "torch", "transformers"}
     local_ray.kill(actor)
 

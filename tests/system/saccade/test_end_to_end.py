@@ -106,7 +106,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(settings, tmp
     config = parse_config({**settings, "output_dir": str(resumed_dir)})
     source = PromptSource(data_options(config, config.data.train), config_adapter(config))
     source.load_state(state["cursor"])
-    state["ledger"]["outstanding"] = [{"batch": 2, "late": False, **asdict(prompt.ref)} for prompt in source.take(4)]
+    state["ledger"]["outstanding"] = [
+        {"batch": 2, "late": False, "ref": asdict(prompt.ref)} for prompt in source.take(4)
+    ]
     state["cursor"] = source.state()
     (saved / "run.json").write_text(json.dumps(state))
     seal(saved)

@@ -11,6 +11,7 @@ from rewards.actor import RewardActor
 from rewards.config import RewardSpec
 from saccade.errors import RunError
 from saccade.fleet.handles import RayRewards
+from saccade.fleet.pool import Pool
 from tests.helpers.fake_fleet import Driven, make_pipeline
 
 
@@ -28,7 +29,7 @@ def test_the_batch_of_a_broken_reward_is_not_sealed(local_ray: ModuleType, tmp_p
     for share, passes in ((0.7, True), (0.6, False)):  # two of three groups fail
         ray.get(actor.start.remote())
         run = Driven(make_pipeline(max_failed_share=share))
-        run.pipeline.dispatcher.rewards = [RayRewards(actor)]
+        run.pipeline.dispatcher.rewards = Pool([RayRewards("reward-0", actor)])
         run.admit(0)
         if passes:
             assert [s.valid for s in run.batch(0).summaries] == [(True, True), (False, False), (False, False)]

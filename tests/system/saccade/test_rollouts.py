@@ -9,6 +9,7 @@ import pytest
 from rollout.actor import RayEngineHandle
 from saccade.errors import RunError
 from saccade.fleet.handles import RayData, RayRewards
+from saccade.fleet.pool import Pool
 from saccade.fleet.waiting import wait_for
 from saccade.pipeline.admission import Strict
 from saccade.pipeline.prompt_stream import PromptStream
@@ -33,8 +34,10 @@ def fleet(local_ray) -> Iterator[tuple]:
 @pytest.fixture
 def run(fleet: tuple) -> Iterator[Driven]:
     data, engine, rewards = fleet
-    dispatcher = make_dispatcher([RayEngineHandle("rollout-0", engine)], [RayRewards(rewards)])
-    driven = Driven(RolloutPipeline(PromptStream(RayData(data), 60.0), dispatcher, Strict(1, 9), prompts_per_step=3))
+    dispatcher = make_dispatcher([RayEngineHandle("rollout-0", engine)], [RayRewards("reward-0", rewards)])
+    driven = Driven(
+        RolloutPipeline(PromptStream(Pool([RayData("data", data)]), 60.0), dispatcher, Strict(1, 9), prompts_per_step=3)
+    )
     yield driven
     driven.close()
 
@@ -51,12 +54,12 @@ def test_a_batch_is_generated_scored_retried_and_sealed_by_reference(local_ray, 
 
 def test_what_an_actor_raised_is_said_in_its_own_words(fleet):
     with pytest.raises(RunError, match=r"^while waiting for prompts: (can only|unsupported operand)"):
-        wait_for(RayData(fleet[0]).take("x"), 60.0, "prompts")  # type: ignore[arg-type]
+        wait_for(RayData("data", fleet[0]).take("x"), 60.0, "prompts")  # type: ignore[arg-type]
 
 
 def test_a_lost_reward_actor_is_named_not_awaited_forever(local_ray, fleet, run):
     """Last: the fleet has no rewards afterwards."""
     local_ray.kill(fleet[2])
     run.pipeline.admit(0)
-    with pytest.raises(RunError, match="lost with its actor"):
+    with pytest.raises(RunError, match="reward-0 died"):
         run.batch(0)

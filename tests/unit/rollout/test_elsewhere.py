@@ -10,7 +10,7 @@ from rollout.data.elsewhere import address_problem, not_here
 from rollout.data.rows import open_files
 from saccade.config.load import parse_config
 from saccade.config.messages import ConfigError
-from saccade.run import open_run
+from saccade.opening import open_run
 from tests.unit.saccade.test_config import MINIMAL
 from vlm.errors import AdapterError
 from vlm.families.registry import load_adapter

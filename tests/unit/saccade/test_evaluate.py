@@ -78,14 +78,14 @@ def test_it_goes_the_way_of_training_with_its_retries_and_can_be_repeated():
     assert said[0] == said[1]
     assert "3 completions without a score" in said[0]
     assert "no answer in time" in said[0] and "timeout: no score in 60 s" in said[0]
-    a, b = evaluator.dispatcher.pool.members
+    a, b = evaluator.dispatcher.pool.actors
     assert [asked[:2] for asked in a.asked] == [(0, 0), (2, 0)] * 2
     assert [asked[:2] for asked in b.asked] == [(1, 0), (3, 0), (0, 1), (2, 1)] * 2
     assert evaluator.dispatcher.groups.outstanding() == [], "the ledger of the run is not touched"
 
 
-def test_an_evaluation_with_a_dead_engine_is_none_and_it_can_be_stopped():
-    with pytest.raises(RunError, match="engine a died while generating"):
+def test_an_evaluation_whose_engine_nobody_replaces_is_none_and_it_can_be_stopped():
+    with pytest.raises(RunError, match="a died: gone"):
         asyncio.run(make_evaluator({0: [{"reason": "gone", "engine_dead": True}]}, []).run())
 
     def stop() -> None:

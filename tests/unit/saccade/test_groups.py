@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -18,8 +17,11 @@ def prompt(row: int, epoch: int = 0) -> StoredPrompt:
     return StoredPrompt(PromptRef(f"train.parquet:{row}", epoch, 0, row), None)
 
 
-def read(refs: Sequence[PromptRef]) -> list[StoredPrompt]:
-    return [StoredPrompt(ref, None) for ref in refs]
+def restore(groups: GroupBuffer, saved: GroupBuffer) -> None:
+    """What was saved of `saved` becomes `groups`."""
+    state = json.loads(json.dumps(saved.state()))
+    refs = [PromptRef(**entry["ref"]) for entry in state["outstanding"]]
+    groups.load_state(state, 0, [StoredPrompt(ref, None) for ref in refs])
 
 
 def sealed(groups: GroupBuffer, batch: int, *issued: StoredPrompt) -> list[Group]:
@@ -80,7 +82,7 @@ def test_a_batch_is_read_in_the_order_of_its_places_and_resumed_without_gaps():
     assert [group.ref.row for group in groups.of(0)] == [5, 2, 3]
     groups.drop(prompt(2).ref, DropReason.NO_SIGNAL)
     again = GroupBuffer()
-    again.load_state(json.loads(json.dumps(groups.state())), 0, read)
+    restore(again, groups)
     assert [(g.ref.row, g.slot) for g in again.of(0)] == [(3, 0), (5, 1)] and again.dropped == {
         (DropReason.NO_SIGNAL, ""): 2
     }
@@ -98,7 +100,7 @@ def test_nothing_is_lost_or_counted_twice(events):
             live[row] = groups.issue(row, [prompt(row)])[0]
             issued[row] += 1
         elif action == "resume":  # any moment can be a checkpoint
-            groups.load_state(json.loads(json.dumps(groups.state())), 0, read)
+            restore(groups, groups)
             live = {r: groups.of(r)[0] for r in live}
         elif row in live:
             group = live[row]

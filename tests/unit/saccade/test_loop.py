@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
-from learner.types import LearnerError
+from learner.types import ContentsLostError, LearnerError
 from rollout.data.actor import DataActorReport
 from rollout.data.source import DataReport
+from rollout.types import PromptRef
 from saccade import checkpoints
 from saccade.config.load import parse_config
+from saccade.fleet.engine_fleet import EngineFleet
 from saccade.loop import step
 from saccade.observe.display import SilentDisplay
+from saccade.pipeline.groups import DropReason
 from saccade.run import Run, restore
 from tests.helpers.fake_fleet import FakeLearner, make_pipeline
 
@@ -41,12 +44,12 @@ def make_run(directory: Path, staleness: int, **learner: Any) -> Run:
     rollouts = make_pipeline(SCRIPT, staleness=staleness, batches=STEPS)
     pool = rollouts.dispatcher.pool
     actors = SimpleNamespace(
-        pool=pool,
-        learner=FakeLearner(pool.members, **learner),
+        learner=FakeLearner(pool.actors, **learner),
         data_report=lambda: DataActorReport(DataReport(99, 1), None, 0, 0),
     )
     log = SimpleNamespace(step=lambda record: None, flush=lambda: None, truncate_after=lambda step: 0)
-    return Run(config, actors, rollouts, None, log, SilentDisplay(), None)  # type: ignore[arg-type]
+    fleet = EngineFleet(pool, actors.learner, 60.0)
+    return Run(config, actors, fleet, rollouts, None, log, SilentDisplay(), None)  # type: ignore[arg-type]
 
 
 def steps(run: Run, count: int) -> None:
@@ -88,9 +91,36 @@ def test_a_resume_trains_what_was_issued_and_not_trained_and_nothing_twice(tmp_p
         steps(run, 3)
     assert run.version == 2
     again = make_run(tmp_path, staleness)
-    restore(again, *checkpoints.newest(tmp_path / "checkpoints", print))
+    asyncio.run(restore(again, *checkpoints.newest(tmp_path / "checkpoints", print)))
     assert again.version == 2 and again.rollouts.groups.trained == 5
     steps(again, 2)
     assert [row for row, _ in trained(run) + trained(again)] == [0, 1, 2, 3, 5, 6, 8, 9, 10, 11]
     assert again.rollouts.groups.trained == 10 and again.rollouts.groups.outstanding() == []
     assert sum(again.rollouts.groups.dropped.values()) == 2
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_groups_whose_contents_are_lost_are_issued_again_and_the_others_are_kept(tmp_path, staleness):
+    run = make_run(tmp_path, staleness)
+    learner: Any = run.learner
+    lost = [PromptRef("d:1", 0, 1, 1)]  # at its second attempt
+    whole = learner.update
+
+    def update(groups: Any, summaries: Any, version: int) -> Any:
+        if lost:
+            raise ContentsLostError([lost.pop()])
+        return whole(groups, summaries, version)
+
+    learner.update = update
+
+    async def two() -> None:
+        async with run.rollouts.running():
+            await step(run, run.config)
+            assert (run.version, trained(run)) == (0, [])
+            known = [PromptRef("d:0", 0, 0, 0), PromptRef("d:1", 0, 2, 1), PromptRef("d:2", 0, 0, 2)]
+            assert [g.ref for g in run.rollouts.groups.of(0)] == known
+            await step(run, run.config)
+
+    asyncio.run(two())
+    assert (run.version, sorted(row for row, _ in trained(run))) == (1, [0, 1, 2])
+    assert run.rollouts.groups.dropped[DropReason.LOST, ""] == 1 and run.rollouts.groups.trained == 3

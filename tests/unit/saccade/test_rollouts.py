@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 
 from rollout.types import GroupSummary, PromptRef, StoredGroup, Together, draw_seed
 from saccade.errors import RunError, RunStopped
-from saccade.fleet.pool import EnginePool
+from saccade.fleet.pool import Pool
 from saccade.pipeline.admission import Strict, checked_lag
 from saccade.pipeline.difficulty import Difficulty
 from saccade.pipeline.groups import DropReason, GroupBuffer
 from saccade.pipeline.prompt_stream import PromptStream
-from saccade.pipeline.rollouts import RolloutPipeline, SealedBatch
+from saccade.pipeline.rollouts import RolloutPipeline
+from saccade.pipeline.sealed_batch import SealedBatch
 from tests.helpers.fake_fleet import Driven, FakeData, FakeEngine, FakeRewards, make_dispatcher, make_pipeline
 
 Drive = Callable[..., Driven]
@@ -37,7 +39,7 @@ def drive() -> Iterator[Drive]:
 
 
 def engine(run: Driven) -> FakeEngine:
-    found: FakeEngine = run.pipeline.dispatcher.pool.members[0]
+    found: FakeEngine = run.pipeline.dispatcher.pool.members[0].actor
     return found
 
 
@@ -81,7 +83,7 @@ def test_a_place_in_a_batch_has_its_engine_and_a_further_attempt_the_next_one(dr
         for one in engines:
             one.asked.clear()
         dispatcher = make_dispatcher(engines, rewards)
-        stream = PromptStream(FakeData(), 60.0)
+        stream = PromptStream(Pool([FakeData()]), 60.0)
         run = drive(RolloutPipeline(stream, dispatcher, Strict(staleness, 1), prompts_per_step=3))
         run.admit(0)
         assert [s.engine for s in run.batch(0).summaries] == ["a", "a", "a"]  # row 1 failed at its own engine
@@ -95,17 +97,18 @@ def test_after_a_resume_what_was_issued_comes_first_and_no_earlier_than_due(stal
     state = {
         "ledger": {
             "outstanding": [  # one of three was dropped
-                {"batch": batch, "late": False, "uid": f"d:{row}", "epoch": 0, "attempt": 1, "row": row}
+                {"batch": batch, "late": False, "ref": {"uid": f"d:{row}", "epoch": 0, "attempt": 1, "row": row}}
                 for batch, row in ((4, 40), (4, 41), (5, 50), (5, 51))
             ],
             "trained": 12,
             "dropped": [[DropReason.FAILED, "too long", 2]],
+            "quarantined": [["d:3", 0, "engines die of it"]],
         },
         "cursor": {"row": 60},
         "difficulty": None,
     }
     pipeline = make_pipeline(staleness=staleness)
-    pipeline.load_state(json.loads(json.dumps(state)), 4, 1.0)
+    asyncio.run(pipeline.load_state(json.loads(json.dumps(state)), 4))
     run = drive(pipeline)
     assert run.state() == state
     assert run.admit(4 - staleness) == 2
@@ -129,29 +132,17 @@ def test_a_retry_repeats_the_seed_and_a_refused_prompt_is_dropped_with_its_reaso
     assert len(engine(run).seeds(2)) == 2
 
 
-def test_a_batch_of_nothing_and_a_dead_engine_end_the_run_with_the_reason(drive):
+def test_a_batch_of_nothing_ends_the_run_with_the_reason(drive):
     run = drive({r: [{"reason": "broken image"}] for r in range(3)})
     run.admit(0)
     with pytest.raises(RunError, match="broken image"):
-        run.batch(0)
-    run = drive({1: [{"reason": "killed by signal 9", "engine_dead": True}]})
-    run.admit(0)
-    with pytest.raises(RunError, match=r"engine rollout-0 died .* killed by signal 9"):
-        run.batch(0)
-
-
-def test_a_lost_reward_actor_is_named_not_awaited_forever(drive):
-    run = drive()
-    run.pipeline.dispatcher.rewards = [FakeRewards(lost=True)]
-    run.admit(0)
-    with pytest.raises(RunError, match="lost with its actor: The actor died"):
         run.batch(0)
 
 
 def test_silence_ends_by_a_limit_and_says_who_is_awaited(monkeypatch, drive):
     monkeypatch.setattr("saccade.pipeline.rollouts.POLL_SECONDS", 0.01)
     run = drive(dispatcher={"group_timeout": -60.0, "reward_timeout": 0.01})
-    run.pipeline.dispatcher.rewards = [FakeRewards(held=[1])]
+    run.pipeline.dispatcher.rewards = Pool([FakeRewards(held=[1])])
     run.admit(0)
     with pytest.raises(RunError, match=r"waited 0.02 s for 1 of 3 groups in flight \(first: d:1 .*cluster.timeout"):
         run.batch(0)
@@ -160,7 +151,7 @@ def test_silence_ends_by_a_limit_and_says_who_is_awaited(monkeypatch, drive):
 def test_what_went_before_a_wait_is_no_silence(drive):
     """An update may take longer than a group is waited for."""
     run = drive(dispatcher={"group_timeout": 1.0, "reward_timeout": 1.0})
-    run.pipeline.dispatcher.rewards = [rewards := FakeRewards(held=[1])]
+    run.pipeline.dispatcher.rewards = Pool([rewards := FakeRewards(held=[1])])
     run.admit(0)
     run.pipeline._progress = -1e9
     with pytest.raises(TimeoutError):
@@ -247,13 +238,6 @@ def test_when_no_prompt_is_worth_it_the_run_says_so(drive):
     run.admit(0)
     with pytest.raises(RunError, match=r"1001 prompts in a row.*reward_range"):
         run.batch(0)
-
-
-def test_members_of_the_pool_join_in_the_order_of_their_places():
-    pool: EnginePool[FakeEngine] = EnginePool()
-    for name in "ab":
-        pool.add(FakeEngine(name=name))
-    assert [member.name for member in pool.members] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("oldest", "version", "allowed"), [(3, 3, 0), (2, 3, 1), (3, 4, 1)])

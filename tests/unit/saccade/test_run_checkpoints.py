@@ -31,10 +31,12 @@ from saccade.demo.demo import prepare_folder
 from saccade.errors import MismatchError, RunError
 from saccade.finished import finished
 from saccade.fleet import run_folder
+from saccade.fleet.engine_fleet import EngineFleet
+from saccade.fleet.pool import EnginePool
 from saccade.loop import step as one_step
 from saccade.loop import train
 from saccade.pipeline.groups import DropReason
-from saccade.pipeline.rollouts import SealedBatch
+from saccade.pipeline.sealed_batch import SealedBatch
 from saccade.run import Run, RunResult
 from tests.helpers.fake_fleet import make_pipeline
 
@@ -103,6 +105,7 @@ def test_a_checkpoint_says_which_rows_were_not_used_as_they_are(tmp_path):
             data_report=lambda: DataActorReport(report, None, 0, 0),
             learner=SimpleNamespace(save_checkpoint=write_learner),
         ),
+        fleet=EngineFleet(EnginePool(), None, 60.0),
         rollouts=make_pipeline(),
         evaluator=None,
         log=SimpleNamespace(flush=lambda: None),
@@ -197,6 +200,7 @@ def test_a_checkpoint_that_finds_no_room_is_tried_again_after_the_next_step(tmp_
             data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0),
             learner=SimpleNamespace(save_checkpoint=save_learner),
         ),
+        fleet=EngineFleet(EnginePool(), None, 60.0),
         rollouts=make_pipeline(),
         evaluator=None,
         log=SimpleNamespace(flush=lambda: None),
@@ -338,6 +342,7 @@ def run_of(directory, summaries, stats):
             data_report=lambda: DataActorReport(DataReport(100, 1), None, 0, 0),
             learner=SimpleNamespace(save_checkpoint=write_learner, update=lambda *given: stats),
         ),
+        fleet=EngineFleet(rollouts.dispatcher.pool, None, 60.0),
         rollouts=rollouts,
         evaluator=None,
         log=SimpleNamespace(flush=lambda: None),
@@ -362,7 +367,11 @@ def test_prompts_of_a_step_that_was_not_taken_are_dropped_and_the_third_such_ste
     stats = update_stats(groups_dropped=1, refused=(refused,))
     run, said = run_of(tmp_path, summaries, stats)
     run.log.step = recorded.append
-    run.sync_weights = lambda: synced.append(run.version)
+
+    async def sync() -> None:
+        synced.append(run.version)
+
+    run.sync_weights = sync
     asyncio.run(one_step(run, run.config))
     assert (run.version, synced, run.rollouts.groups.trained, run.rollouts.groups.outstanding()) == (1, [1], 1, [])
     assert run.rollouts.groups.dropped == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade.errors import RunError
+from saccade.fleet.pool import Pool
 from saccade.pipeline.admission import Windowed, checked_lag
 from saccade.pipeline.groups import DropReason, Group, GroupBuffer, State
-from saccade.pipeline.rollouts import SealedBatch
+from saccade.pipeline.sealed_batch import SealedBatch
 from tests.helpers.fake_fleet import Driven, FakeEngine, FakeRewards, make_pipeline
 
 B = 3
@@ -27,8 +29,8 @@ class Windows:
         script, flat, slow = (given.pop(name, ()) for name in ("script", "flat", "slow"))
         pipeline = make_pipeline(script or {}, windowed=True, staleness=staleness, batches=batches, **given)
         self.rewards = FakeRewards(flat, slow, held=list(held))
-        pipeline.dispatcher.rewards = [self.rewards]
-        self.engine: FakeEngine = pipeline.dispatcher.pool.members[0]
+        pipeline.dispatcher.rewards = Pool([self.rewards])
+        self.engine: FakeEngine = pipeline.dispatcher.pool.members[0].actor
         self.run, self.version = Driven(pipeline), 0
         self.run.admit(0)
 
@@ -132,10 +134,10 @@ def test_a_resume_fills_up_what_was_overtaken(made):
     run = windows(made, held=(1, 5))
     run.step()
     state = run.run.state()
-    assert sorted(e["row"] for e in state["ledger"]["outstanding"]) == [1, 4, 5, 6, 7, 8]
+    assert sorted(e["ref"]["row"] for e in state["ledger"]["outstanding"]) == [1, 4, 5, 6, 7, 8]
     pipeline = make_pipeline(windowed=True, staleness=1)
-    pipeline.load_state(state, 1, 1.0)
-    again, engine = Driven(pipeline), pipeline.dispatcher.pool.members[0]
+    asyncio.run(pipeline.load_state(state, 1))
+    again, engine = Driven(pipeline), pipeline.dispatcher.pool.members[0].actor
     engine.version = 1
     again.admit(1)
     assert sorted(row for row, *_ in engine.asked) == [1, 4, 5, 6, 7, 8]
@@ -147,8 +149,8 @@ def test_a_strict_run_goes_on_where_a_windowed_one_was(made):
     run = windows(made, held=(1, 5))
     run.step()
     pipeline = make_pipeline(staleness=0)
-    pipeline.load_state(run.run.state(), 1, 1.0)
-    again, engine = Driven(pipeline), pipeline.dispatcher.pool.members[0]
+    asyncio.run(pipeline.load_state(run.run.state(), 1))
+    again, engine = Driven(pipeline), pipeline.dispatcher.pool.members[0].actor
     again.admit(1)
     first = rows(again.batch(1))
     again.admit(2)
@@ -168,10 +170,10 @@ def test_fewer_places_after_a_resume_hold_nothing_up_for_ever(made):
     run.run.settle()
     run.step()
     state = run.run.state()
-    assert [entry["row"] for entry in state["ledger"]["outstanding"] if entry["late"]] == [0]
+    assert [entry["ref"]["row"] for entry in state["ledger"]["outstanding"] if entry["late"]] == [0]
     pipeline = make_pipeline(windowed=True, staleness=1)
-    pipeline.load_state(state, 4, 1.0)
-    again, engine = Driven(pipeline), pipeline.dispatcher.pool.members[0]
+    asyncio.run(pipeline.load_state(state, 4))
+    again, engine = Driven(pipeline), pipeline.dispatcher.pool.members[0].actor
     trained: list[int] = []
     for version in (4, 5, 6):
         engine.version = version
