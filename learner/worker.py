@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 LOST = (ray.exceptions.ObjectLostError, ray.exceptions.RayActorError)
-"""What Ray raises where an object went with the node or the process that kept it."""
+"""Errors of Ray for an object that went with the node or the process that kept it."""
 
 
 @dataclass(frozen=True, slots=True)

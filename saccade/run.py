@@ -44,7 +44,7 @@ BEGINNING: Mapping[str, Any] = {
     "difficulty": None,
     "ledger": GroupBuffer().state(),
 }
-"""What a checkpoint of a run would have before its first step."""
+"""The state of a run before its first step, as a checkpoint would have it."""
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Factory:
     placement: Placement
     adapter: MultimodalAdapter
     media_kinds: Sequence[MediaKind]
-    """What prompts may hold."""
+    """The kinds of media that prompts may hold."""
     training: bool = True
     services: Services = field(default_factory=Services)
 

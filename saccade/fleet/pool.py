@@ -45,11 +45,11 @@ class Member(Generic[A]):
     actor: A
     state: MemberState = MemberState.STARTING
     version: int = 0
-    """Of an engine: the version of its weights."""
+    """The version of an engine's weights."""
     load: int = 0
-    """Of an engine: the most tokens, of prompts and completions, that the groups it has can come to."""
+    """Tokens of prompts and completions that the groups of an engine can come to at most."""
     groups: int = 0
-    """How many groups were answered by it."""
+    """Groups that it answered."""
     node: str = ""
     """Ray's id of its node; empty until it has started."""
     since: float = field(default_factory=time.monotonic)
@@ -146,7 +146,7 @@ class Sent(Generic[E]):
     group: Reference
     """Where the group will be."""
     tokens: int
-    """What it adds to the load of its engine; 0 when that has ended."""
+    """Its part of the load of its engine; 0 when it has ended."""
 
 
 class EnginePool(Pool[E]):

@@ -99,7 +99,7 @@ class GroupBuffer:
         self.dropped: Counter[tuple[DropReason, str]] = Counter()
         """Groups given up so far, by reason and detail."""
         self.quarantined: dict[tuple[str, int], str] = {}
-        """What happened to the groups that are not tried again, by uid and epoch."""
+        """The reasons why groups are not tried again, by uid and epoch."""
         self.next_batch = 0
         """The first batch that was not admitted yet."""
 

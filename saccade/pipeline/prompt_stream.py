@@ -73,7 +73,7 @@ class PromptStream:
         self.data.enter(member, MemberState.SERVING)
 
     async def _ask(self, call: Callable[[Data], Future[T]], what: str) -> T:
-        """What the data actor answers, or its replacement."""
+        """Return the answer of the data actor, or of its replacement."""
         while True:
             await self.data.serves()
             member = self.data.serving[0]
