@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -41,6 +41,7 @@ class Actors:
     _learner: LearnerGroup | None = None
     """None where nothing is trained."""
     _factory: Factory | None = None
+    _engine_keeper: Keeper[RayEngineHandle] | None = None
     _keepers: list[Keeper[Any]] = field(default_factory=list)
 
     @property
@@ -76,9 +77,9 @@ class Actors:
         cluster = factory.config.cluster
         limits: dict[str, Any] = {"start_timeout": cluster.start_timeout, "silence": cluster.sync_timeout, "say": say}
 
-        async def engine(dead: Member[Any]) -> RayEngineHandle:
-            await factory.placement.placed("rollout", dead.place, say)
-            return factory.engine(dead.place)
+        async def engine(place: int, avoid: Collection[str]) -> RayEngineHandle:
+            await factory.placement.placed("rollout", place, say, avoid)
+            return factory.engine(place)
 
         async def join(member: Member[Any]) -> None:
             await fleet.join(member)
@@ -86,18 +87,25 @@ class Actors:
                 for rewards in self.rewards.actors:
                     rewards.set_service("generate", judge)
 
-        async def reward(dead: Member[Any]) -> RayRewards:
-            await factory.placement.placed("reward", dead.place, say)
-            return factory.reward(dead.place)
+        async def reward(place: int, avoid: Collection[str]) -> RayRewards:
+            await factory.placement.placed("reward", place, say, avoid)
+            return factory.reward(place)
 
-        async def data(dead: Member[Any]) -> RayData:
+        async def data(place: int, avoid: Collection[str]) -> RayData:
             return factory.data()
 
+        leave = partial(factory.placement.give_up, "rollout")
+        self._engine_keeper = Keeper(self.engines, engine, join=join, leave=leave, excused=fleet.excused, **limits)
         self._keepers = [
-            Keeper(self.engines, engine, join=join, excused=fleet.excused, **limits),
+            self._engine_keeper,
             Keeper(self.rewards, reward, **limits),
             Keeper(self.data, data, join=rejoin_data, **limits),
         ]
+
+    def scale(self, engines: int) -> None:
+        """Let there be so many engines from now on."""
+        assert self._engine_keeper is not None
+        self._engine_keeper.scale(engines)
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ from vlm.errors import UserError
 
 SAY_SECONDS = 5.0
 """Seconds between two lines that say what the run waits for."""
+NODE_LABEL = "ray.io/node-id"
+"""Ray gives each node a label with its id."""
 LOOK_SECONDS = 1.0
 """Longest wait for one demand before the others are looked at."""
 
@@ -36,12 +38,16 @@ class PlacementError(UserError, RuntimeError):
     """The cluster cannot place an actor; says which, what it asks for, and what there is."""
 
 
+Slot = tuple[PlacementGroup, int, Mapping[str, float]]
+"""A placement group, the index of a bundle in it, and the resources of that bundle."""
+
+
 @dataclass
 class Placement:
     """Placement groups that are met. `options(role, i)` are Ray options of the role's i-th actor."""
 
     device: Device
-    _slots: dict[str, list[tuple[PlacementGroup, int, Mapping[str, float]]]] = field(default_factory=dict)
+    _slots: dict[str, dict[int, Slot]] = field(default_factory=dict)
 
     def options(self, role: str, index: int) -> dict[str, Any]:
         group, bundle, resources = self._slots[role][index]
@@ -53,22 +59,53 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         }
 
-    async def placed(self, role: str, index: int, say: Callable[[str], None]) -> None:
-        """Wait until the role's i-th actor has a place again, for as long as it takes: its node may be gone, and the
-        run goes on without it."""
-        group = self._slots[role][index][0]
+    async def placed(self, role: str, index: int, say: Callable[[str], None], avoid: Collection[str] = ()) -> None:
+        """Wait until the role's i-th actor has a place, for as long as it takes: its node may be gone, and the run goes
+        on without it. Nodes to `avoid` (by Ray's ids) are left out as long as there are others."""
+        slots = self._slots[role]
+        if index not in slots:
+            slots[index] = _place_alone(next(iter(slots.values()))[2], ())
+        elif avoid and self._node(role, index) in avoid:
+            former = slots[index]
+            slots[index] = _place_alone(former[2], avoid)
+            self._remove(former)
         begin = time.monotonic()
         told = False
-        while (await in_thread(lambda: placement_group_table(group)))["state"] != "CREATED":
+        while (await in_thread(lambda: self._table(role, index)))["state"] != "CREATED":
             if not told and time.monotonic() - begin > SAY_SECONDS:
                 told = True
-                say(f"{role}-{index} waits for a node that has {_asks_for(self._slots[role][index][2])}")
+                asks = _asks_for(self._slots[role][index][2])
+                say(f"{role}-{index} waits for a node with {asks} free; the run goes on without it")
             await asyncio.sleep(LOOK_SECONDS)
 
+    def give_up(self, role: str, index: int) -> None:
+        """Release one place."""
+        self._remove(self._slots[role].pop(index))
+
+    def _remove(self, slot: Slot) -> None:
+        """Release a place that nobody holds any more, unless others stand in its placement group."""
+        if not any(other[0] == slot[0] for slots in self._slots.values() for other in slots.values()):
+            remove_placement_group(slot[0])
+
+    def _table(self, role: str, index: int) -> dict[str, Any]:
+        table: dict[str, Any] = placement_group_table(self._slots[role][index][0])
+        return table
+
+    def _node(self, role: str, index: int) -> str:
+        """Ray's id of the node where the place is; empty while there is none."""
+        return str(self._table(role, index)["bundles_to_node_id"].get(self._slots[role][index][1], ""))
+
     def release(self) -> None:
-        for group in {id(g): g for slots in self._slots.values() for g, _, _ in slots}.values():
+        for group in {id(g): g for slots in self._slots.values() for g, _, _ in slots.values()}.values():
             remove_placement_group(group)
         self._slots.clear()
+
+
+def _place_alone(resources: Mapping[str, float], avoid: Collection[str]) -> Slot:
+    """A place of its own, on another node than those to `avoid` if the cluster has one."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    selector = [{NODE_LABEL: f"!in({','.join(sorted(avoid))})"}] if alive - set(avoid) and avoid else None
+    return placement_group([dict(resources)], strategy="STRICT_PACK", bundle_label_selector=selector), 0, resources
 
 
 def choose_device(config: RunConfig) -> Device:
@@ -100,8 +137,9 @@ def place(
     groups = {d.role: placement_group([bundles[d.role]] * d.count, strategy=d.strategy) for d in wanted}
     for demand in wanted:
         role = demand.role.split("-")[0]
-        slots = placement._slots.setdefault(role, [])
-        slots += [(groups[demand.role], i, bundles[demand.role]) for i in range(demand.count)]
+        slots = placement._slots.setdefault(role, {})
+        for i in range(demand.count):
+            slots[len(slots)] = groups[demand.role], i, bundles[demand.role]
     timeout = config.cluster.start_timeout
     begin = spoke = time.monotonic()
     unmet = wanted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -28,8 +28,6 @@ from tests.helpers.fake_fleet import (
 from weight_sync.protocols import TransferReport
 from weight_sync.verify import WeightMismatchError, WeightReport, WeightSyncError
 
-Create = Callable[[Member], Awaitable]
-
 
 async def turns(count: int = 50) -> None:
     for _ in range(count):
@@ -43,11 +41,15 @@ class Kept:
     pool: Pool
     made: list = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    avoided: list[list[str]] = field(default_factory=list)
     make: Callable[[str], object] = lambda name: FakeEngine(name=name)
 
     def keeper(self, **given: object) -> Keeper:
-        async def create(dead: Member) -> object:
-            self.made.append(self.make(dead.name))
+        names = {member.place: member.name for member in self.pool.members}
+
+        async def create(place: int, avoid: Collection[str]) -> object:
+            self.avoided.append(list(avoid))
+            self.made.append(self.make(names.get(place, "new")))
             return self.made[-1]
 
         limits = {"start_timeout": 5.0, "silence": 60.0, "say": self.said.append, **given}
@@ -73,7 +75,7 @@ def test_who_is_lost_is_killed_and_another_serves_in_its_place():
     asyncio.run(story())
     assert states(pool) == ["serving", "serving"] and pool.members[0].actor is kept.made[0]
     assert pool.members[0].node == "here" and [m.name for m in pool.serving] == ["a", "b"]
-    assert kept.said == ["a was lost and is replaced: killed by signal 9", "a serves again"]
+    assert kept.said == ["a was lost and is replaced: killed by signal 9", "a serves"]
 
 
 class Silent(FakeEngine):
@@ -109,9 +111,9 @@ def test_who_does_not_answer_is_lost_unless_it_has_an_excuse():
 def test_a_place_where_nothing_comes_up_is_given_up_and_the_last_one_ends_the_run():
     pool: EnginePool = EnginePool([FakeEngine(name="a"), FakeEngine(name="b")])
     kept = Kept(pool, make=lambda name: Broken(name=name))
+    keeper = kept.keeper()
 
     async def lose(place: int) -> None:
-        keeper = kept.keeper()
         async with keeper.running():
             pool.lose(next(m for m in pool.members if m.place == place), "gone")
             await turns()
@@ -142,6 +144,54 @@ def test_deaths_after_work_are_no_failures_in_a_row():
 
     asyncio.run(story())
     assert len(kept.made) == 9 and states(pool) == ["serving"]
+
+
+def test_a_node_on_which_they_die_again_and_again_is_avoided():
+    pool: EnginePool = EnginePool([FakeEngine(name="a"), FakeEngine(name="b")])
+    kept = Kept(pool)
+
+    async def story() -> None:
+        async with kept.keeper().running():
+            await turns()
+            for place in (0, 1, 0, 1):
+                pool.members[place].groups = 1
+                pool.lose(pool.members[place], "killed")
+                await turns()
+
+    asyncio.run(story())
+    assert kept.avoided == [[], [], ["here"], ["here"]]
+
+
+def test_scaling_adds_members_and_drains_what_is_too_many():
+    pool: EnginePool = EnginePool([FakeEngine(name="a"), FakeEngine(name="b")])
+    kept, left = Kept(pool), []
+    keeper = kept.keeper(leave=left.append)
+    _, second = pool.members
+
+    async def until(what: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not what():
+                await asyncio.sleep(0.001)
+
+    async def story() -> None:
+        async with keeper.running():
+            keeper.scale(4)
+            await turns()
+            assert states(pool) == ["serving"] * 4 and [m.name for m in pool.members[2:]] == ["new", "new"]
+            second.load = 100
+            keeper.scale(1)
+            assert [m.name for m in pool.serving] == ["a"]
+            await until(lambda: len(pool.members) == 2)
+            assert left == [2, 3] and states(pool) == ["serving", "draining"] and not second.actor.killed
+            keeper.scale(2)
+            assert states(pool) == ["serving", "serving"]
+            keeper.scale(1)
+            pool.lose(second, "killed")  # who dies while it is drained is not replaced
+            await turns()
+
+    asyncio.run(story())
+    assert [m.name for m in pool.members] == ["a"] and left == [2, 3, 1] and len(kept.made) == 2
+    assert kept.said[-1] == "b has left: killed" and keeper.lost == 1
 
 
 # ---------------------------------------------------------------------------------------------------- weights
