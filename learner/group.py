@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from weight_sync.verify import WeightSyncError
 TRANSFER_MARGIN = 90.0
 """Seconds that the ranks have beside the limit of a transfer itself: for the engines' health checks before it and after
 a failure, for gathering the rest of the weights then, and to say how it ended."""
+HEALTH = "health"
+"""The group of calls that a rank answers while it computes."""
 DEATH_SECONDS = 1.0
 """Seconds within which the death of a rank is known that made another rank fail."""
 
@@ -76,7 +79,9 @@ class LearnerGroup:
         deadline = time.monotonic() + timeout
         try:
             self._workers = [
-                ray.remote(LearnerWorker).options(**given).remote(self.options, rank, self._transfer)
+                ray.remote(concurrency_groups={HEALTH: 1}, **given)(LearnerWorker).remote(
+                    self.options, rank, self._transfer
+                )
                 for rank, given in enumerate(self._actor_options)
             ]
             where = self._wait("choosing an address", [self._workers[0].open_store.remote()], timeout)[0]
@@ -181,6 +186,15 @@ class LearnerGroup:
         Raises WeightSyncError when an engine fails, LearnerTimeoutError when one is silent (NCCL)."""
         calls = [w.send_weights.remote() for w in self._workers]
         return self._wait("sending the weights", calls, self._transfer_limit)[0]
+
+    def health(self) -> dict[str, Future[None]]:
+        """Ask every rank whether it lives: an answer by the rank's name, also while it computes."""
+        ask = [worker.check_health.options(concurrency_group=HEALTH) for worker in self._workers]
+        return {f"learner rank {rank}": call.remote().future() for rank, call in enumerate(ask)}
+
+    def kill(self, name: str) -> None:
+        """End a rank by its name in `health`."""
+        ray.kill(self._workers[int(name.rpartition(" ")[2])])
 
     @property
     def ranks(self) -> tuple[Any, ...]:

@@ -45,7 +45,7 @@ class Fetched:
 
 
 class LearnerWorker:
-    """Every method but `open_store` and `fetch` is collective: the group calls it on all ranks."""
+    """Every method but `open_store`, `fetch` and `check_health` is collective: the group calls it on all ranks."""
 
     def __init__(self, options: LearnerOptions, rank: int, transfer: WeightTransferOptions | None) -> None:
         # DeepSpeed and transformers read these at import, which therefore happens in `setup`. Each rank sees one
@@ -64,6 +64,9 @@ class LearnerWorker:
     def __repr__(self) -> str:
         """The name of this actor in the dashboard, and before each line that it prints."""
         return f"learner-{self.rank}"
+
+    def check_health(self) -> None:
+        """Answered as long as this process runs."""
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 opens the place where the ranks meet. The system chooses the port, so that no two runs can take the

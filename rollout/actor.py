@@ -2,7 +2,7 @@
 
 driver ── sample(prompt, sampling) ──▶ [media fetched] ─▶ engine ─▶ RolloutGroup | RolloutFailure ─▶ reward actor
        └─ with Together(batch, size): the engine is paused until all `size` groups of the batch wait in its queue
-learner rank 0 ── RayEngineHandle ────▶ pause, receive, commit, resume
+learner rank 0 ── rollout/handle.py ────▶ pause, receive, commit, resume
 
 actor = ray.remote(RolloutActor).options(max_concurrency=1000, ...).remote(name, options, load_adapter, group_timeout=9)
 """
@@ -13,8 +13,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -233,65 +232,3 @@ async def _fetch(media: tuple[Media, ...]) -> tuple[Media, ...]:
         return item
 
     return tuple(await asyncio.gather(*(resolve(item) for item in media)))
-
-
-@dataclass(frozen=True)
-class RayHandle:
-    """An actor as other processes see it; it travels by value."""
-
-    name: str
-    actor: Any
-    """Ray's handle."""
-
-    @property
-    def id(self) -> str:
-        return str(self.actor._actor_id.hex())
-
-    def start(self) -> Future[None]:
-        return self.actor.start.remote().future()
-
-    def node(self) -> Future[str]:
-        return self.actor.__ray_call__.remote(_node).future()
-
-    def check_health(self) -> Future[None]:
-        return self.actor.check_health.remote().future()
-
-    def kill(self) -> None:
-        ray.kill(self.actor)
-
-
-def _node(actor: object) -> str:
-    return ray.get_runtime_context().get_node_id()
-
-
-@dataclass(frozen=True)
-class RayEngineHandle(RayHandle):
-    """A RolloutActor: what samples groups, and `weight_sync.protocols.EngineHandle`."""
-
-    workers: int = 1
-
-    def sample(
-        self,
-        prompt: Any,
-        sampling: SamplingParams,
-        seed: int | None = None,
-        attempt: int | None = None,
-        together: Together | None = None,
-    ) -> ray.ObjectRef:
-        """`RolloutActor.sample`, for a Prompt or a reference of one."""
-        return self.actor.sample.remote(prompt, sampling, seed, attempt, together)
-
-    def init_weight_transfer(self, init_info: Mapping[str, Any]) -> Future[None]:
-        return self.actor.init_weight_transfer.remote(init_info).future()
-
-    def pause(self) -> Future[None]:
-        return self.actor.pause.remote().future()
-
-    def receive_weights(self, update_info: Mapping[str, Any]) -> Future[WeightReport]:
-        return self.actor.receive_weights.remote(update_info).future()
-
-    def commit(self, version: int) -> Future[None]:
-        return self.actor.commit.remote(version).future()
-
-    def resume(self) -> Future[None]:
-        return self.actor.resume.remote().future()

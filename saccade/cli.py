@@ -1,4 +1,4 @@
-"""The command line: `saccade demo | train | eval | plan | config | data | rewards | parity | merge`."""
+"""The command line: `saccade demo | train | eval | why-stuck | scale | plan | data | rewards | ...`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from saccade import __version__
 from saccade.commands.data import app as data
+from saccade.commands.desk import scale, why_stuck
 from saccade.commands.help import QUIET, App, ConfigFile, Overrides, knob_text
 from saccade.commands.merge_source import check_source
 from saccade.commands.rewards import app as rewards
@@ -102,6 +103,10 @@ def evaluate(
     from saccade.observe.display import TerminalDisplay
 
     typer.echo(strict_json(run(settings, address=address, display=TerminalDisplay(errors)), 2))
+
+
+app.command("why-stuck")(why_stuck)
+app.command()(scale)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from saccade.opening import open_engines, open_run
 from saccade.pipeline.admission import checked_lag
 from saccade.pipeline.evaluate import Results
 from saccade.run import Run, RunResult
+from saccade.watchdog import watched
 
 
 def train(
@@ -53,7 +54,7 @@ def train(
 async def _train(run: Run, config: RunConfig) -> RunResult:
     while True:
         try:
-            async with run.running():
+            async with watched(run), run.running():
                 await run.evaluate_if_due()
                 while run.version < config.steps:
                     await step(run, config)
@@ -80,7 +81,7 @@ async def step(run: Run, config: RunConfig) -> None:
     """Do one update, from prompts admitted to weights that the engines sample with. Where its optimizer step was not
     taken, the next version has the same weights, and the ledger has its prompts with the reason. Where a node took
     groups of its batch with it, these are issued again, and the step is still to be done."""
-    watch = Stopwatch()
+    watch = Stopwatch(run.enter)
     run.rollouts.admit(run.version)
 
     with watch.phase("rollout"):

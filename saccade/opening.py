@@ -19,6 +19,7 @@ from saccade.config.load import dump_config, require_evaluation
 from saccade.config.options import evaluation_sampling, require_trainable, sampling_params
 from saccade.config.run_config import RunConfig
 from saccade.config.saved_paths import absolute
+from saccade.fleet.desk import open_desk
 from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
@@ -92,7 +93,8 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
     fleet = EngineFleet(actors.engines, actors.learner, config.cluster.sync_timeout)
     actors.keep(fleet, display.phase, rollouts.prompts.renew)
     rollouts.dispatcher.read = rollouts.prompts.read
-    return Run(config, actors, fleet, rollouts, evaluator, log, display, started.head)
+    desk = open_desk(directory)
+    return Run(config, actors, fleet, rollouts, evaluator, log, display, started.head, desk)
 
 
 def _dispatcher(config: RunConfig, started: Started, sampling: SamplingParams, *, keep: bool = True) -> Dispatcher:

@@ -60,6 +60,8 @@ class Run:
     log: MetricsLog
     display: Display
     head: HeadWatch
+    desk: Any = None
+    """Where the run can be asked from outside; None in tests."""
     version: int = 0
     health: Health = field(init=False)
     evaluations: dict[int, Results] = field(default_factory=dict)
@@ -73,6 +75,9 @@ class Run:
     _learners_lost: int = 0
     """Learners lost since a step beyond that."""
 
+    _phase: str = "start"
+    _phase_since: float = field(default_factory=time.monotonic)
+
     def __post_init__(self) -> None:
         model = self.config.model
         self.health = Health(model.dtype, model.path)
@@ -84,6 +89,15 @@ class Run:
     @property
     def directory(self) -> Path:
         return Path(self.config.output_dir)
+
+    def enter(self, phase: str) -> None:
+        """Say what the run does from now on, to whoever asks why it is stuck."""
+        self._phase, self._phase_since = phase, time.monotonic()
+
+    @property
+    def doing(self) -> tuple[str, float]:
+        """The phase that goes on, and its seconds so far."""
+        return self._phase, time.monotonic() - self._phase_since
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -111,6 +125,7 @@ class Run:
         self._learners_lost, self._lost_at = self._learners_lost + 1, max(self.version, self._lost_at)
         if self._learners_lost > MOST_LEARNERS:
             return False
+        self.enter("another learner starts")
         self.display.phase(f"the learner was lost and is replaced; {self._newest()}: {first_lines(reason, 1)}")
         async with self.fleet.turn:
             await in_thread(self.actors.renew_learner)
@@ -148,6 +163,7 @@ class Run:
         due = self.version in (0, self.config.steps) or (every and self.version % every == 0)
         if self.evaluator is None or not due or self.version in self.evaluations:
             return
+        self.enter("evaluate")
         begin = time.perf_counter()
         results = await self.evaluator.run()
         self.evaluations[self.version] = results
@@ -175,6 +191,7 @@ class Run:
         """Save weights, optimizer, cursor and ledger as of now, unless that was done already."""
         if self._saved == self.version:
             return
+        self.enter("checkpoint")
         self.log.flush()
         state = {
             "version": self.version,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,15 +15,16 @@ import ray
 
 from learner.deaths import how_it_died
 from learner.group import LearnerGroup
-from rollout.actor import RayEngineHandle
 from rollout.data.actor import DataActorReport
+from rollout.handle import RayEngineHandle
 from rollout.types import StoredPrompt
 from saccade.errors import RunError
 from saccade.fleet.create import Factory
 from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.handles import RayData, RayRewards
-from saccade.fleet.keeper import Keeper
-from saccade.fleet.pool import EnginePool, Member, Pool
+from saccade.fleet.keeper import QUESTIONS, Keeper
+from saccade.fleet.pool import EnginePool, Member, MemberState, Pool
+from saccade.fleet.tasks import Tasks
 from saccade.fleet.waiting import CALL_TIMEOUT, wait_for
 
 Rejoin = Callable[[Member[Any]], Awaitable[None]]
@@ -102,6 +104,22 @@ class Actors:
             Keeper(self.data, data, join=rejoin_data, **limits),
         ]
 
+    def health(self) -> dict[str, Future[None]]:
+        """Ask everybody whether he lives: an answer by name."""
+        members: list[Member[Any]] = [*self.engines.members, *self.rewards.members, *self.data.members]
+        asked = {m.name: m.actor.check_health() for m in members if m.state is not MemberState.DEAD}
+        return asked | (self._learner.health() if self._learner is not None else {})
+
+    async def _watch_learner(self, silence: float) -> None:
+        """Kill a rank that hangs: the call on the learner that waits for it, now or next, then says so."""
+        while self._learner is not None:
+            await asyncio.sleep(silence / QUESTIONS)
+            learner, asked = self._learner, self._learner.health()
+            await asyncio.wait([asyncio.wrap_future(answer) for answer in asked.values()], timeout=silence)
+            for name, answer in asked.items():
+                if not answer.done() and learner is self._learner:
+                    learner.kill(name)
+
     def scale(self, engines: int) -> None:
         """Let there be so many engines from now on."""
         assert self._engine_keeper is not None
@@ -113,6 +131,10 @@ class Actors:
         async with AsyncExitStack() as stack:
             for keeper in self._keepers:
                 await stack.enter_async_context(keeper.running())
+            tasks = Tasks()
+            stack.push_async_callback(tasks.cancel)
+            if self._factory is not None:
+                tasks.spawn(self._watch_learner(self._factory.config.cluster.sync_timeout))
             yield
 
     def check(self) -> None:

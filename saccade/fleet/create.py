@@ -12,8 +12,9 @@ from learner.group import LearnerGroup
 from learner.plan.predict import predict
 from learner.types import LearnerOptions
 from rewards.actor import RewardActor
-from rollout.actor import RayEngineHandle, RolloutActor
+from rollout.actor import RolloutActor
 from rollout.data.actor import DataActor
+from rollout.handle import RayEngineHandle
 from saccade.config.options import (
     config_adapter,
     data_options,

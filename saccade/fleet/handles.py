@@ -1,4 +1,4 @@
-"""Handles of actors: the Protocols of `protocols.py` over Ray. That of an engine is `rollout.actor.RayEngineHandle`."""
+"""Handles of actors: the Protocols of `protocols.py` over Ray. That of an engine is in `rollout/handle.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.actor import RayHandle
 from rollout.data.actor import DataActorReport
+from rollout.handle import RayHandle
 from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade.fleet.protocols import Reference
 

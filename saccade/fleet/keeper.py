@@ -141,6 +141,9 @@ class Keeper(Generic[A]):
 
     async def _fill(self, place: int) -> None:
         avoid = [node for node, count in self._lost_on.items() if node and count >= MOST_FAILURES]
+        for dead in self.pool.members:
+            if dead.place == place:
+                dead.remark = "its replacement waits for a place in the cluster"
         member = Member(place, await self._create(place, avoid))
         self.pool.put(member)
         try:

@@ -54,6 +54,8 @@ class Member(Generic[A]):
     """Ray's id of its node; empty until it has started."""
     since: float = field(default_factory=time.monotonic)
     """When it came into its state, on the clock of `time.monotonic`."""
+    remark: str = ""
+    """Says of a dead one why it is not replaced yet."""
 
     @property
     def name(self) -> str:
@@ -112,11 +114,11 @@ class Pool(Generic[A]):
         while not self._serving:
             await self._changed.wait()
 
-    def describe(self) -> str:
-        """Return in words who does not serve: empty if all do."""
+    def describe(self) -> list[str]:
+        """Return in words who does not serve."""
         now = time.monotonic()
-        away = [m for m in self.members if m.state is not MemberState.SERVING]
-        return ", ".join(f"{m.name} is {m.state} for {now - m.since:.0f} s" for m in away)
+        away = [m for m in self.members if m.state not in (MemberState.SERVING, MemberState.DRAINING)]
+        return [f"{m.name} is {m.state} for {now - m.since:.0f} s{m.remark and f' ({m.remark})'}" for m in away]
 
     def _update(self) -> None:
         self._serving = [member for member in self.members if member.state is MemberState.SERVING]

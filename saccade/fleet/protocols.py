@@ -66,6 +66,10 @@ class Engine(Actor, Protocol):
         """The RolloutGroup of a prompt, or a RolloutFailure."""
         ...
 
+    def has_answered(self, group: Reference) -> bool:
+        """Whether what `sample` returned is there."""
+        ...
+
 
 class Rewards(Actor, Protocol):
     """A reward actor, which scores one group at a time."""

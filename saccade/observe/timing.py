@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Stopwatch:
     """Measures phases, which do not overlap. `seconds()` adds `driver` (the rest) and `total`."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+        """`enter` is told the name of each phase that begins."""
+        self._enter = enter
         self._start = time.perf_counter()
         self._phases: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._enter(name)
         begin = time.perf_counter()
         try:
             yield

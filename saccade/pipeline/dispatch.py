@@ -178,6 +178,6 @@ class Dispatcher:
         """Raises RunError: for `patience` seconds nothing began or ended, and `waiting` is awaited."""
         names = ", ".join(str(group.ref) for group in waiting[:3])
         first = f" (first: {names}); raise cluster.timeout (a third of it) if completions take that long"
-        away = [text for text in (self.pool.describe(), self.rewards.describe()) if text]
+        away = [*self.pool.describe(), *self.rewards.describe()]
         text = f"waited {self.patience:g} s for {len(waiting)} {what}{first if waiting else ''}"
         raise RunError("; ".join([text, *away]))

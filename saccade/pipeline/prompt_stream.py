@@ -6,6 +6,7 @@ data actor ─▶ take ─▶ Difficulty admits it? ─▶ the ledger
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ class PromptStream:
     """Seconds to wait for prompts."""
     difficulty: Difficulty | None = None
     """Passes over prompts; None passes over none."""
+    passed_over: int = 0
+    """Prompts passed over since the last one that was taken."""
+    _asked: float | None = None
+    """When the data actor was asked for what has not arrived, on the clock of `time.monotonic`."""
     cursor: Cursor | None = None
     """Where the data stand behind the last prompt that arrived; None at their beginning."""
 
@@ -59,9 +64,18 @@ class PromptStream:
             for prompt in prompts:
                 if self.difficulty is None or self.difficulty.admits(prompt.ref):
                     taken.append(prompt)
+                    self.passed_over = 0
                 else:
                     self.difficulty.passed_over += 1
+                    self.passed_over += 1
         return taken
+
+    def waiting(self) -> str:
+        """Say what prompts are waited for; empty if none are awaited."""
+        if self._asked is None:
+            return ""
+        filtered = f"; {self.passed_over} in a row are outside algorithm.reward_range" if self.passed_over else ""
+        return f"the data actor was asked {time.monotonic() - self._asked:.0f} s ago{filtered}"
 
     async def read(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
         """These prompts again."""
@@ -74,6 +88,7 @@ class PromptStream:
 
     async def _ask(self, call: Callable[[Data], Future[T]], what: str) -> T:
         """Return the answer of the data actor, or of its replacement."""
+        self._asked = time.monotonic()
         while True:
             await self.data.serves()
             member = self.data.serving[0]
@@ -85,6 +100,7 @@ class PromptStream:
                 self.data.lose(member, str(error))
             else:
                 member.groups += 1
+                self._asked = None
                 return result
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:

@@ -53,7 +53,7 @@ class RolloutPipeline:
     _vacant: list[tuple[int, int]] = field(default_factory=list)
     """Batch and slot of places whose group was given up, and that go to another prompt."""
     _tally: Tally = field(default_factory=Tally)
-    _progress: float = 0.0
+    progress: float = 0.0
     """When a group was started or ended last, on the clock of `time.monotonic`."""
     _taking: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while prompts are on their way from the data actor into the ledger."""
@@ -68,7 +68,7 @@ class RolloutPipeline:
     async def running(self) -> AsyncIterator[None]:
         """Run the loops beside the body. What a loop raises is raised by `batch`: an update that goes on meanwhile
         comes to its end and is booked first."""
-        self._tasks, self._progress = Tasks(), time.monotonic()
+        self._tasks, self.progress = Tasks(), time.monotonic()
         self._tasks.spawn(self._admit_loop())
         try:
             yield
@@ -94,14 +94,14 @@ class RolloutPipeline:
 
         Raises RunError when an engine died, nothing ended in time, the rewards failed for too many completions, or
         nothing of the batch is left."""
-        self._progress = time.monotonic()
+        self.progress = time.monotonic()
         while True:
             changed = self._tasks.changed
             self.dispatcher.check_stop()
             self.check()
             if (sealed := self._seal(step)) is not None:
                 return sealed
-            if time.monotonic() - self._progress > self.dispatcher.patience:
+            if time.monotonic() - self.progress > self.dispatcher.patience:
                 unsealed = self.groups.unsealed()
                 waiting = [group for group in unsealed if group.pending is not None]
                 self.dispatcher.end_silence(waiting, f"of {len(unsealed)} groups in flight")
@@ -188,13 +188,13 @@ class RolloutPipeline:
 
     def _start(self, groups: Sequence[Group]) -> None:
         self.dispatcher.start(groups, self._version, together=self.admission.together)
-        self._progress = time.monotonic()
+        self.progress = time.monotonic()
         for group in groups:
             self._tasks.spawn(self._follow(group))
 
     async def _follow(self, group: Group) -> None:
         await self.dispatcher.follow(group, lambda: self._version)
-        self._progress = time.monotonic()
+        self.progress = time.monotonic()
         if group.state in (State.DROPPED, State.QUARANTINED):
             self._give_up(group)
         elif self.admission.refills_places and group.summary is not None:

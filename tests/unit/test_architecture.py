@@ -39,7 +39,7 @@ MAY_IMPORT = {
 # Where each heavy library may be imported, as glob patterns; elsewhere it would make a pure part slow and untestable.
 HEAVY = {
     "ray": (
-        *("*/*actor.py", "learner/worker.py", "learner/group.py"),
+        *("*/*actor.py", "rollout/handle.py", "learner/worker.py", "learner/group.py"),
         *(
             "saccade/fleet/*.py",
             "saccade/observe/gauges.py",
@@ -60,6 +60,7 @@ ORDERS = {
             "demo",
             "trainer",
             "loop",
+            "watchdog",
             "opening",
             "run",
             "finished",
@@ -76,7 +77,7 @@ ORDERS = {
         *("actor", "model_actor", "process", "registry", "config", "functions", "compose", "sandbox", "answers"),
         *("base", "__init__"),
     ),
-    "rollout": ("actor", "joint_start", "data", "engines", "config", "types", "__init__"),
+    "rollout": ("handle", "actor", "joint_start", "data", "engines", "config", "types", "__init__"),
     "weight_sync": ("sync", "vllm_worker", "sender", "gloo", "client", "source", "protocols", "verify", "__init__"),
     "vlm": (
         *("tiny", "families", "publish", "media_cost", "adapter", "media_tokens", "tower_outputs", "tower_end"),
@@ -94,7 +95,10 @@ ORDERS = {
         *("import_path", "errors", "__init__"),
     ),
 }
-SHELLS = ("__main__", "__init__", "cli", "demo", "loop", "opening", "run", "finished", "preflight", "fleet", "observe")
+SHELLS = (
+    *("__main__", "__init__", "cli", "demo", "loop", "opening", "watchdog", "run", "finished", "preflight"),
+    *("fleet", "observe"),
+)
 """Of `saccade`, what may have Ray loaded."""
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

@@ -11,7 +11,7 @@ from rewards.base import ServiceError, TransientError
 from rewards.config import RewardSpec
 from rewards.functions.judge import Question
 from rewards.functions.reward_model import ModelOptions, RewardModel
-from rollout.actor import RayEngineHandle
+from rollout.handle import RayEngineHandle
 from tests.helpers.scripted_engine import ScriptedEngine
 from tests.unit.rewards.test_rewards_models import PATIENCE, PNG, TEXTS
 from tests.unit.rewards.test_rewards_models import model as model

@@ -11,8 +11,9 @@ from types import ModuleType
 import pytest
 from torch import nn
 
-from rollout.actor import RayEngineHandle, RolloutActor
+from rollout.actor import RolloutActor
 from rollout.engines.simulated_engine import Simulation
+from rollout.handle import RayEngineHandle
 from rollout.types import RolloutFailure, RolloutGroup
 from tests.contracts.engine_contract import LocalLearner, image_media, make_prompt
 from tests.unit.rollout.test_rollout_actor import OPTIONS, SAMPLING, simulated

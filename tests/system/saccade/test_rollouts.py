@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rollout.actor import RayEngineHandle
+from rollout.handle import RayEngineHandle
 from saccade.errors import RunError
 from saccade.fleet.handles import RayData, RayRewards
 from saccade.fleet.pool import Pool

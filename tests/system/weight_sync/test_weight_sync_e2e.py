@@ -25,9 +25,10 @@ from torch import nn
 from learner.config import LearnerConfig
 from learner.group import LearnerGroup
 from learner.types import LearnerOptions, WeightTransferOptions
-from rollout.actor import RayEngineHandle, RolloutActor
+from rollout.actor import RolloutActor
 from rollout.config import RolloutConfig
 from rollout.engines.protocol import EngineOptions, SamplingParams
+from rollout.handle import RayEngineHandle
 from rollout.types import GroupSummary, Prompt, RolloutFailure, RolloutGroup, StoredGroup, Verdict
 from saccade.commands.parity import TOLERANCES
 from tests.conftest import REPOSITORY

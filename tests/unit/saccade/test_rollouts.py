@@ -153,7 +153,7 @@ def test_what_went_before_a_wait_is_no_silence(drive):
     run = drive(dispatcher={"group_timeout": 1.0, "reward_timeout": 1.0})
     run.pipeline.dispatcher.rewards = Pool([rewards := FakeRewards(held=[1])])
     run.admit(0)
-    run.pipeline._progress = -1e9
+    run.pipeline.progress = -1e9
     with pytest.raises(TimeoutError):
         run.batch(0, 0.01)
     rewards.release(1)
