@@ -23,7 +23,7 @@ from typing import Any
 from saccade.fleet.pool import Pool
 from saccade.fleet.probe import silent, store_shares
 from saccade.pipeline.groups import Group, State
-from saccade.pipeline.stuck import GroupStatus, Status, why
+from saccade.pipeline.stuck import GOES_ON, GroupStatus, Status, why
 from saccade.run import Run
 
 LOOK_SECONDS = 2.0
@@ -62,7 +62,7 @@ class Watchdog(threading.Thread):
             status = answer.result(ANSWER_SECONDS)
         except TimeoutError:
             return Status(self._run.version, self._run.config.steps, *self._run.doing, 0.0, blocked=self._where())
-        if status.idle > min(self._patience, 2 * ANSWER_SECONDS):
+        if status.idle > min(self._patience, GOES_ON):
             asked = self._run.actors.health()
             status = replace(status, silent=tuple(silent(asked, ANSWER_SECONDS)), stores=store_shares())
         return status

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-GIB = 2**30
+GOES_ON = 5.0
+"""Seconds without progress up to which nothing is stuck."""
 STORE_FULL = 0.9
 """Share of an object store above which it may be what holds a run up."""
 DISK_FULL = 64 * 2**20
@@ -76,6 +77,8 @@ class Status:
 def why(status: Status) -> str:
     """Return in words who or what is awaited. The first line is the likeliest cause."""
     causes = list(_causes(status))
+    if status.idle < GOES_ON and not status.blocked:
+        causes.insert(0, "the run goes on")
     counts = ", ".join(f"{n} {state}" for state, n in status.groups.items() if n)
     head = f"step {status.step + 1} of {status.steps}: {status.doing} for {status.seconds:.0f} s"
     lines = [f"{head}; nothing began or ended for {status.idle:.0f} s", *causes]

@@ -145,6 +145,9 @@ class FakeEngine(FakeActor):
         completions = tuple(Completion((segment,), "x", "stop", seed=k) for k in range(sampling.n))
         return RolloutGroup(prompt, prompt.token_ids, completions, engine=self.name)
 
+    def has_answered(self, group: Any) -> bool:
+        return True
+
     def pause(self) -> Future[None]:
         return done(None)
 
