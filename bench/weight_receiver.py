@@ -44,18 +44,24 @@ class Receiver:
         rows = zip(update_info["names"], update_info["dtype_names"], update_info["shapes"], strict=True)
         metadata = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
         hashes: dict[str, Any] = {}
+        load = verify = 0.0
         for index, bucket in enumerate(received_buckets(self._group, metadata, self._info.bucket_bytes)):
             if index == self._dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            begin = time.perf_counter()
             hashes |= {name: hash_words(tensor) for name, tensor in bucket}
+            hashed = time.perf_counter()
             for name, tensor in bucket:
                 if name not in self.weights:
                     self.weights[name] = torch.empty_like(tensor)
                 self.weights[name].copy_(tensor)
-        return WeightReport({m.name: digest_text(m.dtype, m.shape, hashes[m.name]) for m in metadata})
+            verify += hashed - begin
+            load += time.perf_counter() - hashed
+        digests = {m.name: digest_text(m.dtype, m.shape, hashes[m.name]) for m in metadata}
+        return WeightReport(digests, load_seconds=load, verify_seconds=verify)
 
     def raw(self, nbytes: int, bucket_bytes: int) -> float:
-        """Receive `nbytes` into one buffer and forget them. Returns the seconds."""
+        """Receive `nbytes` in buckets, and forget them. Returns the seconds."""
         import torch
 
         from weight_sync.gloo import broadcast, finish

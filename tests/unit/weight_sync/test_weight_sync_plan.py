@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,9 +17,11 @@ from weight_sync.protocols import ParamMeta
 from weight_sync.sender import DigestingSource
 from weight_sync.source import PolicySource
 from weight_sync.verify import (
+    CHAIN,
     CHUNK_WORDS,
     WeightMismatchError,
     WeightReport,
+    _multipliers,
     hash_words,
     merge_worker_reports,
     mismatches,
@@ -72,8 +75,6 @@ def test_engines_follow_the_learner_without_overlap(workers: list[int], offsets:
 
 def reference_hash(data: bytes) -> int:
     """The definition for one chunk, in Python's integers: 32-bit words times fixed multipliers, plus the length."""
-    from weight_sync.verify import _multipliers
-
     multipliers = [int(m) for m in _multipliers(torch.device("cpu"))[: len(data) // 4 + 1]]
     words = [int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, len(data) // 4 * 4, 4)]
     words.append(int.from_bytes(data[len(data) // 4 * 4 :].ljust(4, b"\0"), "little", signed=True))
@@ -84,6 +85,22 @@ def reference_hash(data: bytes) -> int:
 def test_hash_is_the_multilinear_sum(data: bytes) -> None:
     tensor = torch.tensor(list(data), dtype=torch.uint8)
     assert int(hash_words(tensor)) % 2**64 == reference_hash(data)
+
+
+@pytest.mark.parametrize("extra", [0, 3, 8])
+def test_hash_of_several_chunks(extra: int) -> None:
+    """Each chunk has the sum of its words times the multipliers, and the last one what is left over and the length; the
+    sum of chunk i counts CHAIN**i times. Made up of extreme words, so that the sums overflow."""
+    data = np.random.default_rng(0).choice([0, 1, -1, 2**31 - 1, -(2**31)], 2 * CHUNK_WORDS).astype(np.int32)
+    rest = bytes(range(extra))
+    raw = data.tobytes() + rest
+    multipliers = [int(m) for m in _multipliers(torch.device("cpu"))]
+    halves = data.reshape(2, CHUNK_WORDS).tolist()
+    sums = [sum(w * m for w, m in zip(half, multipliers, strict=True)) for half in halves]
+    sums.append(reference_hash(rest) - len(rest) + len(raw))
+    expected = sum(s * CHAIN**i for i, s in enumerate(sums)) % 2**64
+    tensor = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    assert int(hash_words(tensor)) % 2**64 == expected
 
 
 @given(st.binary(min_size=1, max_size=64), st.integers(0, 511))
