@@ -60,17 +60,18 @@ class Receiver:
         digests = {m.name: digest_text(m.dtype, m.shape, hashes[m.name]) for m in metadata}
         return WeightReport(digests, load_seconds=load, verify_seconds=verify)
 
-    def raw(self, nbytes: int, bucket_bytes: int) -> float:
-        """Receive `nbytes` in buckets, and forget them. Returns the seconds."""
+    def make_room(self, nbytes: int) -> None:
         import torch
 
+        self.room = torch.zeros(nbytes, dtype=torch.uint8)
+
+    def raw(self, bucket_bytes: int) -> None:
+        """Receive into that room, and do nothing with it."""
         from weight_sync.gloo import broadcast, finish
 
-        buffer = torch.empty(min(nbytes, bucket_bytes), dtype=torch.uint8)
-        begin = time.perf_counter()
-        for start in range(0, nbytes, bucket_bytes):
-            finish(broadcast(self._group, buffer[: min(bucket_bytes, nbytes - start)]))
-        return time.perf_counter() - begin
+        for start in range(0, self.room.numel(), bucket_bytes):
+            finish(broadcast(self._group, self.room[start : start + bucket_bytes]))
+        del self.room
 
     def nothing(self) -> None:
         pass

@@ -5,9 +5,9 @@
 Engines are processes that receive, digest and copy into place, without vLLM (`bench/weight_receiver.py`). The learner
 is one rank, or with `--ranks 2` two under ZeRO-3, whose gathers are then part of it. Raw and real transfers take turns,
 so that what slows the machine slows both; figures are medians. `raw`: the bytes, in buckets of the same size, two on
-their way. `pause`: from the first call to pause until all have resumed. `vs raw`: pause without the gathers, divided by
-raw; the target is 2. `pause - load`: what generation loses beside putting the weights in place; the target is 0.05 s.
-Last, which share of bfloat16 weights an update changes (`bench.weight_delta`).
+their way, from one place in memory to another. `pause`: from the first call to pause until all have resumed. `vs raw`:
+pause without the gathers, divided by raw; the target is 2. `pause - load`: what generation loses beside putting the
+weights in place; the target is 0.05 s. Last, which share of bfloat16 weights an update changes (`bench.weight_delta`).
 """
 
 from __future__ import annotations
@@ -78,15 +78,16 @@ class BenchLearner:
     def raw(self, engines: Sequence[ProcessEngine]) -> float:
         """Broadcast as many bytes as the weights have, whatever they are. Returns the seconds until all have them."""
         transport: Any = self.sender._transport
-        buffers = [torch.zeros(min(BUCKET_BYTES, self.nbytes), dtype=torch.uint8) for _ in range(IN_FLIGHT)]
+        buffer = torch.zeros(self.nbytes, dtype=torch.uint8)
+        for future in [engine.call("make_room", self.nbytes) for engine in engines]:
+            future.result(TIMEOUT)
         begin = time.perf_counter()
-        receiving = [engine.call("raw", self.nbytes, BUCKET_BYTES) for engine in engines]
+        receiving = [engine.call("raw", BUCKET_BYTES) for engine in engines]
         in_flight: deque[Any] = deque()
-        for index, start in enumerate(range(0, self.nbytes, BUCKET_BYTES)):
+        for start in range(0, self.nbytes, BUCKET_BYTES):
             if len(in_flight) == IN_FLIGHT:
                 finish(in_flight.popleft())
-            part = buffers[index % IN_FLIGHT][: self.nbytes - start]
-            in_flight.append(broadcast(transport.group, part))
+            in_flight.append(broadcast(transport.group, buffer[start : start + BUCKET_BYTES]))
         while in_flight:
             finish(in_flight.popleft())
         for future in receiving:
@@ -192,7 +193,7 @@ def main() -> None:
         there.close()
         results[name] = here.recv()
         process.join()
-        print(f"{name}: done", flush=True)
+        report("weight_sync", {}, sync_table({name: results[name]}, arguments.ranks), None)
     delta = {} if arguments.no_delta else measure_delta()
     if delta:
         report("weight_sync", {}, delta_table(delta), None)

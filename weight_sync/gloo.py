@@ -227,9 +227,14 @@ class GlooTrainer:
     def _broadcast(self, metadata: list[ParamMeta], receiving: Future[None]) -> None:
         assert self.group is not None
         in_flight: deque[tuple[dist.Work, Tensor]] = deque()
+        spare: list[Tensor] = []  # a fresh buffer is mapped page by page, which takes as long as filling it
         tensors = iter(self.source)
-        for bucket in plan_buckets(metadata, self.info.bucket_bytes):
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        buckets = plan_buckets(metadata, self.info.bucket_bytes)
+        size = min(self.info.bucket_bytes, max((bucket.nbytes for bucket in buckets), default=0))
+        for bucket in buckets:
+            reused = spare and bucket.nbytes <= size  # a larger one holds a single tensor, and is not kept
+            whole = spare.pop() if reused else torch.empty(max(bucket.nbytes, size), dtype=torch.uint8)
+            buffer = whole[: bucket.nbytes]
             for meta, offset in zip(metadata[bucket.start : bucket.stop], bucket.offsets, strict=True):
                 name, tensor = next(tensors)
                 if (name, tensor.dtype, tuple(tensor.shape)) != (meta.name, meta.dtype, meta.shape):
@@ -238,8 +243,10 @@ class GlooTrainer:
             if receiving.done():
                 receiving.result()  # an engine gave up, and its own error says more than the broadcast's
             if len(in_flight) == IN_FLIGHT:
-                finish(in_flight.popleft()[0])
-            in_flight.append((broadcast(self.group, buffer), buffer))
+                work, sent = in_flight.popleft()
+                finish(work)
+                spare += [sent] if sent.numel() == size else []
+            in_flight.append((broadcast(self.group, buffer), whole))
         for _ in tensors:
             raise ValueError("the weight source yielded more tensors than it declared")
         while in_flight:
