@@ -30,7 +30,6 @@ from rich.table import Table
 from torch import nn
 
 from bench.common import median, report
-from bench.weight_delta import delta_table, measure_delta
 from bench.weight_receiver import ProcessEngine
 from weight_sync.gloo import IN_FLIGHT, broadcast, finish
 from weight_sync.protocols import EngineHandle, TransferReport
@@ -194,8 +193,11 @@ def main() -> None:
         results[name] = here.recv()
         process.join()
         report("weight_sync", {}, sync_table({name: results[name]}, arguments.ranks), None)
-    delta = {} if arguments.no_delta else measure_delta()
-    if delta:
+    delta: dict[str, Any] = {}
+    if not arguments.no_delta:
+        from bench.weight_delta import delta_table, measure_delta  # the learner, which the engines do not need
+
+        delta = measure_delta()
         report("weight_sync", {}, delta_table(delta), None)
     written = {"ranks": arguments.ranks, "bucket_bytes": BUCKET_BYTES, "results": results, "delta": delta}
     report("weight_sync", written, sync_table(results, arguments.ranks), arguments.json)
