@@ -64,6 +64,8 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
             (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
         run = _assemble(config, resolved, started, display)
         with closing(run.log):
+            if saved is None:
+                run.journal.add("begin", step=0)
             if saved is not None:
                 to_end(restore(run, *saved))
             elif config.model.lora is not None and config.model.lora.quantize != "none":
@@ -91,10 +93,10 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
     )
     evaluator = open_evaluator(config, resolved, started, display) if config.data.eval else None
     fleet = EngineFleet(actors.engines, actors.learner, config.cluster.sync_timeout)
-    actors.keep(fleet, display.phase, rollouts.prompts.renew)
     rollouts.dispatcher.read = rollouts.prompts.read
-    desk = open_desk(directory)
-    return Run(config, actors, fleet, rollouts, evaluator, log, display, started.head, desk)
+    run = Run(config, actors, fleet, rollouts, evaluator, log, display, started.head, open_desk(directory))
+    actors.keep(fleet, run.say, rollouts.prompts.renew)
+    return run
 
 
 def _dispatcher(config: RunConfig, started: Started, sampling: SamplingParams, *, keep: bool = True) -> Dispatcher:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from saccade.fleet.head import HeadWatch
 from saccade.fleet.protocols import Learner
 from saccade.fleet.waiting import first_lines, in_thread
 from saccade.observe.display import Display
+from saccade.observe.journal import Journal
 from saccade.observe.metrics import MetricsLog, StepRecord, read_metrics
 from saccade.pipeline.evaluate import Evaluator, Results
-from saccade.pipeline.groups import GroupBuffer
+from saccade.pipeline.groups import Group, GroupBuffer, State
 from saccade.pipeline.health import Health
 from saccade.pipeline.rollouts import RolloutPipeline
 from saccade.pipeline.sealed_batch import SealedBatch
@@ -64,6 +65,7 @@ class Run:
     """Where the run can be asked from outside; None in tests."""
     version: int = 0
     health: Health = field(init=False)
+    journal: Journal = field(init=False)
     evaluations: dict[int, Results] = field(default_factory=dict)
     _saved: int = -1
     _due_since: float = field(default_factory=time.monotonic)
@@ -79,6 +81,8 @@ class Run:
     _phase_since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        self.journal = Journal(self.directory)
+        self.rollouts.groups.on_end = self._ended
         model = self.config.model
         self.health = Health(model.dtype, model.path)
 
@@ -89,6 +93,11 @@ class Run:
     @property
     def directory(self) -> Path:
         return Path(self.config.output_dir)
+
+    def _ended(self, group: Group, detail: str) -> None:
+        """Note the end of a group; one that was trained went into the step that follows on this version."""
+        step = self.version + 1 if group.state is State.TRAINED else None
+        self.journal.add("group", state=group.state, **asdict(group.ref), step=step, detail=detail)
 
     def enter(self, phase: str) -> None:
         """Say what the run does from now on, to whoever asks why it is stuck."""
@@ -134,6 +143,11 @@ class Run:
         await restore(self, *(found or (None, BEGINNING)))
         return True
 
+    def say(self, text: str) -> None:
+        """Say and note who came and went."""
+        self.journal.add("fleet", text=text)
+        self.display.phase(text)
+
     def judge(self, update: UpdateStats) -> None:
         """Raise MismatchError where engine and learner do not compute the same; called before an update is booked."""
         for line in self.health.judge(update):
@@ -155,6 +169,7 @@ class Run:
             seconds=seconds,
         )
         self.log.step(record)
+        self.journal.write()
         self.display.step(record, self.config.steps)
 
     async def evaluate_if_due(self) -> None:
@@ -193,6 +208,7 @@ class Run:
             return
         self.enter("checkpoint")
         self.log.flush()
+        self.journal.write()
         state = {
             "version": self.version,
             **await self.rollouts.state(),
@@ -244,6 +260,7 @@ async def restore(run: Run, path: Path | None, state: Mapping[str, Any]) -> None
     """Continue from a checkpoint: weights to learner and engines, the data cursor, and all that was in flight. Without
     a `path` the learner keeps the weights with which it started."""
     run.version = state["version"]
+    run.journal.add("begin", step=run.version)
     run.health.refused_in_row = state["refused_in_row"]
     if path is not None:
         run.display.phase(f"resuming from {path}")

@@ -25,8 +25,10 @@ from saccade.fleet.waiting import CALL_TIMEOUT, POLL_SECONDS, awaited, first_lin
 A = TypeVar("A", bound=Actor)
 
 MOST_FAILURES = 3
-"""Deaths in a row at one place, none of them after a group was answered, before the place is given up; and deaths on
-one node before others are preferred."""
+"""Deaths in a row at one place, none of them after a group was answered, before it is left alone for a while; and
+deaths on one node before others are preferred."""
+PAUSE_SECONDS = 60.0
+"""Seconds for which such a place is left alone, and that again for each further death."""
 QUESTIONS = 6
 """Questions to each member in the time after which silence is death."""
 
@@ -126,20 +128,15 @@ class Keeper(Generic[A]):
             self._end(member, how)
             return
         self._failures[member.place] = 0 if member.groups else self._failures[member.place] + 1
-        if self._failures[member.place] >= MOST_FAILURES:
-            self._give_up(member, how)
-            return
-        self._say(f"{member.name} was lost and is replaced: {how}")
-        self._tasks.spawn(self._fill(member.place))
+        failures = self._failures[member.place]
+        pause = max(0, failures - MOST_FAILURES + 1) * PAUSE_SECONDS
+        if pause and all(self._failures[m.place] >= MOST_FAILURES for m in self.pool.members):
+            raise RunError(f"{member.name} failed {failures} times in a row, the last time: {how}")
+        self._say(f"{member.name} was lost and is replaced{f' in {pause:.0f} s' if pause else ''}: {how}")
+        self._tasks.spawn(self._fill(member.place, pause))
 
-    def _give_up(self, member: Member[A], how: str) -> None:
-        self.pool.remove(member)
-        text = f"{member.name} failed {MOST_FAILURES} times in a row, the last time: {how}"
-        if not self.pool.members:
-            raise RunError(text)
-        self._say(f"{text}; the run goes on with {len(self.pool.members)} of its kind")
-
-    async def _fill(self, place: int) -> None:
+    async def _fill(self, place: int, pause: float = 0) -> None:
+        await asyncio.sleep(pause)
         avoid = [node for node, count in self._lost_on.items() if node and count >= MOST_FAILURES]
         for dead in self.pool.members:
             if dead.place == place:

@@ -100,6 +100,8 @@ class GroupBuffer:
         """Groups given up so far, by reason and detail."""
         self.quarantined: dict[tuple[str, int], str] = {}
         """The reasons why groups are not tried again, by uid and epoch."""
+        self.on_end: Callable[[Group, str], None] = lambda group, detail: None
+        """Told of each group that was trained or given up, and why."""
         self.next_batch = 0
         """The first batch that was not admitted yet."""
 
@@ -147,17 +149,17 @@ class GroupBuffer:
 
     def train(self, ref: PromptRef) -> None:
         """Enter that this group went into an optimizer step that was taken."""
-        self._end(self._expect(ref, State.SEALED), State.TRAINED)
+        self._end(self._expect(ref, State.SEALED), State.TRAINED, "")
         self.trained += 1
 
     def drop(self, ref: PromptRef, reason: DropReason, detail: str = "") -> None:
         """Give this group up. `detail` says in words for the user what happened."""
-        self._end(self._expect(ref, State.ISSUED, State.SCORED, State.SEALED), State.DROPPED)
+        self._end(self._expect(ref, State.ISSUED, State.SCORED, State.SEALED), State.DROPPED, detail or reason)
         self.dropped[reason, detail] += 1
 
     def quarantine(self, ref: PromptRef, detail: str) -> None:
         """Give this group up, since engines die of it. `detail` says in words for the user what happened."""
-        self._end(self._expect(ref, State.ISSUED), State.QUARANTINED)
+        self._end(self._expect(ref, State.ISSUED), State.QUARANTINED, detail)
         self.quarantined[ref.uid, ref.epoch] = detail
 
     def of(self, batch: int) -> list[Group]:
@@ -232,9 +234,10 @@ class GroupBuffer:
             self._scored[key] = group
         group.state, group.since = state, time.monotonic()
 
-    def _end(self, group: Group, state: State) -> None:
+    def _end(self, group: Group, state: State, detail: str) -> None:
         del self._groups[group.ref.uid, group.ref.epoch]
         del self._batches[group.batch][group.slot]
         if not self._batches[group.batch]:
             del self._batches[group.batch]
         self._enter(group, state)
+        self.on_end(group, detail)

@@ -108,25 +108,24 @@ def test_who_does_not_answer_is_lost_unless_it_has_an_excuse():
     assert "waited 0.01 s for a sign of life of a" in kept.said[0]
 
 
-def test_a_place_where_nothing_comes_up_is_given_up_and_the_last_one_ends_the_run():
+def test_a_place_where_nothing_comes_up_is_left_alone_for_a_while_and_the_last_one_ends_the_run():
     pool: EnginePool = EnginePool([FakeEngine(name="a"), FakeEngine(name="b")])
     kept = Kept(pool, make=lambda name: Broken(name=name))
     keeper = kept.keeper()
 
-    async def lose(place: int) -> None:
+    async def story() -> None:
         async with keeper.running():
-            pool.lose(next(m for m in pool.members if m.place == place), "gone")
+            pool.lose(pool.members[0], "gone")
             await turns()
             keeper.check()
+            assert states(pool) == ["dead", "serving"] and len(kept.made) == 2
+            assert kept.said[-1] == ("a was lost and is replaced in 60 s: while waiting for a to start: no GPU is free")
+            pool.lose(pool.members[1], "gone")
+            await turns()
+            with pytest.raises(RunError, match=r"b failed 3 times in a row, the last time: .* no GPU is free"):
+                keeper.check()
 
-    asyncio.run(lose(0))
-    assert [m.name for m in pool.members] == ["b"] and len(kept.made) == 2
-    assert kept.said[-1] == (
-        "a failed 3 times in a row, the last time: while waiting for a to start: no GPU is free; "
-        "the run goes on with 1 of its kind"
-    )
-    with pytest.raises(RunError, match=r"b failed 3 times in a row, the last time: .* no GPU is free"):
-        asyncio.run(lose(1))
+    asyncio.run(story())
 
 
 def test_deaths_after_work_are_no_failures_in_a_row():
