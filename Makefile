@@ -1,6 +1,7 @@
 # make demo        train a tiny model on this machine's CPU and show that it learned to see (3 to 8 minutes)
 # make demo-seeds  the same for seeds 0, 1 and 2
 # make test        the tests; make test-all adds the slow ones; make test-unit, test-model, test-system: those of one folder
+# make chaos       kill and stop processes of a run at random moments, 200 with simulated engines and 20 with vLLM (an hour)
 # make lint        style, format and types
 # Each of them first creates .venv and installs the pinned versions, if that has not been done (see deploy/venv.sh).
 
@@ -14,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: demo demo-seeds test test-all test-unit test-model test-system lint venv
+.PHONY: chaos demo demo-seeds test test-all test-unit test-model test-system lint venv
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -40,6 +41,11 @@ test-unit test-model: test-%: venv
 
 test-system: venv
 	$(SYSTEM) tests/system
+
+chaos: export OMP_NUM_THREADS := 1
+chaos: venv
+	$(VENV)/bin/python -m tests.chaos --kills 200 $(ARGS)
+	$(VENV)/bin/python -m tests.chaos --kills 20 --engine vllm $(ARGS)
 
 lint: venv
 	$(VENV)/bin/ruff check .
