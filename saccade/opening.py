@@ -25,6 +25,7 @@ from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
 from saccade.fleet.waiting import to_end
 from saccade.observe.display import Display, SilentDisplay
+from saccade.observe.journal import JOURNAL
 from saccade.observe.metrics import MetricsLog
 from saccade.pipeline.admission import make_admission
 from saccade.pipeline.difficulty import Difficulty
@@ -55,7 +56,7 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
         display.phase(line)
     directory = Path(config.output_dir).absolute()  # the actors have working directories of their own
     config = config.model_copy(update={"output_dir": str(directory)})
-    saved = checkpoints.newest(directory / "checkpoints", display.phase) if resume else None
+    saved = _newest(directory, display) if resume else None
     with on_ray(config, address, display, training=True) as started:
         require_trainable(config, resolved.adapter, started.placement.device)
         display.phase(f"starting {config.rollout.engines} engine(s), {config.learner.ranks} learner rank(s)")
@@ -71,6 +72,14 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
             elif config.model.lora is not None and config.model.lora.quantize != "none":
                 to_end(run.sync_weights())  # the engines have loaded the weights that the learner has rounded
             yield run
+
+
+def _newest(directory: Path, display: Display) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint and its state; None where a run began in this folder and ended before its first one."""
+    if (directory / JOURNAL).exists() and not checkpoints.found(directory / "checkpoints"):
+        display.phase(f"{directory}: the run ended before its first checkpoint; it starts from its beginning")
+        return None
+    return checkpoints.newest(directory / "checkpoints", display.phase)
 
 
 def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Run:

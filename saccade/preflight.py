@@ -211,8 +211,8 @@ def earlier_run(config: RunConfig) -> list[str]:
         ]
     if read_metrics(directory):
         return [
-            f"output_dir: {directory} holds the metrics of an earlier run without a checkpoint; delete the folder, or "
-            "choose another (output_dir=...)"
+            f"output_dir: {directory} holds the metrics of an earlier run without a checkpoint; start it again with "
+            "--resume, or choose another folder (output_dir=...)"
         ]
     return []
 

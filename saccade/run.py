@@ -34,7 +34,6 @@ from saccade.pipeline.groups import Group, GroupBuffer, State
 from saccade.pipeline.health import Health
 from saccade.pipeline.rollouts import RolloutPipeline
 from saccade.pipeline.sealed_batch import SealedBatch
-from weight_sync.verify import WeightSyncError
 
 MOST_LEARNERS = 3
 """Learners that may be lost in a row without a step beyond the last loss."""
@@ -167,6 +166,7 @@ class Run:
             **batch.counts(),
             staleness=staleness,
             seconds=seconds,
+            sync=self.fleet.times,
         )
         self.log.step(record)
         self.journal.write()
@@ -226,14 +226,11 @@ class Run:
     async def checkpoint_after(self, error: Exception) -> Exception:
         """Save the state before `error` ends the run. Returns the error to show: who died, if that is its cause.
 
-        Nothing is saved where the learner itself failed, or trained on what it disagrees about with the engines; nor
-        after a failed transfer for which several ranks gather, since they may be waiting for each other. The former
-        checkpoint stays in these cases."""
-        config = self.config.learner
+        Nothing is saved where the learner itself failed, or trained on what it disagrees about with the engines: the
+        former checkpoint stays."""
         reason = explain(error, self.actors.questions(), self.head)
         dead = isinstance(reason, DeathError) and any(who.startswith("learner") for who in reason.dead)
-        cut_off = isinstance(error, WeightSyncError) and config.ranks > 1 and config.zero_stage == 3
-        if isinstance(error, LearnerError | MismatchError) or cut_off or dead:
+        if isinstance(error, LearnerError | MismatchError) or dead:
             what = "the last update was discarded" if isinstance(error, MismatchError) else "the learner failed"
             self.display.phase(f"{what}; {self._newest()}")
             return reason

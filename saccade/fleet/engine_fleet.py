@@ -17,6 +17,7 @@ from typing import Any
 from saccade.fleet.pool import EnginePool, Member, MemberState
 from saccade.fleet.protocols import Learner
 from saccade.fleet.waiting import in_thread
+from weight_sync.protocols import SyncTimes
 from weight_sync.sync import sync_weights
 from weight_sync.verify import WeightMismatchError, WeightSyncError
 
@@ -34,6 +35,8 @@ class EngineFleet:
         """The version of the learner's weights, as of the last sync."""
         self._group: Sequence[Member[Any]] = ()
         """The members of the transfer group that stands."""
+        self.times: SyncTimes | None = None
+        """Where the time of the last sync went."""
         self._syncing = False
         self._synced = 0.0
 
@@ -92,4 +95,4 @@ class EngineFleet:
         if list(members) != list(self._group):
             self.learner.form_weight_group(engines)
             self._group = members
-        sync_weights(self.learner, engines, self.version, timeout=self._timeout)
+        self.times = sync_weights(self.learner, engines, self.version, timeout=self._timeout)

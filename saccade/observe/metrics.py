@@ -20,6 +20,7 @@ from learner.types import UpdateStats
 from rollout.types import GroupSummary
 from saccade.observe.gauges import GAUGES, Gauges
 from saccade.observe.timing import union_seconds
+from weight_sync.protocols import SyncTimes
 
 MODEL = "model"
 """The `kind` of the record that says that the model is saved."""
@@ -64,7 +65,8 @@ class StepRecord:
     seconds: Mapping[str, float]
     """Seconds by phase: rollout (waiting for groups), learn, sync, driver (the rest), total."""
     busy: Mapping[str, float]
-    """Seconds of work per kind of actor: generate (union over groups, per engine), reward (sum over calls)."""
+    """Seconds of work per kind of actor: generate (union over groups, per engine), reward (sum over calls), the
+    learner's phases, and of the weight sync: pause (all that generation lost), gather, transfer, load, verify."""
     reward_seconds: Mapping[str, float] = field(default_factory=dict)
     """Mean seconds per group, by reward name."""
 
@@ -81,6 +83,7 @@ class StepRecord:
         issued_again: int = 0,
         staleness: int,
         seconds: Mapping[str, float],
+        sync: SyncTimes | None = None,
     ) -> StepRecord:
         """The record of an update on these groups; others were scored for it and `left_out`."""
         return cls(
@@ -97,7 +100,7 @@ class StepRecord:
             learning_rate=update.learning_rate,
             learner=dict(update.metrics),
             seconds=dict(seconds),
-            busy=_busy(summaries, update),
+            busy=_busy(summaries, update) | ({f"sync/{name}": t for name, t in asdict(sync).items()} if sync else {}),
         )
 
 

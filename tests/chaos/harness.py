@@ -28,7 +28,6 @@ import psutil
 import yaml
 
 from rollout.data.source import PromptSource
-from saccade.checkpoints import found as found_checkpoints
 from saccade.config.load import load_config
 from saccade.config.options import config_adapter, data_options
 from saccade.demo.shapes import make_shapes
@@ -180,7 +179,7 @@ class Chaos:
         if kind == "driver":
             assert self._driver is not None
             self._driver.wait(60)
-            self._start(*(["--resume"] if found_checkpoints(self.run / "checkpoints") else []))
+            self._start("--resume")
         if kind == "node":
             self._cluster.add_node(num_cpus=4)  # type: ignore[attr-defined]
         self.wait_for_step(done)

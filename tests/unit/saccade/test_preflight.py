@@ -58,7 +58,7 @@ def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(settings: dict
 def test_figures_without_a_checkpoint_and_checkpoints_are_not_written_over(settings: dict, tmp_path: Path) -> None:
     config = parse_config({**settings, "output_dir": str(tmp_path)})
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
-    with pytest.raises(ConfigError, match="without a checkpoint; delete the folder"):
+    with pytest.raises(ConfigError, match="without a checkpoint; start it again with --resume"):
         resolve(config)
     (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match="continue it with --resume"):
