@@ -26,7 +26,7 @@ from rollout.engines.protocol import (
     RolloutEngine,
     SamplingParams,
 )
-from rollout.joint_start import JointStart
+from rollout.joint_start import Holds, JointStart
 from rollout.types import Prompt, RolloutFailure, RolloutGroup, Together
 from vlm.adapter import MultimodalAdapter
 from vlm.media.types import Media
@@ -63,6 +63,7 @@ class RolloutActor:
         self._engine: RolloutEngine | None = None
         self._started = asyncio.Lock()
         self._starts: dict[str, JointStart] = {}
+        self._holds = Holds()
         self._pending: set[asyncio.Task[EngineOutput]] = set()
 
     def __repr__(self) -> str:
@@ -152,7 +153,7 @@ class RolloutActor:
         """The start that this group takes part in; it is forgotten with the last group that arrives for it."""
         start = self._starts.get(together.batch)
         if start is None:
-            start = JointStart(self._running(), together.size, n, self._group_timeout)
+            start = JointStart(self._running(), self._holds, together.size, n, self._group_timeout)
             self._starts[together.batch] = start
         start.arrived += 1
         if start.arrived == together.size:
@@ -198,7 +199,7 @@ class RolloutActor:
         await self._running().init_weight_transfer(init_info)
 
     async def pause(self) -> None:
-        await self._running().pause()
+        await self._holds.pause(self._running(), self)
 
     async def receive_weights(self, update_info: Mapping[str, Any]) -> WeightReport:
         return await self._running().receive_weights(update_info)
@@ -207,7 +208,7 @@ class RolloutActor:
         await self._running().commit(version)
 
     async def resume(self) -> None:
-        await self._running().resume()
+        await self._holds.resume(self._running(), self)
 
 
 def _alone(sampling: SamplingParams, k: int) -> SamplingParams:

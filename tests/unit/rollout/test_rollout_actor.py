@@ -208,6 +208,30 @@ def test_groups_that_start_together_run_when_all_wait_or_were_refused(adapter: M
     assert engine.journal == ["pause", "resume with 6"]
 
 
+def test_groups_that_start_together_do_not_resume_an_engine_that_receives_weights(adapter: MultimodalAdapter) -> None:
+    engine = Queue()
+
+    async def play() -> list[Any]:
+        actor = RolloutActor("e", OPTIONS, lambda: adapter, group_timeout=60.0, engine=lambda *given: engine)
+        await actor.start()
+        await actor.pause()
+        calls = [asyncio.create_task(actor.sample(make_prompt(adapter, "a"), SAMPLING, together=Together("0", 2)))]
+        async with asyncio.timeout(30):
+            while not actor._starts:
+                await asyncio.sleep(0)
+            start = actor._starts["0"]
+            calls.append(
+                asyncio.create_task(actor.sample(make_prompt(adapter, "b"), SAMPLING, together=Together("0", 2)))
+            )
+            await start._resumed
+        assert engine.journal == ["pause", "pause"] and not engine.running.is_set()
+        await actor.resume()
+        return await asyncio.gather(*calls)
+
+    answers = asyncio.run(play())
+    assert all(isinstance(a, RolloutGroup) for a in answers) and engine.journal[2:] == ["resume with 6"]
+
+
 def test_a_joint_start_that_misses_a_group_or_fails_is_the_failure_of_its_groups(adapter: MultimodalAdapter) -> None:
     engine = Queue()
     answers = ask_together(adapter, engine, ["a", "b"], 3, 0.1)
