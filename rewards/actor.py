@@ -70,11 +70,16 @@ class RewardActor:
 
     @ray.method(num_returns=2)
     def score(self, group: RolloutGroup | RolloutFailure) -> tuple[tuple[Verdict, ...], GroupSummary]:
-        """Return the K verdicts of a group, and its summary. A failure has no verdicts."""
+        """Return the K verdicts of a group, and its summary. A failure has no verdicts, and nor has a group whose media
+        are lost."""
         if isinstance(group, RolloutFailure):
             return (), GroupSummary.of_failure(group)
         start = time.perf_counter()
-        scores = self._scores(group)
+        try:
+            scores = self._scores(group)
+        except ray.exceptions.ObjectLostError as error:  # with the actor that kept them: the prompt is read again
+            reason = f"the prompt's media are lost: {type(error).__name__}: {error}"[:500]
+            return (), GroupSummary.of_failure(RolloutFailure(group.prompt.ref, reason, group.engine, retryable=True))
         seconds = time.perf_counter() - start
         invalid = [c.text for c, v in zip(group.completions, scores.verdicts, strict=True) if not v.valid]
         summary = replace(
@@ -103,6 +108,8 @@ class RewardActor:
             return self._worker.score(replace(request, media=sizes, raw=()))
         try:
             media = tuple(self._fetch(item) for item in request.media)
+        except ray.exceptions.ObjectLostError:
+            raise
         except (ray.exceptions.RayError, TimeoutError) as error:
             reason = f"the prompt's media could not be fetched: {type(error).__name__}: {error}"[:500]
             return Scores((Verdict("error", reason=reason),) * len(request.completions), {})

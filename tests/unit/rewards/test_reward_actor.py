@@ -68,3 +68,23 @@ def test_the_excerpts_of_a_report_leave_the_trace_out(source: Path) -> None:
         _, summary = actor.score(make_group("<think>secret</think>short", "x" * 1000))
         actor.shutdown()
         assert summary.invalid_excerpts == (excerpt, "x" * 200)
+
+
+def test_a_group_whose_media_are_lost_is_to_be_sampled_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell without Ray around it."""
+    import ray
+
+    from rewards.actor import RewardActor
+    from rewards.process.worker import Traits
+
+    def lost(self: RewardActor, media: Media) -> Media:
+        raise ray.exceptions.OwnerDiedError("00", None, "")
+
+    actor = RewardActor([RewardSpec(f"{source}:none")], PATIENCE)
+    monkeypatch.setattr(RewardActor, "_fetch", lost)
+    monkeypatch.setattr(actor._worker, "traits", Traits(needs_media=True, separable=False))
+    verdicts, summary = actor.score(make_group("a", "b", media=(Media("image", "0", b"png"),)))
+    actor.shutdown()
+    assert verdicts == () and summary.failure is not None
+    assert summary.failure.retryable and not summary.failure.engine_dead
+    assert summary.failure.ref == PromptRef("rows:0") and "media are lost: OwnerDiedError" in summary.failure.reason
