@@ -19,7 +19,7 @@ from saccade.config.load import dump_config, require_evaluation
 from saccade.config.options import evaluation_sampling, require_trainable, sampling_params
 from saccade.config.run_config import RunConfig
 from saccade.config.saved_paths import absolute
-from saccade.fleet.desk import open_desk
+from saccade.fleet.desk import close_desk, open_desk
 from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
@@ -31,6 +31,7 @@ from saccade.pipeline.admission import make_admission
 from saccade.pipeline.difficulty import Difficulty
 from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.evaluate import Evaluator, Results
+from saccade.pipeline.held_out import HeldOut
 from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.rollouts import RolloutPipeline
 from saccade.preflight import Resolved, resolve
@@ -64,7 +65,8 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
         if saved is None:
             (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
         run = _assemble(config, resolved, started, display)
-        with closing(run.log):
+        with closing(run.log), ExitStack() as stack:
+            stack.callback(close_desk, run.desk)
             if saved is None:
                 run.journal.add("begin", step=0)
             if saved is not None:
@@ -129,7 +131,9 @@ def open_evaluator(config: RunConfig, resolved: Resolved, started: Started, disp
     if held_out is not None and held_out.remark:
         display.phase(f"data.eval: {held_out.remark}")
     dispatcher = _dispatcher(config, started, evaluation_sampling(config, resolved.adapter), keep=False)
-    return Evaluator(prompts, dispatcher, display.phase)
+    stream = PromptStream(actors.data, config.cluster.start_timeout)
+    held = HeldOut(stream, config.evaluation.max_prompts, group_by, prompts)
+    return Evaluator(prompts, dispatcher, display.phase, held)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def open_desk(directory: Path) -> Any:
     """Ray's handle of a desk for the run in `directory`."""
     name = str(directory.absolute())
     return ray.remote(Desk).options(num_cpus=0, name=name, namespace=NAMESPACE, max_concurrency=4).remote()
+
+
+def close_desk(desk: Any) -> None:
+    """End a desk; the next run in its folder may open one of the same name then."""
+    with suppress(Exception):  # Ray itself may be gone
+        ray.kill(desk)
 
 
 def find_desk(directory: Path | None) -> Any:

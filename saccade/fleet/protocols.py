@@ -90,6 +90,10 @@ class Data(Actor, Protocol):
         """These prompts again."""
         ...
 
+    def held_out(self, limit: int | None, group_by: str | None) -> Future[list[tuple[StoredPrompt, str]]]:
+        """At most `limit` held-out prompts, each with what its column `group_by` holds."""
+        ...
+
     def load_state(self, state: Mapping[str, Any] | None) -> Future[None]:
         """Go on behind a cursor; None is the beginning."""
         ...

@@ -95,6 +95,8 @@ class Dispatcher:
         finally:
             if group.sent is not None:
                 self.pool.ended(group.sent)
+            if not self.keep:
+                group.sent = None  # it has the reference of what was sampled
 
     async def _send(self, group: Group, version: Callable[[], int]) -> None:
         """Send a group, or what was sampled of it to the rewards, as soon as somebody serves."""
@@ -155,7 +157,7 @@ class Dispatcher:
     async def finish(self, groups: Sequence[Group], what: str) -> list[GroupSummary]:
         """Wait until each of `groups` is scored or given up, and return their summaries. `what` they are, for the user.
 
-        Raises RunError when nothing ended in time, or no engine is left."""
+        Raises RunError when nothing ended in time, or nobody is left who could do it."""
         waiting = {asyncio.create_task(self.follow(group)): group for group in groups}
         progress = time.monotonic()
         try:

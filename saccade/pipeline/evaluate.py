@@ -6,13 +6,13 @@ results[file][group][reward name] = mean over scored completions      (group: by
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from rollout.types import GroupSummary, StoredPrompt
+from rollout.types import GroupSummary, PromptRef, StoredPrompt
 from saccade.pipeline.dispatch import Dispatcher
 from saccade.pipeline.groups import GroupBuffer
 
@@ -28,16 +28,29 @@ class Evaluator:
     dispatcher: Dispatcher
     report: Callable[[str], None] = lambda text: None
     """Told what could not be scored, and why."""
+    held: Callable[[], Awaitable[Sequence[tuple[StoredPrompt, str]]]] | None = None
+    """Returns the prompts, whose contents may have gone with the data actor."""
 
     async def run(self) -> Results:
         """Means per file, group and reward; `n` counts the prompts, `failed` those without a score. Raises RunError
-        when an engine died: what is left is not an evaluation."""
-        dispatcher = replace(self.dispatcher, groups=GroupBuffer())
+        when nothing ends any more. Groups of an engine that dies are sampled by others."""
+        await self._refresh()
+        dispatcher = replace(self.dispatcher, groups=GroupBuffer(), read=self._read)
         groups = dispatcher.groups.issue(0, [prompt for prompt, _ in self.prompts])
         dispatcher.start(groups)
         summaries = await dispatcher.finish(groups, "held-out groups")
         self._report_failures(summaries)
         return summarise(zip((name for _, name in self.prompts), summaries, strict=True))
+
+    async def _refresh(self) -> None:
+        if self.held is not None:
+            self.prompts = await self.held()
+
+    async def _read(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
+        """These prompts for another attempt."""
+        await self._refresh()
+        known = {prompt.ref.uid: prompt for prompt, _ in self.prompts}
+        return [replace(known[ref.uid], ref=ref) for ref in refs]
 
     def _report_failures(self, summaries: Sequence[GroupSummary]) -> None:
         reasons = [s.failure.reason for s in summaries if s.failure is not None]

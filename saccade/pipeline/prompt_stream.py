@@ -45,7 +45,9 @@ class PromptStream:
     _asked: float | None = None
     """When the data actor was asked for what has not arrived, on the clock of `time.monotonic`."""
     cursor: Cursor | None = None
-    """Where the data stand behind the last prompt that arrived; None at their beginning."""
+    """Where the data stand behind the last prompt that `take` returned; None at their beginning."""
+    _arrived: Cursor | None = None
+    """The same behind the last prompt that arrived here."""
 
     async def take(self, count: int) -> list[StoredPrompt]:
         """The next prompts that are worth it. Raises RunError when hardly any is."""
@@ -58,8 +60,8 @@ class PromptStream:
                     "widen it, or end the run"
                 )
             missing = count - len(taken)
-            answer = await self._ask(partial(_take, count=missing), "the next prompts")
-            prompts, self.cursor = answer
+            answer = await self.ask(partial(_take, count=missing), "the next prompts")
+            prompts, self._arrived = answer
             looked_at += missing
             for prompt in prompts:
                 if self.difficulty is None or self.difficulty.admits(prompt.ref):
@@ -68,6 +70,7 @@ class PromptStream:
                 else:
                     self.difficulty.passed_over += 1
                     self.passed_over += 1
+        self.cursor = self._arrived  # not before: where an error ends this, a resume hands out all of it again
         return taken
 
     def waiting(self) -> str:
@@ -79,14 +82,14 @@ class PromptStream:
 
     async def read(self, refs: Sequence[PromptRef]) -> list[StoredPrompt]:
         """These prompts again."""
-        return await self._ask(lambda data: data.read(refs), "prompts in flight (cluster.timeout)")
+        return await self.ask(lambda data: data.read(refs), "prompts in flight (cluster.timeout)")
 
     async def renew(self, member: Member[Any]) -> None:
         """Let a data actor that has started go on where the one before it was. Raises RunError."""
-        await awaited(member.actor.load_state(self.cursor), CALL_TIMEOUT, "the data cursor to be set")
+        await awaited(member.actor.load_state(self._arrived), CALL_TIMEOUT, "the data cursor to be set")
         self.data.enter(member, MemberState.SERVING)
 
-    async def _ask(self, call: Callable[[Data], Future[T]], what: str) -> T:
+    async def ask(self, call: Callable[[Data], Future[T]], what: str) -> T:
         """Return the answer of the data actor, or of its replacement."""
         self._asked = time.monotonic()
         while True:
@@ -115,7 +118,7 @@ class PromptStream:
 
     async def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue as of `state`."""
-        self.cursor = state["cursor"]
-        await self.renew(self.data.serving[0])
-        if self.difficulty is not None and state["difficulty"] is not None:
-            self.difficulty.load_state(state["difficulty"])
+        self.cursor = self._arrived = cursor = state["cursor"]
+        await self.ask(lambda data: data.load_state(cursor), "the data cursor to be set")
+        if self.difficulty is not None:
+            self.difficulty.load_state(state["difficulty"] or {"passed_over": 0, "totals": {}})
