@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from learner.durable import StorageError
-from learner.types import LearnerError, LearnerTimeoutError, UpdateStats
+from learner.types import LearnerError, UpdateStats
 from saccade import checkpoints
 from saccade.config.load import config_tree
 from saccade.config.run_config import RunConfig
 from saccade.config.saved_paths import absolute
-from saccade.errors import MismatchError
+from saccade.errors import MismatchError, RunError
 from saccade.finished import RunResult
 from saccade.fleet.actors import Actors
-from saccade.fleet.deaths import DeathError, explain
+from saccade.fleet.deaths import explain, learner_lost
 from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.head import HeadWatch
 from saccade.fleet.protocols import Learner
@@ -114,9 +114,11 @@ class Run:
             yield
 
     async def update(self, batch: SealedBatch) -> UpdateStats:
-        """Train on a batch."""
+        """Train on a batch. An engine that joins before the next sync gets what this led to, as the next version."""
         async with self.fleet.turn:
-            return await in_thread(lambda: self.learner.update(batch.groups, batch.summaries, self.version))
+            update = await in_thread(lambda: self.learner.update(batch.groups, batch.summaries, self.version))
+            self.fleet.version = self.version + 1
+            return update
 
     async def sync_weights(self) -> None:
         """Send the learner's weights to every engine and commit them as the current version."""
@@ -124,10 +126,11 @@ class Run:
 
     async def recover(self, error: Exception) -> bool:
         """Go on from the newest checkpoint with another learner, and the same engines, where `error` means that a rank
-        died or hangs; returns whether it does. Where learners are lost again and again without a step, it does not."""
+        died or hangs; returns whether it does. Where learners are lost again and again without a step, it does not.
+
+        Raises what stands in the way, unless that is the loss of the next learner."""
         reason = await in_thread(lambda: explain(error, self.actors.questions(), self.head))
-        dead = reason.dead if isinstance(reason, DeathError) else ()
-        if not isinstance(reason, LearnerTimeoutError) and not any(who.startswith("learner") for who in dead):
+        if not learner_lost(error) and not learner_lost(reason):
             return False
         self._learners_lost = 0 if self.version > self._lost_at else self._learners_lost
         self._learners_lost, self._lost_at = self._learners_lost + 1, max(self.version, self._lost_at)
@@ -135,11 +138,15 @@ class Run:
             return False
         self.enter("another learner starts")
         self.display.phase(f"the learner was lost and is replaced; {self._newest()}: {first_lines(reason, 1)}")
-        async with self.fleet.turn:
-            await in_thread(self.actors.renew_learner)
-            self.fleet.renew(self.learner)
-        found = checkpoints.newest(self.directory / "checkpoints", self.display.phase) if self._saved >= 0 else None
-        await restore(self, *(found or (None, BEGINNING)))
+        try:
+            async with self.fleet.turn:
+                await in_thread(self.actors.renew_learner)
+                self.fleet.renew(self.learner)
+            found = checkpoints.newest(self.directory / "checkpoints", self.display.phase) if self._saved >= 0 else None
+            await restore(self, *(found or (None, BEGINNING)))
+        except Exception as again:
+            if not await self.recover(again):
+                raise
         return True
 
     def say(self, text: str) -> None:
@@ -220,8 +227,9 @@ class Run:
             path = await in_thread(lambda: checkpoints.save(*given, self.config.checkpoint.keep))
         self._saved, self._overdue = self.version, False
         self.display.phase(f"checkpoint of step {self.version} in {path}")
-        if remark := (await in_thread(self.actors.data_report)).train.remark:
-            self.display.phase(f"data.train: {remark}")
+        with suppress(RunError):  # the data actor may be lost just now: the next checkpoint has its remark
+            if remark := (await in_thread(self.actors.data_report)).train.remark:
+                self.display.phase(f"data.train: {remark}")
 
     async def checkpoint_after(self, error: Exception) -> Exception:
         """Save the state before `error` ends the run. Returns the error to show: who died, if that is its cause.
@@ -229,8 +237,7 @@ class Run:
         Nothing is saved where the learner itself failed, or trained on what it disagrees about with the engines: the
         former checkpoint stays."""
         reason = explain(error, self.actors.questions(), self.head)
-        dead = isinstance(reason, DeathError) and any(who.startswith("learner") for who in reason.dead)
-        if isinstance(error, LearnerError | MismatchError) or dead:
+        if isinstance(error, LearnerError | MismatchError) or learner_lost(reason):
             what = "the last update was discarded" if isinstance(error, MismatchError) else "the learner failed"
             self.display.phase(f"{what}; {self._newest()}")
             return reason
@@ -267,7 +274,8 @@ async def restore(run: Run, path: Path | None, state: Mapping[str, Any]) -> None
         run.display.phase(f"metrics.jsonl: {cut} unreadable line(s) dropped; a run was killed while writing")
     run.evaluations = {e["step"]: e["results"] for e in read_metrics(run.directory, "evaluation")}
     await run.sync_weights()
-    await run.rollouts.load_state(state, run.version)
+    async with run.actors.kept():  # the data actor may have died meanwhile
+        await run.rollouts.load_state(state, run.version)
     if path is not None and (changed := checkpoints.changed_knobs(state["config"], config_tree(absolute(run.config)))):
         run.display.phase("changed since the checkpoint: " + "; ".join(changed))
 

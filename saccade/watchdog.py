@@ -45,6 +45,8 @@ class Watchdog(threading.Thread):
         wanted: Future[int | None] | None = None
         while not self._ended.wait(LOOK_SECONDS):
             status = self.look()
+            if self._ended.is_set():  # then the loop may have ended too, and is not blocked
+                return
             if wanted is None or wanted.done():
                 if wanted is not None and wanted.exception() is None and (engines := wanted.result()) is not None:
                     self._loop.call_soon_threadsafe(self._run.actors.scale, engines)

@@ -20,9 +20,9 @@ from rollout.handle import RayEngineHandle
 from rollout.types import StoredPrompt
 from saccade.errors import RunError
 from saccade.fleet.create import Factory
-from saccade.fleet.engine_fleet import EngineFleet
+from saccade.fleet.engine_fleet import HOLDS_WEIGHTS, EngineFleet
 from saccade.fleet.handles import RayData, RayRewards
-from saccade.fleet.keeper import QUESTIONS, Keeper
+from saccade.fleet.keeper import QUESTIONS, Keeper, overslept
 from saccade.fleet.pool import EnginePool, Member, MemberState, Pool
 from saccade.fleet.tasks import Tasks
 from saccade.fleet.waiting import CALL_TIMEOUT, wait_for
@@ -57,7 +57,10 @@ class Actors:
         return wait_for(call, timeout, "the held-out prompts (cluster.timeout)")
 
     def data_report(self) -> DataActorReport:
-        return wait_for(self.data.actors[0].report(), CALL_TIMEOUT, "the report on the data")
+        """The report of the data actor. Raises RunError where it is lost just now."""
+        if not (serving := self.data.serving):
+            raise RunError("no data actor serves")
+        return wait_for(serving[0].actor.report(), CALL_TIMEOUT, "the report on the data")
 
     def questions(self) -> dict[str, Callable[[], ray.ObjectRef]]:
         """Every process of the run by its name for the user, and a call that it answers while it lives. For engines
@@ -67,7 +70,8 @@ class Actors:
         named |= {f"reward actor {m.place}": m.actor.actor for m in self.rewards.members}
         named |= {f"reward model {i}": actor for i, actor in enumerate(self.models)}
         named |= dict.fromkeys(["the data actor"], self.data.members[0].actor.actor)
-        engines = {f"engine {engine.name}": engine.actor.check_health.remote for engine in self.engines.actors}
+        started = [m.actor for m in self.engines.members if m.state in HOLDS_WEIGHTS]
+        engines = {f"engine {engine.name}": engine.actor.check_health.remote for engine in started}
         return engines | {name: partial(actor.__ray_call__.remote, callable) for name, actor in named.items()}
 
     # ------------------------------------------------------------------ while the run goes on
@@ -85,7 +89,11 @@ class Actors:
 
         async def join(member: Member[Any]) -> None:
             await fleet.join(member)
-            if judge := factory.judge(self.engines.actors):
+            tell_judge()
+
+        def tell_judge() -> None:
+            serving = [member.actor for member in self.engines.serving]
+            if serving and (judge := factory.judge(serving)):
                 for rewards in self.rewards.actors:
                     rewards.set_service("generate", judge)
 
@@ -96,7 +104,10 @@ class Actors:
         async def data(place: int, avoid: Collection[str]) -> RayData:
             return factory.data()
 
-        leave = partial(factory.placement.give_up, "rollout")
+        def leave(place: int) -> None:
+            factory.placement.give_up("rollout", place)
+            tell_judge()
+
         self._engine_keeper = Keeper(self.engines, engine, join=join, leave=leave, excused=fleet.excused, **limits)
         self._keepers = [
             self._engine_keeper,
@@ -114,10 +125,14 @@ class Actors:
         """Kill a rank that hangs: the call on the learner that waits for it, now or next, then says so."""
         while self._learner is not None:
             await asyncio.sleep(silence / QUESTIONS)
+            since = time.monotonic()
             learner, asked = self._learner, self._learner.health()
-            await asyncio.wait([asyncio.wrap_future(answer) for answer in asked.values()], timeout=silence)
+            answers = [asyncio.wrap_future(answer) for answer in asked.values()]
+            answered, _ = await asyncio.wait(answers, timeout=silence) if answers else ((), ())
+            for each in answered:
+                each.exception()  # of a dead one: whoever waits for it learns of that
             for name, answer in asked.items():
-                if not answer.done() and learner is self._learner:
+                if not answer.done() and learner is self._learner and not overslept(since, silence):
                     learner.kill(name)
 
     def scale(self, engines: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import ray
 
 from learner.deaths import how_it_died
+from learner.types import LearnerError, LearnerTimeoutError
 from rollout.engines.protocol import EngineDeadError
 from saccade.errors import RunError, RunStopped
 from saccade.fleet.head import HeadLostError, HeadWatch
@@ -49,6 +50,14 @@ def explain(error: Exception, questions: Questions, head: HeadWatch) -> Exceptio
         return HeadLostError(head.text)
     dead = find_dead(questions)
     return DeathError(dead, first_lines(error)) if dead else error
+
+
+def learner_lost(error: Exception) -> bool:
+    """Whether `error` says that a rank of the learner died or hangs."""
+    if isinstance(error, DeathError):
+        return any(who.startswith("learner") for who in error.dead)
+    died = isinstance(error, LearnerError) and isinstance(error.__cause__, ray.exceptions.RayActorError)
+    return died or isinstance(error, LearnerTimeoutError)
 
 
 def find_dead(questions: Questions, limit: float = ASKING_SECONDS) -> dict[str, str]:

@@ -32,7 +32,7 @@ class EngineFleet:
         self.turn = asyncio.Lock()
         """Held by who uses the learner."""
         self.version = 0
-        """The version of the learner's weights, as of the last sync."""
+        """The version of the learner's weights."""
         self._group: Sequence[Member[Any]] = ()
         """The members of the transfer group that stands."""
         self.times: SyncTimes | None = None
@@ -61,7 +61,11 @@ class EngineFleet:
         self.pool.enter(member, MemberState.SYNCING)
         async with self.turn:
             if member.state is MemberState.SYNCING:  # or the sync of a step took it along
-                await self._sync()
+                syncing = asyncio.ensure_future(self._sync())
+                try:
+                    await asyncio.shield(syncing)
+                finally:
+                    await asyncio.wait([syncing])  # who waits may be cancelled: the turn ends with the transfer
 
     def excused(self, since: float) -> bool:
         """Whether an engine may have been silent since then because it received weights."""

@@ -32,6 +32,14 @@ PAUSE_SECONDS = 60.0
 QUESTIONS = 6
 """Questions to each member in the time after which silence is death."""
 
+ASLEEP_SECONDS = 5.0
+"""A limit that was overrun by more says that the driver itself was stopped meanwhile."""
+
+
+def overslept(since: float, limit: float) -> bool:
+    """Whether a wait of `limit` seconds, begun at `since`, says nothing: the driver did not run when it ended."""
+    return time.monotonic() - since > limit + ASLEEP_SECONDS
+
 
 class Keeper(Generic[A]):
     def __init__(
@@ -62,6 +70,9 @@ class Keeper(Generic[A]):
         self._wanted = len(pool.members)
         self._failures: Counter[int] = Counter()
         self._tasks = Tasks()
+        self._runs = False
+        self._filling: set[int] = set()
+        """Places for which an actor is made."""
         self.lost = 0
         """Members lost so far."""
         self._lost_on: Counter[str] = Counter()
@@ -71,17 +82,20 @@ class Keeper(Generic[A]):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Ask the members whether they live, beside the body."""
-        self._tasks = Tasks()
+        self._tasks, self._runs = Tasks(), True
+        self._filling.clear()
         for member in self.pool.members:
             if member.state in (MemberState.DEAD, MemberState.STARTING):  # an earlier loop left it at that
                 member.actor.kill()
-                self._tasks.spawn(self._fill(member.place))
+                self._spawn_fill(member.place)
             if member.state is MemberState.DRAINING:
                 self._tasks.spawn(self._drain(member))
+        self._fill_missing()
         self._tasks.spawn(self._watch())
         try:
             yield
         finally:
+            self._runs = False
             await self._tasks.cancel()
 
     def check(self) -> None:
@@ -93,14 +107,23 @@ class Keeper(Generic[A]):
         that is too many ends when the groups that it has are done."""
         members = {member.place: member for member in self.pool.members}
         self._wanted = count
-        for place in range(count):
-            if place not in members:
-                self._failures[place] = 0
-                self._tasks.spawn(self._fill(place))
-            elif members[place].state is MemberState.DRAINING:
-                self.pool.enter(members[place], MemberState.SERVING)
+        self._fill_missing()
         for member in members.values():
+            if member.place < count and member.state is MemberState.DRAINING:
+                self.pool.enter(member, MemberState.SERVING)
             self._drain_if_unwanted(member)
+
+    def _fill_missing(self) -> None:
+        """Fill the places that are wanted and have no member yet."""
+        for place in {*range(self._wanted)} - {member.place for member in self.pool.members}:
+            self._failures[place] = 0
+            self._spawn_fill(place)
+
+    def _spawn_fill(self, place: int, pause: float = 0) -> None:
+        """Fill a place, unless that goes on; `running` makes up for it where nobody is kept at the moment."""
+        if self._runs and place not in self._filling:
+            self._filling.add(place)
+            self._tasks.spawn(self._fill(place, pause))
 
     def _drain_if_unwanted(self, member: Member[A]) -> None:
         if member.place >= self._wanted and member.state is MemberState.SERVING:
@@ -115,6 +138,7 @@ class Keeper(Generic[A]):
 
     def _end(self, member: Member[A], why: str) -> None:
         """Let a member go whose place is not wanted any more."""
+        self.pool.enter(member, MemberState.DEAD)  # a sync or a question that goes on finds it dead, and lost to nobody
         member.actor.kill()
         self.pool.remove(member)
         self._leave(member.place)
@@ -130,10 +154,15 @@ class Keeper(Generic[A]):
         self._failures[member.place] = 0 if member.groups else self._failures[member.place] + 1
         failures = self._failures[member.place]
         pause = max(0, failures - MOST_FAILURES + 1) * PAUSE_SECONDS
-        if pause and all(self._failures[m.place] >= MOST_FAILURES for m in self.pool.members):
-            raise RunError(f"{member.name} failed {failures} times in a row, the last time: {how}")
+        if pause and all(self._hopeless(m) for m in self.pool.members):
+            self.pool.give_up(text := f"{member.name} failed {failures} times in a row, the last time: {how}")
+            raise RunError(text)
         self._say(f"{member.name} was lost and is replaced{f' in {pause:.0f} s' if pause else ''}: {how}")
-        self._tasks.spawn(self._fill(member.place, pause))
+        self._spawn_fill(member.place, pause)
+
+    def _hopeless(self, member: Member[A]) -> bool:
+        away = member.state in (MemberState.DEAD, MemberState.STARTING)
+        return away and self._failures[member.place] >= MOST_FAILURES
 
     async def _fill(self, place: int, pause: float = 0) -> None:
         await asyncio.sleep(pause)
@@ -143,6 +172,7 @@ class Keeper(Generic[A]):
                 dead.remark = "its replacement waits for a place in the cluster"
         member = Member(place, await self._create(place, avoid))
         self.pool.put(member)
+        self._filling.discard(place)
         try:
             await awaited(member.actor.start(), self._start_timeout, f"{member.name} to start")
             member.node = await awaited(member.actor.node(), CALL_TIMEOUT, f"the node of {member.name}")
@@ -171,5 +201,5 @@ class Keeper(Generic[A]):
         try:
             await awaited(member.actor.check_health(), self._silence, f"a sign of life of {member.name}")
         except RunError as error:
-            if not self._excused(since):
+            if not self._excused(since) and not overslept(since, self._silence):
                 self.pool.lose(member, first_lines(error))

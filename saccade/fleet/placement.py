@@ -28,6 +28,8 @@ from vlm.errors import UserError
 
 SAY_SECONDS = 5.0
 """Seconds between two lines that say what the run waits for."""
+ELSEWHERE_SECONDS = 60.0
+"""Seconds for which another node is waited for than those on which actors die."""
 NODE_LABEL = "ray.io/node-id"
 """Ray gives each node a label with its id."""
 LOOK_SECONDS = 1.0
@@ -61,22 +63,29 @@ class Placement:
 
     async def placed(self, role: str, index: int, say: Callable[[str], None], avoid: Collection[str] = ()) -> None:
         """Wait until the role's i-th actor has a place, for as long as it takes: its node may be gone, and the run goes
-        on without it. Nodes to `avoid` (by Ray's ids) are left out as long as there are others."""
-        slots = self._slots[role]
+        on without it. Nodes to `avoid` (by Ray's ids) are left out where others have room within ELSEWHERE_SECONDS."""
+        slots, elsewhere = self._slots[role], False
         if index not in slots:
             slots[index] = _place_alone(next(iter(slots.values()))[2], ())
-        elif avoid and self._node(role, index) in avoid:
-            former = slots[index]
-            slots[index] = _place_alone(former[2], avoid)
-            self._remove(former)
+        elif elsewhere := bool(avoid) and self._node(role, index) in avoid:
+            self._move(role, index, avoid)
         begin = time.monotonic()
         told = False
         while (await in_thread(lambda: self._table(role, index)))["state"] != "CREATED":
+            if elsewhere and time.monotonic() - begin > ELSEWHERE_SECONDS:
+                elsewhere = False
+                self._move(role, index, ())
             if not told and time.monotonic() - begin > SAY_SECONDS:
                 told = True
                 asks = _asks_for(self._slots[role][index][2])
                 say(f"{role}-{index} waits for a node with {asks} free; the run goes on without it")
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _move(self, role: str, index: int, avoid: Collection[str]) -> None:
+        """Ask for another place in place of the one that the role's i-th actor has."""
+        former = self._slots[role][index]
+        self._slots[role][index] = _place_alone(former[2], avoid)
+        self._remove(former)
 
     def give_up(self, role: str, index: int) -> None:
         """Release one place."""

@@ -70,6 +70,8 @@ class Pool(Generic[A]):
         self._members = {i: Member(i, actor, MemberState.SERVING) for i, actor in enumerate(actors)}
         self._serving = list(self._members.values())
         self._changed = asyncio.Event()
+        self._given_up = ""
+        """Says why nobody will serve any more."""
         self.on_loss: Callable[[Member[A], str], None] = _end
         """Told of a member that is lost, and how, in words; by default that is an error. A `Keeper` replaces it."""
 
@@ -110,9 +112,16 @@ class Pool(Generic[A]):
             self.on_loss(member, how)
 
     async def serves(self) -> None:
-        """Wait until somebody serves."""
+        """Wait until somebody serves. Raises RunError where nobody will."""
         while not self._serving:
+            if self._given_up:
+                raise RunError(self._given_up)
             await self._changed.wait()
+
+    def give_up(self, why: str) -> None:
+        """Enter that nobody will come for those who are lost."""
+        self._given_up = why
+        self._update()
 
     def describe(self) -> list[str]:
         """Return in words who does not serve."""

@@ -108,9 +108,13 @@ class FakeData(FakeActor):
         return done(([stored(row) for row in range(self.row - n, self.row)], {"row": self.row}))
 
     def read(self, refs: Sequence[PromptRef]) -> Future[list[StoredPrompt]]:
+        if self.killed:
+            return failed(ActorLost(self.id))
         return done([StoredPrompt(ref, prompt(ref.row)) for ref in refs])
 
     def load_state(self, state: Mapping[str, Any] | None) -> Future[None]:
+        if self.killed:
+            return failed(ActorLost(self.id))
         self.row = 0 if state is None else state["row"]
         return done(None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,7 @@ def make_run(directory: Path, staleness: int, **learner: Any) -> Run:
     actors = SimpleNamespace(
         learner=FakeLearner(pool.actors, **learner),
         data_report=lambda: DataActorReport(DataReport(99, 1), None, 0, 0),
+        kept=nullcontext,
     )
     log = SimpleNamespace(step=lambda record: None, flush=lambda: None, truncate_after=lambda step: 0)
     fleet = EngineFleet(pool, actors.learner, 60.0)
