@@ -97,18 +97,20 @@ def snapshot(run: Run) -> Status:
     """The status of a run, as its loop sees it."""
     rollouts, actors = run.rollouts, run.actors
     doing, seconds = run.doing
-    groups = rollouts.groups.all()
+    evaluation = run.evaluator if doing == "evaluate" else None
+    groups = (rollouts if evaluation is None else evaluation).groups.all()
+    progress = rollouts.progress if evaluation is None else max((group.since for group in groups), default=0.0)
     pools: tuple[Pool[Any], ...] = (actors.engines, actors.rewards, actors.data)
     issued = [group for group in groups if group.state is State.ISSUED]
     late = [group for group in issued if group.late]
     oldest = min(late or issued, key=lambda group: group.since, default=None)
-    scored = len(rollouts.groups.scored())
+    scored = sum(group.state is State.SCORED for group in groups)
     return Status(
         step=run.version,
         steps=run.config.steps,
         doing=doing,
         seconds=seconds,
-        idle=min(seconds, time.monotonic() - rollouts.progress),
+        idle=min(seconds, time.monotonic() - progress),
         away=tuple(text for pool in pools for text in pool.describe()),
         groups={
             "issued": len(issued),

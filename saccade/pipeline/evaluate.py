@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,15 @@ class Evaluator:
     """Told what could not be scored, and why."""
     held: Callable[[], Awaitable[Sequence[tuple[StoredPrompt, str]]]] | None = None
     """Returns the prompts, whose contents may have gone with the data actor."""
+    groups: GroupBuffer = field(default_factory=GroupBuffer)
+    """Where each group of the last evaluation stands."""
 
     async def run(self) -> Results:
         """Means per file, group and reward; `n` counts the prompts, `failed` those without a score. Raises RunError
         when nothing ends any more. Groups of an engine that dies are sampled by others."""
         await self._refresh()
-        dispatcher = replace(self.dispatcher, groups=GroupBuffer(), read=self._read)
+        self.groups = GroupBuffer()
+        dispatcher = replace(self.dispatcher, groups=self.groups, read=self._read)
         groups = dispatcher.groups.issue(0, [prompt for prompt, _ in self.prompts])
         dispatcher.start(groups)
         summaries = await dispatcher.finish(groups, "held-out groups")

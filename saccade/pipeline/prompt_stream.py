@@ -92,19 +92,21 @@ class PromptStream:
     async def ask(self, call: Callable[[Data], Future[T]], what: str) -> T:
         """Return the answer of the data actor, or of its replacement."""
         self._asked = time.monotonic()
-        while True:
-            await self.data.serves()
-            member = self.data.serving[0]
-            try:
-                result = await awaited(call(member.actor), self.timeout, what)
-            except RunError as error:
-                if getattr(error.__cause__, "actor_id", None) != member.actor.id:
-                    raise
-                self.data.lose(member, str(error))
-            else:
-                member.groups += 1
-                self._asked = None
-                return result
+        try:
+            while True:
+                await self.data.serves()
+                member = self.data.serving[0]
+                try:
+                    result = await awaited(call(member.actor), self.timeout, what)
+                except RunError as error:
+                    if getattr(error.__cause__, "actor_id", None) != member.actor.id:
+                        raise
+                    self.data.lose(member, str(error))
+                else:
+                    member.groups += 1
+                    return result
+        finally:
+            self._asked = None
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
         """Learn from scored groups how difficult their prompts are."""

@@ -14,9 +14,10 @@ import pytest
 from saccade.fleet.pool import EnginePool, Member, MemberState, Pool
 from saccade.fleet.probe import silent
 from saccade.pipeline.difficulty import Difficulty
+from saccade.pipeline.evaluate import Evaluator
 from saccade.pipeline.stuck import Status, why
 from saccade.watchdog import Watchdog, snapshot
-from tests.helpers.fake_fleet import Driven, FakeEngine, FakeRewards, done, make_pipeline
+from tests.helpers.fake_fleet import Driven, FakeEngine, FakeRewards, done, make_pipeline, stored
 
 STUCK = 60.0
 
@@ -105,6 +106,28 @@ def test_a_sync_that_waits_for_an_engine_names_it(stuck):
     status = run.status(silent=("rollout-0",))
     assert first(status) == "rollout-0 does not answer: stopped, or hangs"
     assert "step 4 of 9: sync for 60 s; nothing began or ended for 60 s" in why(status)
+
+
+def test_an_evaluation_is_judged_by_its_own_groups(stuck):
+    run = stuck("evaluate", held=(7,))
+    evaluator = Evaluator([(stored(row), "all") for row in (6, 7)], run.pipeline.dispatcher)
+    run.run.evaluator = evaluator
+
+    async def story() -> tuple[Status, Status]:
+        evaluating = asyncio.create_task(evaluator.run())
+        for _ in range(50):
+            await asyncio.sleep(0)
+        goes_on = run.status()
+        for group in evaluator.groups.all():
+            group.since -= STUCK
+        stands = run.status()
+        run.rewards.release(7)
+        await evaluating
+        return goes_on, stands
+
+    goes_on, stands = run.driven._runner.run(story())
+    assert first(goes_on) == "the run goes on" and goes_on.groups == {"issued": 1, "scored": 1, "sealed": 0}
+    assert first(stands) == "d:7 (epoch 0, attempt 0) waits for rollout-1 (generating) for 60 s"
 
 
 def test_a_place_in_the_cluster_that_is_awaited_is_named(stuck):
