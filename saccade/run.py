@@ -23,7 +23,7 @@ from saccade.finished import RunResult
 from saccade.fleet.actors import Actors
 from saccade.fleet.deaths import explain, learner_lost
 from saccade.fleet.engine_fleet import EngineFleet
-from saccade.fleet.head import HeadWatch
+from saccade.fleet.head import HeadLostError, HeadWatch
 from saccade.fleet.protocols import Learner
 from saccade.fleet.waiting import first_lines, in_thread
 from saccade.observe.display import Display
@@ -130,7 +130,7 @@ class Run:
 
         Raises what stands in the way, unless that is the loss of the next learner."""
         reason = await in_thread(lambda: explain(error, self.actors.questions(), self.head))
-        if not learner_lost(error) and not learner_lost(reason):
+        if isinstance(reason, HeadLostError) or not (learner_lost(error) or learner_lost(reason)):
             return False
         self._learners_lost = 0 if self.version > self._lost_at else self._learners_lost
         self._learners_lost, self._lost_at = self._learners_lost + 1, max(self.version, self._lost_at)

@@ -15,6 +15,7 @@ import ray
 from learner.types import LearnerError, LearnerTimeoutError
 from saccade.errors import RunError
 from saccade.fleet.deaths import DeathError, learner_lost
+from saccade.fleet.head import HeadLostError
 from saccade.fleet.pool import EnginePool, Member, MemberState, Pool
 from saccade.loop import step
 from saccade.pipeline.difficulty import Difficulty
@@ -270,6 +271,12 @@ def test_a_learner_that_hangs_is_replaced_also_while_an_engine_is_dead(tmp_path,
     monkeypatch.setattr("saccade.run.explain", lambda *given: DeathError({"engine rollout-0": ""}, "no answer"))
     assert asyncio.run(run.recover(LearnerTimeoutError("still running: rank 0")))
     assert said[0].startswith("the learner was lost and is replaced; there is no checkpoint yet")
+
+
+def test_no_learner_is_started_where_the_head_of_ray_is_gone(tmp_path, monkeypatch):
+    run, said = recovering(tmp_path, [None])
+    monkeypatch.setattr("saccade.run.explain", lambda *given: HeadLostError("the head is gone"))
+    assert not asyncio.run(run.recover(died())) and said == []
 
 
 def test_learners_are_not_replaced_for_ever(tmp_path):
