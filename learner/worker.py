@@ -149,9 +149,11 @@ class LearnerWorker:
         optimizer step trains each."""
         from learner.update import PhaseTimer, Share
 
+        # Kept any longer, they would hold this batch in the object store beside the next one.
+        fetched, self._fetched = self._fetched, Fetched((), {}, 0.0)
         timer = PhaseTimer()
-        timer.seconds["fetch"] = self._fetched.seconds
-        share = Share(self._fetched.groups, advantages, self._fetched.media, minibatches)
+        timer.seconds["fetch"] = fetched.seconds
+        share = Share(fetched.groups, advantages, fetched.media, minibatches)
         return self._updater.update(share, version, timer)
 
     def reference_kl(self) -> list[list[float]]:
