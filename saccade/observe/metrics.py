@@ -196,6 +196,7 @@ class MetricsLog:
         returns how many there were."""
         path = self.directory / "metrics.jsonl"
         entries, unreadable = _read(path)
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
         atomic_file(path, "".join(strict_json(entry) + "\n" for entry in entries if entry["step"] <= step))
         return unreadable
 

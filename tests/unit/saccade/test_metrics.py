@@ -43,6 +43,17 @@ def test_figures_that_never_found_room_are_said_to_be_lost(tmp_path):
     assert len(read_metrics(tmp_path, "model")) == 1, "written at the end, if there is room by then"
 
 
+def test_figures_that_wait_are_dropped_too_where_a_run_goes_back(tmp_path):
+    log = MetricsLog(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    for step in (1, 2, 3):
+        log.model(step)
+    (tmp_path / "metrics.jsonl").unlink()
+    log.truncate_after(2)
+    log.close()
+    assert [entry["step"] for entry in read_metrics(tmp_path, "model")] == [1, 2]
+
+
 def no_json(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON")
 
