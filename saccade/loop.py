@@ -52,22 +52,11 @@ def train(
 
 
 async def _train(run: Run, config: RunConfig) -> RunResult:
-    while True:
-        try:
-            async with watched(run), run.running():
-                await run.evaluate_if_due()
-                while run.version < config.steps:
-                    await step(run, config)
-            break
-        except RunStopped:
-            await run.checkpoint()
-            return run.result(interrupted=True)
-        except Exception as error:
-            if not await run.recover(error):
-                reason = await run.checkpoint_after(error)
-                if reason is error:
-                    raise
-                raise reason from error
+    async with watched(run), run.actors.kept():
+        await run.begin()
+        interrupted = await _to_the_end(run, config)
+    if interrupted:
+        return run.result(interrupted=True)
     try:
         await run.checkpoint()
     except StorageError:
@@ -75,6 +64,26 @@ async def _train(run: Run, config: RunConfig) -> RunResult:
         raise
     run.save_model()
     return run.result()
+
+
+async def _to_the_end(run: Run, config: RunConfig) -> bool:
+    """Do all steps. Returns whether the user stopped it before."""
+    while True:
+        try:
+            async with run.rollouts.running():
+                await run.evaluate_if_due()
+                while run.version < config.steps:
+                    await step(run, config)
+            return False
+        except RunStopped:
+            await run.checkpoint()
+            return True
+        except Exception as error:
+            if not await run.recover(error):
+                reason = await run.checkpoint_after(error)
+                if reason is error:
+                    raise
+                raise reason from error
 
 
 async def step(run: Run, config: RunConfig) -> None:

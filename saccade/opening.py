@@ -23,7 +23,6 @@ from saccade.fleet.desk import close_desk, open_desk
 from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.run_folder import held
 from saccade.fleet.started import Started, on_ray
-from saccade.fleet.waiting import to_end
 from saccade.observe.display import Display, SilentDisplay
 from saccade.observe.journal import JOURNAL
 from saccade.observe.metrics import MetricsLog
@@ -35,7 +34,7 @@ from saccade.pipeline.held_out import HeldOut
 from saccade.pipeline.prompt_stream import PromptStream
 from saccade.pipeline.rollouts import RolloutPipeline
 from saccade.preflight import Resolved, resolve
-from saccade.run import Run, restore
+from saccade.run import Run
 
 
 @contextmanager
@@ -64,15 +63,9 @@ def _open_run(config: RunConfig, resume: bool, address: str | None, display: Dis
         started.start_actors(config, resolved.adapter, resolved.media_kinds, training=True)
         if saved is None:
             (directory / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
-        run = _assemble(config, resolved, started, display)
+        run = _assemble(config, resolved, started, display, saved)
         with closing(run.log), ExitStack() as stack:
             stack.callback(close_desk, run.desk)
-            if saved is None:
-                run.journal.add("begin", step=0)
-            if saved is not None:
-                to_end(restore(run, *saved))
-            elif config.model.lora is not None and config.model.lora.quantize != "none":
-                to_end(run.sync_weights())  # the engines have loaded the weights that the learner has rounded
             yield run
 
 
@@ -84,8 +77,14 @@ def _newest(directory: Path, display: Display) -> tuple[Path, dict[str, Any]] | 
     return checkpoints.newest(directory / "checkpoints", display.phase)
 
 
-def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: Display) -> Run:
-    """Put actors, pipeline and logs together, and form the weight-transfer group."""
+def _assemble(
+    config: RunConfig,
+    resolved: Resolved,
+    started: Started,
+    display: Display,
+    saved: tuple[Path, dict[str, Any]] | None,
+) -> Run:
+    """Put actors, pipeline and logs together."""
     actors = started.actors
     directory = Path(config.output_dir)
     log = MetricsLog(directory, config.cluster.metrics_port, display.phase, config.steps)
@@ -105,7 +104,7 @@ def _assemble(config: RunConfig, resolved: Resolved, started: Started, display: 
     evaluator = open_evaluator(config, resolved, started, display) if config.data.eval else None
     fleet = EngineFleet(actors.engines, actors.learner, config.cluster.sync_timeout)
     rollouts.dispatcher.read = rollouts.prompts.read
-    run = Run(config, actors, fleet, rollouts, evaluator, log, display, started.head, open_desk(directory))
+    run = Run(config, actors, fleet, rollouts, evaluator, log, display, started.head, open_desk(directory), saved)
     actors.keep(fleet, run.say, rollouts.prompts.renew)
     return run
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Run:
     head: HeadWatch
     desk: Any = None
     """Where the run can be asked from outside; None in tests."""
+    resumes: tuple[Path, Mapping[str, Any]] | None = None
+    """The checkpoint to continue from, and its state."""
     version: int = 0
     health: Health = field(init=False)
     journal: Journal = field(init=False)
@@ -107,11 +109,15 @@ class Run:
         """The phase that goes on, and its seconds so far."""
         return self._phase, time.monotonic() - self._phase_since
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Generate, and replace who dies, beside the body."""
-        async with self.actors.kept(), self.rollouts.running():
-            yield
+    async def begin(self) -> None:
+        """Continue from a checkpoint, or begin."""
+        if self.resumes is not None:
+            await restore(self, *self.resumes)
+            return
+        self.journal.add("begin", step=0)
+        lora = self.config.model.lora
+        if lora is not None and lora.quantize != "none":
+            await self.sync_weights()  # the engines have loaded the weights that the learner has rounded
 
     async def update(self, batch: SealedBatch) -> UpdateStats:
         """Train on a batch. An engine that joins before the next sync gets what this led to, as the next version."""
@@ -137,13 +143,13 @@ class Run:
         if self._learners_lost > MOST_LEARNERS:
             return False
         self.enter("another learner starts")
-        self.display.phase(f"the learner was lost and is replaced; {self._newest()}: {first_lines(reason, 1)}")
+        self.say(f"the learner was lost and is replaced; {self._newest()}: {first_lines(reason, 1)}")
         try:
             async with self.fleet.turn:
-                await in_thread(self.actors.renew_learner)
+                await self.actors.renew_learner(self.say)
                 self.fleet.renew(self.learner)
-            found = checkpoints.newest(self.directory / "checkpoints", self.display.phase) if self._saved >= 0 else None
-            await restore(self, *(found or (None, BEGINNING)))
+            saved = checkpoints.newest(self.directory / "checkpoints", self.display.phase) if self._saved >= 0 else None
+            await restore(self, *(saved or (None, BEGINNING)))
         except Exception as again:
             if not await self.recover(again):
                 raise
@@ -274,8 +280,7 @@ async def restore(run: Run, path: Path | None, state: Mapping[str, Any]) -> None
         run.display.phase(f"metrics.jsonl: {cut} unreadable line(s) dropped; a run was killed while writing")
     run.evaluations = {e["step"]: e["results"] for e in read_metrics(run.directory, "evaluation")}
     await run.sync_weights()
-    async with run.actors.kept():  # the data actor may have died meanwhile
-        await run.rollouts.load_state(state, run.version)
+    await run.rollouts.load_state(state, run.version)
     if path is not None and (changed := checkpoints.changed_knobs(state["config"], config_tree(absolute(run.config)))):
         run.display.phase("changed since the checkpoint: " + "; ".join(changed))
 

@@ -25,7 +25,7 @@ from saccade.fleet.handles import RayData, RayRewards
 from saccade.fleet.keeper import QUESTIONS, Keeper, overslept
 from saccade.fleet.pool import EnginePool, Member, MemberState, Pool
 from saccade.fleet.tasks import Tasks
-from saccade.fleet.waiting import CALL_TIMEOUT, wait_for
+from saccade.fleet.waiting import CALL_TIMEOUT, in_thread, wait_for
 
 Rejoin = Callable[[Member[Any]], Awaitable[None]]
 
@@ -157,12 +157,20 @@ class Actors:
         for keeper in self._keepers:
             keeper.check()
 
-    def renew_learner(self) -> None:
-        """Start another learner in the place of one that failed. Raises LearnerError."""
+    async def renew_learner(self, say: Callable[[str], None]) -> None:
+        """Start another learner in the place of one that failed. Raises LearnerError, or RunError where the
+        cluster has no place for it."""
         assert self._factory is not None
+        cluster, placement = self._factory.config.cluster, self._factory.placement
         self.learner.shutdown()
-        self._learner = self._factory.learner()
-        self._learner.start(self._factory.config.cluster.start_timeout)
+        try:
+            async with asyncio.timeout(cluster.timeout):
+                for rank in range(self._factory.config.learner.ranks):
+                    await placement.placed("learner", rank, say)
+        except TimeoutError as error:
+            raise RunError(f"waited {cluster.timeout:g} s (cluster.timeout) for a place for the learner") from error
+        self._learner = learner = self._factory.learner()
+        await in_thread(lambda: learner.start(cluster.start_timeout))
 
     def shutdown(self) -> None:
         """End every process; engines and rewards are asked first, since they have children of their own."""

@@ -78,7 +78,7 @@ class Placement:
             if not told and time.monotonic() - begin > SAY_SECONDS:
                 told = True
                 asks = _asks_for(self._slots[role][index][2])
-                say(f"{role}-{index} waits for a node with {asks} free; the run goes on without it")
+                say(f"{role}-{index} waits for a node with {asks} free")
             await asyncio.sleep(LOOK_SECONDS)
 
     def _move(self, role: str, index: int, avoid: Collection[str]) -> None:

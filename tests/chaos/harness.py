@@ -170,6 +170,7 @@ class Chaos:
         found = [p for p in self._processes() if any(_command(p).startswith(name) for name in KINDS[kind])]
         if kind in ("driver", "node", "reward worker"):
             found = [p for p in self._processes() if any(name in _command(p) for name in KINDS[kind])]
+        found = [p for p in found if "--head" not in _command(p)]  # a driver ends with the node that it is on
         if not found:
             return
         victim, done = self._random.choice(sorted(found, key=lambda p: p.pid)), self.steps()

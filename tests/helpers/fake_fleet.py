@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -272,8 +272,21 @@ class Driven:
 
     def __init__(self, pipeline: RolloutPipeline) -> None:
         self.pipeline, self.groups = pipeline, pipeline.groups
-        self._runner, self._loops = asyncio.Runner(), pipeline.running()
+        self._runner = asyncio.Runner()
+        self.begin()
+
+    def begin(self) -> None:
+        """Let the loops begin."""
+        self._loops = self.pipeline.running()
         self._runner.run(self._loops.__aenter__())
+
+    def end(self) -> None:
+        """Let the loops end, as where the learner is lost."""
+        self._runner.run(self._loops.__aexit__(None, None, None))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run something beside the loops, to its end."""
+        return self._runner.run(work)
 
     def settle(self) -> None:
         """Let the loops run until each of them waits."""
@@ -300,5 +313,5 @@ class Driven:
         return self._runner.run(self.pipeline.state())
 
     def close(self) -> None:
-        self._runner.run(self._loops.__aexit__(None, None, None))
+        self.end()
         self._runner.close()

@@ -394,7 +394,7 @@ def test_the_data_actor_is_replaced_behind_the_last_prompt_that_arrived():
             pipeline.admit(1)
             await turns()
 
-    run._runner.run(story())
+    run.run(story())
     assert [s.ref.row for s in first.summaries] == [0, 1, 2] and len(kept.made) == 1
     assert [s.ref.row for s in run.batch(1).summaries] == [3, 4, 5]
     assert [g.ref.row for g in run.groups.unsealed()] == [6, 7, 8], "no prompt is left out or taken twice"
