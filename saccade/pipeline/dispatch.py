@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,7 +21,9 @@ from saccade.fleet.pool import EnginePool, Pool, Request
 from saccade.fleet.waiting import POLL_SECONDS, answer, first_lines
 from saccade.pipeline.groups import DropReason, Group, GroupBuffer, State
 
-MOST_DEATHS = 3
+SUSPECT = 2
+"""Engines that may die while they have a group, before it is tried apart from others like it."""
+MOST_DEATHS = 4
 """Engines that may die while they have a group, before its prompt is taken for what kills them."""
 
 
@@ -44,6 +47,8 @@ class Dispatcher:
     """Reads prompts again whose contents left the object store with their node."""
     groups: GroupBuffer = field(default_factory=GroupBuffer)
     """The ledger that each transition is entered into."""
+    _apart: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one suspect that is with an engine."""
 
     @property
     def patience(self) -> float:
@@ -77,10 +82,10 @@ class Dispatcher:
         failures = 0
         try:
             while group.state is State.ISSUED:
-                if group.pending is None:
-                    await self._send(group, version)
-                if (summary := await self._outcome(group)) is None:
-                    continue
+                # An engine takes all its groups with it: only one at a time of those that were with several may be
+                # what kills them, so that no other is taken for it.
+                async with self._apart if group.deaths >= SUSPECT else nullcontext():
+                    summary = await self._attempt(group, version)
                 group.summary, failure = summary, summary.failure
                 if failure is None:
                     self.groups.score(group)
@@ -97,6 +102,15 @@ class Dispatcher:
                 self.pool.ended(group.sent)
             if not self.keep:
                 group.sent = None  # it has the reference of what was sampled
+
+    async def _attempt(self, group: Group, version: Callable[[], int]) -> GroupSummary:
+        """Send a group, or wait for one that was sent, until its summary is there."""
+        summary = None
+        while summary is None:
+            if group.pending is None:
+                await self._send(group, version)
+            summary = await self._outcome(group)
+        return summary
 
     async def _send(self, group: Group, version: Callable[[], int]) -> None:
         """Send a group, or what was sampled of it to the rewards, as soon as somebody serves."""

@@ -14,7 +14,8 @@ from saccade.fleet.pool import EnginePool, Member, MemberState, Pool
 from saccade.pipeline.groups import DropReason
 from tests.helpers.fake_fleet import ActorLost, Driven, FakeData, FakeEngine, FakeRewards, make_pipeline
 
-B = 3
+MOST_KILLS = 7
+"""Engines that are killed. With four for each group, a batch could be quarantined altogether, which ends the run."""
 ACTIONS = (
     *("release", "release", "release", "step", "step", "kill engine", "revive engine", "kill rewards", "kill data"),
     *("lose contents", "recover"),
@@ -29,7 +30,7 @@ class Fleet:
         self.windowed, self.staleness = windowed, staleness
         self.trained: list[tuple[int, tuple[str, int]]] = []
         """Step, uid and epoch of what is in the weights."""
-        self.version, self.saved = 0, None
+        self.version, self.kills, self.saved = 0, 0, None
         self.pipeline = make_pipeline(windowed=windowed, staleness=staleness)
         self.engines = [FakeEngine(name=f"rollout-{i}") for i in range(2)]
         self.rewards = [FakeRewards(held=range(10_000), name=f"reward-{i}") for i in range(2)]
@@ -54,7 +55,8 @@ class Fleet:
         if action == "release" and (waiting := self.waiting()):
             rewards, row = waiting[pick % len(waiting)]
             rewards.release(row)
-        elif action == "kill engine" and (serving := list(pool.serving)):
+        elif action == "kill engine" and self.kills < MOST_KILLS and (serving := list(pool.serving)):
+            self.kills += 1
             self._kill_engine(serving[pick % len(serving)])
         elif action == "revive engine":
             for member in pool.members:

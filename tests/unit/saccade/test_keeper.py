@@ -13,6 +13,7 @@ from saccade.errors import RunError
 from saccade.fleet.engine_fleet import EngineFleet
 from saccade.fleet.keeper import Keeper
 from saccade.fleet.pool import EnginePool, Member, MemberState, Pool, Request
+from saccade.pipeline.groups import Group
 from saccade.pipeline.rollouts import RolloutPipeline
 from tests.helpers.fake_fleet import (
     ActorLost,
@@ -347,7 +348,10 @@ def test_groups_wait_for_an_engine_where_none_serves():
     assert rewards.waiting == {} and not pool.serving
     pool.put(Member(0, FakeEngine(name="a"), MemberState.SERVING))
     run.settle()
-    assert sorted(rewards.waiting) == [0, 1, 2]
+    assert sorted(rewards.waiting) == [0, 1]
+    rewards.release(0)
+    run.settle()
+    assert sorted(rewards.waiting) == [1, 2], "rows 0 and 2 lost two engines together: one after the other"
     run.close()
 
 
@@ -356,12 +360,35 @@ def test_a_prompt_whose_engines_die_again_and_again_is_quarantined_and_its_place
     pool = run.pipeline.dispatcher.pool
     pool.on_loss = lambda member, how: pool.put(Member(member.place, FakeEngine(name=member.name), MemberState.SERVING))
     run.admit(0)
-    for _ in range(3):
+    for _ in range(4):
         group = next(g for g in run.groups.all() if g.ref.row == 1)
         kill(run, rewards, group.sent.member, 1)
-    assert run.groups.quarantined == {("d:1", 0): "3 engines died of it, the last: The actor died."}
+    assert run.groups.quarantined == {("d:1", 0): "4 engines died of it, the last: The actor died."}
     assert [g.ref.row for g in run.groups.all()] == [0, 2, 3, 4, 5, 6], "row 6 has its place"
-    assert run.groups.state()["quarantined"] == [["d:1", 0, "3 engines died of it, the last: The actor died."]]
+    assert run.groups.state()["quarantined"] == [["d:1", 0, "4 engines died of it, the last: The actor died."]]
+    run.close()
+
+
+def test_who_was_only_beside_what_kills_is_not_taken_for_it():
+    """Rows 0 and 1 lose two engines together; row 1 kills each that it gets."""
+    run, _, rewards = driven(windowed=True, staleness=1)
+    pool = run.pipeline.dispatcher.pool
+    pool.on_loss = lambda member, how: pool.put(Member(member.place, FakeEngine(name=member.name), MemberState.SERVING))
+    run.admit(0)
+
+    def group(row: int) -> Group:
+        return next(g for g in run.groups.all() if g.ref.row == row)
+
+    for _ in range(2):
+        for row in (0, 1):
+            kill(run, rewards, group(row).sent.member, row)
+    assert (group(0).deaths, group(1).deaths) == (2, 2)
+    assert sorted(rewards.waiting) == [0, 2], "one of the two waits until the other has ended"
+    rewards.release(0)
+    run.settle()
+    for _ in range(2):
+        kill(run, rewards, group(1).sent.member, 1)
+    assert list(run.groups.quarantined) == [("d:1", 0)] and group(0).state == "scored"
     run.close()
 
 
