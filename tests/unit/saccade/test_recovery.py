@@ -239,7 +239,7 @@ def recovering(directory: Path, renewals: list[Exception | None]) -> tuple[Run, 
     run.head = SimpleNamespace(gone=lambda: False)  # type: ignore[assignment]
     actors: Any = run.actors
 
-    def renew() -> None:
+    async def renew(say: Any) -> None:
         if (error := renewals.pop(0)) is not None:
             raise error
         actors.learner = FakeLearner(run.fleet.pool.actors)
@@ -289,16 +289,13 @@ def test_a_data_actor_that_is_dead_when_a_learner_is_replaced_comes_back_first(t
     run, _ = recovering(tmp_path, [None])
     data = run.rollouts.prompts.data
     keeper = Kept(data, make=lambda name: FakeData()).keeper(join=run.rollouts.prompts.renew)
-    run.actors.kept = keeper.running  # type: ignore[method-assign]
 
     async def story() -> None:
-        async with asyncio.timeout(30):
-            async with keeper.running():
-                await one_step(run)
+        async with asyncio.timeout(30), keeper.running():
+            await one_step(run)
             data.members[0].actor.kill()
             assert await run.recover(LearnerTimeoutError("still running: rank 0"))
-            async with keeper.running():
-                await one_step(run)
+            await one_step(run)
 
     asyncio.run(story())
     assert [row for row, _ in trained(run)] == [3, 5]
