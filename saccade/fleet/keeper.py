@@ -167,10 +167,16 @@ class Keeper(Generic[A]):
     async def _fill(self, place: int, pause: float = 0) -> None:
         await asyncio.sleep(pause)
         avoid = [node for node, count in self._lost_on.items() if node and count >= MOST_FAILURES]
-        for dead in self.pool.members:
-            if dead.place == place:
-                dead.remark = "its replacement waits for a place in the cluster"
-        member = Member(place, await self._create(place, avoid))
+        former = [member for member in self.pool.members if member.place == place]
+        for dead in former:
+            dead.remark = "its replacement waits for a place in the cluster"
+        if (actor := await self._made(place, avoid)) is None:
+            self._filling.discard(place)
+            for dead in former:
+                self.pool.remove(dead)
+            self._leave(place)
+            return
+        member = Member(place, actor)
         self.pool.put(member)
         self._filling.discard(place)
         try:
@@ -182,6 +188,18 @@ class Keeper(Generic[A]):
         if member.state is MemberState.SERVING:
             self._say(f"{member.name} serves")
             self._drain_if_unwanted(member)
+
+    async def _made(self, place: int, avoid: Collection[str]) -> A | None:
+        """An actor for a place; None where the place is not wanted any more before the cluster has room for it."""
+        making = asyncio.ensure_future(self._create(place, avoid))
+        try:
+            while not making.done():
+                if place >= self._wanted:
+                    return None
+                await asyncio.wait([making], timeout=POLL_SECONDS)
+            return making.result()
+        finally:
+            making.cancel()
 
     async def _serve(self, member: Member[A]) -> None:
         self.pool.enter(member, MemberState.SERVING)

@@ -88,8 +88,9 @@ class Placement:
         self._remove(former)
 
     def give_up(self, role: str, index: int) -> None:
-        """Release one place."""
-        self._remove(self._slots[role].pop(index))
+        """Release one place, if it was asked for."""
+        if (slot := self._slots[role].pop(index, None)) is not None:
+            self._remove(slot)
 
     def _remove(self, slot: Slot) -> None:
         """Release a place that nobody holds any more, unless others stand in its placement group."""

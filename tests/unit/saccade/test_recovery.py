@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from learner.types import LearnerError, LearnerTimeoutError
 from saccade.errors import RunError
 from saccade.fleet.deaths import DeathError, learner_lost
 from saccade.fleet.head import HeadLostError
+from saccade.fleet.keeper import overslept
 from saccade.fleet.pool import EnginePool, Member, MemberState, Pool
 from saccade.loop import step
 from saccade.pipeline.difficulty import Difficulty
@@ -83,6 +85,37 @@ def test_a_place_that_is_waited_for_is_filled_once_however_often_it_is_asked_for
 
     asyncio.run(story())
     assert len(kept.made) == 1 and states(pool) == ["serving", "serving"]
+
+
+def test_a_place_that_is_not_wanted_any_more_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("saccade.fleet.keeper.POLL_SECONDS", 0.001)
+    pool: EnginePool = EnginePool([FakeEngine(name="a"), FakeEngine(name="b")])
+    left: list[int] = []
+    keeper = Kept(pool).keeper(leave=left.append)
+
+    async def create(place: int, avoid: Any) -> Any:
+        await asyncio.Event().wait()
+
+    keeper._create = create
+
+    async def story() -> None:
+        async with keeper.running(), asyncio.timeout(30):
+            pool.lose(pool.members[1], "its node is gone")
+            keeper.scale(3)
+            await turns()
+            assert states(pool) == ["serving", "dead"]
+            keeper.scale(1)
+            while len(left) < 2:
+                await asyncio.sleep(0.001)
+            keeper.check()
+
+    asyncio.run(story())
+    assert sorted(left) == [1, 2] and [m.name for m in pool.members] == ["a"]
+
+
+def test_silence_while_the_driver_itself_was_stopped_says_nothing():
+    now = time.monotonic()
+    assert overslept(now - 400.0, 300.0) and not overslept(now - 301.0, 300.0)
 
 
 def test_an_engine_that_leaves_while_weights_are_sent_is_no_loss():
