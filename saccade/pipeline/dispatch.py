@@ -22,9 +22,9 @@ from saccade.fleet.waiting import POLL_SECONDS, answer, first_lines
 from saccade.pipeline.groups import DropReason, Group, GroupBuffer, State
 
 SUSPECT = 2
-"""Engines that may die while they have a group, before it is tried apart from others like it."""
+"""Engines and reward actors that may die while they have a group, before it is tried apart from others like it."""
 MOST_DEATHS = 4
-"""Engines that may die while they have a group, before its prompt is taken for what kills them."""
+"""Engines and reward actors that may die while they have a group, before its prompt is taken for what kills them."""
 
 
 @dataclass
@@ -85,7 +85,10 @@ class Dispatcher:
                 # An engine takes all its groups with it: only one at a time of those that were with several may be
                 # what kills them, so that no other is taken for it.
                 async with self._apart if group.deaths >= SUSPECT else nullcontext():
-                    summary = await self._attempt(group, version)
+                    if group.pending is None:
+                        await self._send(group, version)
+                    if (summary := await self._outcome(group)) is None:
+                        continue
                 group.summary, failure = summary, summary.failure
                 if failure is None:
                     self.groups.score(group)
@@ -102,15 +105,6 @@ class Dispatcher:
                 self.pool.ended(group.sent)
             if not self.keep:
                 group.sent = None  # it has the reference of what was sampled
-
-    async def _attempt(self, group: Group, version: Callable[[], int]) -> GroupSummary:
-        """Send a group, or wait for one that was sent, until its summary is there."""
-        summary = None
-        while summary is None:
-            if group.pending is None:
-                await self._send(group, version)
-            summary = await self._outcome(group)
-        return summary
 
     async def _send(self, group: Group, version: Callable[[], int]) -> None:
         """Send a group, or what was sampled of it to the rewards, as soon as somebody serves."""
@@ -134,6 +128,7 @@ class Dispatcher:
             reason, dead = first_lines(error, 1), getattr(error, "actor_id", None)
             if dead == group.scorer.actor.id:
                 self.rewards.lose(group.scorer, reason)
+                self._count_death(group, reason)
                 return None
             of_engine = dead == member.actor.id
             failure = RolloutFailure(group.ref, reason, member.name, engine_dead=of_engine, retryable=True)
@@ -148,13 +143,18 @@ class Dispatcher:
     def _bereave(self, group: Group, failure: RolloutFailure) -> None:
         """Go on with a group whose engine died: with another engine, unless it killed too many."""
         assert group.sent is not None
-        group.deaths += 1
         self.pool.ended(group.sent)
         self.pool.lose(group.sent.member, failure.reason)
-        if group.deaths >= MOST_DEATHS:
-            self.groups.quarantine(group.ref, f"{group.deaths} engines died of it, the last: {failure.reason}")
-        else:
+        self._count_death(group, failure.reason)
+        if group.state is State.ISSUED:
             self._reset(group)
+
+    def _count_death(self, group: Group, reason: str) -> None:
+        """Note that an engine or a reward actor died that had `group`; too often, and it is not tried again."""
+        group.deaths += 1
+        if group.deaths >= MOST_DEATHS:
+            detail = f"{group.deaths} engines or reward actors died of it, the last: {reason}"
+            self.groups.quarantine(group.ref, detail)
 
     async def _try_again(self, group: Group) -> None:
         """Prepare the next attempt. What the prompt refers to may have left the object store with its node."""

@@ -15,7 +15,7 @@ from saccade.pipeline.groups import DropReason
 from tests.helpers.fake_fleet import ActorLost, Driven, FakeData, FakeEngine, FakeRewards, make_pipeline
 
 MOST_KILLS = 7
-"""Engines that are killed. With four for each group, a batch could be quarantined altogether, which ends the run."""
+"""Engines and reward actors that are killed. With four for each group, a batch could be quarantined altogether, which ends the run."""
 ACTIONS = (
     *("release", "release", "release", "step", "step", "kill engine", "revive engine", "kill rewards", "kill data"),
     *("lose contents", "recover"),
@@ -63,7 +63,8 @@ class Fleet:
                 if member.state is MemberState.DEAD:
                     engine = FakeEngine(name=member.name, version=self.version)
                     pool.put(Member(member.place, engine, MemberState.SERVING))
-        elif action == "kill rewards":
+        elif action == "kill rewards" and self.kills < MOST_KILLS:
+            self.kills += 1
             self._kill_rewards(self.rewards[pick % 2])
         elif action == "kill data":
             self.pipeline.prompts.data.actors[0].kill()

@@ -363,9 +363,11 @@ def test_a_prompt_whose_engines_die_again_and_again_is_quarantined_and_its_place
     for _ in range(4):
         group = next(g for g in run.groups.all() if g.ref.row == 1)
         kill(run, rewards, group.sent.member, 1)
-    assert run.groups.quarantined == {("d:1", 0): "4 engines died of it, the last: The actor died."}
+    assert run.groups.quarantined == {("d:1", 0): "4 engines or reward actors died of it, the last: The actor died."}
     assert [g.ref.row for g in run.groups.all()] == [0, 2, 3, 4, 5, 6], "row 6 has its place"
-    assert run.groups.state()["quarantined"] == [["d:1", 0, "4 engines died of it, the last: The actor died."]]
+    assert run.groups.state()["quarantined"] == [
+        ["d:1", 0, "4 engines or reward actors died of it, the last: The actor died."]
+    ]
     run.close()
 
 
@@ -404,6 +406,29 @@ def test_what_was_sampled_is_scored_by_another_reward_actor():
     assert [s.ref.row for s in run.batch(0).summaries] == [0, 1, 2]
     engines = run.pipeline.dispatcher.pool.actors
     assert [len(engine.asked) for engine in engines] == [2, 1], "nothing is sampled again"
+    run.close()
+
+
+def test_a_group_that_kills_its_reward_actors_is_quarantined_too():
+    run, _, rewards = driven(windowed=True, staleness=1)
+    current = [rewards]
+
+    def another(member: Member, how: str) -> None:
+        current.append(FakeRewards(held=[0, 1, 2], name=member.name))
+        run.pipeline.dispatcher.rewards.put(Member(0, current[-1], MemberState.SERVING))
+
+    run.pipeline.dispatcher.rewards.on_loss = another
+    run.admit(0)
+    for row in (0, 2):
+        rewards.release(row)
+    for _ in range(4):
+        current[-1].kill()
+        current[-1].waiting.pop(1)[0].set_exception(ActorLost(current[-1].id))
+        run.settle()
+    reason = "4 engines or reward actors died of it, the last: The actor died."
+    assert run.groups.quarantined == {("d:1", 0): reason} and len(current) == 5
+    engines = run.pipeline.dispatcher.pool.actors
+    assert sum(len(engine.seeds(1)) for engine in engines) == 1, "it was sampled once"
     run.close()
 
 
