@@ -15,7 +15,8 @@ from saccade.pipeline.groups import DropReason
 from tests.helpers.fake_fleet import ActorLost, Driven, FakeData, FakeEngine, FakeRewards, make_pipeline
 
 MOST_KILLS = 7
-"""Engines and reward actors that are killed. With four for each group, a batch could be quarantined altogether, which ends the run."""
+"""Engines and reward actors that are killed. With four for each group, a batch could be quarantined altogether, which
+ends the run."""
 ACTIONS = (
     *("release", "release", "release", "step", "step", "kill engine", "revive engine", "kill rewards", "kill data"),
     *("lose contents", "recover"),

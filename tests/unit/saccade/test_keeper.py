@@ -365,9 +365,8 @@ def test_a_prompt_whose_engines_die_again_and_again_is_quarantined_and_its_place
         kill(run, rewards, group.sent.member, 1)
     assert run.groups.quarantined == {("d:1", 0): "4 engines or reward actors died of it, the last: The actor died."}
     assert [g.ref.row for g in run.groups.all()] == [0, 2, 3, 4, 5, 6], "row 6 has its place"
-    assert run.groups.state()["quarantined"] == [
-        ["d:1", 0, "4 engines or reward actors died of it, the last: The actor died."]
-    ]
+    reason = "4 engines or reward actors died of it, the last: The actor died."
+    assert run.groups.state()["quarantined"] == [["d:1", 0, reason]]
     run.close()
 
 
