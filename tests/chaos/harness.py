@@ -117,7 +117,7 @@ class Chaos:
             "checkpoint": {"every": 10},
             "cluster": {
                 "device": "cpu",
-                "timeout": 240,
+                "timeout": changes.pop("timeout", 240),
                 "resources": {"rollout": {"CPU": 1}, "learner": {"CPU": 1}, "reward": {"CPU": 0.5}},
             },
             **changes,

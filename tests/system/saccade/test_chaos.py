@@ -8,7 +8,7 @@ from tests.chaos.harness import Chaos
 
 
 def test_every_prompt_is_trained_once_whoever_is_killed(tmp_path: Path) -> None:
-    with Chaos(tmp_path, "simulated", seed=0) as chaos:
+    with Chaos(tmp_path, "simulated", seed=0, timeout=600) as chaos:
         chaos.wait_for_step()
         for kind in ("rollout actor", "data actor", "reward actor", "learner rank", "driver"):
             chaos.kill(kind)
