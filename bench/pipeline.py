@@ -31,7 +31,7 @@ from bench.vs_trl import PROMPTS, K, our_config
 from rollout.engines.protocol import SamplingParams
 from saccade.config.load import config_tree, parse_config
 from saccade.config.run_config import RunConfig
-from saccade.fleet.pool import EnginePool, Request
+from saccade.fleet.pool import EnginePool, Request, Sent
 from saccade.loop import step
 from saccade.observe.metrics import read_metrics
 from saccade.opening import open_run
@@ -43,20 +43,20 @@ SHORT, LONG, EVERY = 32, 320, 8
 SCENARIOS = ("equal", "tail")
 
 
-class ByRow:
-    """An EnginePool that samples one row in EVERY with LONG tokens where there is a tail."""
+class ByRow(EnginePool[Any]):
+    """The engines of another pool, which sample one row in EVERY with LONG tokens where there is a tail."""
 
     def __init__(self, pool: EnginePool[Any], tail: bool) -> None:
-        self.members = pool.members
-        self._pool, self._tail = pool, tail
+        super().__init__(pool.actors, by_load=True)
+        self._tail = tail
 
-    def sample(self, requests: Sequence[Request], sampling: SamplingParams, *, together: bool) -> list[Any]:
-        groups = []
+    def sample(self, requests: Sequence[Request], sampling: SamplingParams, *, together: bool) -> list[Sent[Any]]:
+        sent = []
         for request in requests:
             length = LONG if self._tail and request.prompt.ref.row % EVERY == 0 else SHORT
             forced = replace(sampling, ignore_eos=True, stop_token_ids=(), max_tokens_each=(length,) * K)
-            groups += self._pool.sample([request], forced, together=False)
-        return groups
+            sent += super().sample([request], forced, together=False)
+        return sent
 
 
 @dataclass(frozen=True)
