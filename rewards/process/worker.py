@@ -68,6 +68,8 @@ class RewardWorker:
         self._timeout = timeout
         self._start_timeout = start_timeout
         self._services = dict(services or {})
+        self._deaths = 0
+        """Children that died while they scored."""
         self._memory = memory
         self.traits = Traits(needs_media=False, separable=False)
         """Properties of the rewards, once they are loaded."""
@@ -94,17 +96,21 @@ class RewardWorker:
 
     def score(self, request: ScoringRequest) -> Scores:
         """Return K verdicts within the time limit of one call, plus the start of a new child after a failure. If each
-        completion is then scored alone, with a K-th of the limit, it takes up to twice that."""
-        count = len(request.completions)
+        completion is then scored alone, with a K-th of the limit, it takes up to twice that; so it does if the child
+        died, which somebody else may have killed, and completions cannot be scored alone."""
+        count, deaths = len(request.completions), self._deaths
         result = self._attempt(request, self._timeout, "group")
+        alone = count > 1 and self.traits.separable
+        if self._deaths > deaths and not alone:
+            result = self._attempt(request, self._timeout, "group")
         if isinstance(result, Scores):
             return result
-        if count == 1 or not self.traits.separable:
+        if not alone:
             return Scores((result,) * count, {})
         verdicts = []
         for k in range(count):
-            alone = self._attempt(request.alone(k), self._timeout / count, "completion")
-            verdicts.append(alone.verdicts[0] if isinstance(alone, Scores) else alone)
+            result = self._attempt(request.alone(k), self._timeout / count, "completion")
+            verdicts.append(result.verdicts[0] if isinstance(result, Scores) else result)
         return Scores(tuple(verdicts), {})
 
     def _attempt(self, request: ScoringRequest, timeout: float, what: str) -> Scores | Verdict:
@@ -129,6 +135,7 @@ class RewardWorker:
             return Verdict("timeout", reason=reason)
         except (EOFError, ConnectionError):
             reason = f"the reward process {self._end(grace=_EXIT_TIMEOUT)} while it scored the {what}"
+            self._deaths += 1
             self._restart()
             return Verdict("error", reason=reason)
         except BaseException:  # interrupted: the pending answer must not be read as the next group's

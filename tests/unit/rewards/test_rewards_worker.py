@@ -161,6 +161,25 @@ def test_processes_that_a_reward_started_die_with_it(worker: RewardWorker, fifo:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
+def test_a_group_whose_process_somebody_killed_is_scored_once_more(source: str, tmp_path: Path) -> None:
+    """It kills itself at its first call; a reward that cannot score completions alone lost all of them."""
+    path = tmp_path / "once.py"
+    path.write_text(
+        "import os, signal\n"
+        "def once(prompts, completions, **columns):\n"
+        f"    flag = {str(tmp_path / 'killed')!r}\n"
+        "    if not os.path.exists(flag):\n"
+        "        open(flag, 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    worker = RewardWorker([RewardSpec(f"{path}:once")], TIMEOUT)
+    try:
+        assert_scores_normally(worker)
+    finally:
+        worker.close()
+
+
 def test_a_computing_child_dies_with_its_killed_parent(source: str, fifo: tuple[str, int]) -> None:
     path, reader = fifo
     code = """
