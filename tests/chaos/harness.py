@@ -46,6 +46,9 @@ KINDS = {
     "node": ("raylet/raylet",),
 }
 """How the processes of each kind are called in the list of processes."""
+NEVER_STOPPED = ("driver", "node", "reward worker")
+"""Kinds that are only killed: nobody replaces a driver or a node that stands still, and rewards that hang are a
+time-out verdict on their group, which in batches this small ends the run (reward.max_failed_share)."""
 RECOVERY_SECONDS = 420.0
 """Seconds in which a step must follow a kill."""
 
@@ -190,7 +193,7 @@ class Chaos:
         """Kill one of these kinds, after a moment."""
         time.sleep(self._random.uniform(0.0, 2.0))
         kind = self._random.choice(list(kinds))
-        self.kill(kind, stop=kind not in ("driver", "node") and self._random.random() < share_stopped)
+        self.kill(kind, stop=kind not in NEVER_STOPPED and self._random.random() < share_stopped)
 
     def steps(self) -> tuple[int, float]:
         """How many steps were trained so far: the last one, and when."""
