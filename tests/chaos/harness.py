@@ -159,9 +159,9 @@ class Chaos:
         ours = {process.pid for process in self._processes()}
         self._end(signal.SIGINT)
         _, alive = psutil.wait_procs([psutil.Process(pid) for pid in ours if psutil.pid_exists(pid)], timeout=30)
-        nodes = KINDS["node"]
+        names = [name for kind, names in KINDS.items() if kind != "node" for name in names]  # the cluster's stay
         self.result.left_behind = [
-            text for process in alive if (text := _command(process)) and not any(name in text for name in nodes)
+            text for process in alive if (text := _command(process)) and any(name in text for name in names)
         ]
 
     # ------------------------------------------------------------------ chaos
