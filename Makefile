@@ -1,7 +1,7 @@
 # make demo        train a tiny model on this machine's CPU and show that it learned to see (3 to 8 minutes)
 # make demo-seeds  the same for seeds 0, 1 and 2
 # make test        the tests; make test-all adds the slow ones; make test-unit, test-model, test-system: those of one folder
-# make chaos       kill and stop processes of a run at random moments, 200 with simulated engines and 20 with vLLM (an hour)
+# make chaos       kill and stop processes of a run at random moments, 200 with simulated engines and 20 with vLLM
 # make lint        style, format and types
 # Each of them first creates .venv and installs the pinned versions, if that has not been done (see deploy/venv.sh).
 

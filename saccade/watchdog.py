@@ -22,6 +22,7 @@ from typing import Any
 
 from saccade.fleet.pool import Pool
 from saccade.fleet.probe import silent, store_shares
+from saccade.fleet.waiting import complete
 from saccade.pipeline.groups import Group, State
 from saccade.pipeline.stuck import GOES_ON, GroupStatus, Status, why
 from saccade.run import Run
@@ -38,32 +39,40 @@ class Watchdog(threading.Thread):
         self._run, self._desk, self._patience = run, desk, patience
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._ended = threading.Event()
-        self._told_of = 0.0
-        """Since when the run was stuck when the user was told last."""
+        self._told = 0.0
+        """When the user was told last that the run is stuck."""
+        self._answered = time.monotonic()
+        """When the loop answered last."""
 
     def run(self) -> None:
         wanted: Future[int | None] | None = None
         while not self._ended.wait(LOOK_SECONDS):
-            status = self.look()
+            try:
+                status = self.look()
+            except Exception:  # Ray or the loop is going down, and the run itself says so
+                continue
             if self._ended.is_set():  # then the loop may have ended too, and is not blocked
                 return
             if wanted is None or wanted.done():
                 if wanted is not None and wanted.exception() is None and (engines := wanted.result()) is not None:
                     self._loop.call_soon_threadsafe(self._run.actors.scale, engines)
                 wanted = self._desk.exchange.remote(status.to_dict()).future()
-            stuck_since = round(time.monotonic() - status.idle)
-            if (status.idle > self._patience or status.blocked) and stuck_since > self._told_of + 1:
-                self._told_of = time.monotonic()
+            if (status.idle > self._patience or status.blocked) and time.monotonic() - status.idle >= self._told:
+                self._told = time.monotonic()
                 self._run.display.phase(f"no progress: {why(status)}")
 
     def look(self) -> Status:
         """The status of now. Where nothing goes on, everybody is asked whether he lives."""
         answer: Future[Status] = Future()
-        self._loop.call_soon_threadsafe(lambda: answer.set_result(snapshot(self._run)))
+        self._loop.call_soon_threadsafe(complete, answer, lambda: snapshot(self._run))
         try:
             status = answer.result(ANSWER_SECONDS)
         except TimeoutError:
-            return Status(self._run.version, self._run.config.steps, *self._run.doing, 0.0, blocked=self._where())
+            if answer.done():
+                raise  # the snapshot's own
+            idle = time.monotonic() - self._answered
+            return Status(self._run.version, self._run.config.steps, *self._run.doing, idle, blocked=self._where())
+        self._answered = time.monotonic()
         if status.idle > min(self._patience, GOES_ON):
             asked = self._run.actors.health()
             status = replace(status, silent=tuple(silent(asked, ANSWER_SECONDS)), stores=store_shares())

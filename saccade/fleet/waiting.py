@@ -51,7 +51,7 @@ async def answer(call: Future[T]) -> T:
 async def in_thread(work: Callable[[], T]) -> T:
     """Return or raise what `work` does, which blocks. It runs in a thread of its own, to its end, whoever waits."""
     call: Future[T] = Future()
-    Thread(target=_complete, args=(call, work), daemon=True).start()
+    Thread(target=complete, args=(call, work), daemon=True).start()
     return await answer(call)
 
 
@@ -70,7 +70,7 @@ def to_end(work: Coroutine[Any, Any, T]) -> T:
         begun.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
         return await work
 
-    Thread(target=_complete, args=(call, lambda: asyncio.run(interruptible())), daemon=True).start()
+    Thread(target=complete, args=(call, lambda: asyncio.run(interruptible())), daemon=True).start()
     try:
         return call.result()
     except KeyboardInterrupt:
@@ -79,7 +79,8 @@ def to_end(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def _complete(call: Future[T], work: Callable[[], T]) -> None:
+def complete(call: Future[T], work: Callable[[], T]) -> None:
+    """Do `work`, and complete `call` with what it returns or raises."""
     try:
         call.set_result(work())
     except BaseException as error:

@@ -208,6 +208,40 @@ def test_a_blocked_driver_is_named_with_the_line_where_it_stands(stuck, monkeypa
     assert "threading.py" in first(seen[0])
 
 
+def test_a_driver_that_stays_blocked_is_said_once(stuck, monkeypatch):
+    for name in ("LOOK_SECONDS", "ANSWER_SECONDS"):
+        monkeypatch.setattr(f"saccade.watchdog.{name}", 0.01)
+    run, release, said, told = stuck().run, threading.Event(), [], []
+    run.display = SimpleNamespace(phase=said.append)
+
+    def remote(status: dict) -> Any:
+        told.append(status)
+        if len(told) == 5:
+            release.set()
+        return SimpleNamespace(future=lambda: done(None))
+
+    async def driver() -> None:
+        watchdog = Watchdog(run, SimpleNamespace(exchange=SimpleNamespace(remote=remote)), 1e9)
+        watchdog.start()
+        release.wait()  # blocks the loop
+        watchdog.end()
+        watchdog.join()
+
+    asyncio.run(driver())
+    assert all(status["blocked"] for status in told) and len(said) == 1
+
+
+def test_a_status_that_cannot_be_taken_is_no_blocked_driver(stuck, monkeypatch):
+    run = stuck().run
+    monkeypatch.setattr("saccade.watchdog.snapshot", lambda run: 1 / 0)
+
+    async def driver() -> None:
+        await asyncio.to_thread(Watchdog(run, None, 60.0).look)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(driver())
+
+
 def test_a_run_that_goes_on_is_not_called_stuck(stuck):
     run = stuck(held=(1,))
     run.driven.admit(0)
